@@ -1,0 +1,154 @@
+"""Training meshes: a folder in, (name, path, split) entries and triangles out.
+
+Two kinds of folder are read:
+- a corpus: `index.json` (a list of records with `file`, `source`, `split`, ...) beside its meshes;
+- any folder of mesh files (`SUFFIXES`, searched recursively), split 90/5/5 by the sha1 of the name.
+
+The axes of a mesh are taken as they are: Y up, front toward +Z (glTF).
+"""
+
+import hashlib
+import itertools
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import trimesh
+
+SUFFIXES = (".npz", ".glb", ".gltf", ".obj", ".ply", ".stl", ".off")
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class MeshEntry:
+    """One mesh of a folder. The last four are what the corpus index says; None where it says nothing."""
+
+    name: str  # unique in its folder and fit for a file name
+    path: Path
+    split: str  # train, val or test
+    source: str  # the maker in a corpus, else the folder's name
+    has_color: bool | None = None
+    boundary_edges: int | None = None
+    nonmanifold_edges: int | None = None
+    components: int | None = None
+
+
+def split_of(name: str) -> str:
+    """train 90 %, val 5 %, test 5 %: a function of the name alone, so that a growing folder keeps its splits."""
+    percent = int(hashlib.sha1(name.encode()).hexdigest()[:8], 16) % 100
+    return "train" if percent < 90 else "val" if percent < 95 else "test"
+
+
+def list_meshes(folder: str | Path) -> list[MeshEntry]:
+    """All meshes of a folder, sorted by name.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no mesh in it.
+        ValueError: `index.json` is not the list expected, or two files would have the same name.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"expected a folder of meshes, got {folder}, which does not exist or is a file")
+    index = folder / "index.json"
+    entries = _read_index(index) if index.is_file() else _scan(folder)
+    if not entries:
+        raise FileNotFoundError(f"expected meshes ({', '.join(SUFFIXES)}) in {folder}, found none")
+    entries.sort(key=lambda entry: entry.name)
+    for a, b in itertools.pairwise(entries):
+        if a.name == b.name:
+            raise ValueError(f"expected one mesh per name, got {a.path} and {b.path}, both named {a.name!r}")
+    return entries
+
+
+def _read_index(index: Path) -> list[MeshEntry]:
+    try:
+        records = json.loads(index.read_text())
+        return [_entry_of_record(index.parent, record) for record in records]
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"expected a list of records with file, source and split in {index}: {error!r}") from error
+
+
+def _entry_of_record(folder: Path, record: dict) -> MeshEntry:
+    if record["split"] not in SPLITS:
+        raise ValueError(f"expected a split of {SPLITS} for {record['file']}, got {record['split']!r}")
+    known = ("has_color", "boundary_edges", "nonmanifold_edges", "components")
+    return MeshEntry(
+        name=Path(record["file"]).stem,
+        path=folder / record["file"],
+        split=record["split"],
+        source=record["source"],
+        **{key: record.get(key) for key in known},
+    )
+
+
+def _scan(folder: Path) -> list[MeshEntry]:
+    entries = []
+    for path in folder.rglob("*"):
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            name = "__".join(path.relative_to(folder).with_suffix("").parts)
+            entries.append(MeshEntry(name, path, split_of(name), folder.name))
+    return entries
+
+
+def read_mesh(entry: MeshEntry) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """The triangles of one mesh, all parts merged, as they lie in the file (not normalised).
+
+    Returns:
+        vertices (V,3) float32, faces (F,3) int64, face_colors (F,3) uint8 sRGB, or None where the mesh has no colour
+        (no colour in the file, or `has_color` false in the index).
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the file is not a mesh, has no triangle, or its vertices or indices are out of range.
+    """
+    path = entry.path
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a mesh at {path}, found no file")
+    try:
+        read = _read_npz if path.suffix.lower() == ".npz" else _read_with_trimesh
+        vertices, faces, colors = read(path)
+    except (OSError, KeyError, TypeError, IndexError, AttributeError, zipfile.BadZipFile, ValueError) as error:
+        raise ValueError(f"expected a mesh in {path}, got a file that cannot be read as one: {error}") from error
+    if len(faces) == 0:
+        raise ValueError(f"expected at least one triangle in {path}, got none")
+    if not np.isfinite(vertices).all():
+        raise ValueError(f"expected finite vertices in {path}, got NaN or infinity")
+    if faces.min() < 0 or faces.max() >= len(vertices):
+        raise ValueError(f"expected face indices in [0, {len(vertices)}) in {path}, got {faces.min()}..{faces.max()}")
+    return vertices, faces, None if entry.has_color is False else colors
+
+
+def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    with np.load(path, allow_pickle=False) as file:
+        vertices, faces = file["v"], file["f"].astype(np.int64)
+        colors = file["pal"][file["fc"]] if "fc" in file and "pal" in file else None
+    if vertices.ndim != 2 or vertices.shape[1] != 3 or faces.ndim != 2 or faces.shape[1] != 3:
+        raise ValueError(f"expected v (V,3) and f (F,3), got {vertices.shape} and {faces.shape}")
+    if vertices.dtype == np.uint16:  # the corpus: longest side 1, centred
+        vertices = vertices.astype(np.float32) / 65535 - 0.5
+    return vertices.astype(np.float32), faces, colors
+
+
+def _read_with_trimesh(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    parts = [part for part in trimesh.load_scene(path).dump() if isinstance(part, trimesh.Trimesh) and len(part.faces)]
+    if not parts:
+        raise ValueError("no triangles")
+    offsets = np.cumsum([0] + [len(part.vertices) for part in parts])
+    vertices = np.concatenate([part.vertices for part in parts]).astype(np.float32)
+    faces = np.concatenate([part.faces + offset for part, offset in zip(parts, offsets, strict=False)]).astype(np.int64)
+    if not any(part.visual.defined for part in parts):
+        return vertices, faces, None
+    return vertices, faces, np.concatenate([_face_colors(part) for part in parts])
+
+
+def _face_colors(part: trimesh.Trimesh) -> np.ndarray:
+    """(F,3) uint8; a texture is read at the corners of each face and averaged."""
+    visual = part.visual
+    if not isinstance(visual, trimesh.visual.TextureVisuals):
+        return np.asarray(visual.face_colors)[:, :3].astype(np.uint8)
+    if visual.uv is None:
+        return np.tile(np.asarray(visual.material.main_color, dtype=np.uint8)[:3], (len(part.faces), 1))
+    corners = np.asarray(visual.material.to_color(visual.uv))[:, :3]
+    return corners[part.faces].mean(axis=1).astype(np.uint8)
