@@ -1,0 +1,32 @@
+# Two commands for a stranger: `make demo` and `make test`. Each sets up .venv first; a second run does not reinstall.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m d3ds2 workflows/demo_input.png -o demo.glb --preview demo.png
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest tests
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.demo
+	$(BIN)/python benchmarks/geometry.py
+
+clean:
+	rm -rf $(VENV) demo.glb demo.png
+
+$(VENV)/.demo: requirements.txt constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements.txt embreex
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
+		pytest ruff tensorboard onnx onnxruntime rembg triton
+	touch $@

@@ -1,0 +1,301 @@
+"""The geometry of a packed batch of voxels, and everything that follows from geometry alone.
+
+Features are plain tensors (N, C) whose rows follow `Voxels.coords`. What depends on the coordinates only (sample
+offsets, selection blocks, windows, neighbour tables, coarser and finer grids, position embeddings) is computed once
+here, kept, and shared by all layers, both guidance branches and all sampling steps.
+
+Sizes named in this file:
+    N  voxels, all samples packed      B  samples
+    M  occupied blocks of 8³ voxels    W  occupied attention windows
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+BLOCK = 8  # voxels along the edge of a selection block: m_slc in the paper, and the SDF voxels of one latent
+
+
+def absolute_position_embedding(positions: Tensor, channels: int) -> Tensor:
+    """Sine and cosine embedding of points, per axis, with `channels // 3 // 2` frequencies 10000^(-i/F).
+
+    Args:
+        positions: coordinates (..., 3).
+        channels: width C; what three axes cannot fill evenly stays zero at the end.
+
+    Returns:
+        Embeddings (..., C), float32: per axis all sines, then all cosines; axes x, y, z one after the other.
+    """
+    num_frequencies = channels // 3 // 2
+    exponent = torch.arange(num_frequencies, dtype=torch.float64, device=positions.device) / num_frequencies
+    frequencies = torch.pow(10000.0, -exponent).float()
+    angles = positions.float()[..., None] * frequencies  # (..., 3, F)
+    embedding = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)  # (..., 6 F)
+    return torch.nn.functional.pad(embedding, (0, channels - embedding.shape[-1]))
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """A partition of the voxels into attention windows.
+
+    `order` (N,) long lists the rows window by window, or is None where the rows already stand so;
+    `cu_seqlens` (W+1,) int32 says where each window begins in that order, `lengths` the same on the host.
+    """
+
+    order: Tensor | None
+    cu_seqlens: Tensor
+    lengths: list[int]
+
+    @cached_property
+    def inverse(self) -> Tensor | None:
+        """Rows of the ordered tokens in the original order (N,) long: `x[order][inverse] == x`."""
+        return None if self.order is None else self.order.argsort()
+
+
+@dataclass(frozen=True, eq=False)
+class Voxels:
+    """Occupied voxels of a batch, sorted by (sample, 8³ block, place in block), each lexicographically in x, y, z.
+
+    Args:
+        coords: (N, 4) int32 rows [batch, x, y, z]. Unsorted ones go through `Voxels.sort`.
+        resolution: voxels along an edge of the grid.
+        batch_size: number of samples B; some may be empty.
+
+    Raises:
+        ValueError: for a wrong shape or dtype, coordinates outside the grid, rows out of order or given twice.
+    """
+
+    coords: Tensor
+    resolution: int
+    batch_size: int
+    _cache: dict = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        _check_coords(self.coords, self.resolution, self.batch_size)
+        if not (self._keys.diff() > 0).all():
+            raise ValueError("expected coords sorted by sample, block and place, each once; sort with Voxels.sort")
+
+    @classmethod
+    def sort(cls, coords: Tensor, resolution: int, batch_size: int | None = None) -> tuple["Voxels", Tensor]:
+        """Sort coordinates (N, 4) of any integer dtype; returns the voxels and `order` (N,): coords[order] = sorted."""
+        coords = coords.int()
+        if batch_size is None:
+            batch_size = int(coords[:, 0].max()) + 1 if len(coords) else 1
+        _check_coords(coords, resolution, batch_size)
+        keys, order = _sort_keys(coords, resolution).sort()
+        if (keys.diff() == 0).any():
+            raise ValueError("expected every voxel once, got duplicate coords")
+        return cls._trusted(coords[order], resolution, batch_size), order
+
+    @classmethod
+    def cat(cls, parts: list["Voxels"]) -> "Voxels":
+        """One batch of all samples of all parts, in order; the parts must share one resolution."""
+        if len({part.resolution for part in parts}) != 1:
+            raise ValueError(f"expected parts of one resolution, got {[part.resolution for part in parts]}")
+        first_samples = [sum(p.batch_size for p in parts[:i]) for i in range(len(parts))]
+        shifted = [p.coords + p.coords.new_tensor([b, 0, 0, 0]) for p, b in zip(parts, first_samples, strict=True)]
+        return cls._trusted(torch.cat(shifted), parts[0].resolution, sum(p.batch_size for p in parts))
+
+    @classmethod
+    def _trusted(cls, coords: Tensor, resolution: int, batch_size: int) -> "Voxels":
+        """Without the checks, for coords sorted by construction: they would cost a device synchronisation."""
+        voxels = object.__new__(cls)
+        voxels.__dict__.update(coords=coords, resolution=resolution, batch_size=batch_size, _cache={})
+        return voxels
+
+    def __len__(self) -> int:
+        return len(self.coords)
+
+    @property
+    def device(self) -> torch.device:
+        return self.coords.device
+
+    def to(self, device: torch.device | str) -> "Voxels":
+        if torch.device(device) == self.device:
+            return self
+        return Voxels._trusted(self.coords.to(device), self.resolution, self.batch_size)
+
+    def repeat(self, times: int) -> "Voxels":
+        """The whole batch, `times` over: both guidance branches in one pass."""
+        return self._cached(("repeat", times), lambda: Voxels.cat([self] * times))
+
+    def sample(self, index: int) -> "Voxels":
+        """Sample `index` alone, as a batch of one."""
+        first = sum(self.counts[:index])
+        coords = self.coords[first : first + self.counts[index]] - self.coords.new_tensor([index, 0, 0, 0])
+        return Voxels._trusted(coords, self.resolution, 1)
+
+    # --- samples
+
+    @cached_property
+    def batch_index(self) -> Tensor:
+        """Sample of each voxel, (N,) long."""
+        return self.coords[:, 0].long()
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """First row of each sample and, last, N: (B+1,) int32."""
+        return _offsets(torch.bincount(self.batch_index, minlength=self.batch_size))
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Voxels of each sample, on the host."""
+        return self.cu_seqlens.diff().tolist()
+
+    # --- selection blocks
+
+    @cached_property
+    def _blocks(self) -> tuple[Tensor, Tensor, Tensor]:
+        keys, block_of_token, counts = torch.unique_consecutive(
+            self._keys // BLOCK**3, return_inverse=True, return_counts=True
+        )
+        return keys, block_of_token, counts
+
+    @cached_property
+    def block_of_token(self) -> Tensor:
+        """Block of each voxel, (N,) long: ids count the occupied blocks of the whole batch."""
+        return self._blocks[1]
+
+    @cached_property
+    def block_offsets(self) -> Tensor:
+        """First row of each block and, last, N: (M+1,) int32."""
+        return _offsets(self._blocks[2])
+
+    @cached_property
+    def block_coords(self) -> Tensor:
+        """Blocks as [batch, x, y, z] in units of 8 voxels, lexicographic, (M, 4) int32."""
+        first_rows = self.coords[self.block_offsets[:-1].long()]
+        return torch.cat([first_rows[:, :1], first_rows[:, 1:] // BLOCK], dim=1)
+
+    @cached_property
+    def block_cu_seqlens(self) -> Tensor:
+        """First block of each sample and, last, M: (B+1,) int32."""
+        return _offsets(torch.bincount(self.block_coords[:, 0].long(), minlength=self.batch_size))
+
+    @cached_property
+    def block_counts(self) -> list[int]:
+        """Blocks of each sample, on the host."""
+        return self.block_cu_seqlens.diff().tolist()
+
+    # --- neighbours, coarser and finer grids
+
+    @cached_property
+    def neighbors(self) -> Tensor:
+        """Rows of the 27 neighbours, (27, N) int32, N where there is none.
+
+        Row k = 9 (dx+1) + 3 (dy+1) + (dz+1) holds the voxels at coords + (dx, dy, dz); row 13 is the voxel itself.
+        """
+        N, keys = len(self), self._keys
+        table = torch.full((27, N), N, dtype=torch.int32, device=self.device)
+        rows = torch.arange(N, dtype=torch.int32, device=self.device)
+        table[13] = rows
+        if N == 0:
+            return table
+        for k in range(13):
+            offset = self.coords.new_tensor([0, k // 9 - 1, k // 3 % 3 - 1, k % 3 - 1])
+            coords = self.coords + offset
+            inside = ((coords[:, 1:] >= 0) & (coords[:, 1:] < self.resolution)).all(1)
+            wanted = _sort_keys(coords.clamp(min=0), self.resolution)
+            found = torch.searchsorted(keys, wanted, out_int32=True).clamp(max=N - 1)
+            table[k] = torch.where(inside & (keys[found] == wanted), found, N)
+            # being neighbours is mutual: the voxel found has this one at the opposite offset
+            opposite = torch.full((N + 1,), N, dtype=torch.int32, device=self.device)
+            opposite[table[k].long()] = rows
+            table[26 - k] = opposite[:N]
+        return table
+
+    def coarsen(self, factor: int) -> tuple["Voxels", Tensor]:
+        """Pool `factor`³ voxels into one: the voxels at resolution / factor, and `parent` (N,) long, each voxel's row there.
+
+        Raises:
+            ValueError: if `factor` does not divide the resolution.
+        """
+        if self.resolution % factor:
+            raise ValueError(f"expected a factor that divides the resolution {self.resolution}, got {factor}")
+        return self._cached(("coarsen", factor), lambda: self._coarsen(factor))
+
+    def _coarsen(self, factor: int) -> tuple["Voxels", Tensor]:
+        resolution = self.resolution // factor
+        coords = torch.cat([self.coords[:, :1], self.coords[:, 1:] // factor], dim=1)
+        keys, parent = torch.unique(_sort_keys(coords, resolution), return_inverse=True)
+        return Voxels._trusted(_coords_of_keys(keys, resolution), resolution, self.batch_size), parent
+
+    def subdivide(self) -> tuple["Voxels", Tensor]:
+        """All eight children of every voxel, at twice the resolution, and `parent` (8N,) long, each child's row here."""
+        return self._cached("subdivide", self._subdivide)
+
+    def _subdivide(self) -> tuple["Voxels", Tensor]:
+        child = torch.arange(8, dtype=torch.int32, device=self.device)
+        offset = torch.stack([torch.zeros_like(child), child // 4, child // 2 % 2, child % 2], dim=1)  # (8, 4)
+        scale = self.coords.new_tensor([1, 2, 2, 2])
+        coords = (self.coords[:, None] * scale + offset).flatten(0, 1)  # (8N, 4)
+        order = _sort_keys(coords, 2 * self.resolution).argsort()
+        return Voxels._trusted(coords[order], 2 * self.resolution, self.batch_size), order // 8
+
+    # --- attention windows and positions
+
+    def windows(self, shift: int, size: int = BLOCK) -> Windows:
+        """Cubic windows of `size` voxels; voxels of one sample with equal (xyz + shift) // size share a window."""
+        return self._cached(("windows", shift, size), lambda: self._windows(shift, size))
+
+    def _windows(self, shift: int, size: int) -> Windows:
+        if size == BLOCK and shift % BLOCK == 0:
+            return Windows(None, self.block_offsets, self.block_offsets.diff().tolist())
+        per_edge = (self.resolution + shift) // size + 1
+        x, y, z = ((self.coords[:, 1:].long() + shift) // size).unbind(1)
+        key = ((self.batch_index * per_edge + x) * per_edge + y) * per_edge + z
+        key, order = key.sort(stable=True)
+        lengths = torch.unique_consecutive(key, return_counts=True)[1]
+        return Windows(order, _offsets(lengths), lengths.tolist())
+
+    def position_embedding(self, channels: int, factor: float = 1.0) -> Tensor:
+        """`absolute_position_embedding` of xyz · factor, (N, channels) float32."""
+        return self._cached(
+            ("position", channels, factor),
+            lambda: absolute_position_embedding(self.coords[:, 1:].float() * factor, channels),
+        )
+
+    @cached_property
+    def _keys(self) -> Tensor:
+        return _sort_keys(self.coords, self.resolution)
+
+    def _cached(self, key, make):
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+
+def _check_coords(coords: Tensor, resolution: int, batch_size: int) -> None:
+    if coords.ndim != 2 or coords.shape[1] != 4 or coords.dtype != torch.int32:
+        raise ValueError(f"expected coords (N, 4) int32, got {tuple(coords.shape)} {coords.dtype}")
+    if len(coords):
+        low, high = coords.amin(0).tolist(), coords.amax(0).tolist()
+        if min(low) < 0 or high[0] >= batch_size or max(high[1:]) >= resolution:
+            raise ValueError(
+                f"expected coords [batch, x, y, z] below [{batch_size}, {resolution}, {resolution}, {resolution}], "
+                f"got a range of {low} to {high}"
+            )
+
+
+def _sort_keys(coords: Tensor, resolution: int) -> Tensor:
+    """One int64 a voxel (N,), which orders by sample, block and place."""
+    blocks_per_edge = -(-resolution // BLOCK)
+    batch, x, y, z = coords.long().unbind(1)
+    block = ((batch * blocks_per_edge + x // BLOCK) * blocks_per_edge + y // BLOCK) * blocks_per_edge + z // BLOCK
+    return block * BLOCK**3 + (x % BLOCK * BLOCK + y % BLOCK) * BLOCK + z % BLOCK
+
+
+def _coords_of_keys(keys: Tensor, resolution: int) -> Tensor:
+    """The inverse of `_sort_keys`: (N, 4) int32."""
+    blocks_per_edge = -(-resolution // BLOCK)
+    block, place = keys // BLOCK**3, keys % BLOCK**3
+    z = block % blocks_per_edge * BLOCK + place % BLOCK
+    y = block // blocks_per_edge % blocks_per_edge * BLOCK + place // BLOCK % BLOCK
+    x = block // blocks_per_edge**2 % blocks_per_edge * BLOCK + place // BLOCK**2
+    return torch.stack([block // blocks_per_edge**3, x, y, z], dim=1).int()
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()

@@ -1,0 +1,85 @@
+"""Golden tensors of the official modules, from $D3DS2_PARITY, else ../shared/parity, else tests/data/parity."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def parity_folder() -> Path:
+    """The folder to read; one that is named and absent is an error, never a skip."""
+    if named := os.environ.get("D3DS2_PARITY"):
+        if not Path(named).is_dir():
+            raise FileNotFoundError(f"D3DS2_PARITY names {named}, which is not a folder")
+        return Path(named)
+    shared = ROOT.parent / "shared" / "parity"
+    return shared if shared.is_dir() else ROOT / "tests" / "data" / "parity"
+
+
+@dataclass
+class Golden:
+    """One parity file: its sidecar and its tensors by kind, parameters in float32."""
+
+    name: str
+    meta: dict
+    params: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    inter: dict[str, Tensor] = field(default_factory=dict)
+    grads: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def config(self) -> dict:
+        return self.meta["config"]
+
+
+def available(prefix: str) -> list[str]:
+    """Names of the parity files that begin with `prefix`."""
+    return sorted(path.stem for path in parity_folder().glob(f"{prefix}*.safetensors"))
+
+
+def golden(name: str) -> Golden:
+    folder = parity_folder()
+    data = Golden(name, json.loads((folder / f"{name}.json").read_text()))
+    for key, tensor in load_file(folder / f"{name}.safetensors").items():
+        kind, _, rest = key.partition("/")
+        getattr(data, kind)[rest] = tensor.float() if kind == "params" else tensor
+    if not data.params and not data.meta.get("params_stored", True):
+        data.params = recipe_parameters(data.meta)
+    return data
+
+
+def recipe_parameters(meta: dict) -> dict[str, Tensor]:
+    """Parameters from `param_recipe`: splitmix64 seeded by SHA-256 of "<seed>/<key>" (parity README, section 2)."""
+    return {
+        key: recipe_tensor(f"{meta['seed']}/{key}", entry["shape"], entry["bound"], entry["offset"])
+        for key, entry in meta["param_recipe"].items()
+    }
+
+
+def recipe_tensor(seed: str, shape: list[int], bound: float, offset: float) -> Tensor:
+    k0 = np.frombuffer(hashlib.sha256(seed.encode("ascii")).digest()[:8], dtype="<u8")[0]
+    with np.errstate(over="ignore"):
+        z = k0 + np.arange(1, int(np.prod(shape)) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+    unit = (z >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1)
+    values = (unit * np.float32(bound) + np.float32(offset)).astype(np.float16).astype(np.float32)
+    return torch.from_numpy(values.reshape(shape))
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float, name: str = "") -> None:
+    """Largest error over the rms of the expected values, the measure of the parity README."""
+    assert actual.shape == expected.shape, f"{name}: got {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    rms = expected.double().square().mean().sqrt().clamp(min=1e-30)
+    error = ((actual.double() - expected.double()).abs().max() / rms).item()
+    assert error <= tolerance, f"{name}: error / rms {error:.2e} > {tolerance:.0e}"
