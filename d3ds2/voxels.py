@@ -207,7 +207,10 @@ class Voxels:
         return table
 
     def coarsen(self, factor: int) -> tuple["Voxels", Tensor]:
-        """Pool `factor`³ voxels into one: the voxels at resolution / factor, and `parent` (N,) long, each voxel's row there.
+        """Pool `factor`³ voxels into one.
+
+        Returns:
+            The voxels at resolution / factor, and `parent` (N,) long: the row there of each voxel here.
 
         Raises:
             ValueError: if `factor` does not divide the resolution.
@@ -223,7 +226,7 @@ class Voxels:
         return Voxels._trusted(_coords_of_keys(keys, resolution), resolution, self.batch_size), parent
 
     def subdivide(self) -> tuple["Voxels", Tensor]:
-        """All eight children of every voxel, at twice the resolution, and `parent` (8N,) long, each child's row here."""
+        """All eight children of every voxel, at twice the resolution, and `parent` (8N,) long: each one's row here."""
         return self._cached("subdivide", self._subdivide)
 
     def _subdivide(self) -> tuple["Voxels", Tensor]:
