@@ -1,0 +1,179 @@
+"""Image file -> the object cut out of its background -> the square, white-backed picture that the encoder reads.
+
+Nothing here downloads anything: rembg is used only when it is installed and its model file is already there.
+"""
+
+import struct
+import zlib
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from .plain_background import remove_plain_background
+
+METHODS = ("auto", "alpha", "plain", "rembg")
+MIN_FOREGROUND = 1e-3  # of the pixels; less is no foreground
+REMBG_MODELS = ("birefnet-general", "isnet-general-use", "u2net", "u2netp", "silueta", "bria-rmbg")  # best first
+
+
+class ImageError(ValueError):
+    """The image cannot be read, or shows no object that can be told from its background."""
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Read an image file of any kind that Pillow knows, turned upright as its EXIF says.
+
+    Returns:
+        An 8-bit image of mode RGBA if the file has transparency, else RGB. 16-bit samples lose their low byte.
+
+    Raises:
+        ImageError: the file is missing, not an image, or damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ImageError(f"no such image: {path}")
+    if not path.is_file():
+        raise ImageError(f"expected an image file, got a folder: {path}")
+    try:
+        with Image.open(path) as file:
+            file.load()
+            image = ImageOps.exif_transpose(file)
+    except UnidentifiedImageError:
+        raise ImageError(f"not an image that can be read: {path}") from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"the image has too many pixels: {path}") from None
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as error:
+        raise ImageError(f"the image is truncated or damaged: {path} ({' '.join(str(error).split())})") from None
+    return _to_8_bit(image)
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Any Pillow mode to RGB, or RGBA where there is transparency."""
+    if image.mode.startswith(("I", "F")):  # 16-bit, 32-bit and float samples, always one channel
+        samples = np.asarray(image).astype(np.float64)
+        white = 1.0 if image.mode == "F" and samples.max() <= 1 else 255.0 if samples.max() <= 255 else 65535.0
+        image = Image.fromarray((samples / white * 255).clip(0, 255).astype(np.uint8))
+    has_alpha = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    return image.convert("RGBA" if has_alpha else "RGB")
+
+
+def cut_out(
+    image: Image.Image, mask: Image.Image | None = None, method: str = "auto", rembg_model: str | None = None
+) -> Image.Image:
+    """Give the image an alpha channel that covers its object alone.
+
+    With "auto", the first of these that applies: the given mask, the image's own alpha, a plain background, rembg.
+
+    Args:
+        image: RGB or RGBA.
+        mask: of the image's size, mode L (or 1), 255 on the object; it overrides `method`.
+        method: "auto", "alpha", "plain" or "rembg".
+        rembg_model: name of the rembg model to use; default: the best one whose file is on this machine.
+
+    Returns:
+        RGBA image of the same size. Colours at soft edges are freed of the background where it is known ("plain").
+
+    Raises:
+        ImageError: fully transparent, no foreground (< 0.1 % of the pixels), or no way to find it.
+        ValueError: unknown method, mask of another size.
+    """
+    if method not in METHODS:
+        raise ValueError(f"expected a method of {METHODS}, got {method!r}")
+    if mask is not None:
+        if mask.size != image.size:
+            raise ValueError(f"expected a mask of the image's size {image.size}, got {mask.size}")
+        cut = image.convert("RGB")
+        cut.putalpha(mask.convert("L"))
+        return _with_foreground(cut, "the mask is empty")
+    if method in ("auto", "alpha") and image.mode == "RGBA":
+        least, most = image.getextrema()[3]
+        if most == 0:
+            raise ImageError("the image is fully transparent")
+        if least < 255 or method == "alpha":
+            return _with_foreground(image, "the image is almost fully transparent")
+    if method == "alpha":
+        raise ImageError("the image has no alpha channel; give a mask, or remove the background another way")
+    if method in ("auto", "plain"):
+        cut = remove_plain_background(image.convert("RGB"))
+        if cut is not None:
+            return _with_foreground(cut, "nothing stands out from the plain background")
+        if method == "plain":
+            raise ImageError("the background is not plain; give an image with transparency, a mask, or use rembg")
+    return _with_foreground(_rembg(image.convert("RGB"), rembg_model), "rembg found nothing")
+
+
+def _with_foreground(cut: Image.Image, reason: str) -> Image.Image:
+    """The image itself if its alpha covers anything, else an error."""
+    covered = np.count_nonzero(np.asarray(cut.getchannel("A"))) / (cut.width * cut.height)
+    if covered < MIN_FOREGROUND:
+        raise ImageError(f"no foreground in the image: {reason} (object {covered:.2%} of the pixels)")
+    return cut
+
+
+def _rembg(image: Image.Image, name: str | None) -> Image.Image:
+    """Cut out by rembg with a model file that is already on this machine."""
+    advice = "give an image with transparency or a plain background, or a mask"
+    # rembg without onnxruntime ends the whole process when imported, so look first
+    if find_spec("rembg") is None or find_spec("onnxruntime") is None:
+        raise ImageError(f'the background is not plain and rembg is not installed; {advice}, or install "rembg[cpu]"')
+    from rembg import new_session, remove
+    from rembg.sessions import sessions_class
+
+    known = {session.name(): session for session in sessions_class}
+    if name is not None and name not in known:
+        raise ImageError(f"expected a rembg model of {sorted(known)}, got {name!r}")
+    wanted = [n for n in REMBG_MODELS if n in known] if name is None else [name]
+    for candidate in wanted:
+        if _rembg_file(known[candidate], candidate).is_file():
+            return remove(image, session=new_session(candidate)).convert("RGBA")
+    place = _rembg_file(known[wanted[-1] if name else "u2net"], name or "u2net")
+    raise ImageError(f"the background is not plain and rembg has no model file such as {place}; {advice}")
+
+
+def _rembg_file(session: type, name: str) -> Path:
+    """Where this version of rembg keeps a model: <home>/models/<name>/<name>.onnx, before 2.0.70 <home>/<name>.onnx."""
+    file = f"{name}.onnx"
+    if not hasattr(session, "model_dir"):
+        return Path(session.u2net_home()) / file
+    return Path(session.resolve_existing(file) or Path(session.model_dir()) / file)
+
+
+def preprocess(image: Image.Image, size: int = 518) -> Tensor:
+    """Crop to the object, lay it on white, centre it in a square with a margin as the released pipeline does.
+
+    Args:
+        image: RGBA, as `cut_out` gives it.
+        size: pixels per edge; the margin is 16 pixels at 518 and in proportion elsewhere.
+
+    Returns:
+        (4, size, size) float32 in [0, 1]: red, green, blue, mask.
+    """
+    if image.mode != "RGBA":
+        raise ValueError(f"expected an RGBA image, got {image.mode}")
+    alpha = image.getchannel("A")
+    if (1 - alpha.histogram()[0] / (image.width * image.height)) >= MIN_FOREGROUND:
+        image = image.crop(alpha.getbbox())
+    samples = np.asarray(image)
+    a = samples[..., 3] / 255.0
+    # float64, this order of operations and truncation: others differ by 1/255 in some pixels
+    on_white = [((samples[..., channel] / 255.0 * a + (1 - a)) * 255).astype(np.uint8) for channel in range(3)]
+    rgb = Image.fromarray(np.stack(on_white, axis=-1))
+    mask = Image.fromarray((a * 255).astype(np.uint8))
+
+    margin = round(16 * size / 518)
+    rgb = _square(rgb, size, margin, "white", Image.Resampling.BILINEAR)
+    mask = _square(mask, size, margin, "black", Image.Resampling.NEAREST)
+    return torch.from_numpy(np.dstack([rgb, mask])).permute(2, 0, 1).contiguous().float() / 255
+
+
+def _square(image: Image.Image, size: int, margin: int, color: str, resampling: Image.Resampling) -> Image.Image:
+    """Pad to a square, resize to `size`, pad by the margin, resize to `size` again."""
+    side = max(image.size)
+    square = Image.new(image.mode, (side, side), color)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    square = square.resize((size, size), resampling)
+    return ImageOps.expand(square, margin, color).resize((size, size), resampling)

@@ -1,0 +1,218 @@
+"""Image -> image tokens: DINOv2 with registers, its patches kept where they touch the foreground (eq. 9).
+
+Shapes (these capital letters name the sizes in this file):
+    B  images        S  pixels per edge        P  patches per edge, S / patch_size
+    L  tokens, all images packed: for each image the class token, the registers, then the patches row by row
+    C  channels per token
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """A packed batch of image tokens.
+
+    Args:
+        features: (L, C).
+        coords: (L, 4) int32 [batch, x, y, z]; class token and registers (b, 0, 0, 1), patches (b, column, row, 0).
+            Sorted by batch.
+        foreground: (L,) bool, True where the patch touches the object; always True for class token and registers.
+        batch_size: number of images, B.
+    """
+
+    features: Tensor
+    coords: Tensor
+    foreground: Tensor
+    batch_size: int
+
+    def __post_init__(self):
+        L = len(self.features)
+        if self.features.ndim != 2 or self.coords.shape != (L, 4) or self.foreground.shape != (L,):
+            raise ValueError(
+                f"expected features (L, C), coords (L, 4), foreground (L,), got {tuple(self.features.shape)}, "
+                f"{tuple(self.coords.shape)}, {tuple(self.foreground.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    @property
+    def device(self) -> torch.device:
+        return self.features.device
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Tokens of each image."""
+        return torch.bincount(self.coords[:, 0], minlength=self.batch_size).tolist()
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """First token of each image and, last, L: (B + 1,) int32."""
+        offsets = torch.tensor([0, *self.counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return offsets.to(self.device)
+
+    def select_foreground(self) -> "ImageTokens":
+        """The tokens that see the object: class token, registers and foreground patches, f of eq. 9."""
+        keep = self.foreground
+        return ImageTokens(self.features[keep], self.coords[keep], self.foreground[keep], self.batch_size)
+
+    def zeroed(self) -> "ImageTokens":
+        """The unconditional tokens: features 0 on the same coordinates."""
+        return ImageTokens(torch.zeros_like(self.features), self.coords, self.foreground, self.batch_size)
+
+    def where(self, keep: Tensor) -> "ImageTokens":
+        """Zero the features of the images whose entry in `keep`, (B,) bool, is False (dropout of the condition)."""
+        kept = keep.to(self.device)[self.coords[:, 0].long(), None]
+        return ImageTokens(self.features * kept, self.coords, self.foreground, self.batch_size)
+
+    def sample(self, index: int) -> "ImageTokens":
+        """The tokens of one image, as a batch of one."""
+        if not 0 <= index < self.batch_size:
+            raise ValueError(f"expected an image index below {self.batch_size}, got {index}")
+        first = sum(self.counts[:index])
+        rows = slice(first, first + self.counts[index])
+        coords = self.coords[rows].clone()
+        coords[:, 0] = 0
+        return ImageTokens(self.features[rows], coords, self.foreground[rows], 1)
+
+    @staticmethod
+    def cat(batches: "list[ImageTokens]") -> "ImageTokens":
+        """One batch of several: the images of the first, then those of the second, and so on."""
+        coords, batch_size = [], 0
+        for tokens in batches:
+            offset = torch.tensor([batch_size, 0, 0, 0], dtype=torch.int32, device=tokens.device)
+            coords.append(tokens.coords + offset)
+            batch_size += tokens.batch_size
+        features = torch.cat([tokens.features for tokens in batches])
+        foreground = torch.cat([tokens.foreground for tokens in batches])
+        return ImageTokens(features, torch.cat(coords), foreground, batch_size)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "ImageTokens":
+        """Move all tensors; `dtype` is for the features alone."""
+        features = self.features.to(device=device, dtype=dtype)
+        return ImageTokens(features, self.coords.to(device), self.foreground.to(device), self.batch_size)
+
+
+@dataclass(frozen=True)
+class ImageEncoderConfig:
+    """Sizes of the vision transformer. The defaults are DINOv2 ViT-L/14 with registers, as the paper uses it."""
+
+    image_size: int = 518
+    patch_size: int = 14
+    hidden_size: int = 1024
+    depth: int = 24
+    num_heads: int = 16
+    mlp_ratio: int = 4
+    num_registers: int = 4
+
+    def __post_init__(self):
+        if self.image_size % self.patch_size:
+            raise ValueError(f"expected image_size divisible by {self.patch_size}, got {self.image_size}")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"expected hidden_size divisible by {self.num_heads} heads, got {self.hidden_size}")
+        if min(self.patch_size, self.depth, self.num_heads, self.mlp_ratio) < 1 or self.num_registers < 0:
+            raise ValueError(f"expected positive sizes, got {self}")
+
+
+class ImageEncoder(nn.Module):
+    """DINOv2 with registers (transformers' implementation), without its final norm; eq. 9's E.
+
+    A new encoder has random weights and downloads nothing. `from_dinov2` reads the pretrained ones from a folder.
+    """
+
+    def __init__(self, config: ImageEncoderConfig):
+        super().__init__()
+        from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel  # a slow import, so only here
+
+        self.config = config
+        model = Dinov2WithRegistersModel(
+            Dinov2WithRegistersConfig(
+                image_size=config.image_size,
+                patch_size=config.patch_size,
+                hidden_size=config.hidden_size,
+                num_hidden_layers=config.depth,
+                num_attention_heads=config.num_heads,
+                mlp_ratio=config.mlp_ratio,
+                num_register_tokens=config.num_registers,
+                attn_implementation="sdpa",
+            )
+        )
+        self.embeddings = model.embeddings
+        self.encoder = model.encoder
+        self.embeddings.mask_token = None  # only DINOv2's own pretraining reads it
+        # transformers starts all registers at zero; equal tokens without a position would stay equal for ever
+        nn.init.trunc_normal_(self.embeddings.register_tokens, std=0.02)
+
+    @classmethod
+    def from_dinov2(cls, folder: str | Path) -> "ImageEncoder":
+        """Load pretrained DINOv2 with registers from a local folder of transformers (config.json, model.safetensors).
+
+        Raises:
+            ValueError: the folder holds no such model, or one of another form (the giant, with SwiGLU).
+        """
+        from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"expected a transformers folder of DINOv2 with registers, no config.json in {folder}")
+        theirs = Dinov2WithRegistersConfig.from_pretrained(folder, local_files_only=True)
+        form = (theirs.model_type, theirs.use_swiglu_ffn, theirs.qkv_bias, theirs.hidden_act, theirs.layer_norm_eps)
+        if form != ("dinov2_with_registers", False, True, "gelu", 1e-6):
+            raise ValueError(f"expected DINOv2 with registers, small to large, in {folder}, got {form}")
+        config = ImageEncoderConfig(
+            image_size=theirs.image_size,
+            patch_size=theirs.patch_size,
+            hidden_size=theirs.hidden_size,
+            depth=theirs.num_hidden_layers,
+            num_heads=theirs.num_attention_heads,
+            mlp_ratio=theirs.mlp_ratio,
+            num_registers=theirs.num_register_tokens,
+        )
+        model = Dinov2WithRegistersModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        with torch.device("meta"):
+            encoder = cls(config)
+        wanted = encoder.state_dict()
+        encoder.load_state_dict({k: v for k, v in model.state_dict().items() if k in wanted}, strict=True, assign=True)
+        return encoder.eval()
+
+    def forward(self, images: Tensor) -> ImageTokens:
+        """Encode a batch of preprocessed images.
+
+        Args:
+            images: (B, 4, S, S) floats in [0, 1]: the object on white, and its mask.
+
+        Returns:
+            All tokens, (B * (1 + num_registers + P * P), C), layer-normed without affine (eps 1e-5).
+        """
+        B, S = len(images), self.config.image_size
+        if images.shape != (B, 4, S, S):
+            raise ValueError(f"expected images (B, 4, {S}, {S}), got {tuple(images.shape)}")
+        channels = zip(images.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=False)  # the mask, last, has no partner
+        pixels = torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)  # (B, 3, S, S)
+        hidden = self.encoder(self.embeddings(pixels)).last_hidden_state  # (B, 1 + registers + P * P, C)
+        features = F.layer_norm(hidden.float(), hidden.shape[-1:], eps=1e-5).to(hidden.dtype)
+        return ImageTokens(features.flatten(0, 1), self._coords(B, images.device), self._foreground(images[:, 3]), B)
+
+    def _coords(self, batch_size: int, device: torch.device) -> Tensor:
+        """(L, 4) int32 [batch, x, y, z] of the tokens of `batch_size` images."""
+        P, num_special = self.config.image_size // self.config.patch_size, 1 + self.config.num_registers
+        row, column = torch.meshgrid(torch.arange(P), torch.arange(P), indexing="ij")
+        patches = torch.stack([column, row, torch.zeros_like(row)], dim=-1).reshape(P * P, 3)
+        xyz = torch.cat([torch.tensor([[0, 0, 1]]).expand(num_special, 3), patches])
+        batch = torch.arange(batch_size).repeat_interleave(len(xyz))
+        return torch.cat([batch[:, None], xyz.repeat(batch_size, 1)], dim=1).int().to(device)
+
+    def _foreground(self, masks: Tensor) -> Tensor:
+        """(B, S, S) masks -> (L,) bool: the patches that hold a foreground pixel, and all other tokens."""
+        is_object = F.max_pool2d(masks[:, None].float(), self.config.patch_size).flatten(1) > 0  # (B, P * P)
+        return F.pad(is_object, (1 + self.config.num_registers, 0), value=True).flatten()

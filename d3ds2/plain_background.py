@@ -1,0 +1,112 @@
+"""Cut an object out of a plain background: one colour, or a soft gradient, at the border of the picture.
+
+The background is a smooth colour surface fitted to the border; whatever of its colour is reached from the border is
+background, so parts of the object in the same colour stay. Deterministic, numpy and scipy only.
+A cast shadow counts as part of the object, and so does background that the object fully encloses.
+"""
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+WORKING_SIZE = 1024  # pixels of the longer side at which the mask is made; the encoder sees 518
+MIN_BORDER_SHARE = 0.6  # of the border must be background: the object may touch or leave the picture at a side
+MAX_NOISE = 12.0  # of 255: more spread at the border is a scene, not a plain background
+EDGE_PIXELS = 3  # width of the soft edge and of the ringing that JPEG leaves around it
+
+
+def remove_plain_background(image: Image.Image) -> Image.Image | None:
+    """Give the object on a plain background an alpha channel.
+
+    Args:
+        image: RGB.
+
+    Returns:
+        RGBA of the same size, colours at the soft edge freed of the background; None if the border is not plain.
+        Alpha is 0 everywhere if nothing stands out.
+    """
+    scale = min(1.0, WORKING_SIZE / max(image.size))
+    size = tuple(max(1, round(edge * scale)) for edge in image.size)
+    small = image if scale == 1 else image.resize(size, Image.Resampling.BOX)
+    rgb = np.asarray(small, dtype=np.float32)  # (H, W, 3), 0..255
+    fitted = _fit_border(rgb)
+    if fitted is None:
+        return None
+    background, noise = fitted
+    distance = np.sqrt(np.square(rgb - background).sum(-1))  # (H, W)
+    alpha = _alpha(distance, threshold=3.0 + 4.0 * noise)
+    if scale < 1:
+        alpha = np.asarray(Image.fromarray(alpha).resize(image.size, Image.Resampling.BILINEAR))
+        background = np.stack(
+            [
+                np.asarray(Image.fromarray(channel).resize(image.size, Image.Resampling.BILINEAR))
+                for channel in np.moveaxis(background, -1, 0)
+            ],
+            axis=-1,
+        )
+    return _unmix(image, alpha, background)
+
+
+def _fit_border(rgb: np.ndarray) -> tuple[np.ndarray, float] | None:
+    """The colour surface (H, W, 3) of the background and its noise (of 255), or None if the border is not plain."""
+    H, W = rgb.shape[:2]
+    width = max(1, min(H, W) // 50)
+    y, x = np.meshgrid(np.linspace(-1, 1, H), np.linspace(-1, 1, W), indexing="ij")
+    is_border = np.ones((H, W), dtype=bool)
+    is_border[width : H - width, width : W - width] = False
+    colors, y_border, x_border = rgb[is_border].astype(np.float64), y[is_border], x[is_border]
+
+    # start from the commonest colour, then refit a plane and a paraboloid to what agrees with it
+    bins = (colors // 16).astype(np.int64) @ (1, 16, 256)
+    center = np.median(colors[bins == np.bincount(bins).argmax()], axis=0)
+    agrees = np.abs(colors - center).max(-1) < 24
+    for degree in (0, 1, 1, 2, 2):
+        terms = _polynomial(x_border, y_border, degree)
+        if agrees.sum() < 10 * terms.shape[1]:
+            terms = terms[:, :1]  # a picture of few pixels: one colour
+        coefficients = np.linalg.lstsq(terms[agrees], colors[agrees], rcond=None)[0]
+        residual = np.sqrt(np.square(colors - terms @ coefficients).sum(-1))
+        noise = 1.4826 * float(np.median(residual[agrees]))
+        agrees = residual < 6.0 + 4.0 * noise
+        if not agrees.any():
+            return None
+    if agrees.mean() < MIN_BORDER_SHARE or noise > MAX_NOISE:
+        return None
+    fitted = _polynomial(x.ravel(), y.ravel(), degree)[:, : len(coefficients)] @ coefficients
+    return fitted.reshape(H, W, 3).clip(0, 255).astype(np.float32), noise
+
+
+def _polynomial(x: np.ndarray, y: np.ndarray, degree: int) -> np.ndarray:
+    """(n, 1 | 3 | 6) monomials of x and y up to the degree."""
+    return np.stack([x**i * y**j for n in range(degree + 1) for i in range(n + 1) for j in [n - i]], axis=-1)
+
+
+def _alpha(distance: np.ndarray, threshold: float) -> np.ndarray:
+    """(H, W) colour distance to the background -> alpha in [0, 1], float32."""
+    # background: what is near its colour and connected to the border of the picture
+    is_near = np.pad(distance < threshold, 1, constant_values=True)
+    labels = ndimage.label(is_near)[0]
+    is_object = (labels != labels[0, 0])[1:-1, 1:-1]
+
+    labels, count = ndimage.label(is_object, structure=np.ones((3, 3)))
+    if count == 0:
+        return np.zeros(distance.shape, dtype=np.float32)
+    areas = np.bincount(labels.ravel())[1:]
+    is_speck = areas < max(2e-4 * distance.size, 5e-3 * areas.max())  # dust, noise and ringing
+    is_object &= ~np.concatenate([[True], is_speck])[labels]
+
+    # a pixel of the edge mixes object and background, so its distance is alpha times that of the object beside it
+    inside = ndimage.distance_transform_cdt(np.pad(is_object, 1, constant_values=False), "chessboard")[1:-1, 1:-1]
+    full = ndimage.maximum_filter(np.where(is_object, distance, 0), size=2 * EDGE_PIXELS + 1)
+    mixed = (distance / np.maximum(full, 1e-6) - 0.1) / 0.8  # ringing stays below a tenth
+    alpha = np.where(inside > EDGE_PIXELS, 1, mixed.clip(0, 1)) * is_object
+    return alpha.astype(np.float32)
+
+
+def _unmix(image: Image.Image, alpha: np.ndarray, background: np.ndarray) -> Image.Image:
+    """RGBA whose colour, laid over `background` (H, W, 3) with `alpha` (H, W), is the image again."""
+    rgb = np.array(image)
+    soft = (alpha > 0) & (alpha < 1)
+    a = np.maximum(alpha[soft], 0.05)[:, None]
+    rgb[soft] = ((rgb[soft] - (1 - a) * background[soft]) / a).clip(0, 255).round().astype(np.uint8)
+    return Image.fromarray(np.dstack([rgb, (alpha * 255).round().astype(np.uint8)]), "RGBA")
