@@ -52,7 +52,7 @@ def golden(name: str) -> Golden:
     for key, tensor in load_file(folder / f"{name}.safetensors").items():
         kind, _, rest = key.partition("/")
         getattr(data, kind)[rest] = tensor.float() if kind == "params" else tensor
-    if not data.params and not data.meta.get("params_stored", True):
+    if not data.params and "param_recipe" in data.meta:
         data.params = recipe_parameters(data.meta)
     return data
 
