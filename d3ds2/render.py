@@ -1,0 +1,282 @@
+"""A mesh from a camera: primary rays through embree, on the CPU, without a display.
+
+The picture is a function of the arguments alone. Axes: Y up, the object's front toward +Z.
+Triangles are two-sided: a normal that points away from the camera is turned round.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+SENSOR_MM = 36.0  # edge of the square sensor
+GREY = 200  # sRGB albedo of a mesh without colours
+SHADOW_OFFSET = 1e-4  # of the bounding sphere's radius
+EDGE_CONTRAST = 0.03  # difference of neighbouring pixels, summed over linear RGBA, above which both are resampled
+
+
+@dataclass(frozen=True)
+class Camera:
+    """A pinhole camera on a sphere around its target, upright.
+
+    Azimuth 0 looks at the object's +Z side and grows toward +X; elevation grows toward +Y (both in degrees). The
+    distance is such that a sphere of `radius` around `target` just fits into the square picture.
+    """
+
+    elevation: float = 15.0
+    azimuth: float = 0.0
+    focal_mm: float = 50.0  # for a sensor of 36 mm
+    target: tuple[float, float, float] | None = None  # None: the centre of the mesh's bounding box
+    radius: float | None = None  # None: the largest distance of a vertex from the target
+
+    def __post_init__(self):
+        if not self.focal_mm > 0:
+            raise ValueError(f"expected focal_mm > 0, got {self.focal_mm}")
+        if self.radius is not None and not self.radius > 0:
+            raise ValueError(f"expected radius > 0, got {self.radius}")
+
+    @property
+    def axes(self) -> np.ndarray:
+        """(3,3) float32: the unit vectors right, up and backward (from the target to the camera)."""
+        backward = direction(self.elevation, self.azimuth)
+        azimuth = math.radians(self.azimuth)
+        right = np.array([math.cos(azimuth), 0.0, -math.sin(azimuth)])
+        return np.stack([right, np.cross(backward, right), backward]).astype(np.float32)
+
+    @property
+    def half_width(self) -> float:
+        """Half the picture's width at distance 1: tan of half the field of view."""
+        return SENSOR_MM / 2 / self.focal_mm
+
+    @property
+    def distance(self) -> float:
+        """From target to camera in radii: 1 / sin of half the field of view."""
+        return math.hypot(1.0, self.half_width) / self.half_width
+
+
+@dataclass(frozen=True)
+class Light:
+    """A sky and a ground, one distant key light, and a weak fill at the camera. Linear intensities for white = 1."""
+
+    elevation: float = 50.0  # of the key light, degrees; same angles as the camera's
+    azimuth: float = -35.0
+    key: float = 0.75
+    fill: float = 0.12
+    sky: float = 0.35
+    ground: float = 0.15
+    shadows: bool = False
+
+
+def direction(elevation: float, azimuth: float) -> np.ndarray:
+    """(3,) float32 unit vector; (0, 0) is +Z, azimuth 90 is +X, elevation 90 is +Y. Degrees."""
+    e, a = math.radians(elevation), math.radians(azimuth)
+    return np.array([math.sin(a) * math.cos(e), math.sin(e), math.cos(a) * math.cos(e)], dtype=np.float32)
+
+
+def _embree():
+    try:
+        from embreex import mesh_construction, rtcore_scene
+    except ImportError as error:
+        raise ImportError(
+            "rendering needs embreex, which is not installed: pip install embreex "
+            "(or this package's extra `train`: pip install -e .[train])"
+        ) from error
+    return rtcore_scene.EmbreeScene, mesh_construction.TriangleMesh
+
+
+class MeshRenderer:
+    """One mesh, its ray tracing tree built once for any number of views.
+
+    Args:
+        vertices (V,3) float, faces (F,3) int.
+        face_colors: (F,3) uint8 sRGB, None for grey.
+        smooth: shade with area-weighted vertex normals; expects consistent winding.
+
+    Raises:
+        ImportError: embreex is not installed.
+        ValueError: shapes or values that are not a mesh.
+    """
+
+    def __init__(self, vertices, faces, face_colors=None, smooth: bool = False):
+        scene, triangle_mesh = _embree()
+        self.vertices = np.ascontiguousarray(vertices, dtype=np.float32)
+        self.faces = np.ascontiguousarray(faces, dtype=np.int32)
+        if self.vertices.ndim != 2 or self.vertices.shape[1] != 3 or not np.isfinite(self.vertices).all():
+            raise ValueError(f"expected finite vertices (V,3), got {self.vertices.shape}")
+        if self.faces.ndim != 2 or self.faces.shape[1] != 3 or len(self.faces) == 0:
+            raise ValueError(f"expected faces (F,3) with F > 0, got {self.faces.shape}")
+        if self.faces.min() < 0 or self.faces.max() >= len(self.vertices):
+            raise ValueError(f"expected face indices below {len(self.vertices)}, got {self.faces.max()}")
+        colors = np.full((1, 3), GREY, np.uint8) if face_colors is None else np.asarray(face_colors, dtype=np.uint8)
+        if face_colors is not None and colors.shape != self.faces.shape:
+            raise ValueError(f"expected face_colors {self.faces.shape}, got {colors.shape}")
+        self.albedo = _DECODE[colors]  # (F,3) or (1,3)
+        self.normals = vertex_normals(self.vertices, self.faces) if smooth else None  # (V,3)
+        self.box = np.stack([self.vertices.min(axis=0), self.vertices.max(axis=0)])  # (2,3)
+        self.scene = scene(robust=True)
+        triangle_mesh(self.scene, self.vertices, self.faces)
+
+    def render(self, camera: Camera, size: int, light: Light | None = None, supersample: int = 1) -> np.ndarray:
+        """(size, size, 4) uint8 sRGB with straight alpha, row 0 at the top.
+
+        Args:
+            supersample: rays per pixel edge; spent only on pixels that differ from a neighbour.
+        """
+        if size < 1 or supersample < 1:
+            raise ValueError(f"expected size and supersample >= 1, got {size} and {supersample}")
+        light = light or Light()
+        target = self.box.mean(axis=0) if camera.target is None else np.asarray(camera.target, dtype=np.float32)
+        radius = camera.radius
+        if radius is None:
+            radius = float(np.sqrt(np.square(self.vertices - target).sum(axis=1).max())) or 1.0
+        view = _View(camera, target, radius, size, light)
+
+        picture = np.zeros((size, size, 4), dtype=np.float32)  # linear, premultiplied
+        top, bottom, left, right = self._window(view)
+        rows, columns = np.mgrid[top:bottom, left:right].reshape(2, -1)
+        picture[top:bottom, left:right] = self._shade(view, rows + 0.5, columns + 0.5).reshape(
+            bottom - top, right - left, 4
+        )
+        if supersample > 1:
+            rows, columns = np.nonzero(_edges(picture[top:bottom, left:right]))
+            rows, columns = rows + top, columns + left
+            places = (np.arange(supersample) + 0.5) / supersample
+            down, across = (a.ravel() for a in np.meshgrid(places, places, indexing="ij"))
+            samples = self._shade(view, (rows[:, None] + down).ravel(), (columns[:, None] + across).ravel())
+            picture[rows, columns] = samples.reshape(len(rows), supersample**2, 4).mean(axis=1)
+        return _encode(picture)
+
+    def _window(self, view: "_View") -> tuple[int, int, int, int]:
+        """(top, bottom, left, right): the pixels that the mesh's bounding box can touch."""
+        corners = np.stack(np.meshgrid(*self.box.T, indexing="ij"), axis=-1).reshape(8, 3)
+        x, y, z = view.axes @ (corners - view.origin).T  # (8,) each; z < 0 in front of the camera
+        if (z > -1e-6).any():
+            return 0, view.size, 0, view.size
+        column = (x / -z / view.half_width + 1) / 2 * view.size
+        row = (1 - y / -z / view.half_width) / 2 * view.size
+        low = np.floor([row.min(), column.min()]).astype(int) - 1
+        high = np.ceil([row.max(), column.max()]).astype(int) + 1
+        (top, left), (bottom, right) = np.clip([low, high], 0, view.size)
+        return int(top), int(bottom), int(left), int(right)
+
+    def _shade(self, view: "_View", rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """(n,4) float32 linear RGB and coverage (0 or 1) at picture positions in pixels."""
+        out = np.zeros((len(rows), 4), dtype=np.float32)
+        if len(rows) == 0:
+            return out
+        rays = view.rays(rows, columns)
+        hits = self.scene.run(np.broadcast_to(view.origin, rays.shape).copy(), rays, output=1)
+        hit = np.flatnonzero(hits["primID"] >= 0)
+        if len(hit) == 0:
+            return out
+        face, rays = hits["primID"][hit], rays[hit]
+        normal = hits["Ng"][hit]
+        facing = np.einsum("ij,ij->i", normal, rays)
+        if self.normals is not None:
+            u, v = hits["u"][hit, None], hits["v"][hit, None]
+            a, b, c = (self.normals[self.faces[face, k]] for k in range(3))
+            normal = a + u * (b - a) + v * (c - a)
+        scale = np.sqrt(np.einsum("ij,ij->i", normal, normal))
+        normal *= (np.where(facing > 0, -1, 1) / np.maximum(scale, 1e-30)).astype(np.float32)[:, None]
+
+        light = view.light
+        key = np.maximum(normal @ direction(light.elevation, light.azimuth), 0) * light.key
+        if light.shadows:
+            key *= self._lit(view, rays * hits["tfar"][hit, None], normal)
+        intensity = key + np.maximum(normal @ view.axes[2], 0) * light.fill
+        intensity += (light.sky + light.ground) / 2 + normal[:, 1] * ((light.sky - light.ground) / 2)
+        albedo = self.albedo[face] if len(self.albedo) > 1 else self.albedo
+        out[hit, :3] = albedo * intensity[:, None]
+        out[hit, 3] = 1
+        return out
+
+    def _lit(self, view: "_View", offsets: np.ndarray, normal: np.ndarray) -> np.ndarray:
+        """(n,) float32: 1 where the key light reaches the point camera + offset, else 0."""
+        points = view.origin + offsets + normal * (SHADOW_OFFSET * view.radius)
+        toward = np.broadcast_to(direction(view.light.elevation, view.light.azimuth), points.shape).copy()
+        occluder = self.scene.run(points.astype(np.float32), toward, query="INTERSECT")
+        return (occluder < 0).astype(np.float32)
+
+
+class _View:
+    """A camera placed before its target, in numbers."""
+
+    def __init__(self, camera: Camera, target: np.ndarray, radius: float, size: int, light: Light):
+        self.axes, self.half_width, self.radius = camera.axes, camera.half_width, radius
+        self.origin = (target + self.axes[2] * (camera.distance * radius)).astype(np.float32)
+        self.size, self.light = size, light
+
+    def rays(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """(n,3) float32 directions through picture positions in pixels, not normalised."""
+        plane = np.empty((len(rows), 3), dtype=np.float32)
+        plane[:, 0] = ((2 / self.size) * columns - 1) * self.half_width
+        plane[:, 1] = (1 - (2 / self.size) * rows) * self.half_width
+        plane[:, 2] = -1
+        return plane @ self.axes
+
+
+def render(
+    vertices,
+    faces,
+    camera: Camera,
+    size: int,
+    face_colors=None,
+    smooth: bool = False,
+    light: Light | None = None,
+    supersample: int = 1,
+) -> np.ndarray:
+    """One view of a mesh: (size, size, 4) uint8 sRGB, straight alpha. `MeshRenderer` is for several views."""
+    return MeshRenderer(vertices, faces, face_colors, smooth).render(camera, size, light, supersample)
+
+
+def render_sides(vertices, faces, size: int, face_colors=None, elevation: float = 15.0) -> list[np.ndarray]:
+    """The front, right (+X), back and left side: four (size, size, 4) uint8 pictures, shadowed and antialiased.
+
+    The light turns with the camera, so that no side lies in the dark.
+    """
+    renderer = MeshRenderer(vertices, faces, face_colors)
+    return [
+        renderer.render(
+            Camera(elevation, azimuth), size, Light(azimuth=azimuth + Light.azimuth, shadows=True), supersample=2
+        )
+        for azimuth in (0.0, 90.0, 180.0, 270.0)
+    ]
+
+
+def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """(V,3) float32 sums of the adjacent faces' normals, weighted by area; not normalised."""
+    a, b, c = (vertices[faces[:, k]] for k in range(3))
+    normals = np.cross(b - a, c - a)  # (F,3)
+    sums = [np.bincount(faces.ravel(), np.repeat(normals[:, k], 3), minlength=len(vertices)) for k in range(3)]
+    return np.stack(sums, axis=1).astype(np.float32)
+
+
+def _edges(picture: np.ndarray) -> np.ndarray:
+    """(H,W) bool: pixels that differ from one of their four neighbours."""
+    edges = np.zeros(picture.shape[:2], dtype=bool)
+    channels = np.ones(4, dtype=np.float32)
+    across = np.abs(np.diff(picture, axis=1)) @ channels > EDGE_CONTRAST
+    down = np.abs(np.diff(picture, axis=0)) @ channels > EDGE_CONTRAST
+    edges[:, :-1] |= across
+    edges[:, 1:] |= across
+    edges[:-1] |= down
+    edges[1:] |= down
+    return edges
+
+
+_LEVELS = np.arange(4096) / 4095
+_ENCODE = np.where(_LEVELS <= 0.0031308, 12.92 * _LEVELS, 1.055 * np.maximum(_LEVELS, 1e-9) ** (1 / 2.4) - 0.055)
+_ENCODE = np.round(_ENCODE * 255).astype(np.uint8)
+_BYTES = np.arange(256) / 255
+_DECODE = np.where(_BYTES <= 0.04045, _BYTES / 12.92, ((_BYTES + 0.055) / 1.055) ** 2.4).astype(np.float32)
+
+
+def _encode(picture: np.ndarray) -> np.ndarray:
+    """(H,W,4) linear premultiplied float to sRGB uint8 with straight alpha."""
+    out = np.zeros(picture.shape, dtype=np.uint8)
+    covered = picture[..., 3] > 0
+    pixels = picture[covered]
+    linear = np.clip(pixels[:, :3] / pixels[:, 3:], 0, 1)
+    out[covered, :3] = _ENCODE[(linear * 4095 + 0.5).astype(np.int32)]
+    out[covered, 3] = np.round(pixels[:, 3] * 255)
+    return out
