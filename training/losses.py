@@ -1,0 +1,106 @@
+"""The losses of the paper.
+
+Packed batches count every token (or voxel) equally: a mean over all of a batch, whatever shape they belong to.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SDFLossConfig:
+    """Weights of eq. 3."""
+
+    inside: float = 1.0  # lambda_in: active voxels, |s| < 1 [A]
+    exterior: float = 0.1  # lambda_ext: the other voxels of the decoded blocks [A]
+    sharp: float = 1.0  # lambda_sharp: active voxels near sharp edges [A]
+    kl: float = 1e-3  # lambda_KL [A]
+
+
+@dataclass(frozen=True)
+class StructureLossConfig:
+    """Weights of the structure VAE's loss; the paper does not state one [D]."""
+
+    bce: float = 1.0
+    dice: float = 0.0
+    positive_weight: float = 1.0  # of an occupied voxel in the cross-entropy
+    kl: float = 1e-3
+
+
+def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
+    """Mean over all elements of KL(N(mean, exp(logvar)) || N(0, 1)). Mean and not sum: [C]."""
+    mean, logvar = mean.float(), logvar.float()
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+
+
+def sdf_loss(
+    sdf: Tensor, target: Tensor, sharp: Tensor, mean: Tensor, logvar: Tensor, config: SDFLossConfig
+) -> dict[str, Tensor]:
+    """Eq. 2-3: weighted mean squared errors over three sets of voxels, and the KL divergence.
+
+    Args:
+        sdf: decoded values of all voxels of all blocks, (N, 1) or (N,).
+        target: true values in [-1, 1], same number. Voxels with |target| < 1 are active.
+        sharp: (N,) bool, the voxels near sharp edges; those outside the band do not count.
+        mean, logvar: the posterior, (L, C).
+
+    Returns:
+        "loss" and its unweighted terms "inside", "exterior", "sharp", "kl", each a scalar float32. A set without any
+        voxel has error 0.
+    """
+    if sdf.numel() != target.numel() or sharp.numel() != target.numel():
+        raise ValueError(
+            f"expected as many values as targets, got sdf {tuple(sdf.shape)}, target {tuple(target.shape)}, "
+            f"sharp {tuple(sharp.shape)}"
+        )
+    target = target.flatten().float()
+    error = (sdf.flatten().float() - target).square()  # (N,)
+    active = target.abs() < 1
+    terms = {
+        "inside": _mean_over(error, active),  # eq. 2
+        "exterior": _mean_over(error, ~active),
+        "sharp": _mean_over(error, active & sharp.flatten()),
+        "kl": kl_divergence(mean, logvar),
+    }
+    return {"loss": sum(getattr(config, name) * term for name, term in terms.items()), **terms}  # eq. 3
+
+
+def _mean_over(values: Tensor, chosen: Tensor) -> Tensor:
+    return (values * chosen).sum() / chosen.sum().clamp(min=1)
+
+
+def structure_loss(
+    logits: Tensor, occupancy: Tensor, mean: Tensor, logvar: Tensor, config: StructureLossConfig
+) -> dict[str, Tensor]:
+    """Cross-entropy and dice loss of the occupancy, and the KL divergence.
+
+    Args:
+        logits, occupancy: (B, 1, G, G, G); occupancy in {0, 1}.
+        mean, logvar: the posterior, (B, C, g, g, g).
+
+    Returns:
+        "loss", its unweighted terms "bce", "dice", "kl", and "iou", the overlap of logits > 0 with the occupancy.
+    """
+    if logits.shape != occupancy.shape:
+        raise ValueError(f"expected logits {tuple(occupancy.shape)}, got {tuple(logits.shape)}")
+    logits, occupancy = logits.float(), occupancy.float()
+    weight = torch.tensor(config.positive_weight, device=logits.device)
+    p = logits.sigmoid()
+    overlap = 2 * (p * occupancy).flatten(1).sum(1) + 1
+    terms = {
+        "bce": F.binary_cross_entropy_with_logits(logits, occupancy, pos_weight=weight),
+        "dice": (1 - overlap / ((p + occupancy).flatten(1).sum(1) + 1)).mean(),
+        "kl": kl_divergence(mean, logvar),
+    }
+    loss = sum(getattr(config, name) * term for name, term in terms.items())
+    predicted, occupied = logits > 0, occupancy > 0
+    iou = (predicted & occupied).sum() / (predicted | occupied).sum().clamp(min=1)
+    return {"loss": loss, **terms, "iou": iou}
+
+
+def velocity_loss(predicted: Tensor, x_0: Tensor, noise: Tensor) -> Tensor:
+    """Eq. 11: mean squared error of the velocity, over all tokens and channels."""
+    return (predicted.float() - (noise - x_0).float()).square().mean()
