@@ -142,12 +142,13 @@ def _rembg_file(session: type, name: str) -> Path:
     return Path(session.resolve_existing(file) or Path(session.model_dir()) / file)
 
 
-def preprocess(image: Image.Image, size: int = 518) -> Tensor:
+def preprocess(image: Image.Image, size: int = 518, margin: float = 16) -> Tensor:
     """Crop to the object, lay it on white, centre it in a square with a margin as the released pipeline does.
 
     Args:
         image: RGBA, as `cut_out` gives it.
-        size: pixels per edge; the margin is 16 pixels at 518 and in proportion elsewhere.
+        size: pixels per edge.
+        margin: pixels at 518, in proportion elsewhere; training varies it.
 
     Returns:
         (4, size, size) float32 in [0, 1]: red, green, blue, mask.
@@ -164,7 +165,7 @@ def preprocess(image: Image.Image, size: int = 518) -> Tensor:
     rgb = Image.fromarray(np.stack(on_white, axis=-1))
     mask = Image.fromarray((a * 255).astype(np.uint8))
 
-    margin = round(16 * size / 518)
+    margin = round(margin * size / 518)
     rgb = _square(rgb, size, margin, "white", Image.Resampling.BILINEAR)
     mask = _square(mask, size, margin, "black", Image.Resampling.NEAREST)
     return torch.from_numpy(np.dstack([rgb, mask])).permute(2, 0, 1).contiguous().float() / 255
