@@ -3,12 +3,10 @@
 Each script has its own dataclass beside its loop; the sizes of a network are the dataclass of d3ds2 that builds it.
 """
 
-import dataclasses
 import sys
 import tomllib
-import types
-import typing
-from typing import Any
+
+from d3ds2.dataclass_values import from_dict
 
 
 def load_config(cls, argv: list[str]):
@@ -42,60 +40,3 @@ def load_config(cls, argv: list[str]):
         except tomllib.TOMLDecodeError:
             table[name] = value  # a bare string
     return from_dict(cls, values)
-
-
-def from_dict(cls, values: dict, prefix: str = ""):
-    """Build a (nested) dataclass of plain values; `prefix` is the key of `values` in the whole, for messages.
-
-    Raises:
-        ValueError: an unknown key or a value of the wrong type, by its full key; or what the dataclass itself raises.
-    """
-    known = {field.name: field for field in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-    if unknown := sorted(values.keys() - known.keys()):
-        names = ", ".join(prefix + name for name in unknown)
-        raise ValueError(f"unknown key {names} of {cls.__name__}; known: {', '.join(known)}")
-    return cls(**{name: _convert(hints[name], value, prefix + name) for name, value in values.items()})
-
-
-def _convert(hint: Any, value: Any, key: str) -> Any:
-    """`value` as the annotation `hint` wants it: int becomes float, a list becomes a tuple, a table a dataclass."""
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise _wrong_type(key, f"a section [{key}]", value)
-        return from_dict(hint, value, f"{key}.")
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        for argument in arguments:
-            try:
-                return _convert(argument, value, key)
-            except ValueError:
-                continue
-        raise _wrong_type(key, hint, value)
-    if origin is typing.Literal:
-        if value not in arguments:
-            raise ValueError(f"{key}: expected one of {', '.join(map(repr, arguments))}, got {value!r}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise _wrong_type(key, hint, value)
-        each = arguments[:1] * len(value) if arguments[1:] == (Ellipsis,) else arguments
-        if len(each) != len(value):
-            raise _wrong_type(key, hint, value)
-        return tuple(_convert(a, v, f"{key}[{i}]") for i, (a, v) in enumerate(zip(each, value, strict=True)))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise _wrong_type(key, hint, value)
-        return {name: _convert(arguments[1], v, f"{key}.{name}") for name, v in value.items()}
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:  # type, not isinstance: a bool is no int
-        raise _wrong_type(key, hint, value)
-    return value
-
-
-def _wrong_type(key: str, hint: Any, value: Any) -> ValueError:
-    expected = hint if isinstance(hint, str) else getattr(hint, "__name__", None) or str(hint)
-    if typing.get_args(hint):
-        expected = str(hint)
-    return ValueError(f"{key}: expected {expected}, got {value!r} ({type(value).__name__})")
