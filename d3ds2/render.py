@@ -89,7 +89,7 @@ class MeshRenderer:
 
     Args:
         vertices (V,3) float, faces (F,3) int.
-        face_colors: (F,3) uint8 sRGB, None for grey.
+        face_colors: (F,3) or (1,3) uint8 sRGB, None for grey.
         smooth: shade with area-weighted vertex normals; expects consistent winding.
 
     Raises:
@@ -107,14 +107,18 @@ class MeshRenderer:
             raise ValueError(f"expected faces (F,3) with F > 0, got {self.faces.shape}")
         if self.faces.min() < 0 or self.faces.max() >= len(self.vertices):
             raise ValueError(f"expected face indices below {len(self.vertices)}, got {self.faces.max()}")
-        colors = np.full((1, 3), GREY, np.uint8) if face_colors is None else np.asarray(face_colors, dtype=np.uint8)
-        if face_colors is not None and colors.shape != self.faces.shape:
-            raise ValueError(f"expected face_colors {self.faces.shape}, got {colors.shape}")
-        self.albedo = _DECODE[colors]  # (F,3) or (1,3)
+        self.set_colors(np.full((1, 3), GREY) if face_colors is None else face_colors)
         self.normals = vertex_normals(self.vertices, self.faces) if smooth else None  # (V,3)
         self.box = np.stack([self.vertices.min(axis=0), self.vertices.max(axis=0)])  # (2,3)
         self.scene = scene(robust=True)
         triangle_mesh(self.scene, self.vertices, self.faces)
+
+    def set_colors(self, face_colors) -> None:
+        """(F,3) uint8 sRGB, or (1,3) for all faces alike."""
+        colors = np.asarray(face_colors, dtype=np.uint8)
+        if colors.shape not in (self.faces.shape, (1, 3)):
+            raise ValueError(f"expected face_colors {self.faces.shape} or (1, 3), got {colors.shape}")
+        self.albedo = _DECODE[colors]  # (F,3) or (1,3), linear
 
     def render(self, camera: Camera, size: int, light: Light | None = None, supersample: int = 1) -> np.ndarray:
         """(size, size, 4) uint8 sRGB with straight alpha, row 0 at the top.

@@ -1,0 +1,196 @@
+"""Meshes -> pictures of them: RGBA views from random cameras, for training the image-conditioned networks.
+
+    python -m training.render_views training/configs/tiny_views.toml meshes=my_meshes data_dir=data/mine
+
+Reads the same folder of meshes as prepare_shapes and writes, for each mesh,
+
+    data_dir/views/<name>/000.png ...     RGBA, straight alpha
+    data_dir/views/<name>/cameras.json    the settings, and camera and light of each view
+    data_dir/view_failures.jsonl          what could not be read or rendered, and why
+
+A view depends on (seed, split, name, number) alone. Folders that exist and were made with the same settings are
+kept, so a stopped run goes on where it was. One process per core. Needs embreex (extra `train`).
+"""
+
+import colorsys
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from d3ds2.mesh_to_sdf import normalize_mesh
+from d3ds2.render import Camera, Light, MeshRenderer
+from training.config import load_config
+from training.meshes import MeshEntry, list_meshes, read_mesh
+
+MIN_COVERAGE = 2e-3  # of the pixels; a sheet seen edge-on is looked at from elsewhere
+TRIES = 20
+
+
+@dataclass(frozen=True)
+class RenderViewsConfig:
+    meshes: str = "meshes"
+    data_dir: str = "data"
+    views: int = 45  # per mesh [A]
+    size: int = 1024  # pixels per edge [A]
+    elevation: tuple[float, float] = (10.0, 40.0)  # degrees [A]
+    azimuth: tuple[float, float] = (-90.0, 90.0)  # degrees around the front; the paper says 0-180 of its own axes [C]
+    focal_mm: tuple[float, float] = (30.0, 100.0)  # for a sensor of 36 mm [A]
+    shadows: float = 0.5  # probability that the key light casts them [D]
+    color_jitter: float = 0.1  # of each channel, either way [D]
+    supersample: int = 2  # rays per pixel edge, where it matters
+    scale: float = 0.95  # as in prepare_shapes
+    seed: int = 0
+    workers: int = 0  # 0: one per core
+    limit: int = 0  # only the first meshes; 0: all
+
+    def __post_init__(self):
+        if self.views < 1 or self.size < 8:
+            raise ValueError(f"expected views >= 1 and size >= 8, got {self.views} and {self.size}")
+        for name in ("elevation", "azimuth", "focal_mm"):
+            low, high = getattr(self, name)
+            if not low <= high:
+                raise ValueError(f"expected {name} as [low, high], got {[low, high]}")
+
+    @property
+    def settings(self) -> dict:
+        """What the pictures depend on, as it stands in cameras.json."""
+        elsewhere = ("meshes", "data_dir", "workers", "limit")
+        return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(self).items() if k not in elsewhere}))
+
+
+def view_folder(data_dir: str | Path, name: str) -> Path:
+    return Path(data_dir) / "views" / name
+
+
+def generator_for(seed: int, split: str, name: str, view: int) -> np.random.Generator:
+    """Random numbers of one view; no other split, mesh or view shares them."""
+    digest = hashlib.sha256(f"{seed}/{split}/{name}/{view}".encode()).digest()
+    return np.random.default_rng(np.frombuffer(digest[:16], dtype=np.uint32))
+
+
+def random_camera(config: RenderViewsConfig, rng: np.random.Generator) -> Camera:
+    return Camera(rng.uniform(*config.elevation), rng.uniform(*config.azimuth), rng.uniform(*config.focal_mm))
+
+
+def random_light(config: RenderViewsConfig, camera: Camera, rng: np.random.Generator) -> Light:
+    """A key light from above, on the camera's side of the object."""
+    return Light(
+        elevation=rng.uniform(20, 80),
+        azimuth=camera.azimuth + rng.uniform(-75, 75),
+        key=rng.uniform(0.5, 0.95),
+        fill=rng.uniform(0.05, 0.2),
+        sky=rng.uniform(0.25, 0.45),
+        ground=rng.uniform(0.08, 0.2),
+        shadows=bool(rng.uniform() < config.shadows),
+    )
+
+
+def random_colors(colors: np.ndarray | None, jitter: float, rng: np.random.Generator) -> np.ndarray:
+    """(F,3) or (1,3) uint8: the mesh's own colours, slightly shifted, or one random colour where it has none.
+
+    One grey on all faces counts as none.
+    """
+    if colors is not None and (np.ptp(colors, axis=0).any() or np.ptp(colors[0]) > 8):
+        return np.clip(colors * rng.uniform(1 - jitter, 1 + jitter, size=3), 0, 255).astype(np.uint8)
+    saturation = rng.beta(1, 2.5)  # mostly muted, as paint and wood and stone are
+    color = colorsys.hsv_to_rgb(rng.uniform(), saturation, rng.uniform(0.35, 0.95))
+    return np.round(np.array([color]) * 255).astype(np.uint8)
+
+
+def render_view(
+    renderer: MeshRenderer, colors: np.ndarray | None, config: RenderViewsConfig, rng: np.random.Generator
+) -> tuple[np.ndarray, Camera, Light]:
+    """One random view: (size, size, 4) uint8, its camera and its light.
+
+    Raises:
+        ValueError: the mesh cannot be seen from any camera tried.
+    """
+    for _ in range(TRIES):
+        camera = random_camera(config, rng)
+        light = random_light(config, camera, rng)
+        renderer.set_colors(random_colors(colors, config.color_jitter, rng))
+        picture = renderer.render(camera, config.size, light, config.supersample)
+        if (picture[..., 3] > 0).mean() >= MIN_COVERAGE:
+            return picture, camera, light
+    raise ValueError(f"expected a mesh that covers {MIN_COVERAGE:.1%} of a picture, got none in {TRIES} tries")
+
+
+def render_mesh(entry: MeshEntry, config: RenderViewsConfig) -> int:
+    """Write all views of one mesh, unless they are there; returns how many were rendered.
+
+    Raises:
+        ValueError or OSError: the mesh cannot be read or seen.
+    """
+    folder = view_folder(config.data_dir, entry.name)
+    if is_complete(folder, config):
+        return 0
+    vertices, faces, colors = read_mesh(entry)
+    renderer = MeshRenderer(normalize_mesh(vertices, config.scale), faces)
+    partial = folder.with_name(f".{entry.name}.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    views = []
+    for number in range(config.views):
+        rng = generator_for(config.seed, entry.split, entry.name, number)
+        picture, camera, light = render_view(renderer, colors, config, rng)
+        file = f"{number:03d}.png"
+        Image.fromarray(picture).save(partial / file, compress_level=1)
+        views.append({"file": file, "camera": dataclasses.asdict(camera), "light": dataclasses.asdict(light)})
+    (partial / "cameras.json").write_text(json.dumps({"settings": config.settings, "views": views}))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)  # a killed run leaves no half-written folder under this name
+    return config.views
+
+
+def is_complete(folder: Path, config: RenderViewsConfig) -> bool:
+    """Whether the folder holds all views, made with these settings."""
+    try:
+        cameras = json.loads((folder / "cameras.json").read_text())
+        return cameras["settings"] == config.settings and all((folder / v["file"]).is_file() for v in cameras["views"])
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        return False
+
+
+def main(config: RenderViewsConfig) -> list[dict]:
+    """Renders all meshes; returns the failures, as view_failures.jsonl has them."""
+    entries = list_meshes(config.meshes)[: config.limit or None]
+    views = Path(config.data_dir) / "views"
+    views.mkdir(parents=True, exist_ok=True)
+    for leftover in views.glob(".*"):
+        shutil.rmtree(leftover)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the children: the cores are shared out by mesh
+    workers = min(config.workers or os.cpu_count() or 1, len(entries))
+    failures, rendered = [], 0
+    with (
+        open(Path(config.data_dir) / "view_failures.jsonl", "w") as log,
+        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
+        tqdm(total=len(entries), unit="mesh") as progress,
+    ):
+        jobs = {pool.submit(render_mesh, entry, config): entry for entry in entries}
+        for job in as_completed(jobs):
+            entry = jobs[job]
+            try:
+                rendered += job.result()
+            except (ValueError, OSError) as error:  # one bad mesh in thousands must not end the run; it is reported
+                failures.append({"name": entry.name, "path": str(entry.path), "error": str(error)})
+                log.write(json.dumps(failures[-1]) + "\n")
+                log.flush()
+                progress.set_postfix(failures=len(failures))
+            progress.update()
+    print(f"{rendered} views rendered in {views}, {len(failures)} meshes failed")
+    return failures
+
+
+if __name__ == "__main__":
+    main(load_config(RenderViewsConfig, sys.argv[1:]))
