@@ -123,9 +123,11 @@ def read_mesh(entry: MeshEntry) -> tuple[np.ndarray, np.ndarray, np.ndarray | No
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     with np.load(path, allow_pickle=False) as file:
         vertices, faces = file["v"], file["f"].astype(np.int64)
-        colors = file["pal"][file["fc"]] if "fc" in file and "pal" in file else None
+        colors = file["pal"][file["fc"]].astype(np.uint8) if "fc" in file and "pal" in file else None
     if vertices.ndim != 2 or vertices.shape[1] != 3 or faces.ndim != 2 or faces.shape[1] != 3:
         raise ValueError(f"expected v (V,3) and f (F,3), got {vertices.shape} and {faces.shape}")
+    if colors is not None and colors.shape != faces.shape:
+        raise ValueError(f"expected a colour for each of {len(faces)} faces, got {colors.shape}")
     if vertices.dtype == np.uint16:  # the corpus: longest side 1, centred
         vertices = vertices.astype(np.float32) / 65535 - 0.5
     return vertices.astype(np.float32), faces, colors
