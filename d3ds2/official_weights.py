@@ -1,0 +1,58 @@
+"""Names and layouts of the released checkpoints, as ours.
+
+Every `*_state_dict` takes the state dict of one official module and returns that of ours, ready for a strict
+`load_state_dict`. Values keep their dtype.
+"""
+
+import re
+
+from torch import Tensor
+
+
+def sdf_vae_state_dict(official: dict[str, Tensor]) -> dict[str, Tensor]:
+    """SparseSDFVAE -> `SDFVAE`."""
+    names = [
+        (r"encoder\.input_layer1\.", "encoder.sdf_layer."),
+        (r"encoder\.downsample\.(\d+)\.act_layers\.0\.", r"encoder.down_blocks.\1.norm1."),
+        (r"encoder\.downsample\.(\d+)\.out_layers\.0\.", r"encoder.down_blocks.\1.conv1."),
+        (r"encoder\.downsample\.(\d+)\.out_layers\.1\.", r"encoder.down_blocks.\1.norm2."),
+        (r"encoder\.downsample\.(\d+)\.out_layers\.3\.", r"encoder.down_blocks.\1.conv2."),
+        (r"encoder\.downsample\.(\d+)\.skip_connection\.", r"encoder.down_blocks.\1.skip."),
+        (r"decoder\.upsample\.(\d+)\.act_layers\.0\.", r"decoder.up_blocks.\1.conv1."),
+        (r"decoder\.upsample\.(\d+)\.out_layers\.0\.", r"decoder.up_blocks.\1.conv2."),
+        (r"\.attn\.", ".attention."),
+        (r"\.mlp\.mlp\.0\.", ".feed_forward.up."),
+        (r"\.mlp\.mlp\.2\.", ".feed_forward.down."),
+    ]
+    return dict(convolution(rename(key, names), tensor) for key, tensor in official.items())
+
+
+def structure_vae_state_dict(official: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DenseShapeVAE -> `StructureVAE`."""
+    names = [
+        (r"\.input_layer\.", ".input_conv."),
+        (r"\.middle_block\.", ".middle_blocks."),
+        (r"\.out_layer\.0\.", ".out_norm."),
+        (r"\.out_layer\.2\.", ".out_conv."),
+    ]
+    return {rename(key, names): tensor for key, tensor in official.items()}
+
+
+def rename(key: str, names: list[tuple[str, str]]) -> str:
+    """`key` after all substitutions (pattern, replacement), in order."""
+    for pattern, replacement in names:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def convolution(key: str, tensor: Tensor) -> tuple[str, Tensor]:
+    """Key and tensor of a torchsparse convolution (`….conv.kernel`, `….conv.bias`) as ours; others pass unchanged.
+
+    Kernels (27, I, O) run x fastest there, x slowest here; a 1³ kernel (I, O) is the transpose of a Linear's weight.
+    """
+    key = key.replace(".conv.bias", ".bias")
+    if not key.endswith(".conv.kernel"):
+        return key, tensor
+    is_linear = tensor.ndim == 2
+    ours = tensor.t() if is_linear else tensor.unflatten(0, (3, 3, 3)).permute(2, 1, 0, 3, 4).flatten(0, 2)
+    return key.replace(".conv.kernel", ".weight"), ours.contiguous()
