@@ -1,6 +1,6 @@
 """What the transformers share: layer norm, feed-forward, time embedding and adaptive modulation.
 
-    N  tokens, all samples packed      B  samples      C  hidden size
+N  tokens, all samples packed      B  samples      C  hidden size
 """
 
 import math
