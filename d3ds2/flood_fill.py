@@ -1,0 +1,173 @@
+"""What the outside reaches, on a grid of 8^3 blocks of which only some are stored.
+
+The fill goes through the faces of voxels. Beyond the grid everything is outside; a block that is not stored is free as
+a whole. A stored block is eight 64-bit words, one for each x, with the bit 8 y + z for a voxel, so one word operation
+moves the front of 64 voxels. Nothing of the size of the whole voxel grid is made.
+
+Sizes:
+    R  voxels per edge     G = R / 8  blocks per edge     B  stored blocks
+"""
+
+import numpy as np
+
+from .numba_kernel import kernel
+
+WALL, FREE, REACHED = 0, 1, 2
+ONE = np.uint64(1)
+EIGHT = np.uint64(8)
+SEVEN = np.uint64(7)
+FIFTY_SIX = np.uint64(56)
+Z_LOW = np.uint64(0x0101010101010101)  # voxels with z = 0 of one x
+Z_HIGH = np.uint64(0x8080808080808080)  # z = 7
+Y_LOW = np.uint64(0xFF)  # y = 0
+Y_HIGH = np.uint64(0xFF00000000000000)  # y = 7
+
+
+def pack_bits(mask: np.ndarray) -> np.ndarray:
+    """(B,512) bool, or (B,8,8,8), to the words of a fill, (B,8) uint64."""
+    return np.packbits(mask.reshape(-1, 64), axis=1, bitorder="little").view("<u8").reshape(-1, 8)
+
+
+def unpack_bits(words: np.ndarray) -> np.ndarray:
+    """The words of a fill, (B,8) uint64, to (B,512) bool."""
+    return np.unpackbits(words.astype("<u8").view(np.uint8), axis=1, bitorder="little").view(bool)
+
+
+@kernel
+def side_of(x, y, z, grid, rows, free, reached, empty):
+    """WALL, FREE or REACHED at a voxel after a fill; REACHED beyond the grid."""
+    if min(x, y, z) < 0 or max(x, y, z) >= 8 * grid:
+        return REACHED
+    block = ((x >> 3) * grid + (y >> 3)) * grid + (z >> 3)
+    row = rows[block]
+    if row < 0:
+        return REACHED if empty[block] else FREE
+    bit = ONE << np.uint64((y & 7) * 8 + (z & 7))
+    if reached[row, x & 7] & bit:
+        return REACHED
+    return FREE if free[row, x & 7] & bit else WALL
+
+
+@kernel
+def spread_in_block(free, reached):
+    """Fill one block, (8,) words each, until nothing changes."""
+    changed = True
+    while changed:
+        changed = False
+        for sweep in range(16):  # to and fro through x
+            layer = sweep if sweep < 8 else 15 - sweep
+            word, start = reached[layer], reached[layer]
+            if layer > 0:
+                word |= reached[layer - 1]
+            if layer < 7:
+                word |= reached[layer + 1]
+            word &= free[layer]
+            while True:
+                before = word
+                word |= (word << EIGHT) | (word >> EIGHT) | ((word & ~Z_HIGH) << ONE) | ((word & ~Z_LOW) >> ONE)
+                word &= free[layer]
+                if word == before:
+                    break
+            if word != start:
+                reached[layer] = word
+                changed = True
+
+
+@kernel
+def leaving(words, layer, direction):
+    """Bits that step from a block (8,) into `layer` of its neighbour; directions: -x, +x, -y, +y, -z, +z."""
+    if direction == 0:
+        return words[0] if layer == 7 else np.uint64(0)
+    if direction == 1:
+        return words[7] if layer == 0 else np.uint64(0)
+    if direction == 2:
+        return (words[layer] & Y_LOW) << FIFTY_SIX
+    if direction == 3:
+        return (words[layer] & Y_HIGH) >> FIFTY_SIX
+    if direction == 4:
+        return (words[layer] & Z_LOW) << SEVEN
+    return (words[layer] & Z_HIGH) >> SEVEN
+
+
+@kernel
+def flood_fill(grid, rows, free, reached, empty):
+    """Turn what is free and connected to the border of the grid, or to what is reached already, into reached.
+
+    Args:
+        grid: G.
+        rows: row of each block in `free` and `reached`, (G^3,) int32, x slowest; -1 for a block that is not stored.
+        free: voxels that may be entered, (B,8) uint64.
+        reached: the seeds on entry, all of them free; the filled voxels on return, (B,8) uint64.
+        empty: True for reached blocks among those that are not stored, (G^3,) bool; changed in place like `reached`.
+    """
+    stack = np.empty(grid * grid * grid, np.int32)  # a block is on it at most once
+    waiting = np.zeros(grid * grid * grid, np.bool_)
+    size = 0
+    for x in range(grid):
+        for y in range(grid):
+            for z in range(grid):
+                block = (x * grid + y) * grid + z
+                row = rows[block]
+                if min(x, y, z) == 0 or max(x, y, z) == grid - 1:
+                    if row < 0:
+                        empty[block] = True
+                    else:
+                        for layer in range(8):
+                            front = np.uint64(0)
+                            if (x == 0 and layer == 0) or (x == grid - 1 and layer == 7):
+                                front = ~front
+                            if y == 0:
+                                front |= Y_LOW
+                            if y == grid - 1:
+                                front |= Y_HIGH
+                            if z == 0:
+                                front |= Z_LOW
+                            if z == grid - 1:
+                                front |= Z_HIGH
+                            reached[row, layer] |= front & free[row, layer]
+                found = empty[block] if row < 0 else False
+                if row >= 0:
+                    for layer in range(8):
+                        found = found or reached[row, layer] != 0
+                if found:
+                    stack[size] = block
+                    waiting[block] = True
+                    size += 1
+    words = np.empty(8, np.uint64)
+    while size > 0:
+        size -= 1
+        block = stack[size]
+        waiting[block] = False
+        row = rows[block]
+        if row < 0:
+            words[:] = ~np.uint64(0)
+        else:
+            spread_in_block(free[row], reached[row])
+            words[:] = reached[row]
+        x, y, z = block // (grid * grid), block // grid % grid, block % grid
+        for direction in range(6):
+            nx = x + (direction == 1) - (direction == 0)
+            ny = y + (direction == 3) - (direction == 2)
+            nz = z + (direction == 5) - (direction == 4)
+            if min(nx, ny, nz) < 0 or max(nx, ny, nz) >= grid:
+                continue
+            neighbor = (nx * grid + ny) * grid + nz
+            entered = False
+            if rows[neighbor] < 0:
+                if not empty[neighbor]:
+                    front = np.uint64(0)
+                    for layer in range(8):
+                        front |= leaving(words, layer, direction)
+                    entered = front != 0
+                    empty[neighbor] = entered
+            else:
+                target = rows[neighbor]
+                for layer in range(8):
+                    front = leaving(words, layer, direction) & free[target, layer] & ~reached[target, layer]
+                    if front != 0:
+                        reached[target, layer] |= front
+                        entered = True
+            if entered and not waiting[neighbor]:
+                stack[size] = neighbor
+                waiting[neighbor] = True
+                size += 1

@@ -1,0 +1,37 @@
+"""Loops over voxels compiled by numba: how they are compiled, and how they share the cores.
+
+Kernels release the GIL and run on plain threads, each on its own range of blocks. No numba threading layer is
+involved, so they are safe after a fork, inside worker processes and when called from several threads at once.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numba
+
+
+def kernel(function: Callable) -> Callable:
+    """Compile `function` at its first call; keep the machine code beside it, or nowhere where nothing is writable."""
+    try:
+        return numba.njit(function, nogil=True, cache=True)
+    except RuntimeError:  # neither __pycache__ nor the user's cache folder can be written
+        return numba.njit(function, nogil=True)
+
+
+def for_ranges(function: Callable[..., None], count: int, threads: int | None, *args: Any) -> None:
+    """Call function(start, stop, *args) for ranges that cover [0, count), on `threads` threads (None: all cores)."""
+    if threads is None:
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if threads < 1:
+        raise ValueError(f"expected at least 1 thread, got {threads}")
+    size = max(32, -(-count // (16 * threads)))  # 16 ranges a thread even out dense and sparse blocks
+    ranges = [(start, min(start + size, count)) for start in range(0, count, size)]
+    if threads == 1 or len(ranges) < 2:
+        for start, stop in ranges:
+            function(start, stop, *args)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(function, start, stop, *args) for start, stop in ranges]:
+            done.result()

@@ -1,0 +1,106 @@
+"""Sharp edges of a mesh, and the voxels near them (those of the sharp term of the SDF loss, eq. 2).
+
+Sizes:
+    V  vertices     F  faces     E  sharp edges     B  blocks
+"""
+
+import math
+
+import numpy as np
+
+from .numba_kernel import for_ranges, kernel
+from .triangle_distance import blocks_near_triangles, nearest_on_segment
+
+STEPS_PER_VOXEL = 1024  # vertices on one step of this grid are one vertex
+
+
+def find_sharp_edges(vertices: np.ndarray, faces: np.ndarray, angle: float, resolution: int) -> np.ndarray:
+    """Edges where two faces meet at more than `angle` degrees, and edges of one face or of more than two.
+
+    Vertices in one place are welded first; faces on the same three vertices count once, faces with two corners in one
+    place not at all. The winding of the faces does not matter.
+
+    Args:
+        vertices: (V,3) float64 in voxels, centres at integers, in the cube of `resolution`.
+        faces: (F,3) int64.
+        angle: degrees between the normals.
+        resolution: R.
+
+    Returns:
+        End points, (E,2,3) float64, voxels.
+    """
+    steps = np.rint((vertices + 1.0) * STEPS_PER_VOXEL).astype(np.int64)
+    width = (resolution + 2) * STEPS_PER_VOXEL
+    key = (steps[:, 0] * width + steps[:, 1]) * width + steps[:, 2]
+    _, first, welded = np.unique(key, return_index=True, return_inverse=True)
+    vertices, faces = vertices[first], welded[faces]
+
+    corners = np.sort(faces, 1)
+    faces = faces[(corners[:, 0] != corners[:, 1]) & (corners[:, 1] != corners[:, 2])]
+    if not len(faces):
+        return np.empty((0, 2, 3))
+    corners = np.sort(faces, 1)
+    order = np.lexsort(corners.T)
+    repeated = (corners[order[1:]] == corners[order[:-1]]).all(1)
+    faces = faces[np.sort(order[np.concatenate([[True], ~repeated])])]
+
+    a, b, c = vertices[faces].transpose(1, 0, 2)
+    normals = np.cross(b - a, c - a)
+    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-300)
+
+    tail, head = faces.ravel(), np.roll(faces, -1, 1).ravel()  # three directed edges of every face
+    key = np.minimum(tail, head) * len(vertices) + np.maximum(tail, head)
+    order = np.argsort(key, kind="stable")
+    starts = np.flatnonzero(np.diff(key[order], prepend=-1))  # first of each group of one undirected edge
+    counts = np.diff(starts, append=len(order))
+    one, other = order[starts], order[np.minimum(starts + 1, len(order) - 1)]
+    same_winding = tail[one] != tail[other]  # neighbours wound alike run along their edge in opposite directions
+    cosine = (normals[one // 3] * normals[other // 3]).sum(1) * np.where(same_winding, 1.0, -1.0)
+    sharp = (counts != 2) | (cosine < math.cos(math.radians(angle)))
+    return np.stack([vertices[tail[one[sharp]]], vertices[head[one[sharp]]]], 1)
+
+
+@kernel
+def mark_blocks(start, stop, edges, radius, grid, blocks, offsets, pairs, near):
+    """Set rows start..stop of near (B,512) where a voxel is at most radius from an edge (E,2,3)."""
+    low, high, corner = np.empty(3, np.int64), np.empty(3, np.int64), np.empty(3, np.int64)
+    for row in range(start, stop):
+        block = blocks[row]
+        corner[0], corner[1], corner[2] = 8 * (block // (grid * grid)), 8 * (block // grid % grid), 8 * (block % grid)
+        for pair in range(offsets[row], offsets[row + 1]):
+            a, b = edges[pairs[pair], 0], edges[pairs[pair], 1]
+            for axis in range(3):
+                low[axis] = max(int(np.ceil(min(a[axis], b[axis]) - radius)) - corner[axis], 0)
+                high[axis] = min(int(np.floor(max(a[axis], b[axis]) + radius)) - corner[axis], 7)
+            for x in range(low[0], high[0] + 1):
+                for y in range(low[1], high[1] + 1):
+                    for z in range(low[2], high[2] + 1):
+                        voxel = (x * 8 + y) * 8 + z
+                        if near[row, voxel]:
+                            continue
+                        px, py, pz = float(corner[0] + x), float(corner[1] + y), float(corner[2] + z)
+                        qx, qy, qz = nearest_on_segment(px, py, pz, a[0], a[1], a[2], b[0], b[1], b[2])
+                        if (px - qx) ** 2 + (py - qy) ** 2 + (pz - qz) ** 2 <= radius * radius:
+                            near[row, voxel] = True
+
+
+def mark_near_edges(
+    edges: np.ndarray, radius: float, grid: int, blocks: np.ndarray, threads: int | None = None
+) -> np.ndarray:
+    """Voxels of `blocks` that are at most `radius` voxels from an edge.
+
+    Args:
+        edges: (E,2,3) float64, voxels.
+        radius: voxels.
+        grid: G, blocks per edge of the grid.
+        blocks: (B,) ascending flat block ids, x slowest.
+        threads: how many share the work. Default: all cores.
+
+    Returns:
+        (B,512) bool.
+    """
+    near = np.zeros((len(blocks), 512), bool)
+    if len(edges) and len(blocks):
+        _, offsets, pairs = blocks_near_triangles(edges[:, [0, 1, 1]], radius, grid, blocks)
+        for_ranges(mark_blocks, len(blocks), threads, edges, radius, grid, blocks, offsets, pairs, near)
+    return near
