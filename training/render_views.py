@@ -31,7 +31,7 @@ from tqdm import tqdm
 from d3ds2.mesh_to_sdf import normalize_mesh
 from d3ds2.render import Camera, Light, MeshRenderer
 from training.config import load_config
-from training.meshes import MeshEntry, list_meshes, read_mesh
+from training.meshes import SPLITS, MeshEntry, list_meshes, read_mesh
 
 MIN_COVERAGE = 2e-3  # of the pixels; a sheet seen edge-on is looked at from elsewhere
 TRIES = 20
@@ -45,6 +45,7 @@ class RenderViewsConfig:
     size: int = 1024  # pixels per edge [A]
     elevation: tuple[float, float] = (10.0, 40.0)  # degrees [A]
     azimuth: tuple[float, float] = (-90.0, 90.0)  # degrees around the front; the paper says 0-180 of its own axes [C]
+    splits: tuple[str, ...] = SPLITS  # only meshes of these
     focal_mm: tuple[float, float] = (30.0, 100.0)  # for a sensor of 36 mm [A]
     shadows: float = 0.5  # probability that the key light casts them [D]
     color_jitter: float = 0.1  # of each channel, either way [D]
@@ -57,6 +58,8 @@ class RenderViewsConfig:
     def __post_init__(self):
         if self.views < 1 or self.size < 8:
             raise ValueError(f"expected views >= 1 and size >= 8, got {self.views} and {self.size}")
+        if not set(self.splits) <= set(SPLITS):
+            raise ValueError(f"expected splits out of {SPLITS}, got {self.splits}")
         for name in ("elevation", "azimuth", "focal_mm"):
             low, high = getattr(self, name)
             if not low <= high:
@@ -65,7 +68,7 @@ class RenderViewsConfig:
     @property
     def settings(self) -> dict:
         """What the pictures depend on, as it stands in cameras.json."""
-        elsewhere = ("meshes", "data_dir", "workers", "limit")
+        elsewhere = ("meshes", "data_dir", "splits", "workers", "limit")
         return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(self).items() if k not in elsewhere}))
 
 
@@ -164,7 +167,9 @@ def is_complete(folder: Path, config: RenderViewsConfig) -> bool:
 
 def main(config: RenderViewsConfig) -> list[dict]:
     """Renders all meshes; returns the failures, as view_failures.jsonl has them."""
-    entries = list_meshes(config.meshes)[: config.limit or None]
+    entries = [entry for entry in list_meshes(config.meshes) if entry.split in config.splits][: config.limit or None]
+    if not entries:
+        raise ValueError(f"expected meshes of the splits {config.splits} in {config.meshes}, got none")
     views = Path(config.data_dir) / "views"
     views.mkdir(parents=True, exist_ok=True)
     for leftover in views.glob(".*"):
