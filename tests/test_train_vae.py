@@ -1,0 +1,92 @@
+"""The SDF VAE's training: the loss falls, and a killed run continues to the same parameters."""
+
+import dataclasses
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from d3ds2.checkpoint import load_network
+from d3ds2.sdf_vae import SDFVAEConfig
+from tests.training_data import R, prepared, write_toml
+from training.datasets import Shapes
+from training.run import RunConfig, read_metrics
+from training.train_vae import TrainVAEConfig, active_voxels, train
+
+MODEL = SDFVAEConfig(
+    latent_channels=4, hidden_size=32, num_heads=2, encoder_depth=1, decoder_depth=1, group_norm_groups=2,
+    position_resolution=R,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return prepared(tmp_path_factory)
+
+
+def make_config(data_dir: str, folder: Path, **run) -> TrainVAEConfig:
+    defaults = {"steps": 60, "learning_rate": 5e-3, "warmup_steps": 5, "log_every": 1, "tensorboard": False}
+    return TrainVAEConfig(
+        data_dir=data_dir,
+        model_dir=str(folder / "model"),
+        resolutions=(R,),
+        batch_size=2,
+        symmetries=(0,),
+        model=MODEL,
+        run=RunConfig(out_dir=str(folder / "run"), device="cpu", **(defaults | run)),
+    )
+
+
+def test_loss_falls_and_the_average_is_exported(data_dir, tmp_path):
+    config = make_config(data_dir, tmp_path, ema_decay=0.9)
+    ema = train(config)
+    losses = [record["loss"] for record in read_metrics(config.run.out_dir)]
+    assert len(losses) == 60
+    assert sum(losses[-8:]) < 0.5 * sum(losses[:8])
+    exported = load_network(config.model_dir, "sdf_vae")
+    for a, b in zip(exported.parameters(), ema.parameters(), strict=True):
+        assert torch.equal(a, b.half().float())
+
+
+def test_encoder_input_and_decoder_output_are_the_blocks_of_the_batch(data_dir):
+    batch = Shapes(data_dir, "train", (R,), batch_size=2, max_tokens=10_000, seed=0)[0]
+    sdf, voxels = active_voxels(batch)
+    assert batch.batch_size == 2 and torch.equal(voxels.block_coords, batch.block_coords)
+    place = voxels.coords[:, 1:].long() % 8
+    assert torch.equal(batch.sdf[voxels.block_of_token, *place.T].float(), sdf[:, 0])
+    assert len(sdf) == (batch.sdf.abs() < 1).sum()
+
+
+def test_killed_run_continues_to_equal_parameters(data_dir, tmp_path):
+    whole = train(make_config(data_dir, tmp_path / "whole", steps=12, save_every=4))
+
+    config = make_config(data_dir, tmp_path / "killed", steps=12, save_every=4)
+    toml = tmp_path / "vae.toml"
+    write_toml(toml, config)
+    command = [sys.executable, "-m", "training.train_vae", str(toml), "run.workers=1"]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
+    metrics = Path(config.run.out_dir) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= 6:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    checkpoints = sorted(Path(config.run.out_dir).glob("step_*.pt"))
+    assert [path.name for path in checkpoints] == ["step_00000004.pt"], "killed between two checkpoints"
+
+    resumed = train(config)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert [record["step"] for record in read_metrics(config.run.out_dir)] == list(range(1, 13))
+
+
+def test_multi_resolution_draws_every_resolution(data_dir, tmp_path):
+    config = dataclasses.replace(make_config(data_dir, tmp_path), resolutions=(R, 2 * R))
+    with pytest.raises(ValueError, match=f"resolution {2 * R}"):
+        train(config)

@@ -1,0 +1,56 @@
+"""A handful of generated meshes, prepared and rendered once, for the tests of the training scripts."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import trimesh
+
+from training.prepare_shapes import PrepareShapesConfig
+from training.prepare_shapes import main as prepare_shapes
+from training.render_views import RenderViewsConfig
+from training.render_views import main as render_views
+
+R = 32  # voxels per edge: latents at 4^3
+SPLITS = {"ball": "train", "box": "train", "torus": "train", "can": "train", "pill": "val"}
+
+
+def write_meshes(folder: Path) -> None:
+    """Five closed meshes of different kinds of file, with an index that says their split."""
+    folder.mkdir(parents=True)
+    meshes = {
+        "ball": trimesh.creation.icosphere(subdivisions=2),
+        "box": trimesh.creation.box((1.0, 0.6, 1.4)),
+        "torus": trimesh.creation.torus(1.0, 0.35, major_sections=24, minor_sections=12),
+        "can": trimesh.creation.cylinder(0.5, 1.2, sections=24),
+        "pill": trimesh.creation.capsule(height=1.0, radius=0.4, count=(12, 12)),
+    }
+    suffixes = {"ball": "obj", "box": "stl", "torus": "ply", "can": "glb", "pill": "obj"}
+    records = []
+    for name, mesh in meshes.items():
+        file = f"{name}.{suffixes[name]}"
+        mesh.export(folder / file)
+        records.append({"file": file, "source": "generated", "split": SPLITS[name]})
+    (folder / "index.json").write_text(json.dumps(records))
+
+
+def prepared(tmp_path_factory) -> str:
+    """`data_dir` with shapes at R and two views each; made by the first test that asks."""
+    root = tmp_path_factory.getbasetemp() / "training_data"
+    if not root.exists():
+        write_meshes(root / "meshes")
+        meshes, data_dir = str(root / "meshes"), str(root / "data")
+        prepare_shapes(PrepareShapesConfig(meshes=meshes, data_dir=data_dir, resolutions=(R,), workers=1))
+        render_views(RenderViewsConfig(meshes=meshes, data_dir=data_dir, views=2, size=64, supersample=1, workers=1))
+    return str(root / "data")
+
+
+def write_toml(path: Path, config) -> None:
+    """A config dataclass as the TOML file that gives it."""
+    sections, values = {}, {}
+    for name, value in dataclasses.asdict(config).items():
+        (sections if isinstance(value, dict) else values)[name] = value
+    tables = [values, *sections.values()]
+    heads = ["", *[f"[{name}]\n" for name in sections]]
+    lines = ["".join(f"{k} = {json.dumps(v)}\n" for k, v in table.items() if v is not None) for table in tables]
+    path.write_text("\n".join(head + body for head, body in zip(heads, lines, strict=True)))

@@ -1,0 +1,107 @@
+"""SDF -> latents: encode all shapes once with the trained SDF VAE, for training the latent DiT.
+
+    python -m training.encode_latents training/configs/tiny_latents.toml data_dir=data/mine model_dir=models/mine
+
+Writes `data_dir/latents/<R>/<name>@<symmetry>.safetensors` (coords, mean, logvar of the posterior), measures the
+latents of the first split, and writes their shift and scale into the sdf_vae's entry of `model_dir`/config.json and, per
+channel, into `data_dir/latents/<R>/moments.json`. Run it again whenever the VAE changes: files are overwritten.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from d3ds2.atomic_file import replacing
+from d3ds2.checkpoint import load_network, save_network
+from d3ds2.sdf_vae import SDFVAE
+from training.config import load_config
+from training.datasets import ShapeBatch, load_batches, pack_shapes
+from training.latent_moments import LatentMoments, set_latent_scale
+from training.run import RunConfig, autocast, find_device
+from training.shape_files import latent_path, list_shapes, load_shape, shape_path, write_arrays
+from training.train_vae import active_voxels
+
+
+@dataclass(frozen=True)
+class EncodeLatentsConfig:
+    data_dir: str = "data"
+    model_dir: str = "models/model"
+    splits: tuple[str, ...] = ("train",)
+    resolution: int = 256
+    symmetries: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # those that the views of train_dit need
+    max_tokens: int = 65536  # of a batch; a larger shape is a batch of its own
+    precision: str = "bf16"
+    device: str = "auto"
+    workers: int = 0
+
+
+class AllShapes(Dataset):
+    """Every (name, symmetry) once, packed in order: item i is a `ShapeBatch` of `batches[i]`."""
+
+    def __init__(self, config: EncodeLatentsConfig, split: str):
+        self.config, self.batches = config, [[]]
+        size = 0
+        for name, tokens in zip(*list_shapes(config.data_dir, split, config.resolution), strict=True):
+            for symmetry in config.symmetries:
+                if self.batches[-1] and size + tokens > config.max_tokens:
+                    self.batches.append([])
+                    size = 0
+                self.batches[-1].append((name, symmetry))
+                size += tokens
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> ShapeBatch:
+        R = self.config.resolution
+        return pack_shapes([load_shape(shape_path(self.config.data_dir, R, n), s) for n, s in self.batches[index]], R)
+
+
+@torch.no_grad()
+def encode(vae: SDFVAE, batch: ShapeBatch) -> list[dict[str, np.ndarray]]:
+    """coords (M,3) int16 in the order of `Voxels`, mean and logvar (M,C) fp16, of each shape; and the device's own."""
+    sdf, voxels = active_voxels(batch)
+    mean, logvar, latent_voxels = vae.encode(sdf, voxels)
+    counts = latent_voxels.counts
+    arrays = {
+        "coords": latent_voxels.coords[:, 1:].short(),
+        "mean": mean.half(),
+        "logvar": logvar.half(),
+    }
+    parts = {name: array.cpu().split(counts) for name, array in arrays.items()}
+    return [{name: part[i].numpy() for name, part in parts.items()} for i in range(batch.batch_size)]
+
+
+def main(config: EncodeLatentsConfig) -> dict:
+    """Returns the moments, as moments.json has them."""
+    device = find_device(config.device)
+    vae = load_network(config.model_dir, "sdf_vae", device)
+    run = RunConfig(precision=config.precision)
+    folder = latent_path(config.data_dir, config.resolution, "", 0).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = None
+    for split in config.splits:
+        shapes, moments = AllShapes(config, split), LatentMoments(vae.config.latent_channels, torch.device("cpu"))
+        batches = load_batches(shapes, 0, len(shapes), config.workers, device)
+        for items, batch in zip(tqdm(shapes.batches, unit="batch", desc=split), batches, strict=True):
+            with autocast(run, device):
+                latents = encode(vae, batch)
+            for (name, symmetry), arrays in zip(items, latents, strict=True):
+                write_arrays(latent_path(config.data_dir, config.resolution, name, symmetry), arrays)
+                moments.add(torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["logvar"]))
+        if summary is None:
+            summary = moments.summary()
+            set_latent_scale(vae, moments)
+            save_network(config.model_dir, "sdf_vae", vae, torch.float16)
+            with replacing(folder / "moments.json") as temporary:
+                temporary.write_text(json.dumps(summary, indent=1))
+    return summary
+
+
+if __name__ == "__main__":
+    main(load_config(EncodeLatentsConfig, sys.argv[1:]))

@@ -1,0 +1,45 @@
+"""Mean and spread of a VAE's latents, by which the diffusion models normalise them."""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+
+class LatentMoments:
+    """Sums over posteriors seen so far, per channel."""
+
+    def __init__(self, channels: int, device: torch.device):
+        self.count = 0
+        self.sum = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.sum_of_squares = torch.zeros_like(self.sum)
+
+    def add(self, mean: Tensor, logvar: Tensor) -> None:
+        """Posteriors (N, C)."""
+        mean, variance = mean.double(), logvar.double().exp()
+        self.count += len(mean)
+        self.sum += mean.sum(0)
+        self.sum_of_squares += (mean.square() + variance).sum(0)
+
+    def summary(self) -> dict[str, float | list[float]]:
+        """Shift and scale such that (latents - shift) * scale has mean 0 and variance 1; and those of channels."""
+        if self.count == 0:
+            raise ValueError("expected at least one posterior, got none")
+        mean, square = self.sum / self.count, self.sum_of_squares / self.count
+        shift = mean.mean()
+        scale = (square.mean() - shift.square()).clamp(min=1e-12).rsqrt()
+        std = (square - mean.square()).clamp(min=0).sqrt()
+        return {
+            "latents_shift": shift.item(),
+            "latents_scale": scale.item(),
+            "mean_of_channels": mean.tolist(),
+            "std_of_channels": std.tolist(),
+        }
+
+
+def set_latent_scale(vae: nn.Module, moments: LatentMoments) -> None:
+    """Make the VAE's config say how its latents are normalised."""
+    summary = moments.summary()
+    vae.config = dataclasses.replace(
+        vae.config, latents_shift=summary["latents_shift"], latents_scale=summary["latents_scale"]
+    )

@@ -1,0 +1,100 @@
+"""Train the structure VAE: occupancy of the latent grid <-> a small dense latent volume.
+
+    python -m training.train_structure_vae training/configs/tiny_structure_vae.toml data_dir=data/mine
+
+Stopped, it resumes from the newest checkpoint in `run.out_dir`. The EMA weights go to `model_dir` whenever a checkpoint
+is written, with the scale of their latents measured.
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from d3ds2.checkpoint import save_network
+from d3ds2.structure_vae import StructureVAE, StructureVAEConfig
+from training.config import load_config
+from training.datasets import Structures, load_batches
+from training.latent_moments import LatentMoments, set_latent_scale
+from training.losses import StructureLossConfig, structure_loss
+from training.run import (
+    Log,
+    RunConfig,
+    Stop,
+    autocast,
+    is_save_step,
+    load_checkpoint,
+    make_ema,
+    make_optimizer,
+    optimizer_step,
+    save_checkpoint,
+    seed_step,
+    start,
+    update_ema,
+)
+from training.shape_files import list_shapes
+
+MEASURED_BATCHES = 16
+
+
+@dataclass(frozen=True)
+class TrainStructureVAEConfig:
+    data_dir: str = "data"
+    model_dir: str = "models/model"
+    split: str = "train"
+    resolution: int = 512  # of the SDF; the structure's edge is an eighth [B]
+    batch_size: int = 16
+    symmetries: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # turned and mirrored shapes, see symmetry.py [D]
+    gradient_checkpointing: bool = False
+    run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/structure_vae"))
+    model: StructureVAEConfig = field(default_factory=StructureVAEConfig)
+    loss: StructureLossConfig = field(default_factory=StructureLossConfig)
+
+
+@torch.no_grad()
+def measure_latents(vae: StructureVAE, structures: Structures, device: torch.device) -> LatentMoments:
+    """Moments of the latents of the first batches."""
+    moments = LatentMoments(vae.config.latent_channels, device)
+    for step in range(MEASURED_BATCHES):
+        mean, logvar = vae.encode(structures[step].to(device))
+        moments.add(mean.movedim(1, -1).flatten(0, -2), logvar.movedim(1, -1).flatten(0, -2))
+    return moments
+
+
+def train(config: TrainStructureVAEConfig) -> nn.Module:
+    """Returns the averaged (EMA) model."""
+    run = config.run
+    device = start(run, config)
+    model = StructureVAE(config.model).to(device)
+    model.gradient_checkpointing = config.gradient_checkpointing
+    ema = make_ema(model)
+    optimizer = make_optimizer(model, run)
+    generator = torch.Generator(device)
+    step = load_checkpoint(run.out_dir, model, ema, optimizer)
+    names, _ = list_shapes(config.data_dir, config.split, config.resolution)
+    structures = Structures(config.data_dir, names, config.resolution, config.batch_size, run.seed, config.symmetries)
+
+    with Stop(run.max_minutes) as stop, Log(run, step) as log:
+        for occupancy in load_batches(structures, step, run.steps, run.workers, device):
+            seed_step(generator, run.seed, step)
+            with autocast(run, device):
+                logits, mean, logvar = model(occupancy, generator)
+                terms = structure_loss(logits, occupancy, mean, logvar, config.loss)
+            terms["loss"].backward()
+            grad_norm = optimizer_step(optimizer, step, run)
+            update_ema(ema, model, step, run.ema_decay)
+            step += 1
+
+            log(step, {**terms, "grad_norm": grad_norm})
+            if is_save_step(step, stop, run):
+                save_checkpoint(run.out_dir, step, model, ema, optimizer)
+                set_latent_scale(ema, measure_latents(ema, structures, device))
+                save_network(config.model_dir, "structure_vae", ema, torch.float16)
+                if stop:
+                    break
+    return ema
+
+
+if __name__ == "__main__":
+    train(load_config(TrainStructureVAEConfig, sys.argv[1:]))

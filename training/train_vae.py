@@ -1,0 +1,109 @@
+"""Train the sparse SDF VAE (SS-VAE), eq. 2-3.
+
+    python -m training.train_vae training/configs/tiny_vae.toml run.steps=5000 data_dir=data/mine
+
+Each step draws a resolution and a packed batch of shapes. Stopped, it resumes from the newest checkpoint in
+`run.out_dir`. The EMA weights go to `model_dir` whenever a checkpoint is written.
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from d3ds2.checkpoint import save_network
+from d3ds2.sdf_vae import SDFVAE, SDFVAEConfig
+from d3ds2.voxels import Voxels
+from training.config import load_config
+from training.datasets import ShapeBatch, Shapes, load_batches
+from training.losses import SDFLossConfig, sdf_loss
+from training.run import (
+    Log,
+    RunConfig,
+    Stop,
+    autocast,
+    is_save_step,
+    load_checkpoint,
+    make_ema,
+    make_optimizer,
+    optimizer_step,
+    save_checkpoint,
+    seed_step,
+    start,
+    update_ema,
+)
+
+
+@dataclass(frozen=True)
+class TrainVAEConfig:
+    data_dir: str = "data"
+    model_dir: str = "models/model"
+    split: str = "train"
+    resolutions: tuple[int, ...] = (256,)  # one is drawn each step; the paper: 256, 384, 512, then 1024 [A]
+    batch_size: int = 4  # shapes; the paper: 4 per GPU, 8 GPUs [A]
+    max_tokens: int = 32768  # of a batch; larger shapes are left out
+    symmetries: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # turned and mirrored shapes, see symmetry.py [D]
+    gradient_checkpointing: bool = False
+    run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/vae"))
+    model: SDFVAEConfig = field(default_factory=SDFVAEConfig)
+    loss: SDFLossConfig = field(default_factory=SDFLossConfig)
+
+
+def active_voxels(batch: ShapeBatch) -> tuple[Tensor, Voxels]:
+    """What the encoder reads: the SDF (N, 1) of the voxels inside the band, and these voxels at R (eq. 1)."""
+    active = batch.sdf.abs() < 1  # (M, 8, 8, 8)
+    block, *place = active.nonzero(as_tuple=True)
+    xyz = 8 * batch.block_coords[block, 1:] + torch.stack(place, dim=1).int()
+    coords = torch.cat([batch.block_coords[block, :1], xyz], dim=1)
+    return batch.sdf[active].float()[:, None], Voxels(coords, batch.resolution, batch.batch_size)
+
+
+def vae_loss(model: SDFVAE, batch: ShapeBatch, loss: SDFLossConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    """Eq. 2-3 on a batch: "loss" and its terms."""
+    sdf, voxels = active_voxels(batch)
+    decoded, _, mean, logvar = model(sdf, voxels, generator)  # (512 M, 1), in the order of the blocks
+    return sdf_loss(decoded, batch.sdf, batch.sharp, mean, logvar, loss)
+
+
+def train(config: TrainVAEConfig) -> nn.Module:
+    """Returns the averaged (EMA) model."""
+    run = config.run
+    device = start(run, config)
+    model = SDFVAE(config.model).to(device)
+    model.gradient_checkpointing = config.gradient_checkpointing
+    ema = make_ema(model)
+    optimizer = make_optimizer(model, run)
+    generator = torch.Generator(device)
+    step = load_checkpoint(run.out_dir, model, ema, optimizer)
+    shapes = Shapes(
+        config.data_dir,
+        config.split,
+        config.resolutions,
+        config.batch_size,
+        config.max_tokens,
+        run.seed,
+        config.symmetries,
+    )
+
+    with Stop(run.max_minutes) as stop, Log(run, step) as log:
+        for batch in load_batches(shapes, step, run.steps, run.workers, device):
+            seed_step(generator, run.seed, step)
+            with autocast(run, device):
+                terms = vae_loss(model, batch, config.loss, generator)
+            terms["loss"].backward()
+            grad_norm = optimizer_step(optimizer, step, run)
+            update_ema(ema, model, step, run.ema_decay)
+            step += 1
+
+            log(step, {**terms, "grad_norm": grad_norm, "tokens": len(batch.block_coords)})
+            if is_save_step(step, stop, run):
+                save_checkpoint(run.out_dir, step, model, ema, optimizer)
+                save_network(config.model_dir, "sdf_vae", ema, torch.float16)
+                if stop:
+                    break
+    return ema
+
+
+if __name__ == "__main__":
+    train(load_config(TrainVAEConfig, sys.argv[1:]))
