@@ -56,3 +56,52 @@ def convolution(key: str, tensor: Tensor) -> tuple[str, Tensor]:
     is_linear = tensor.ndim == 2
     ours = tensor.t() if is_linear else tensor.unflatten(0, (3, 3, 3)).permute(2, 1, 0, 3, 4).flatten(0, 2)
     return key.replace(".conv.kernel", ".weight"), ours.contiguous()
+
+
+def latent_dit_state_dict(official: dict[str, Tensor]) -> dict[str, Tensor]:
+    """SparseDiT -> `LatentDiT`."""
+    state = {}
+    for key, tensor in official.items():
+        if key.endswith("intra_block_pe"):
+            tensor = tensor.flatten(0, 2)  # (c³, channels)
+        key, tensor = convolution(rename(key, SSA_NAMES + DIT_NAMES), tensor)
+        state[key] = tensor
+    return state
+
+
+def ssa_state_dict(official: dict[str, Tensor]) -> dict[str, Tensor]:
+    """SpatialSparseAttention -> ours."""
+    prefix = "self_attention."
+    renamed = latent_dit_state_dict({f"self_attn.{key}": tensor for key, tensor in official.items()})
+    return {key.removeprefix(prefix): tensor for key, tensor in renamed.items()}
+
+
+def structure_dit_state_dict(official: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DenseDiT -> `StructureDiT`, which computes the buffer `pos_emb` itself."""
+    return {rename(key, DIT_NAMES): tensor for key, tensor in official.items() if key != "pos_emb"}
+
+
+DIT_NAMES = [
+    (r"^t_embedder\.", "time_embedder."),
+    (r"^cond_proj\.", "context_layer."),
+    (r"^out_layer\.", "output_layer."),
+    (r"\badaLN_modulation\.", "modulation.projection."),
+    (r"\bself_attn\.", "self_attention."),
+    (r"\bcross_attn\.", "cross_attention."),
+    (r"\b([qk])_rms_norm\.", r"\1_norm."),
+    (r"\bmlp\.mlp\.0\.", "feed_forward.up."),
+    (r"\bmlp\.mlp\.2\.", "feed_forward.down."),
+]
+SSA_NAMES = [
+    (r"\bintra_block_pe$", "block_position"),
+    (r"\bproj_([qkv])\.", r"to_\1."),
+    (r"\bproj_o\.", "to_out."),
+    (r"\bgate\.0\.", "gate."),
+    (r"\bcompression_key\.", "compress_k."),
+    (r"\bcompression_value\.", "compress_v."),
+    (r"\bact_layers\.0\.conv\.", "pointwise.conv."),
+    (r"\bact_layers\.0\.", "norm_in."),
+    (r"\bout_layers\.0\.", "conv_in."),
+    (r"\bout_layers\.1\.", "norm_out."),
+    (r"\bout_layers\.3\.", "conv_out."),
+]

@@ -39,7 +39,7 @@ class FeedForward(nn.Module):
 def time_frequencies(t: Tensor) -> Tensor:
     """[cos(1000 t f_i) | sin(1000 t f_i)], f_i = 10000^(-i/128): t (B,) in [0, 1] -> (B, 256) float32."""
     exponent = torch.arange(NUM_FREQUENCIES, dtype=torch.float32, device=t.device) / NUM_FREQUENCIES
-    angles = 1000.0 * t.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
+    angles = (1000.0 * t).float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -96,3 +96,10 @@ def initialize_linear(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def zero_linear(linear: nn.Linear) -> None:
+    """Zero weights and bias: the layer begins by saying nothing."""
+    nn.init.zeros_(linear.weight)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)

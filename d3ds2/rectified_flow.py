@@ -1,0 +1,124 @@
+"""Rectified flow: x_t = (1 - t) x_0 + t noise, its time law, and the Euler sampler with guidance (eq. 10-11).
+
+Time t is in [0, 1]; 1 is noise, 0 is data. The velocity is noise - x_0, so a step from t to t' adds (t' - t) velocity.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .image_encoder import ImageTokens
+from .latent_dit import LatentDiT
+from .structure_dit import StructureDiT
+from .voxels import Voxels
+
+TRAINING_STEPS = 1000  # of the released scheduler; its last time before 0 follows from it
+
+Velocity = Callable[[Tensor, float], Tensor]
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """shift · t / (1 + (shift - 1) t): more of the steps near the noise."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def time_schedule(steps: int, shift: float) -> Tensor:
+    """Times of the sampler, (steps + 1,) float64, from 1 down to 0.
+
+    As the released scheduler does, the shift is applied twice to the end of the schedule: the smallest time is
+    shift(1 / 1000), the times run evenly from 1 to it, and all are shifted once more; then 0.
+
+    Raises:
+        ValueError: for fewer than one step or a shift that is not positive.
+    """
+    if steps < 1 or shift <= 0:
+        raise ValueError(f"expected at least 1 step and a positive shift, got {steps} and {shift}")
+    t_min = shift_time(torch.tensor(1 / TRAINING_STEPS, dtype=torch.float64), shift).item()
+    times = shift_time(torch.linspace(1, t_min, steps, dtype=torch.float64), shift)
+    return torch.cat([times, times.new_zeros(1)])
+
+
+def half_precision_time(t: float) -> float:
+    """The time the released pipeline tells its models, which is 1000 t rounded to float16."""
+    return torch.tensor(1000 * t, dtype=torch.float64).half().item() / 1000
+
+
+def sample_t(batch_size: int, generator: torch.Generator, mean: float = 1.0, std: float = 1.0) -> Tensor:
+    """Training times (B,) float32: logit-normal, sigmoid of a normal variable."""
+    return torch.sigmoid(mean + std * torch.randn(batch_size, generator=generator))
+
+
+def interpolate(x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t of eq. 10; t broadcasts against x_0."""
+    return (1 - t) * x_0 + t * noise
+
+
+def velocity_target(x_0: Tensor, noise: Tensor) -> Tensor:
+    """What the model learns to predict, d x_t / d t (eq. 11)."""
+    return noise - x_0
+
+
+def noise_for(seeds: list[int], shapes: list[tuple[int, ...]]) -> Tensor:
+    """Standard normal noise of each sample from its own seed, concatenated along the first dimension, on the CPU.
+
+    Latents take shapes (tokens, channels), dense structures (1, channels, R, R, R). One seed gives one sample, whatever
+    the device or its place in the batch.
+    """
+    if len(seeds) != len(shapes):
+        raise ValueError(f"expected a seed for each sample, got {len(seeds)} seeds and {len(shapes)} shapes")
+    samples = zip(seeds, shapes, strict=True)
+    return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed, shape in samples])
+
+
+def guided_velocity(
+    model: LatentDiT | StructureDiT, image_tokens: ImageTokens, guidance_scale: float, voxels: Voxels | None = None
+) -> Velocity:
+    """Classifier-free guidance: v_u + guidance_scale (v_c - v_u), both branches in one batch.
+
+    Args:
+        model: the transformer; a `LatentDiT` also needs `voxels`.
+        image_tokens: the condition; without condition its features are zero.
+        guidance_scale: 1 evaluates the conditional branch alone.
+        voxels: the structure of the latents.
+
+    Returns:
+        velocity(x_t, t): x_t of the model's shape, t one time for all samples.
+    """
+    branches = 1 if guidance_scale == 1 else 2
+    context = ImageTokens.cat([image_tokens, image_tokens.zeroed()]) if branches == 2 else image_tokens
+    geometry = () if voxels is None else (voxels.repeat(branches),)
+
+    def velocity(x_t: Tensor, t: float) -> Tensor:
+        times = torch.full((context.batch_size,), t, dtype=torch.float32, device=x_t.device)
+        outputs = model(torch.cat([x_t] * branches), times, *geometry, context).chunk(branches)
+        if branches == 1:
+            return outputs[0]
+        conditional, unconditional = outputs
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    return velocity
+
+
+@torch.no_grad()
+def euler_sample(
+    velocity: Velocity, noise: Tensor, times: Tensor, on_step: Callable[[int, Tensor], None] | None = None
+) -> Tensor:
+    """Integrate dx/dt = velocity(x, t) along `times`, from noise to data.
+
+    Args:
+        velocity: function of (x_t, t), t a float.
+        noise: x at times[0].
+        times: falling times, (steps + 1,), as `time_schedule` gives them.
+        on_step: called with (number of the finished step from 0, x after it); may raise to stop.
+
+    Returns:
+        x at times[-1], in the dtype of the noise.
+    """
+    x_t, times = noise, times.tolist()
+    for step, (t, t_next) in enumerate(pairwise(times)):
+        x_t = x_t + (t_next - t) * velocity(x_t, t).to(x_t.dtype)
+        if on_step is not None:
+            on_step(step, x_t)
+    return x_t

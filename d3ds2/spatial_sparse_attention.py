@@ -1,0 +1,145 @@
+"""Spatial sparse attention (Direct3D-S2, section 4.1, eq. 6-8): compression + selection + window, gated.
+
+Sizes named in this file:
+    N   tokens (voxels), all samples packed      H   query heads              C   channels of the tokens
+    Nc  compressed tokens                        Hk  key/value heads          D   channels per head
+    c   edge of a compression block, in voxels   K   blocks selected per query and key/value head
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .attention import packed_attention, packed_attention_with_lse
+from .kernels.block_scores import select_blocks
+from .kernels.selection_attention import selection_attention
+from .sparse_conv import PackedGroupNorm, SubmanifoldConv3d, mean_pool
+from .voxels import BLOCK, Voxels
+
+MAX_NORM_GROUPS = 32
+
+
+class PooledConvCompression(nn.Module):
+    """δ of the paper and of v1.0: norm, pool, two 3³ convolutions on the pooled grid, around a pooled skip."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        groups = math.gcd(MAX_NORM_GROUPS, channels)
+        self.norm_in = PackedGroupNorm(groups, channels)
+        self.conv_in = SubmanifoldConv3d(channels, channels)
+        self.norm_out = PackedGroupNorm(groups, channels)
+        self.conv_out = SubmanifoldConv3d(channels, channels)
+
+    def forward(self, x: Tensor, voxels: Voxels, c: int) -> Tensor:
+        """x (N, channels) -> (Nc, channels), rows of `voxels.coarsen(c)`."""
+        activated, coarse = mean_pool(F.silu(self.norm_in(x, voxels)), voxels, c)
+        hidden = self.conv_in(activated, coarse)
+        hidden = self.conv_out(F.silu(self.norm_out(hidden, coarse)), coarse)
+        return hidden + mean_pool(x, voxels, c)[0]
+
+
+class PointwiseCompression(nn.Module):
+    """δ of v1.1: a 1³ convolution, SiLU, pool."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.pointwise = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, voxels: Voxels, c: int) -> Tensor:
+        """x (N, channels) -> (Nc, channels), rows of `voxels.coarsen(c)`."""
+        return mean_pool(F.silu(self.pointwise(x)), voxels, c)[0]
+
+
+class SpatialSparseAttention(nn.Module):
+    """Self attention of the tokens of each sample over three views of it.
+
+    Args:
+        hidden_size: C.
+        num_heads, num_kv_heads: H and Hk; Hk divides H.
+        compression_block: c, must divide the selection block of 8 voxels.
+        pooled_conv: `PooledConvCompression`; otherwise `PointwiseCompression`.
+        top_k: blocks selected for each query and key/value head.
+        window: edge of the attention windows, in voxels.
+        shift: displacement of the windows.
+        head_dim: D. Default: C / H.
+
+    Raises:
+        ValueError: for sizes that do not divide each other.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        compression_block: int,
+        pooled_conv: bool,
+        top_k: int,
+        window: int = 8,
+        shift: int = 0,
+        head_dim: int | None = None,
+    ):
+        super().__init__()
+        if num_heads % num_kv_heads:
+            raise ValueError(f"expected num_kv_heads that divides num_heads {num_heads}, got {num_kv_heads}")
+        if BLOCK % compression_block:
+            raise ValueError(f"expected a compression_block that divides {BLOCK}, got {compression_block}")
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        self.compression_block, self.top_k = compression_block, top_k
+        self.window, self.shift = window, shift
+
+        query_size, kv_size = num_heads * self.head_dim, num_kv_heads * self.head_dim
+        self.to_q = nn.Linear(hidden_size, query_size, bias=False)
+        self.to_k = nn.Linear(hidden_size, kv_size, bias=False)
+        self.to_v = nn.Linear(hidden_size, kv_size, bias=False)
+        self.to_out = nn.Linear(query_size, hidden_size, bias=False)
+        self.gate = nn.Linear(hidden_size, 3, bias=False)
+        self.block_position = nn.Parameter(torch.zeros(compression_block**3, kv_size))  # PE of eq. 7
+        compression = PooledConvCompression if pooled_conv else PointwiseCompression
+        self.compress_k = compression(kv_size)
+        self.compress_v = compression(kv_size)
+
+    def forward(self, x: Tensor, voxels: Voxels) -> Tensor:
+        """x (N, C) -> (N, C)."""
+        heads, kv_heads = (self.num_heads, self.head_dim), (self.num_kv_heads, self.head_dim)
+        q = self.to_q(x).unflatten(-1, heads)  # (N, H, D)
+        k, v = self.to_k(x), self.to_v(x)  # (N, Hk D)
+        compressed_k, compressed_v = self.compress(k, v, voxels)  # (Nc, Hk, D)
+        k, v = k.unflatten(-1, kv_heads), v.unflatten(-1, kv_heads)  # (N, Hk, D)
+
+        coarse, parent = voxels.coarsen(self.compression_block)
+        compression, lse = packed_attention_with_lse(
+            q, compressed_k, compressed_v, voxels.cu_seqlens, coarse.cu_seqlens, voxels.counts, coarse.counts
+        )
+        block_of_compressed = torch.empty(len(coarse), dtype=torch.long, device=x.device)
+        block_of_compressed.scatter_(0, parent, voxels.block_of_token)  # all children lie in one selection block
+        block_indices = select_blocks(
+            q, compressed_k, lse, block_of_compressed, voxels.counts, coarse.counts, voxels.block_counts, self.top_k
+        )  # (N, Hk, K), eq. 8
+        selection = selection_attention(q, k, v, voxels.block_offsets, block_indices)
+        window = self.attend_windows(q, k, v, voxels)
+
+        gates = self.gate(x).sigmoid()  # (N, 3)
+        branches = zip(gates[:, :, None, None].unbind(1), (compression, selection, window), strict=True)
+        return self.to_out(sum(gate * out for gate, out in branches).flatten(1))  # eq. 6
+
+    def compress(self, k: Tensor, v: Tensor, voxels: Voxels) -> tuple[Tensor, Tensor]:
+        """k, v (N, Hk D) -> compressed keys and values (Nc, Hk, D), eq. 7."""
+        c, kv_heads = self.compression_block, (self.num_kv_heads, self.head_dim)
+        x, y, z = (voxels.coords[:, 1:] % c).unbind(1)
+        position = F.embedding((x * c + y) * c + z, self.block_position)
+        compressed_k = self.compress_k(k + position, voxels, c).to(k.dtype)
+        compressed_v = self.compress_v(v, voxels, c).to(v.dtype)
+        return compressed_k.unflatten(-1, kv_heads), compressed_v.unflatten(-1, kv_heads)
+
+    def attend_windows(self, q: Tensor, k: Tensor, v: Tensor, voxels: Voxels) -> Tensor:
+        """q (N, H, D), k and v (N, Hk, D) -> (N, H, D): attention within the windows of 8³ voxels."""
+        windows = voxels.windows(self.shift, self.window)
+        cu_seqlens, lengths = windows.cu_seqlens, windows.lengths
+        if windows.order is None:
+            return packed_attention(q, k, v, cu_seqlens, cu_seqlens, lengths, lengths)
+        q, k, v = q[windows.order], k[windows.order], v[windows.order]
+        return packed_attention(q, k, v, cu_seqlens, cu_seqlens, lengths, lengths)[windows.inverse]
