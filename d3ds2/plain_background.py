@@ -12,7 +12,9 @@ from scipy import ndimage
 WORKING_SIZE = 1024  # pixels of the longer side at which the mask is made; the encoder sees 518
 MIN_BORDER_SHARE = 0.6  # of the border must be background: the object may touch or leave the picture at a side
 MAX_NOISE = 12.0  # of 255: more spread at the border is a scene, not a plain background
-EDGE_PIXELS = 3  # width of the soft edge and of the ringing that JPEG leaves around it
+EDGE_PIXELS = 3  # width of the soft edge
+# rows: red, green, blue; columns: luma and, weighed less because JPEG smears them, the two chromas
+LUMA_CHROMA = np.array([[0.299, -0.068, 0.2], [0.587, -0.132, -0.168], [0.114, 0.2, -0.032]], dtype=np.float32)
 
 
 def remove_plain_background(image: Image.Image) -> Image.Image | None:
@@ -33,7 +35,7 @@ def remove_plain_background(image: Image.Image) -> Image.Image | None:
     if fitted is None:
         return None
     background, noise = fitted
-    distance = np.sqrt(np.square(rgb - background).sum(-1))  # (H, W)
+    distance = _difference(rgb, background)  # (H, W)
     alpha = _alpha(distance, threshold=3.0 + 4.0 * noise)
     if scale < 1:
         alpha = np.asarray(Image.fromarray(alpha).resize(image.size, Image.Resampling.BILINEAR))
@@ -65,7 +67,7 @@ def _fit_border(rgb: np.ndarray) -> tuple[np.ndarray, float] | None:
         if agrees.sum() < 10 * terms.shape[1]:
             terms = terms[:, :1]  # a picture of few pixels: one colour
         coefficients = np.linalg.lstsq(terms[agrees], colors[agrees], rcond=None)[0]
-        residual = np.sqrt(np.square(colors - terms @ coefficients).sum(-1))
+        residual = _difference(colors, terms @ coefficients)
         noise = 1.4826 * float(np.median(residual[agrees]))
         agrees = residual < 6.0 + 4.0 * noise
         if not agrees.any():
@@ -74,6 +76,11 @@ def _fit_border(rgb: np.ndarray) -> tuple[np.ndarray, float] | None:
         return None
     fitted = _polynomial(x.ravel(), y.ravel(), degree)[:, : len(coefficients)] @ coefficients
     return fitted.reshape(H, W, 3).clip(0, 255).astype(np.float32), noise
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(..., 3) colours -> (...) how far apart, of 255."""
+    return np.sqrt(np.square((a - b) @ LUMA_CHROMA).sum(-1))
 
 
 def _polynomial(x: np.ndarray, y: np.ndarray, degree: int) -> np.ndarray:
