@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .attention import WindowAttention
-from .sparse_conv import PackedGroupNorm, SubdivideConv3d, SubmanifoldConv3d, child_order, mean_pool
+from .sparse_conv import PackedGroupNorm, SubdivideConv3d, SubmanifoldConv3d, mean_pool
 from .transformer import FeedForward, LayerNorm32, initialize_linear
 from .voxels import Voxels
 
@@ -107,7 +107,7 @@ class UpBlock(nn.Module):
         self.conv2 = SubdivideConv3d(out_channels, out_channels)
 
     def forward(self, x: Tensor, voxels: Voxels) -> Tensor:
-        """(N, in_channels) -> (8 N, out_channels), children in the order that `child_order` sorts."""
+        """(N, in_channels) -> (8 N, out_channels), children in the order that `Voxels.child_order` sorts."""
         return F.silu(self.conv2(F.silu(self.conv1(x, voxels)), voxels))
 
 
@@ -148,7 +148,7 @@ class Decoder(nn.Module):
         order = None
         for block in self.up_blocks:
             x = x if order is None else x.index_select(0, order)
-            x, order, voxels = run(block, x, voxels), child_order(voxels), voxels.subdivide()[0]
+            x, order, voxels = run(block, x, voxels), voxels.child_order, voxels.subdivide()[0]
         return x, order, voxels  # (512 L, C / 16), not yet sorted
 
 

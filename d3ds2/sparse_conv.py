@@ -49,7 +49,7 @@ class SubdivideConv3d(SubmanifoldConv3d):
     """
 
     def forward(self, x: Tensor, voxels: Voxels) -> Tensor:
-        """(N, I) -> (8 N, O), child i, j, k of voxel n in row 8 n + 4 i + 2 j + k; see `child_order`."""
+        """(N, I) -> (8 N, O), child i, j, k of voxel n in row 8 n + 4 i + 2 j + k; `Voxels.child_order` sorts these."""
         out = _convolve(x, voxels, children_weight(self.weight), self.bias.repeat(8))  # (N, 8 O)
         return out.view(-1, self.bias.numel())
 
@@ -67,13 +67,6 @@ def children_weight(weight: Tensor) -> Tensor:
         child_1 = torch.stack([none, before + centre, after], dim=axis)
         weight = torch.stack([child_0, child_1], dim=-2)  # (3, 3, 3, I, .., 2, O)
     return weight.flatten(0, 2).flatten(2)
-
-
-def child_order(voxels: Voxels) -> Tensor:
-    """Where the rows of `voxels.subdivide()[0]` stand among rows 8 n + child: (8 N,) long, `x[child_order]` sorts x."""
-    fine, parent = voxels.subdivide()
-    x, y, z = (fine.coords[:, 1:] % 2).unbind(1)
-    return parent * 8 + (4 * x + 2 * y + z)
 
 
 def _convolve(x: Tensor, voxels: Voxels, weight: Tensor, bias: Tensor) -> Tensor:

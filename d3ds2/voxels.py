@@ -9,6 +9,7 @@ Sizes named in this file:
     M  occupied blocks of 8³ voxels    W  occupied attention windows
 """
 
+import weakref
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -187,6 +188,10 @@ class Voxels:
 
         Row k = 9 (dx+1) + 3 (dy+1) + (dz+1) holds the voxels at coords + (dx, dy, dz); row 13 is the voxel itself.
         """
+        coarse = self._cache.get("coarse", lambda: None)()
+        return self._search_neighbors() if coarse is None else coarse._child_neighbors()
+
+    def _search_neighbors(self) -> Tensor:
         N, keys = len(self), self._keys
         table = torch.full((27, N), N, dtype=torch.int32, device=self.device)
         rows = torch.arange(N, dtype=torch.int32, device=self.device)
@@ -205,6 +210,19 @@ class Voxels:
             opposite[table[k].long()] = rows
             table[26 - k] = opposite[:N]
         return table
+
+    def _child_neighbors(self) -> Tensor:
+        """`neighbors` of the subdivided grid (27, 8N) by look-ups in those of this one, much faster than a search."""
+        N, steps = len(self), torch.tensor([-1, 0, 1], device=self.device)
+        offset = torch.cartesian_prod(steps, steps, steps)[:, None]  # (27, 1, 3)
+        child = torch.cartesian_prod(*[torch.arange(2, device=self.device)] * 3)  # (8, 3)
+        position = child + offset  # of the neighbour, in the cell of the voxel's parent: (27, 8, 3), -1 to 2
+        coarse_offset = ((position // 2 + 1) * position.new_tensor([9, 3, 1])).sum(-1)  # (27, 8)
+        neighbor_child = (position % 2 * position.new_tensor([4, 2, 1])).sum(-1).int()  # (27, 8)
+        rows = self.neighbors[coarse_offset] * 8 + neighbor_child[..., None]  # (27, 8, N) in rows 8 n + child
+        rank = torch.full((8 * N + 8,), 8 * N, dtype=torch.int32, device=self.device)
+        rank[self.child_order] = torch.arange(8 * N, dtype=torch.int32, device=self.device)
+        return rank[rows.long()].transpose(1, 2).flatten(1).index_select(1, self.child_order)
 
     def coarsen(self, factor: int) -> tuple["Voxels", Tensor]:
         """Pool `factor`³ voxels into one.
@@ -230,12 +248,24 @@ class Voxels:
         return self._cached("subdivide", self._subdivide)
 
     def _subdivide(self) -> tuple["Voxels", Tensor]:
+        fine = Voxels._trusted(self._children[self.child_order], 2 * self.resolution, self.batch_size)
+        fine._cache["coarse"] = weakref.ref(self)  # its neighbours follow from ours; weak, for we hold the fine grid
+        return fine, self.child_order // 8
+
+    @cached_property
+    def child_order(self) -> Tensor:
+        """Row i of `subdivide()[0]` is child 4 i + 2 j + k = `child_order[i] % 8` of `child_order[i] // 8`, (8N,) long.
+
+        So features (8N, C) in rows 8 n + child are sorted by `x[child_order]`.
+        """
+        return _sort_keys(self._children, 2 * self.resolution).argsort()
+
+    @property
+    def _children(self) -> Tensor:
+        """Coordinates (8N, 4) of all children, row 8 n + child."""
         child = torch.arange(8, dtype=torch.int32, device=self.device)
         offset = torch.stack([torch.zeros_like(child), child // 4, child // 2 % 2, child % 2], dim=1)  # (8, 4)
-        scale = self.coords.new_tensor([1, 2, 2, 2])
-        coords = (self.coords[:, None] * scale + offset).flatten(0, 1)  # (8N, 4)
-        order = _sort_keys(coords, 2 * self.resolution).argsort()
-        return Voxels._trusted(coords[order], 2 * self.resolution, self.batch_size), order // 8
+        return (self.coords[:, None] * self.coords.new_tensor([1, 2, 2, 2]) + offset).flatten(0, 1)
 
     # --- attention windows and positions
 
@@ -286,8 +316,8 @@ def _sort_keys(coords: Tensor, resolution: int) -> Tensor:
     """One int64 a voxel (N,), which orders by sample, block and place."""
     blocks_per_edge = -(-resolution // BLOCK)
     batch, x, y, z = coords.long().unbind(1)
-    block = ((batch * blocks_per_edge + x // BLOCK) * blocks_per_edge + y // BLOCK) * blocks_per_edge + z // BLOCK
-    return block * BLOCK**3 + (x % BLOCK * BLOCK + y % BLOCK) * BLOCK + z % BLOCK
+    block = ((batch * blocks_per_edge + (x >> 3)) * blocks_per_edge + (y >> 3)) * blocks_per_edge + (z >> 3)
+    return (block << 9) + ((x & 7) << 6) + ((y & 7) << 3) + (z & 7)  # shifts: CPUs divide int64 slowly
 
 
 def _coords_of_keys(keys: Tensor, resolution: int) -> Tensor:

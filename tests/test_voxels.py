@@ -74,6 +74,15 @@ def test_subdivide_inverts_coarsen(voxels):
     Voxels(fine.coords, fine.resolution, fine.batch_size)
     coarse, again = fine.coarsen(2)
     assert torch.equal(coarse.coords, voxels.coords) and torch.equal(again, parent)
+    child = voxels.child_order % 8
+    place = torch.stack([child // 4, child // 2 % 2, child % 2], dim=1)
+    assert torch.equal(fine.coords[:, 1:], (2 * voxels.coords[voxels.child_order // 8, 1:] + place).int())
+
+
+def test_neighbors_of_children_follow_from_the_parents(voxels):
+    fine = voxels.subdivide()[0].subdivide()[0]
+    searched = Voxels(fine.coords, fine.resolution, fine.batch_size)
+    assert torch.equal(fine.neighbors, searched.neighbors)
 
 
 @pytest.mark.parametrize("shift", [0, 4])
