@@ -1,0 +1,217 @@
+"""Truncated signed distance on 8^3 blocks -> one closed triangle mesh.
+
+What the outside reaches through positive voxels and through blocks that are not stored is outside, everything else is
+solid: no inner shell can arise, whatever a network puts inside. The surface is a closed, oriented manifold by
+construction (`marching_cubes_table`).
+
+Sizes:
+    R  voxels per edge of the cube [-1,1]^3     B  blocks     V  vertices     F  faces
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .flood_fill import flood_fill, pack_bits
+from .marching_cubes import count_surface, make_faces, make_vertices
+from .marching_cubes_table import marching_cubes_table
+from .numba_kernel import for_ranges, kernel
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A triangle mesh.
+
+    Attributes:
+        vertices: (V,3) float32 in [-1,1]^3.
+        faces: (F,3) int64, counter-clockwise seen from outside.
+        normals: (V,3) float32, unit length, outward.
+    """
+
+    vertices: np.ndarray
+    faces: np.ndarray
+    normals: np.ndarray
+
+
+def sdf_to_mesh(
+    block_coords: np.ndarray,
+    values: np.ndarray,
+    resolution: int,
+    level: float = 0.0,
+    outer_only: bool = True,
+    min_component: float = 0.0,
+    keep_largest: bool = False,
+    threads: int | None = None,
+) -> Mesh:
+    """The surface where `values` cross `level`, closed at the border of the grid and wherever blocks are missing.
+
+    Args:
+        block_coords: (B,3) integers in [0, R/8), each block once, in any order.
+        values: (B,8,8,8) floats, [x,y,z], negative inside; voxel i lies at (i + 1/2) / R * 2 - 1.
+        resolution: R, a multiple of 8.
+        level: in (-1,1).
+        outer_only: make solid what the outside does not reach. Otherwise cavities keep their surface.
+        min_component: connected parts with fewer faces than this are dropped; below 1, a share of the largest part's.
+        keep_largest: drop all parts but the one with the most faces.
+        threads: how many share the work. Default: all cores. The result does not depend on it.
+
+    Raises:
+        ValueError: shapes, coordinates or a resolution that do not fit together, values that are not finite, blocks
+            given twice, or no surface at this level.
+    """
+    block_coords, values = _checked_blocks(block_coords, values, resolution)
+    if not -1.0 < level < 1.0:
+        raise ValueError(f"expected a level in (-1, 1), got {level}")
+    if not min_component >= 0.0:
+        raise ValueError(f"expected min_component >= 0, got {min_component}")
+    grid = resolution // 8
+    rows = np.full(grid**3, -1, np.int32)
+    flat = (block_coords[:, 0] * grid + block_coords[:, 1]) * grid + block_coords[:, 2]
+    rows[flat] = np.arange(len(flat), dtype=np.int32)
+    if (rows[flat] != np.arange(len(flat))).any():
+        raise ValueError("expected each block once, got some twice")
+
+    positive = pack_bits(values >= level)  # (B,8)
+    outside, empty = np.zeros_like(positive) if outer_only else positive.copy(), np.zeros(grid**3, bool)
+    flood_fill(grid, rows, positive, outside, empty)
+
+    owners = owners_of(block_coords, grid)
+    crossed, ranks = np.empty((len(owners), 24), np.uint64), np.empty((len(owners), 24), np.int16)
+    sizes = np.empty((len(owners), 2), np.int64)
+    table, counts = marching_cubes_table()
+    signs = (grid, rows, outside, empty)
+    for_ranges(count_surface, len(owners), threads, owners, *signs, counts, crossed, ranks, sizes)
+    used = sizes.any(1)
+    owners, crossed, ranks = owners[used], crossed[used], ranks[used]
+    first, first_face = np.concatenate([np.zeros((1, 2), np.int64), sizes[used].cumsum(0)]).T.copy()
+    if not first_face[-1]:
+        raise ValueError(f"expected values on both sides of {level}, got {values.min():.3g} to {values.max():.3g}")
+
+    vertices, normals = np.empty((first[-1], 3), np.float32), np.empty((first[-1], 3), np.float32)
+    for_ranges(
+        make_vertices, len(owners), threads, owners, first, crossed, *signs, values, float(level), vertices, normals
+    )
+    owner_rows = np.full((grid + 1) ** 3, -1, np.int32)
+    owner_rows[owners] = np.arange(len(owners), dtype=np.int32)
+    numbering = (owner_rows, first, first_face, crossed, ranks)
+    faces = np.empty((first_face[-1], 3), np.int64)
+    for_ranges(make_faces, len(owners), threads, owners, *numbering, *signs, table, counts, faces)
+    lengths = np.linalg.norm(normals, axis=1)
+    degenerate = lengths < 1e-6
+    if degenerate.any():
+        normals[degenerate] = area_weighted_normals(vertices, faces)[degenerate]
+        lengths[degenerate] = 1.0
+    normals /= lengths[:, None]
+    mesh = Mesh(vertices, faces, normals)
+    return drop_parts(mesh, min_component, keep_largest) if min_component > 0.0 or keep_largest else mesh
+
+
+def owners_of(block_coords: np.ndarray, grid: int) -> np.ndarray:
+    """Blocks that own a cube or an edge with an end in `block_coords`, ascending flat ids on the grid -1..G-1."""
+    side = grid + 1
+    flat = (block_coords[:, 0] * side + block_coords[:, 1]) * side + block_coords[:, 2]
+    marked = np.zeros(side**3, bool)
+    for step in range(8):  # an owner is the block itself or one below it; counting from -1 adds one
+        marked[flat + ((step >> 2) * side + (step >> 1 & 1)) * side + (step & 1)] = True
+    return np.flatnonzero(marked)
+
+
+def area_weighted_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Unit normals (V,3) float32 of vertices (V,3), the mean of their faces' by area; (0,0,1) where that is zero."""
+    normals = np.zeros((len(vertices), 3))
+    add_face_normals(vertices, faces, normals)
+    lengths = np.linalg.norm(normals, axis=1)
+    normals[lengths == 0.0] = (0.0, 0.0, 1.0)
+    lengths[lengths == 0.0] = 1.0
+    return (normals / lengths[:, None]).astype(np.float32)
+
+
+@kernel
+def add_face_normals(vertices, faces, normals):
+    """Add twice the area vector of each face to its three rows of normals (V,3)."""
+    for f in range(faces.shape[0]):
+        a, b, c = vertices[faces[f, 0]], vertices[faces[f, 1]], vertices[faces[f, 2]]
+        ux, uy, uz = float(b[0]) - a[0], float(b[1]) - a[1], float(b[2]) - a[2]
+        vx, vy, vz = float(c[0]) - a[0], float(c[1]) - a[1], float(c[2]) - a[2]
+        for corner in range(3):
+            normals[faces[f, corner], 0] += uy * vz - uz * vy
+            normals[faces[f, corner], 1] += uz * vx - ux * vz
+            normals[faces[f, corner], 2] += ux * vy - uy * vx
+
+
+@kernel
+def label_parts(faces, parent):
+    """Turn parent (V,), each vertex its own, into the first vertex of its connected part."""
+    for f in range(faces.shape[0]):
+        a = faces[f, 0]
+        while parent[a] != a:
+            parent[a] = parent[parent[a]]
+            a = parent[a]
+        for corner in range(1, 3):
+            b = faces[f, corner]
+            while parent[b] != b:
+                parent[b] = parent[parent[b]]
+                b = parent[b]
+            a, b = min(a, b), max(a, b)
+            parent[b] = a
+    for v in range(parent.size):
+        parent[v] = parent[parent[v]]  # parents come first, so theirs are final
+
+
+def drop_parts(mesh: Mesh, min_component: float = 0.0, keep_largest: bool = False) -> Mesh:
+    """Without the connected parts that are too small; `sdf_to_mesh` explains the arguments."""
+    part = np.arange(len(mesh.vertices))
+    label_parts(mesh.faces, part)
+    part_of_face = part[mesh.faces[:, 0]]
+    sizes = np.bincount(part_of_face, minlength=len(part))  # faces, at each part's first vertex
+    largest = int(sizes.argmax())
+    if keep_largest:
+        kept = np.arange(len(part)) == largest
+    else:
+        kept = sizes >= (min_component * sizes[largest] if min_component < 1.0 else min_component)
+    kept_vertices = kept[part]
+    if not kept_vertices.any():
+        raise ValueError(f"expected min_component of at most the largest part, {sizes[largest]}, got {min_component}")
+    renumbered = np.cumsum(kept_vertices) - 1
+    faces = renumbered[mesh.faces[kept[part_of_face]]]
+    return Mesh(mesh.vertices[kept_vertices], faces, mesh.normals[kept_vertices])
+
+
+def decimate(mesh: Mesh, target_faces: int) -> Mesh:
+    """Simplify to about `target_faces` faces by quadric errors; a mesh that has no more is returned as it is.
+
+    Raises:
+        ValueError: fewer than 4 faces asked for.
+        ImportError: fast-simplification is not installed.
+    """
+    if target_faces < 4:
+        raise ValueError(f"expected target_faces of at least 4, got {target_faces}")
+    if len(mesh.faces) <= target_faces:
+        return mesh
+    try:
+        import fast_simplification  # not needed to make a mesh
+    except ImportError as error:
+        raise ImportError("decimate needs fast-simplification: pip install fast-simplification") from error
+    vertices, faces = fast_simplification.simplify(
+        mesh.vertices, mesh.faces.astype(np.int32), target_count=target_faces
+    )
+    vertices, faces = np.asarray(vertices, np.float32), np.asarray(faces, np.int64)
+    return Mesh(vertices, faces, area_weighted_normals(vertices, faces))
+
+
+def _checked_blocks(block_coords: np.ndarray, values: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray]:
+    if resolution < 8 or resolution % 8 or resolution > 2048:
+        raise ValueError(f"expected a resolution that is a multiple of 8 up to 2048, got {resolution}")
+    block_coords, values = np.asarray(block_coords), np.asarray(values)
+    if block_coords.ndim != 2 or block_coords.shape[1] != 3 or not len(block_coords):
+        raise ValueError(f"expected block_coords (B, 3) with B > 0, got {block_coords.shape}")
+    if values.shape != (len(block_coords), 8, 8, 8):
+        raise ValueError(f"expected values ({len(block_coords)}, 8, 8, 8), got {values.shape}")
+    if block_coords.min() < 0 or block_coords.max() >= resolution // 8:
+        raise ValueError(
+            f"expected block_coords in [0, {resolution // 8}), got {block_coords.min()} to {block_coords.max()}"
+        )
+    values = np.ascontiguousarray(values, np.float32)
+    if not (np.isfinite(values.min()) and np.isfinite(values.max())):
+        raise ValueError("expected finite values, got some that are not")
+    return block_coords.astype(np.int64), values
