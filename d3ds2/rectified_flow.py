@@ -46,8 +46,8 @@ def half_precision_time(t: float) -> float:
 
 
 def sample_t(batch_size: int, generator: torch.Generator, mean: float = 1.0, std: float = 1.0) -> Tensor:
-    """Training times (B,) float32: logit-normal, sigmoid of a normal variable."""
-    return torch.sigmoid(mean + std * torch.randn(batch_size, generator=generator))
+    """Training times (B,) float32 on the generator's device: logit-normal, sigmoid of a normal variable."""
+    return torch.sigmoid(mean + std * torch.randn(batch_size, generator=generator, device=generator.device))
 
 
 def interpolate(x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The SDF VAE's training: the loss falls, and a killed run continues to the same parameters."""
 
 import dataclasses
+import os
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 
 from d3ds2.checkpoint import load_network
 from d3ds2.sdf_vae import SDFVAEConfig
-from tests.training_data import R, prepared, write_toml
+from tests.training_data import R, one_thread, prepared, write_toml
 from training.datasets import Shapes
 from training.run import RunConfig, read_metrics
 from training.train_vae import TrainVAEConfig, active_voxels, train
@@ -25,7 +26,8 @@ MODEL = SDFVAEConfig(
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    return prepared(tmp_path_factory)
+    with one_thread():
+        yield prepared(tmp_path_factory)
 
 
 def make_config(data_dir: str, folder: Path, **run) -> TrainVAEConfig:
@@ -68,7 +70,9 @@ def test_killed_run_continues_to_equal_parameters(data_dir, tmp_path):
     toml = tmp_path / "vae.toml"
     write_toml(toml, config)
     command = [sys.executable, "-m", "training.train_vae", str(toml), "run.workers=1"]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+    )
     metrics = Path(config.run.out_dir) / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -86,7 +90,7 @@ def test_killed_run_continues_to_equal_parameters(data_dir, tmp_path):
     assert [record["step"] for record in read_metrics(config.run.out_dir)] == list(range(1, 13))
 
 
-def test_multi_resolution_draws_every_resolution(data_dir, tmp_path):
+def test_resolution_that_was_not_prepared_is_named(data_dir, tmp_path):
     config = dataclasses.replace(make_config(data_dir, tmp_path), resolutions=(R, 2 * R))
     with pytest.raises(ValueError, match=f"resolution {2 * R}"):
         train(config)

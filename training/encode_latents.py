@@ -3,8 +3,8 @@
     python -m training.encode_latents training/configs/tiny_latents.toml data_dir=data/mine model_dir=models/mine
 
 Writes `data_dir/latents/<R>/<name>@<symmetry>.safetensors` (coords, mean, logvar of the posterior), measures the
-latents of the first split, and writes their shift and scale into the sdf_vae's entry of `model_dir`/config.json and, per
-channel, into `data_dir/latents/<R>/moments.json`. Run it again whenever the VAE changes: files are overwritten.
+latents of the first split, and writes their shift and scale into the sdf_vae's entry of `model_dir`/config.json and,
+per channel, into `data_dir/latents/<R>/moments.json`. Run it again whenever the VAE changes: files are overwritten.
 """
 
 import json

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from d3ds2.rectified_flow import velocity_target
+
 
 @dataclass(frozen=True)
 class SDFLossConfig:
@@ -18,6 +20,16 @@ class SDFLossConfig:
     exterior: float = 0.1  # lambda_ext: the other voxels of the decoded blocks [A]
     sharp: float = 1.0  # lambda_sharp: active voxels near sharp edges [A]
     kl: float = 1e-3  # lambda_KL [A]
+
+
+@dataclass(frozen=True)
+class FlowLossConfig:
+    """How a diffusion model is trained; the paper does not say [D]."""
+
+    time_mean: float = 1.0  # logit of the time: normal of this mean
+    time_std: float = 1.0  # and deviation
+    context_dropout: float = 0.1  # probability of a zeroed image, for classifier-free guidance
+    sample_posterior: bool = True  # draw x_0 from the VAE's posterior; else its mean
 
 
 @dataclass(frozen=True)
@@ -102,5 +114,5 @@ def structure_loss(
 
 
 def velocity_loss(predicted: Tensor, x_0: Tensor, noise: Tensor) -> Tensor:
-    """Eq. 11: mean squared error of the velocity, over all tokens and channels."""
-    return (predicted.float() - (noise - x_0).float()).square().mean()
+    """Mean squared error of the velocity, over all tokens and channels (eq. 11)."""
+    return F.mse_loss(predicted.float(), velocity_target(x_0, noise).float())

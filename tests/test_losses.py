@@ -1,0 +1,67 @@
+"""The losses against plain loops over the definition."""
+
+import pytest
+import torch
+
+from training.losses import (
+    SDFLossConfig,
+    StructureLossConfig,
+    kl_divergence,
+    sdf_loss,
+    structure_loss,
+    velocity_loss,
+)
+
+
+def test_sdf_loss_is_equation_3():
+    target = torch.tensor([-1.0, -0.5, 0.2, 1.0, 0.4, 1.0])
+    sdf = torch.tensor([-0.8, -0.1, 0.0, 0.7, 0.4, 1.0])
+    sharp = torch.tensor([False, True, False, True, True, False])  # the fourth lies outside the band
+    mean, logvar = torch.full((2, 3), 0.5), torch.zeros(2, 3)
+    terms = sdf_loss(sdf[:, None], target, sharp, mean, logvar, SDFLossConfig())
+    inside, exterior, sharp_error = (0.16 + 0.04 + 0.0) / 3, (0.04 + 0.09 + 0.0) / 3, (0.16 + 0.0) / 2
+    expected = {"inside": inside, "exterior": exterior, "sharp": sharp_error, "kl": 0.125}
+    expected["loss"] = 1.0 * inside + 0.1 * exterior + 1.0 * sharp_error + 1e-3 * 0.125
+    assert {name: pytest.approx(value.item()) for name, value in terms.items()} == expected
+
+
+def test_sdf_loss_without_sharp_or_exterior_voxels_is_finite():
+    zeros = torch.zeros(4)
+    terms = sdf_loss(zeros + 0.5, zeros, zeros.bool(), torch.zeros(1, 2), torch.zeros(1, 2), SDFLossConfig())
+    assert terms["loss"].item() == pytest.approx(0.25)
+    assert terms["sharp"] == 0 and terms["exterior"] == 0
+
+
+def test_sdf_loss_names_sizes_that_differ():
+    with pytest.raises(ValueError, match=r"sdf \(4, 1\), target \(5,\)"):
+        sdf_loss(torch.zeros(4, 1), torch.zeros(5), torch.zeros(5), torch.zeros(1), torch.zeros(1), SDFLossConfig())
+
+
+def test_kl_divergence_is_that_of_torch():
+    torch.manual_seed(0)
+    mean, logvar = torch.randn(5, 4), torch.randn(5, 4)
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mean, (0.5 * logvar).exp()), normal(0.0, 1.0)).mean()
+    torch.testing.assert_close(kl_divergence(mean, logvar), expected)
+
+
+def test_structure_loss_prefers_the_true_occupancy():
+    torch.manual_seed(0)
+    occupancy = (torch.rand(2, 1, 4, 4, 4) < 0.2).float()
+    posterior = torch.zeros(2, 3, 2, 2, 2), torch.zeros(2, 3, 2, 2, 2)
+    config = StructureLossConfig(bce=1.0, dice=1.0, positive_weight=4.0, kl=0.0)
+    right = structure_loss((occupancy * 2 - 1) * 20, occupancy, *posterior, config)
+    wrong = structure_loss((1 - occupancy * 2) * 20, occupancy, *posterior, config)
+    assert right["loss"] < 1e-3 and right["iou"] == 1
+    assert wrong["loss"] > 10 and wrong["iou"] == 0
+    plain = structure_loss(torch.zeros_like(occupancy), occupancy, *posterior, StructureLossConfig(kl=0.0))
+    assert plain["loss"].item() == pytest.approx(0.693147, rel=1e-4)  # log 2
+    weighted = structure_loss(torch.zeros_like(occupancy), occupancy, *posterior, config)
+    share = occupancy.mean().item()
+    assert weighted["bce"].item() == pytest.approx(0.693147 * (4 * share + 1 - share), rel=1e-4)
+
+
+def test_velocity_loss_counts_tokens_equally():
+    x_0, noise = torch.zeros(3, 2), torch.ones(3, 2)
+    predicted = torch.tensor([[1.0, 1.0], [1.0, 1.0], [4.0, 1.0]])
+    assert velocity_loss(predicted, x_0, noise).item() == pytest.approx(9 / 6)

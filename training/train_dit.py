@@ -1,0 +1,147 @@
+"""Train the latent DiT (SS-DiT with spatial sparse attention) by rectified flow (eq. 10-11).
+
+    python -m training.train_dit training/configs/tiny_dit.toml data_dir=data/mine
+
+Needs render_views, encode_latents, and the image encoder in `model_dir`, which stays as it is. Stopped, it resumes from
+the newest checkpoint in `run.out_dir`. The EMA weights go to `model_dir` whenever a checkpoint is written.
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from d3ds2.checkpoint import load_network, save_network
+from d3ds2.image_encoder import ImageEncoder, ImageTokens
+from d3ds2.latent_dit import LatentDiT, LatentDiTConfig
+from d3ds2.rectified_flow import interpolate, sample_t
+from d3ds2.sdf_vae import SDFVAE
+from d3ds2.voxels import Voxels
+from training.config import load_config
+from training.datasets import LatentBatch, LatentViews, load_batches
+from training.losses import FlowLossConfig, velocity_loss
+from training.run import (
+    Log,
+    RunConfig,
+    Stop,
+    autocast,
+    is_save_step,
+    load_checkpoint,
+    make_ema,
+    make_optimizer,
+    optimizer_step,
+    save_checkpoint,
+    seed_step,
+    start,
+    update_ema,
+)
+from training.shape_files import list_shapes
+from training.views import Views
+
+
+@dataclass(frozen=True)
+class TrainDiTConfig:
+    data_dir: str = "data"
+    model_dir: str = "models/model"
+    split: str = "train"
+    resolution: int = 256  # of the SDF; 256, 384, 512, 1024 one after the other [A]
+    batch_size: int = 8  # pictures; the paper: 8 per GPU, 8 GPUs [A]
+    views_per_shape: int = 1  # pictures of one shape in a batch
+    max_tokens: int = 65536  # of a batch; larger shapes are left out
+    turn_to_camera: bool = True  # the front is what the camera sees, see symmetry.py [D]
+    cache_views: bool = False  # keep all pictures in memory, decoded
+    cache_latents: bool = True  # keep all latents in memory
+    gradient_checkpointing: bool = False
+    run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/dit"))
+    model: LatentDiTConfig = field(default_factory=LatentDiTConfig)
+    loss: FlowLossConfig = field(default_factory=FlowLossConfig)
+
+
+def draw_latents(vae: SDFVAE, batch: LatentBatch, sample_posterior: bool, generator: torch.Generator) -> Tensor:
+    """x_0 of a batch, normalised, (M, C) float32."""
+    latents = batch.mean.float()
+    if sample_posterior:
+        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+        latents = latents + (0.5 * batch.logvar.float()).exp() * noise
+    return vae.normalize_latents(latents)
+
+
+@torch.no_grad()
+def encode_images(encoder: ImageEncoder, images: Tensor, sparse_context: bool) -> ImageTokens:
+    """Tokens of pictures (B, 4, S, S) uint8; only those of the object with `sparse_context` (eq. 9)."""
+    image_tokens = encoder(images.float() / 255)
+    return image_tokens.select_foreground() if sparse_context else image_tokens
+
+
+def flow_loss(
+    model: LatentDiT,
+    image_tokens: ImageTokens,
+    x_0: Tensor,
+    voxels: Voxels,
+    loss: FlowLossConfig,
+    generator: torch.Generator,
+) -> Tensor:
+    """Eq. 10-11 on packed latents x_0 (M, C), with the image left out now and then."""
+    B = voxels.batch_size
+    keep = torch.rand(B, generator=generator, device=x_0.device) >= loss.context_dropout
+    t = sample_t(B, generator, loss.time_mean, loss.time_std)  # (B,)
+    noise = torch.randn(x_0.shape, generator=generator, device=x_0.device)
+    x_t = interpolate(x_0, noise, t[voxels.batch_index, None])  # eq. 10
+    return velocity_loss(model(x_t, t, voxels, image_tokens.where(keep)), x_0, noise)  # eq. 11
+
+
+def train(config: TrainDiTConfig) -> nn.Module:
+    """Returns the averaged (EMA) model."""
+    run = config.run
+    device = start(run, config)
+    model = LatentDiT(config.model).to(device)
+    model.gradient_checkpointing = config.gradient_checkpointing
+    ema = make_ema(model)
+    optimizer = make_optimizer(model, run)
+    generator = torch.Generator(device)
+    step = load_checkpoint(run.out_dir, model, ema, optimizer)
+
+    encoder = load_network(config.model_dir, "image_encoder", device)
+    vae = load_network(config.model_dir, "sdf_vae", device)  # for the scale of its latents
+    tokens_of = dict(zip(*list_shapes(config.data_dir, config.split, config.resolution), strict=True))
+    views = Views(
+        config.data_dir, list(tokens_of), encoder.config.image_size, config.turn_to_camera, cache=config.cache_views
+    )
+    dataset = LatentViews(
+        config.data_dir,
+        config.resolution,
+        views,
+        np.array([tokens_of[name] for name in views.names]),
+        config.batch_size,
+        config.views_per_shape,
+        config.max_tokens,
+        run.seed,
+        config.cache_latents,
+    )
+
+    with Stop(run.max_minutes) as stop, Log(run, step) as log:
+        for batch in load_batches(dataset, step, run.steps, run.workers, device):
+            seed_step(generator, run.seed, step)
+            voxels = Voxels(batch.coords, config.resolution // 8, len(batch.images))
+            x_0 = draw_latents(vae, batch, config.loss.sample_posterior, generator)
+            with autocast(run, device):
+                image_tokens = encode_images(encoder, batch.images, config.model.sparse_context)
+                loss = flow_loss(model, image_tokens, x_0, voxels, config.loss, generator)
+            loss.backward()
+            grad_norm = optimizer_step(optimizer, step, run)
+            update_ema(ema, model, step, run.ema_decay)
+            step += 1
+
+            log(step, {"loss": loss, "grad_norm": grad_norm, "tokens": len(voxels)})
+            if is_save_step(step, stop, run):
+                save_checkpoint(run.out_dir, step, model, ema, optimizer)
+                save_network(config.model_dir, "latent_dit", ema, torch.float16)
+                if stop:
+                    break
+    return ema
+
+
+if __name__ == "__main__":
+    train(load_config(TrainDiTConfig, sys.argv[1:]))

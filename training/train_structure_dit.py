@@ -1,0 +1,150 @@
+"""Train the structure DiT, and with it the image encoder, by rectified flow (eq. 10-11).
+
+    python -m training.train_structure_dit training/configs/tiny_structure_dit.toml data_dir=data/mine
+
+Needs render_views, and the structure VAE in `model_dir`: its latents of all shapes are made at the start and stay on
+the device. Stopped, it resumes from the newest checkpoint in `run.out_dir`. The EMA weights of both networks go to
+`model_dir` whenever a checkpoint is written.
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from d3ds2.checkpoint import load_network, save_network
+from d3ds2.image_encoder import ImageEncoder, ImageEncoderConfig, ImageTokens
+from d3ds2.rectified_flow import interpolate, sample_t
+from d3ds2.structure_dit import StructureDiT, StructureDiTConfig
+from d3ds2.structure_vae import StructureVAE
+from training.config import load_config
+from training.datasets import Structures, StructureViews, ViewBatch, load_batches
+from training.losses import FlowLossConfig, velocity_loss
+from training.run import (
+    Log,
+    RunConfig,
+    Stop,
+    autocast,
+    is_save_step,
+    load_checkpoint,
+    make_ema,
+    make_optimizer,
+    optimizer_step,
+    save_checkpoint,
+    seed_step,
+    start,
+    update_ema,
+)
+from training.shape_files import list_shapes
+from training.views import Views
+
+ENCODED_AT_ONCE = 64  # structures
+
+
+@dataclass(frozen=True)
+class TrainStructureDiTConfig:
+    data_dir: str = "data"
+    model_dir: str = "models/model"
+    split: str = "train"
+    resolution: int = 512  # of the SDF; the structure's edge is an eighth [B]
+    batch_size: int = 64  # pictures
+    views_per_shape: int = 1  # pictures of one shape in a batch
+    turn_to_camera: bool = True  # the front is what the camera sees, see symmetry.py [D]
+    cache_views: bool = False  # keep all pictures in memory, decoded
+    train_image_encoder: bool = True  # jointly; else frozen, as it stands in `model_dir`
+    pretrained_encoder: str = ""  # start it from a transformers folder of DINOv2 with registers, not from random [B]
+    run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/structure_dit"))
+    image_encoder: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
+    model: StructureDiTConfig = field(default_factory=StructureDiTConfig)
+    loss: FlowLossConfig = field(default_factory=FlowLossConfig)
+
+
+class StructureLatents:
+    """Normalised posteriors of all shapes in all symmetries wanted, on the device; mean and std (n, C, g, g, g) fp16."""
+
+    @torch.no_grad()
+    def __init__(self, vae: StructureVAE, structures: Structures, wanted: list[list[int]], device: torch.device):
+        keys = [(shape, symmetry) for shape, symmetries in enumerate(wanted) for symmetry in symmetries]
+        self.rows = torch.full((len(wanted), 8), -1, dtype=torch.long)
+        means, stds = [], []
+        for first in range(0, len(keys), ENCODED_AT_ONCE):
+            shapes, symmetries = np.array(keys[first : first + ENCODED_AT_ONCE]).T
+            self.rows[shapes, symmetries] = torch.arange(first, first + len(shapes))
+            mean, logvar = vae.encode(structures.occupancy(shapes, symmetries).to(device))
+            means.append(vae.normalize_latents(mean).half())
+            stds.append(((0.5 * logvar).exp() * abs(vae.config.latents_scale)).half())
+        self.rows, self.mean, self.std = self.rows.to(device), torch.cat(means), torch.cat(stds)
+
+    def draw(self, batch: ViewBatch, sample_posterior: bool, generator: torch.Generator) -> Tensor:
+        """x_0 of a batch, (B, C, g, g, g) float32."""
+        rows = self.rows[batch.shapes, batch.symmetries]
+        mean = self.mean[rows].float()
+        if not sample_posterior:
+            return mean
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        return mean + self.std[rows].float() * noise
+
+
+def flow_loss(
+    model: StructureDiT, image_tokens: ImageTokens, x_0: Tensor, loss: FlowLossConfig, generator: torch.Generator
+) -> Tensor:
+    """Eq. 10-11 on a batch x_0 (B, C, g, g, g), with the image left out now and then."""
+    keep = torch.rand(len(x_0), generator=generator, device=x_0.device) >= loss.context_dropout
+    t = sample_t(len(x_0), generator, loss.time_mean, loss.time_std)  # (B,)
+    noise = torch.randn(x_0.shape, generator=generator, device=x_0.device)
+    x_t = interpolate(x_0, noise, t[:, None, None, None, None])  # eq. 10
+    return velocity_loss(model(x_t, t, image_tokens.where(keep)), x_0, noise)  # eq. 11
+
+
+def make_image_encoder(config: TrainStructureDiTConfig) -> ImageEncoder:
+    if config.pretrained_encoder:
+        return ImageEncoder.from_dinov2(config.pretrained_encoder)
+    if not config.train_image_encoder:
+        return load_network(config.model_dir, "image_encoder")
+    return ImageEncoder(config.image_encoder)
+
+
+def train(config: TrainStructureDiTConfig) -> nn.ModuleDict:
+    """Returns the averaged (EMA) image encoder and structure DiT, by name."""
+    run = config.run
+    device = start(run, config)
+    encoder = make_image_encoder(config).requires_grad_(config.train_image_encoder)
+    model = nn.ModuleDict({"image_encoder": encoder, "structure_dit": StructureDiT(config.model)}).to(device).train()
+    ema = make_ema(model)
+    optimizer = make_optimizer(model, run)
+    generator = torch.Generator(device)
+    step = load_checkpoint(run.out_dir, model, ema, optimizer)
+
+    names, _ = list_shapes(config.data_dir, config.split, config.resolution)
+    views = Views(config.data_dir, names, encoder.config.image_size, config.turn_to_camera, cache=config.cache_views)
+    structures = Structures(config.data_dir, views.names, config.resolution, 1, run.seed)
+    wanted = [views.symmetries_of(shape) for shape in range(len(views.names))]
+    latents = StructureLatents(load_network(config.model_dir, "structure_vae", device), structures, wanted, device)
+    dataset = StructureViews(views, config.batch_size, config.views_per_shape, run.seed)
+
+    with Stop(run.max_minutes) as stop, Log(run, step) as log:
+        for batch in load_batches(dataset, step, run.steps, run.workers, device):
+            seed_step(generator, run.seed, step)
+            x_0 = latents.draw(batch, config.loss.sample_posterior, generator)
+            with autocast(run, device):
+                image_tokens = model["image_encoder"](batch.images.float() / 255)
+                loss = flow_loss(model["structure_dit"], image_tokens, x_0, config.loss, generator)
+            loss.backward()
+            grad_norm = optimizer_step(optimizer, step, run)
+            update_ema(ema, model, step, run.ema_decay)
+            step += 1
+
+            log(step, {"loss": loss, "grad_norm": grad_norm})
+            if is_save_step(step, stop, run):
+                save_checkpoint(run.out_dir, step, model, ema, optimizer)
+                for name, network in ema.items():
+                    save_network(config.model_dir, name, network, torch.float16)
+                if stop:
+                    break
+    return ema
+
+
+if __name__ == "__main__":
+    train(load_config(TrainStructureDiTConfig, sys.argv[1:]))
