@@ -5,9 +5,9 @@ and a neighbour which is not occupied counts as zero. Gathering the 27 neighbour
 chunks of rows, so that the gathered copy stays small whatever N is.
 
 Sizes named in this file:
-    N  voxels, all samples packed      K     offsets, 27
-    B  samples                         I, O  input and output channels of a convolution
-    G  channel groups                  C     channels
+    N  voxels, all samples packed      C          channels
+    B  samples                         Cin, Cout  input and output channels of a convolution
+    J  taps: an offset's weight for one child, 27 in a plain convolution
 """
 
 import math
@@ -26,7 +26,7 @@ MIN_CHUNK_ROWS = 1024
 class SubmanifoldConv3d(nn.Module):
     """3³ convolution on occupied voxels: `out[n] = bias + Σ_k x[neighbors[k, n]] @ weight[k]`.
 
-    `weight` is (27, I, O) in the offset order of `Voxels.neighbors` (x slowest), `bias` (O,).
+    `weight` is (27, Cin, Cout) in the offset order of `Voxels.neighbors` (x slowest), `bias` (Cout,).
     """
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -36,98 +36,101 @@ class SubmanifoldConv3d(nn.Module):
         nn.init.normal_(self.weight, std=math.sqrt(2 / (27 * in_channels)))  # keeps the variance before a SiLU
 
     def forward(self, x: Tensor, voxels: Voxels) -> Tensor:
-        """(N, I) -> (N, O), in the autocast dtype under autocast. Raises ValueError if x does not fit the voxels."""
-        return _convolve(x, voxels, self.weight, self.bias)
+        """(N, Cin) -> (N, Cout), in the autocast dtype under autocast; ValueError if x does not fit the voxels."""
+        return _convolve(x, voxels, self.weight, self.bias, children=1)
 
 
 class SubdivideConv3d(SubmanifoldConv3d):
     """Subdivide every voxel into its 8 children, which copy its features, then `SubmanifoldConv3d` on the children.
 
-    The 27 neighbours of a child lie in 2³ of the parent's 27 neighbours, and those that share a parent share features.
-    So the same sum is a convolution of the coarse voxels with 8 O output channels, its weights being sums of `weight`:
+    The 27 neighbours of a child lie in 2³ of its parent's 27 neighbours, and those with one parent share features. So
+    the same sum is a convolution of the coarse voxels with 8 Cout output channels, whose weights are sums of `weight`:
     an eighth of the gathered rows, and neither features nor neighbours of the fine grid are needed.
     """
 
     def forward(self, x: Tensor, voxels: Voxels) -> Tensor:
-        """(N, I) -> (8 N, O), child i, j, k of voxel n in row 8 n + 4 i + 2 j + k; `Voxels.child_order` sorts these."""
-        out = _convolve(x, voxels, children_weight(self.weight), self.bias.repeat(8))  # (N, 8 O)
-        return out.view(-1, self.bias.numel())
+        """(N, Cin) -> (8 N, Cout), child i, j, k of voxel n in row 8 n + 4 i + 2 j + k: `Voxels.child_order` sorts."""
+        return _convolve(x, voxels, _children_weight(self.weight), self.bias, children=8)
 
 
-def children_weight(weight: Tensor) -> Tensor:
-    """Weights (27, I, O) on a subdivided grid -> weights (27, I, 8 O) on the coarse one, child i, j, k slower than O.
+def _children_weight(weight: Tensor) -> Tensor:
+    """Weights (27, Cin, Cout) on the subdivided grid -> those of the taps on the coarse one, (64, Cin, Cout).
 
-    Per axis, child 0 finds its offsets (-1, 0, 1) in the coarse neighbours (-1, 0, 0), child 1 in (0, 0, 1).
+    Per axis, child 0 finds its fine offsets (-1, 0, 1) at the coarse offsets (-1, 0, 0), child 1 at (0, 0, 1).
     """
-    weight = weight.unflatten(0, (3, 3, 3))  # (3, 3, 3, I, O)
-    for axis in range(3):
-        before, centre, after = weight.unbind(axis)
-        none = torch.zeros_like(centre)
-        child_0 = torch.stack([before, centre + after, none], dim=axis)
-        child_1 = torch.stack([none, before + centre, after], dim=axis)
-        weight = torch.stack([child_0, child_1], dim=-2)  # (3, 3, 3, I, .., 2, O)
-    return weight.flatten(0, 2).flatten(2)
+    weight = weight.unflatten(0, (3, 3, 3))  # (x, y, z, Cin, Cout)
+    for _ in range(3):  # axis z, then y, then x: each moves to place 2 when a child axis comes in front
+        before, centre, after = weight.unbind(2)
+        child_0 = torch.stack([before, centre + after], dim=2)
+        child_1 = torch.stack([before + centre, after], dim=2)
+        weight = torch.stack([child_0, child_1])
+    return weight.flatten(0, 5)
 
 
-def _convolve(x: Tensor, voxels: Voxels, weight: Tensor, bias: Tensor) -> Tensor:
+def _taps(children: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Coarse offset (J,) and child (J,) which each weight joins: 27 of a single child, or 8 for each of 8 children."""
+    if children == 1:
+        return torch.arange(27, device=device), torch.zeros(27, dtype=torch.long, device=device)
+    child, tap = torch.arange(64, device=device) // 8, torch.arange(64, device=device) % 8
+    x, y, z = (((child >> bit) & 1) + ((tap >> bit) & 1) for bit in (2, 1, 0))  # 0, 1, 2: offsets -1, 0, 1
+    return 9 * x + 3 * y + z, child
+
+
+def _convolve(x: Tensor, voxels: Voxels, weight: Tensor, bias: Tensor, children: int) -> Tensor:
     if x.shape != (len(voxels), weight.shape[1]):
         raise ValueError(f"expected features ({len(voxels)}, {weight.shape[1]}), got {tuple(x.shape)}")
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-    return _GatherConv.apply(x, voxels.neighbors, weight, bias)
+    return _GatherConv.apply(x, voxels.neighbors, weight, bias, children)
 
 
 class _GatherConv(torch.autograd.Function):
-    """x (N, I), neighbors (K, N) with neighbors[K-1-k] the inverse of neighbors[k], weight (K, I, O), bias (O,)."""
+    """`out[children n + c] = bias + Σ_j x[neighbors[offset_j, n]] @ weight[j]` over the taps j of child c."""
 
     @staticmethod
-    def forward(ctx, x, neighbors, weight, bias):
+    def forward(ctx, x, neighbors, weight, bias, children):
         ctx.save_for_backward(x, neighbors, weight)
-        return _gather_conv(x, neighbors, weight, bias)
+        ctx.children = children
+        N, (_, Cin, Cout) = len(x), weight.shape
+        offset, child = _taps(children, x.device)
+        matrix = weight.new_zeros(27, children, Cin, Cout)  # a child has no weight at the offsets that are not its taps
+        matrix[offset, child] = weight
+        matrix = matrix.transpose(1, 2).reshape(27 * Cin, children * Cout)
+        out = x.new_empty(N, children * Cout)
+        for rows, columns in _gathered(x, neighbors):
+            torch.addmm(bias.repeat(children), columns, matrix, out=out[rows])
+        return out.view(N * children, Cout)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
+        """One gathering serves both gradients: voxel m is read at offset k by its neighbour at the opposite offset."""
         x, neighbors, weight = ctx.saved_tensors
-        dx = dweight = dbias = None
-        if ctx.needs_input_grad[0]:  # the outputs that n is a neighbour of are the neighbours of n, mirrored
-            dx = _gather_conv(dout, neighbors, weight.flip(0).transpose(1, 2), None)
-        if ctx.needs_input_grad[2]:
-            dweight = _gather_conv_dweight(x, neighbors, dout, weight)
-        if ctx.needs_input_grad[3]:
-            dbias = dout.sum(0)
-        return dx, None, dweight, dbias
+        J, Cin, Cout = weight.shape
+        matrix = weight.transpose(1, 2).reshape(J * Cout, Cin)
+        dx = torch.empty_like(x)
+        dmatrix = matrix.new_zeros(matrix.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+        offset, child = _taps(ctx.children, x.device)
+        for rows, columns in _gathered(dout, neighbors, 26 - offset, child, ctx.children):
+            torch.mm(columns, matrix, out=dx[rows])
+            dmatrix += columns.t() @ x[rows]
+        dweight = dmatrix.view(J, Cout, Cin).transpose(1, 2).to(weight.dtype)
+        return dx, None, dweight, dout.sum(0), None
 
 
-def _gather_conv(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    weight = weight.flatten(0, 1)  # (K I, O)
-    out = x.new_empty(neighbors.shape[1], weight.shape[1])
-    for rows, columns in _gathered(x, neighbors):
-        if bias is None:
-            torch.mm(columns, weight, out=out[rows])
-        else:
-            torch.addmm(bias, columns, weight, out=out[rows])
-    return out
-
-
-def _gather_conv_dweight(x: Tensor, neighbors: Tensor, dout: Tensor, weight: Tensor) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    dweight = torch.zeros(weight.flatten(0, 1).shape, dtype=dtype, device=x.device)  # (K I, O)
-    for rows, columns in _gathered(x, neighbors):
-        dweight += columns.t() @ dout[rows]
-    return dweight.view_as(weight).to(weight.dtype)
-
-
-def _gathered(x: Tensor, neighbors: Tensor):
-    """Chunks of rows as (slice, features of the K neighbours (rows, K I), zero where there is none)."""
-    K, N = neighbors.shape
-    padded = nn.functional.pad(x, (0, 0, 0, 1))
+def _gathered(x: Tensor, neighbors: Tensor, offset: Tensor | None = None, child: Tensor | int = 0, children: int = 1):
+    """Chunks of voxels n as (slice, x[children · neighbors[offset, n] + child] (rows, J C), zero where none is)."""
+    J, C = 27 if offset is None else len(offset), x.shape[1]
+    padded = nn.functional.pad(x, (0, 0, 0, children))
     chunk_bytes = CPU_CHUNK_BYTES if x.device.type == "cpu" else DEVICE_CHUNK_BYTES
-    rows = max(MIN_CHUNK_ROWS, chunk_bytes // (K * x.shape[1] * x.element_size()))
-    for first in range(0, N, rows):
-        index = neighbors[:, first : first + rows].t().reshape(-1)
-        yield slice(first, first + rows), padded.index_select(0, index).view(-1, K * x.shape[1])
+    num_rows = max(MIN_CHUNK_ROWS, chunk_bytes // (J * C * x.element_size()))
+    for first in range(0, neighbors.shape[1], num_rows):
+        rows = slice(first, first + num_rows)
+        index = neighbors[:, rows].t()  # (rows, 27)
+        if offset is not None:
+            index = index[:, offset] * children + child
+        yield rows, padded.index_select(0, index.reshape(-1)).view(-1, J * C)
 
 
 def mean_pool(x: Tensor, voxels: Voxels, factor: int) -> tuple[Tensor, Voxels]:
