@@ -1,10 +1,12 @@
 """Both autoencoders and their sparse layers against numbers of the released code; sizes come from the sidecars."""
 
+import json
+import re
 from functools import cache
 
 import pytest
 import torch
-from parity import Golden, assert_close, golden
+from parity import Golden, assert_close, golden, parity_folder
 
 from d3ds2.official_weights import convolution, sdf_vae_state_dict, structure_vae_state_dict
 from d3ds2.sdf_vae import SDFVAE, SDFVAEConfig
@@ -184,3 +186,36 @@ def test_structure_decoder():
     for item in range(len(logits)):
         voxels = model.occupied(logits[item : item + 1])
         assert_same_set(voxels.coords, data.outputs[f"index_item{item}"].int())
+
+
+# --- the released checkpoints
+
+
+def released_shapes(file: str) -> dict[str, list[int]]:
+    """Key -> shape of an autoencoder of v1.0; `blocks.[0..3].x` stands for blocks.0.x to blocks.3.x."""
+    released = json.loads((parity_folder() / "released_keys.json").read_text())["versions"]["v1.0"][file]["vae"]
+    shapes = {}
+    for key, (_, *shape) in released["state_dict"].items():
+        if span := re.search(r"\[(\d+)\.\.(\d+)\]", key):
+            first, last = map(int, span.groups())
+            shapes |= {key.replace(span[0], str(i)): shape for i in range(first, last + 1)}
+        else:
+            shapes[key] = shape
+    assert len(shapes) == released["num_keys"]
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("file", "make", "translate"),
+    [
+        ("model_dense.ckpt", lambda: StructureVAE(StructureVAEConfig()), structure_vae_state_dict),
+        ("model_sparse_512.ckpt", lambda: SDFVAE(SDFVAEConfig()), sdf_vae_state_dict),
+        ("model_sparse_1024.ckpt", lambda: SDFVAE(SDFVAEConfig()), sdf_vae_state_dict),
+    ],
+)
+def test_default_sizes_hold_the_released_weights(file, make, translate):
+    with torch.device("meta"):
+        model = make()
+        official = {key: torch.empty(shape) for key, shape in released_shapes(file).items()}
+    expected = {key: value.shape for key, value in model.state_dict().items()}
+    assert {key: value.shape for key, value in translate(official).items()} == expected
