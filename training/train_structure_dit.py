@@ -54,6 +54,7 @@ class TrainStructureDiTConfig:
     turn_to_camera: bool = True  # the front is what the camera sees, see symmetry.py [D]
     cache_views: bool = False  # keep all pictures in memory, decoded
     train_image_encoder: bool = True  # jointly; else frozen, as it stands in `model_dir`
+    image_encoder_steps: int = 0  # its averaged weights stay fixed from here on: the latent DiT can start; 0: never [D]
     pretrained_encoder: str = ""  # start it from a transformers folder of DINOv2 with registers, not from random [B]
     run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/structure_dit"))
     image_encoder: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
@@ -106,6 +107,13 @@ def make_image_encoder(config: TrainStructureDiTConfig) -> ImageEncoder:
     return ImageEncoder(config.image_encoder)
 
 
+def freeze_image_encoder(model: nn.ModuleDict, ema: nn.ModuleDict) -> None:
+    """Go on with the averaged encoder and leave it as it is; calling it again changes nothing."""
+    if next(model["image_encoder"].parameters()).requires_grad:
+        model["image_encoder"].load_state_dict(ema["image_encoder"].state_dict())
+        model["image_encoder"].requires_grad_(False)
+
+
 def train(config: TrainStructureDiTConfig) -> nn.ModuleDict:
     """Returns the averaged (EMA) image encoder and structure DiT, by name."""
     run = config.run
@@ -127,6 +135,8 @@ def train(config: TrainStructureDiTConfig) -> nn.ModuleDict:
     with Stop(run.max_minutes) as stop, Log(run, step) as log:
         for batch in load_batches(dataset, step, run.steps, run.workers, device):
             seed_step(generator, run.seed, step)
+            if config.image_encoder_steps and step >= config.image_encoder_steps:
+                freeze_image_encoder(model, ema)
             x_0 = latents.draw(batch, config.loss.sample_posterior, generator)
             with autocast(run, device):
                 image_tokens = model["image_encoder"](batch.images.float() / 255)

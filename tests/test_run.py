@@ -1,0 +1,175 @@
+"""The shared pieces of training runs: schedule, EMA, checkpoints, metrics, stopping."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from training.run import (
+    Log,
+    RunConfig,
+    Stop,
+    is_save_step,
+    learning_rate,
+    load_checkpoint,
+    make_ema,
+    make_optimizer,
+    optimizer_step,
+    read_metrics,
+    save_checkpoint,
+    seed_step,
+    update_ema,
+)
+
+
+def make_config(tmp_path, **changes) -> RunConfig:
+    return RunConfig(**({"out_dir": str(tmp_path), "device": "cpu", "tensorboard": False, "log_every": 2} | changes))
+
+
+def step_of(model: nn.Linear, optimizer, step: int, config: RunConfig) -> None:
+    generator = torch.Generator()
+    seed_step(generator, 0, step)
+    model(torch.randn(4, 3, generator=generator)).square().mean().backward()
+    optimizer_step(optimizer, step, config)
+
+
+def test_learning_rate_warms_up_and_falls_along_a_cosine():
+    config = RunConfig(steps=101, learning_rate=2.0, final_learning_rate=0.1, warmup_steps=10)
+    rates = [learning_rate(step, config) for step in range(101)]
+    assert rates[0] == pytest.approx(0.2, rel=1e-3)
+    assert rates[50] == pytest.approx(2.0 * 0.55) and rates[100] == pytest.approx(0.2)
+    assert all(a < b for a, b in zip(rates[:9], rates[1:10], strict=True))
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    constant = RunConfig(steps=100, learning_rate=2.0, warmup_steps=1)
+    assert {learning_rate(step, constant) for step in range(100)} == {2.0}
+
+
+def test_gradients_are_clipped(tmp_path):
+    model = nn.Linear(3, 1, bias=False)
+    config = make_config(tmp_path, grad_clip=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = model.weight.detach().clone()
+    (model.weight.sum() * 100).backward()
+    norm = optimizer_step(optimizer, config.warmup_steps, config)
+    assert norm.item() == pytest.approx(100 * 3**0.5)
+    moved = (model.weight - before).norm() / learning_rate(config.warmup_steps, config)
+    assert moved.item() == pytest.approx(0.5, rel=1e-3) and model.weight.grad is None
+
+
+def test_ema_warms_up_then_follows_slowly():
+    model = nn.BatchNorm1d(2)
+    ema = make_ema(model)
+    assert not any(p.requires_grad for p in ema.parameters())
+    with torch.no_grad():
+        model.weight.fill_(11.0)
+        model.running_mean.fill_(3.0)
+    update_ema(ema, model, step=0, decay=0.99)  # decay 1/10
+    assert ema.weight.tolist() == pytest.approx([10.0, 10.0]) and ema.running_mean.tolist() == [3.0, 3.0]
+    update_ema(ema, model, step=10_000, decay=0.75)
+    assert ema.weight.tolist() == pytest.approx([10.25, 10.25])
+
+
+def test_resumed_run_equals_uninterrupted_run(tmp_path):
+    config = make_config(tmp_path)
+
+    def make():
+        torch.manual_seed(1)
+        model = nn.Linear(3, 2)
+        return model, make_ema(model), make_optimizer(model, config)
+
+    def advance(parts, steps):
+        model, ema, optimizer = parts
+        for step in steps:
+            step_of(model, optimizer, step, config)
+            update_ema(ema, model, step, config.ema_decay)
+
+    whole = make()
+    advance(whole, range(9))
+    first = make()
+    assert load_checkpoint(tmp_path, *first) == 0
+    advance(first, range(5))
+    save_checkpoint(tmp_path, 5, *first)
+    second = make()
+    assert load_checkpoint(tmp_path, *second) == 5
+    advance(second, range(5, 9))
+    for a, b in zip(whole[:2], second[:2], strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_only_two_checkpoints_stay_and_another_network_is_refused(tmp_path):
+    config = make_config(tmp_path)
+    model = nn.Linear(3, 2)
+    parts = model, make_ema(model), make_optimizer(model, config)
+    for step in (1, 2, 30):
+        save_checkpoint(tmp_path, step, *parts)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002.pt", "step_00000030.pt"]
+    assert load_checkpoint(tmp_path, *parts) == 30
+    other = nn.Linear(4, 2)
+    with pytest.raises(ValueError, match=r"step_00000030\.pt is not of this network"):
+        load_checkpoint(tmp_path, other, make_ema(other), make_optimizer(other, config))
+
+
+def test_seed_of_a_step_sets_all_random_numbers():
+    generator = torch.Generator()
+    draws = []
+    for seed, step in ((0, 3), (0, 4), (1, 3), (0, 3)):
+        seed_step(generator, seed, step)
+        draws.append((torch.rand(2, generator=generator).tolist(), torch.rand(2).tolist()))
+    assert draws[0] == draws[3] and draws[0][0] != draws[1][0] != draws[2][0] != draws[0][0]
+    assert draws[0][1] != draws[1][1]
+
+
+def test_metrics_are_means_and_lines_after_the_checkpoint_are_dropped(tmp_path):
+    config = make_config(tmp_path, steps=7)
+    with Log(config, 0) as log:
+        for step in range(1, 7):
+            log(step, {"loss": torch.tensor(float(step)), "tokens": 10})
+    assert [(r["step"], r["loss"], r["tokens"]) for r in read_metrics(tmp_path)] == [
+        (2, 1.5, 10),
+        (4, 3.5, 10),
+        (6, 5.5, 10),
+    ]
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')  # killed while writing
+    with Log(config, 4) as log:
+        log(5, {"loss": torch.tensor(8.0)})
+        log(6, {"loss": torch.tensor(9.0)})
+        log(7, {"loss": torch.tensor(2.0)})  # the last step is always written
+    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(2, 1.5), (4, 3.5), (6, 8.5), (7, 2.0)]
+
+
+def test_metrics_reach_tensorboard(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with Log(make_config(tmp_path, steps=4, tensorboard=True), 0) as log:
+        for step in range(1, 5):
+            log(step, {"loss": 1.0 / step})
+    board = events.EventAccumulator(str(tmp_path))
+    board.Reload()
+    assert [(e.step, round(e.value, 4)) for e in board.Scalars("loss")] == [(2, 0.75), (4, 0.2917)]
+
+
+def test_loss_that_is_not_finite_ends_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match="loss is nan near step 2"), Log(make_config(tmp_path), 0) as log:
+        log(1, {"loss": torch.tensor(float("nan"))})
+        log(2, {"loss": torch.tensor(1.0)})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 2
+
+
+def test_stop_after_signal_or_time(tmp_path):
+    config = make_config(tmp_path, steps=100, save_every=10)
+    before = signal.getsignal(signal.SIGTERM)
+    with Stop() as stop:
+        assert not stop and not is_save_step(3, stop, config) and is_save_step(20, stop, config)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop and is_save_step(3, stop, config)
+    assert signal.getsignal(signal.SIGTERM) is before
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert not Stop(max_minutes=60)
+    assert Stop(max_minutes=1e-9)
