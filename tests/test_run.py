@@ -1,5 +1,6 @@
 """The shared pieces of training runs: schedule, EMA, checkpoints, metrics, stopping."""
 
+import itertools
 import json
 import os
 import signal
@@ -41,8 +42,8 @@ def test_learning_rate_warms_up_and_falls_along_a_cosine():
     rates = [learning_rate(step, config) for step in range(101)]
     assert rates[0] == pytest.approx(0.2, rel=1e-3)
     assert rates[50] == pytest.approx(2.0 * 0.55) and rates[100] == pytest.approx(0.2)
-    assert all(a < b for a, b in zip(rates[:9], rates[1:10], strict=True))
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(rates[:10]))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     constant = RunConfig(steps=100, learning_rate=2.0, warmup_steps=1)
     assert {learning_rate(step, constant) for step in range(100)} == {2.0}
 

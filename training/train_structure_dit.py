@@ -63,7 +63,7 @@ class TrainStructureDiTConfig:
 
 
 class StructureLatents:
-    """Normalised posteriors of all shapes in all symmetries wanted, on the device; mean and std (n, C, g, g, g) fp16."""
+    """Normalised posteriors of the shapes in the symmetries wanted, on the device; mean, std (n, C, g, g, g) fp16."""
 
     @torch.no_grad()
     def __init__(self, vae: StructureVAE, structures: Structures, wanted: list[list[int]], device: torch.device):
