@@ -129,6 +129,7 @@ def _segment_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> t
 
 def _group(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The G heads of a group become more queries, (1, Hk, L · G, D), so that no key is copied."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # the CPU kernel relies on it
     q = q.unflatten(1, (k.shape[1], -1)).movedim(1, 0).flatten(1, 2)
     return q[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None]
 

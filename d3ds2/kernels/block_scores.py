@@ -62,7 +62,8 @@ def select_blocks(
         rows = max(1, max_elements // max(1, T_compressed * Hq))
         for start in range(first, first + T, rows):
             chunk = slice(start, min(start + rows, first + T))
-            scores = block_scores(q[chunk], keys, lse[chunk], block_of_key, M, scale)  # (t, H, M)
+            with torch.autocast(q.device.type, enabled=False):  # probabilities of fp32 scores, as lse is
+                scores = block_scores(q[chunk], keys, lse[chunk], block_of_key, M, scale)  # (t, H, M)
             best = scores.topk(min(top_k, M), dim=-1, sorted=False).indices.sort(dim=-1).values
             block_indices[chunk, :, : best.shape[-1]] = (best + first_block).int()
         first, first_compressed, first_block = first + T, first_compressed + T_compressed, first_block + M

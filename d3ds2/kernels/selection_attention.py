@@ -59,7 +59,8 @@ def selection_attention(
         from .selection_attention_triton import selection_attention_triton
 
         return selection_attention_triton(q, k, v, block_offsets, block_indices, scale)
-    return _SelectionAttention.apply(q, k, v, block_offsets, block_indices, scale)
+    with torch.autocast(q.device.type, enabled=False):  # it computes in fp32 by itself
+        return _SelectionAttention.apply(q, k, v, block_offsets, block_indices, scale)
 
 
 def selection_attention_reference(
@@ -107,23 +108,25 @@ class _SelectionAttention(torch.autograd.Function):
         lse = torch.empty(H, T, G, dtype=dtype, device=q.device)
         for h in range(H):
             queries = q[:, h * G : (h + 1) * G].to(dtype).reshape(T, G * D) * scale
-            keys = k[:, h].to(dtype)
-            values = torch.nn.functional.pad(v[:, h].to(dtype), (0, 1), value=1.0)  # (T, D + 1): sums the weights too
-            sums = torch.zeros(T, G * (D + 1), dtype=dtype, device=q.device)
+            keys, values = k[:, h].to(dtype), v[:, h].to(dtype)
+            numerator = torch.zeros(T, G * D, dtype=dtype, device=q.device)
+            denominator = torch.zeros(T, G, dtype=dtype, device=q.device)
             top = torch.full((T, G), -math.inf, dtype=dtype, device=q.device)
             for tokens, ids in pieces[h]:
                 scores = keys[tokens] @ queries.index_select(0, ids).view(-1, D).t()
-                old_top = top.index_select(0, ids).view(-1)
-                new_top = torch.maximum(old_top, scores.amax(0))
-                weights = scores.sub_(new_top).exp_()
-                decay = (old_top - new_top).exp_()[:, None]
-                partial = sums.index_select(0, ids).view(-1, D + 1).mul_(decay).addmm_(weights.t(), values[tokens])
-                sums.index_copy_(0, ids, partial.view(-1, G * (D + 1)))
-                top.index_copy_(0, ids, new_top.view(-1, G))
-            numerator, denominator = sums.view(T, G, D + 1).split((D, 1), dim=-1)
+                old_top = top.index_select(0, ids)
+                new_top = torch.maximum(old_top, scores.amax(0).view(-1, G))
+                weights = scores.sub_(new_top.view(-1)).exp_()
+                decay = (old_top - new_top).exp_()
+                partial = (weights.t() @ values[tokens]).view(-1, G, D)
+                partial.addcmul_(numerator.index_select(0, ids).view(-1, G, D), decay[..., None])
+                numerator.index_copy_(0, ids, partial.flatten(1))
+                total = weights.sum(0).view(-1, G).addcmul_(denominator.index_select(0, ids), decay)
+                denominator.index_copy_(0, ids, total)
+                top.index_copy_(0, ids, new_top)
             has_keys = denominator > 0  # a query without any block: zeros, and an lse of +inf makes its gradients zero
-            out[:, h] = (numerator / denominator.masked_fill(~has_keys, 1.0)).flatten(1)
-            lse[h] = (top + denominator[..., 0].log()).masked_fill(~has_keys[..., 0], math.inf)
+            out[:, h] = (numerator.view(T, G, D) / denominator.masked_fill(~has_keys, 1.0)[..., None]).flatten(1)
+            lse[h] = (top + denominator.log()).masked_fill(~has_keys, math.inf)
         out = out.view(T, H * G, D)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.pieces, ctx.scale = pieces, scale
@@ -165,7 +168,7 @@ def _pieces(block_offsets: Tensor, block_indices: Tensor, G: int) -> list[list[t
         [
             (slice(offsets[m], offsets[m + 1]), ids)
             for m in range(M)
-            if len(selected[h * M + m])
+            if len(selected[h * M + m]) and offsets[m + 1] > offsets[m]
             for ids in selected[h * M + m].split(max(1, _SCORE_ELEMENTS // (G * (offsets[m + 1] - offsets[m]))))
         ]
         for h in range(H)

@@ -1,0 +1,77 @@
+"""The choice of blocks against softmax probabilities summed in plain loops."""
+
+import pytest
+import torch
+
+from d3ds2.kernels.block_scores import select_blocks
+
+
+def make_problem(counts, children, H, G, D, common=0.0):
+    """`children`: for each sample the number of compressed tokens of each of its blocks."""
+    torch.manual_seed(0)
+    q = torch.randn(sum(counts), H * G, D)
+    keys = torch.randn(sum(map(sum, children)), H, D)
+    q[..., 0] = keys[..., 0] = common  # adds common² / √D to every score
+    block_of_compressed = torch.repeat_interleave(torch.tensor([n for sample in children for n in sample]))
+    compressed_counts, block_counts = [sum(sample) for sample in children], [len(sample) for sample in children]
+    lse = []
+    for queries, sample_keys in zip(q.split(counts), keys.split(compressed_counts), strict=True):
+        scores = torch.einsum("thgd,khd->thgk", queries.unflatten(1, (H, G)), sample_keys) * D**-0.5
+        lse.append(scores.logsumexp(-1).flatten(1))
+    return q, keys, torch.cat(lse), block_of_compressed, counts, compressed_counts, block_counts
+
+
+def best_blocks_by_loops(q, keys, _lse, block_of_compressed, counts, compressed_counts, block_counts, top_k):
+    (_, H, D), G = keys.shape, q.shape[1] // keys.shape[1]
+    rows, first_key, first_block = [], 0, 0
+    for queries, n, M in zip(q.split(counts), compressed_counts, block_counts, strict=True):
+        for query in queries:
+            row = []
+            for h in range(H):
+                scores = torch.zeros(M)
+                for g in range(G):
+                    probabilities = (keys[first_key : first_key + n, h] @ query[h * G + g] * D**-0.5).softmax(0)
+                    for i, p in enumerate(probabilities):
+                        scores[block_of_compressed[first_key + i] - first_block] += p
+                best = sorted((scores.argsort(descending=True)[:top_k] + first_block).tolist())
+                row.append(best + [-1] * (top_k - len(best)))
+            rows.append(row)
+        first_key, first_block = first_key + n, first_block + M
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("counts", "children", "top_k"),
+    [
+        pytest.param([9], [[1, 3, 2, 4]], 2, id="one-sample"),
+        pytest.param([5, 4], [[1, 1, 1], [2, 5]], 1, id="top-1"),
+        pytest.param([5, 0, 4], [[2, 1, 3], [], [1, 2]], 2, id="an-empty-sample"),
+        pytest.param([3, 4], [[2], [3, 1, 1]], 5, id="more-than-there-are-blocks"),
+    ],
+)
+@pytest.mark.parametrize("elements", [1 << 20, 40])
+def test_matches_loops(counts, children, top_k, elements, monkeypatch):
+    monkeypatch.setattr("d3ds2.kernels.block_scores._CPU_ELEMENTS", elements)
+    problem = make_problem(counts, children, H=2, G=3, D=8)
+    block_indices = select_blocks(*problem, top_k)
+    assert block_indices.dtype == torch.int32
+    assert block_indices.equal(best_blocks_by_loops(*problem, top_k))
+
+
+def test_logsumexp_beyond_the_range_of_exp():
+    problem = make_problem([6], [[2, 1, 3, 1]], H=1, G=2, D=8, common=20.0)
+    assert problem[2].min() > 88.7
+    assert select_blocks(*problem, 2).equal(best_blocks_by_loops(*problem, 2))
+
+
+def test_order_of_compressed_tokens_is_free():
+    q, keys, lse, block_of_compressed, *counts = make_problem([7], [[3, 1, 2, 4]], H=2, G=2, D=8)
+    order = torch.randperm(len(keys))
+    shuffled = select_blocks(q, keys[order], lse, block_of_compressed[order], *counts, 2)
+    assert shuffled.equal(select_blocks(q, keys, lse, block_of_compressed, *counts, 2))
+
+
+def test_wrong_shapes_are_named():
+    q, keys, lse, block_of_compressed, *counts = make_problem([7], [[3, 1]], H=2, G=2, D=8)
+    with pytest.raises(ValueError, match="expected q"):
+        select_blocks(q, keys, lse.t(), block_of_compressed, *counts, 2)
