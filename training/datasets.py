@@ -11,6 +11,7 @@ Sizes: M blocks = tokens of a batch, B samples, G = R/8 blocks per edge, C laten
 import signal
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -230,7 +231,10 @@ class LatentViews(Dataset):
                 f"expected latents in {missing[0]} and {len(missing) - 1} other files; "
                 "make them with python -m training.encode_latents"
             )
-        self.cache = {key: self._read(path) for key, path in self.paths.items()} if cache else {}
+        self.cache = {}
+        if cache:
+            with ThreadPoolExecutor() as pool:
+                self.cache = dict(zip(self.paths, pool.map(self._read, self.paths.values()), strict=True))
 
     @staticmethod
     def _read(path: Path) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ per channel, into `data_dir/latents/<R>/moments.json`. Run it again whenever the
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,17 +64,13 @@ class AllShapes(Dataset):
 
 
 @torch.no_grad()
-def encode(vae: SDFVAE, batch: ShapeBatch) -> list[dict[str, np.ndarray]]:
-    """coords (M,3) int16 in the order of `Voxels`, mean and logvar (M,C) fp16, of each shape; and the device's own."""
+def encode(vae: SDFVAE, batch: ShapeBatch, moments: LatentMoments) -> list[dict[str, np.ndarray]]:
+    """What the file of each shape holds: coords (M,3) int16 in the order of `Voxels`, mean and logvar (M,C) fp16."""
     sdf, voxels = active_voxels(batch)
     mean, logvar, latent_voxels = vae.encode(sdf, voxels)
-    counts = latent_voxels.counts
-    arrays = {
-        "coords": latent_voxels.coords[:, 1:].short(),
-        "mean": mean.half(),
-        "logvar": logvar.half(),
-    }
-    parts = {name: array.cpu().split(counts) for name, array in arrays.items()}
+    moments.add(mean, logvar)
+    arrays = {"coords": latent_voxels.coords[:, 1:].short(), "mean": mean.half(), "logvar": logvar.half()}
+    parts = {name: array.cpu().split(latent_voxels.counts) for name, array in arrays.items()}
     return [{name: part[i].numpy() for name, part in parts.items()} for i in range(batch.batch_size)]
 
 
@@ -84,22 +81,28 @@ def main(config: EncodeLatentsConfig) -> dict:
     run = RunConfig(precision=config.precision)
     folder = latent_path(config.data_dir, config.resolution, "", 0).parent
     folder.mkdir(parents=True, exist_ok=True)
-    summary = None
+    all_moments = []
     for split in config.splits:
-        shapes, moments = AllShapes(config, split), LatentMoments(vae.config.latent_channels, torch.device("cpu"))
+        shapes, moments = AllShapes(config, split), LatentMoments(vae.config.latent_channels, device)
         batches = load_batches(shapes, 0, len(shapes), config.workers, device)
-        for items, batch in zip(tqdm(shapes.batches, unit="batch", desc=split), batches, strict=True):
-            with autocast(run, device):
-                latents = encode(vae, batch)
-            for (name, symmetry), arrays in zip(items, latents, strict=True):
-                write_arrays(latent_path(config.data_dir, config.resolution, name, symmetry), arrays)
-                moments.add(torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["logvar"]))
-        if summary is None:
-            summary = moments.summary()
-            set_latent_scale(vae, moments)
-            save_network(config.model_dir, "sdf_vae", vae, torch.float16)
-            with replacing(folder / "moments.json") as temporary:
-                temporary.write_text(json.dumps(summary, indent=1))
+        written = []
+        with ThreadPoolExecutor() as pool:  # files of one batch are written while the next is encoded
+            for items, batch in zip(tqdm(shapes.batches, unit="batch", desc=split), batches, strict=True):
+                with autocast(run, device):
+                    latents = encode(vae, batch, moments)
+                for file in written:
+                    file.result()
+                paths = [latent_path(config.data_dir, config.resolution, *item) for item in items]
+                written = [pool.submit(write_arrays, *pair) for pair in zip(paths, latents, strict=True)]
+            for file in written:
+                file.result()
+        all_moments.append(moments)
+
+    summary = all_moments[0].summary()
+    set_latent_scale(vae, all_moments[0])
+    save_network(config.model_dir, "sdf_vae", vae, torch.float16)
+    with replacing(folder / "moments.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=1))
     return summary
 
 
