@@ -1,0 +1,141 @@
+"""One image in, one mesh out:  python -m d3ds2 chair.png -o chair.glb
+
+Progress and errors go to standard error; an error is one line, and the exit code then 2.
+"""
+
+import argparse
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from .atomic_file import replacing
+from .checkpoint import CheckpointError, load_settings
+from .foreground import METHODS, ImageError, cut_out, load_image
+from .mesh_file import FORMATS, MeshFileError, check_mesh_path, check_writable, save_mesh
+from .pipeline import STAGES, TINY, EmptyResultError, load_pipeline
+from .sdf_to_mesh import Mesh
+
+PREVIEW_SIZE = 512  # pixels of one picture in the preview
+
+
+class UsageError(ValueError):
+    """The arguments cannot work together."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Without argparse's usage text: an error is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+class ProgressBars:
+    """A bar on standard error for each stage, in turn."""
+
+    def __init__(self):
+        self.stage, self.bar = None, None
+
+    def __call__(self, stage: str, step: int, steps: int) -> None:
+        if stage != self.stage:
+            self.close()
+            title = f"{STAGES.index(stage) + 1}/{len(STAGES)} {stage}"
+            self.stage, self.bar = stage, tqdm(total=steps, desc=f"{title:13}", file=sys.stderr, leave=True)
+        self.bar.update(step - self.bar.n)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m d3ds2", description="One image in, one watertight mesh out.")
+    parser.add_argument("image", type=Path, help="picture of one object, with alpha or on a plain background")
+    parser.add_argument("-o", "--output", type=Path, required=True, help=f"mesh to write: {', '.join(FORMATS)}")
+    parser.add_argument("--model", type=Path, default=TINY, help="model folder (default: the shipped tiny)")
+    parser.add_argument("--seed", type=int, default=0, help="one seed, one mesh (default: 0)")
+    parser.add_argument("--steps", type=int, help="sampling steps of both diffusion stages (default: the model's)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    parser.add_argument("--mask", type=Path, help="picture that is white on the object, instead of finding it")
+    parser.add_argument("--background", choices=METHODS, default="auto", help="how to find the object (default: auto)")
+    parser.add_argument("--preview", type=Path, help="picture to write: the input beside the mesh from four sides")
+    arguments = parser.parse_args(argv)
+    if not 0 <= arguments.seed < 2**63:
+        raise UsageError(f"expected a seed from 0 to 2^63 - 1, got {arguments.seed}")
+    if arguments.steps is not None and arguments.steps < 1:
+        raise UsageError(f"expected at least 1 step, got {arguments.steps}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("no CUDA device here; use --device cpu")
+    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return arguments
+
+
+def check_outputs(output: Path, preview: Path | None) -> None:
+    """See that all that is to be written can be, before any work. Raises MeshFileError, UsageError."""
+    check_mesh_path(output)
+    if preview is not None:
+        if preview.suffix.lower() != ".png":
+            raise UsageError(f"expected a preview that ends in .png, got {preview}")
+        if find_spec("embreex") is None:
+            raise UsageError("--preview needs embreex: pip install embreex")
+        check_writable(preview)
+
+
+def save_preview(path: Path, image: Image.Image, mesh: Mesh) -> None:
+    """The object as it was cut out, and the mesh from the front, the right, behind and the left."""
+    from .contact_sheet import contact_sheet
+    from .render import render_sides
+
+    pictures = [image, *render_sides(mesh.vertices, mesh.faces, PREVIEW_SIZE)]
+    sheet = contact_sheet([pictures], ("input", "front", "right", "back", "left"), cell=PREVIEW_SIZE)
+    with replacing(path) as temporary:
+        sheet.save(temporary)
+
+
+def run(argv: list[str] | None) -> None:
+    arguments = parse_arguments(argv)
+    check_outputs(arguments.output, arguments.preview)
+    load_settings(arguments.model)  # a wrong folder is said before the slower steps
+    image = load_image(arguments.image)
+    mask = None if arguments.mask is None else load_image(arguments.mask).convert("L")
+    if mask is not None and mask.size != image.size:
+        raise UsageError(f"expected a mask of the image's size {image.size}, got {mask.size}")
+    image = cut_out(image, mask, arguments.background)
+
+    pipeline = load_pipeline(arguments.model, arguments.device)
+    bars = ProgressBars()
+    try:
+        mesh = pipeline.generate(image, arguments.seed, bars, arguments.steps, arguments.steps)
+    finally:
+        bars.close()
+
+    made_from = {"model": load_settings(arguments.model)[0], "image": arguments.image.name, "seed": arguments.seed}
+    save_mesh(arguments.output, mesh, made_from)
+    if arguments.preview is not None:
+        save_preview(arguments.preview, image, mesh)
+    size = f"{len(mesh.vertices)} vertices, {len(mesh.faces)} faces"
+    print(f"{arguments.output}: {size}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 after an error, 130 when interrupted."""
+    try:
+        run(argv)
+    except (UsageError, ImageError, CheckpointError, MeshFileError, EmptyResultError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory; use --device cpu", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""A mesh -> a file: GLB, OBJ, PLY or STL, written whole or not at all."""
+
+from pathlib import Path
+
+import numpy as np
+
+from .atomic_file import replacing
+from .sdf_to_mesh import Mesh
+
+FORMATS = (".glb", ".obj", ".ply", ".stl")
+GENERATOR = "ComfyUI-D3DS2"
+GREY = (0.6, 0.6, 0.6, 1.0)  # base colour of the GLB material; the format's own default is white metal
+
+
+class MeshFileError(ValueError):
+    """The file cannot be written: its extension, its folder. The message is one line."""
+
+
+def check_mesh_path(path: str | Path) -> None:
+    """See that a mesh can be written to `path`, before there is one.
+
+    Raises:
+        MeshFileError: unknown extension, no such folder, or no permission to write there.
+    """
+    if Path(path).suffix.lower() not in FORMATS:
+        raise MeshFileError(f"expected an output that ends in {', '.join(FORMATS)}, got {path}")
+    check_writable(path)
+
+
+def check_writable(path: str | Path) -> None:
+    """See that a file can be written to `path`, by making an empty one beside it and removing it again.
+
+    Raises:
+        MeshFileError: no such folder, no permission, or a folder of that name.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise MeshFileError(f"cannot write {path}: it is a folder")
+    if not path.parent.is_dir():
+        raise MeshFileError(f"cannot write {path}: no folder {path.parent}")
+    trial = path.with_name(f".{path.stem}.trial")
+    try:
+        with replacing(trial):
+            pass
+        trial.unlink()
+    except OSError as error:
+        raise MeshFileError(f"cannot write {path}: {error.strerror}") from None
+
+
+def save_mesh(path: str | Path, mesh: Mesh, metadata: dict[str, str | int | float] | None = None) -> None:
+    """Write a mesh with its vertex normals, Y up as it is; the format follows from the extension.
+
+    Args:
+        path: ends in .glb, .obj, .ply or .stl. STL has no vertex normals.
+        mesh: at least one face.
+        metadata: how it was made; GLB keeps it in `asset.extras`, the other formats have no place for it.
+
+    Raises:
+        MeshFileError: no faces, unknown extension, or the file cannot be written.
+    """
+    import trimesh  # slow to import, and only the end of a run needs it
+
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind not in FORMATS:
+        raise MeshFileError(f"expected an output that ends in {', '.join(FORMATS)}, got {path}")
+    if len(mesh.faces) == 0:
+        raise MeshFileError("expected a mesh with faces, got none")
+    exported = trimesh.Trimesh(
+        np.asarray(mesh.vertices), np.asarray(mesh.faces), vertex_normals=np.asarray(mesh.normals), process=False
+    )
+    arguments = {} if kind == ".stl" else {"include_normals": True}
+    if kind == ".ply":
+        arguments = {"vertex_normal": True}
+    if kind == ".glb":
+        material = trimesh.visual.material.PBRMaterial(baseColorFactor=GREY, metallicFactor=0.0, roughnessFactor=0.8)
+        exported.visual = trimesh.visual.TextureVisuals(material=material)
+
+        def describe(tree: dict) -> None:
+            tree["asset"] |= {"generator": GENERATOR, "extras": metadata or {}}
+
+        arguments["tree_postprocessor"] = describe
+    if kind == ".obj":
+        arguments["header"] = GENERATOR
+    data = exported.export(file_type=kind[1:], **arguments)
+    try:
+        with replacing(path) as temporary:
+            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+    except OSError as error:
+        raise MeshFileError(f"cannot write {path}: {error.strerror}") from None

@@ -1,0 +1,166 @@
+"""Image -> mesh with a model of random weights: the stages fit, one seed gives one mesh, failures are named."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_model import SAMPLING, draw_object, make_networks, write_model
+
+from d3ds2.checkpoint import CheckpointError, SamplingConfig
+from d3ds2.foreground import ImageError
+from d3ds2.pipeline import STAGES, EmptyResultError, Pipeline, load_pipeline
+from d3ds2.voxels import Voxels
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return Pipeline(**make_networks(), sampling=SAMPLING)
+
+
+@pytest.fixture(scope="module")
+def mesh(pipeline):
+    return pipeline.generate(draw_object(), seed=5)
+
+
+def test_mesh_is_closed_and_oriented(mesh):
+    edges = np.concatenate([mesh.faces[:, [0, 1]], mesh.faces[:, [1, 2]], mesh.faces[:, [2, 0]]])
+    forward, backward = (np.unique(e, axis=0, return_counts=True) for e in (edges, edges[:, ::-1]))
+    assert np.array_equal(forward[0], backward[0]) and np.array_equal(forward[1], backward[1])
+    assert mesh.vertices.dtype == np.float32 and np.abs(mesh.vertices).max() <= 1
+    assert mesh.normals.shape == mesh.vertices.shape
+
+
+def test_one_seed_is_one_mesh_bit_for_bit(pipeline, mesh):
+    again = pipeline.generate(draw_object(), seed=5)
+    for a, b in ((mesh.vertices, again.vertices), (mesh.faces, again.faces), (mesh.normals, again.normals)):
+        assert a.tobytes() == b.tobytes()
+    assert pipeline.generate(draw_object(), seed=6).vertices.tobytes() != mesh.vertices.tobytes()
+
+
+def test_a_saved_model_makes_the_same_mesh(tmp_path, mesh):
+    torch.manual_seed(123)  # what happened before must not matter
+    loaded = load_pipeline(write_model(tmp_path / "model"))
+    assert loaded.generate(draw_object(), seed=5).vertices.tobytes() == mesh.vertices.tobytes()
+
+
+def test_the_image_is_seen(pipeline):
+    ball, flipped = draw_object(), draw_object().rotate(180)
+    tokens = [pipeline.encode_image([image]) for image in (ball, flipped)]
+    v1, v2 = (pipeline.sample_structure(t, [0]) for t in tokens)
+    assert not torch.equal(v1.coords, v2.coords)
+    l1, l2 = (pipeline.sample_latents(v1, t, [0]) for t in tokens)
+    assert (l1 - l2).abs().mean() > 1e-3 * l1.std()
+
+
+def test_samples_of_a_batch_are_those_alone(pipeline):
+    images, seeds = [draw_object(), draw_object((40, 90))], [3, 4]
+    tokens = pipeline.encode_image(images)
+    alone = [pipeline.encode_image([image]) for image in images]
+    structures = [pipeline.sample_structure(t, [seed]) for t, seed in zip(alone, seeds, strict=True)]
+    together = pipeline.sample_structure(tokens, seeds)
+    for i, structure in enumerate(structures):
+        differs = len({*map(tuple, together.sample(i).coords.tolist())} ^ {*map(tuple, structure.coords.tolist())})
+        assert differs <= 2  # a logit at the threshold may fall either way with the order of a sum
+
+    voxels = Voxels.cat(structures)
+    latents = pipeline.sample_latents(voxels, tokens, seeds).split(voxels.counts)
+    for i, structure in enumerate(structures):
+        expected = pipeline.sample_latents(structure, alone[i], [seeds[i]])
+        torch.testing.assert_close(latents[i], expected, atol=1e-3, rtol=1e-3)
+
+    batch = torch.cat(latents)
+    meshes = pipeline.to_mesh(*pipeline.decode_sdf(batch, voxels))
+    for i, structure in enumerate(structures):
+        single = pipeline.to_mesh(*pipeline.decode_sdf(latents[i], structure))[0]
+        assert abs(len(meshes[i].faces) - len(single.faces)) <= 0.01 * len(single.faces)
+
+
+def test_the_two_noises_of_a_seed_differ_and_on_step_may_stop(pipeline):
+    tokens = pipeline.encode_image([draw_object()])
+    voxels = pipeline.sample_structure(tokens, [0])
+    seen = []
+
+    def stop(step, x_t):
+        seen.append(x_t.flatten()[:100])
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        pipeline.sample_structure(tokens, [0], 1000, 1.0, stop)
+    with pytest.raises(InterruptedError):
+        pipeline.sample_latents(voxels, tokens, [0], 1000, 1.0, stop)
+    assert torch.corrcoef(torch.stack(seen))[0, 1].abs() < 0.5  # after one step of 1000 still the noise
+
+
+def test_guidance_and_steps_reach_the_sampler(pipeline):
+    tokens = pipeline.encode_image([draw_object()])
+    voxels = pipeline.sample_structure(tokens, [0])
+    base = pipeline.sample_latents(voxels, tokens, [0])
+    assert torch.equal(base, pipeline.sample_latents(voxels, tokens, [0], SAMPLING.latent_steps, 7.0))
+    assert not torch.equal(base, pipeline.sample_latents(voxels, tokens, [0], guidance_scale=1.0))
+    assert not torch.equal(base, pipeline.sample_latents(voxels, tokens, [0], steps=4))
+
+
+def test_latents_are_denormalized_for_the_decoder():
+    sampled = {}
+    for scale in (0.5, 1.0):
+        networks = make_networks(sdf_vae={"latents_scale": scale, "latents_shift": 0.25})
+        p = Pipeline(**networks, sampling=SAMPLING)
+        tokens = p.encode_image([draw_object()])
+        sampled[scale] = p.sample_latents(p.sample_structure(tokens, [0]), tokens, [0])
+    torch.testing.assert_close((sampled[0.5] - 0.25) * 0.5, sampled[1.0] - 0.25)
+
+
+def test_progress_tells_every_step(pipeline):
+    calls = []
+    pipeline.generate(draw_object(), on_progress=lambda *call: calls.append(call), structure_steps=2, latent_steps=4)
+    expected = []
+    for stage, steps in zip(STAGES, (1, 2, 4, 1, 1), strict=True):
+        expected += [(stage, step, steps) for step in range(steps + 1)]
+    assert calls == expected
+
+
+def test_an_empty_structure_is_an_error(pipeline):
+    networks = make_networks()
+    networks["structure_vae"].decoder.out_conv.bias.fill_(-1e4)
+    empty = Pipeline(**networks, sampling=SAMPLING)
+    with pytest.raises(EmptyResultError, match="structure of image came out empty; try another seed"):
+        empty.generate(draw_object())
+    with pytest.raises(EmptyResultError, match="structure of image 1 of 2 came out empty"):
+        empty.generate_batch([draw_object()] * 2, [0, 1])
+
+
+def test_an_sdf_without_inside_is_an_error():
+    networks = make_networks()
+    networks["sdf_vae"].decoder.out_layer.bias.fill_(1e4)
+    with pytest.raises(EmptyResultError, match="surface of image came out empty"):
+        Pipeline(**networks, sampling=SAMPLING).generate(draw_object())
+
+
+def test_an_image_without_object_is_an_error(pipeline):
+    with pytest.raises(ImageError, match="fully transparent"):
+        pipeline.generate(draw_object().point(lambda v: 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("structure_dit", {"context_size": 32}, "context_size of structure_dit 24, got 32"),
+        ("latent_dit", {"context_size": 32}, "context_size of latent_dit 24, got 32"),
+        ("structure_dit", {"latent_channels": 8}, "latent_channels of structure_dit 4, got 8"),
+        ("latent_dit", {"latent_channels": 8}, "latent_channels of latent_dit 16, got 8"),
+        ("structure_dit", {"resolution": 8}, "sdf_resolution 128, got 64"),
+    ],
+)
+def test_networks_that_do_not_fit_are_named(name, change, message):
+    with pytest.raises(CheckpointError, match=message):
+        Pipeline(**make_networks(**{name: change}), sampling=SAMPLING)
+
+
+def test_half_precision_runs(tmp_path):
+    mesh = load_pipeline(write_model(tmp_path), dtype=torch.bfloat16).generate(draw_object())
+    assert len(mesh.faces) > 0
+
+
+@pytest.mark.parametrize("change", [{"latent_steps": 0}, {"sdf_resolution": 96}, {"structure_shift": 0.0}])
+def test_sampling_config_is_checked(change):
+    with pytest.raises(ValueError, match="expected"):
+        SamplingConfig(**change)
