@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .flood_fill import flood_fill, pack_bits
+from .manifold_mesh import separate_sheets
 from .marching_cubes import count_surface, make_faces, make_vertices
 from .marching_cubes_table import marching_cubes_table
 from .numba_kernel import for_ranges, kernel
@@ -180,6 +181,8 @@ def drop_parts(mesh: Mesh, min_component: float = 0.0, keep_largest: bool = Fals
 def decimate(mesh: Mesh, target_faces: int) -> Mesh:
     """Simplify to about `target_faces` faces by quadric errors; a mesh that has no more is returned as it is.
 
+    A closed mesh stays closed. A mesh of many handles may keep more faces than asked for: each handle needs some.
+
     Raises:
         ValueError: fewer than 4 faces asked for.
         ImportError: fast-simplification is not installed.
@@ -195,7 +198,7 @@ def decimate(mesh: Mesh, target_faces: int) -> Mesh:
     vertices, faces = fast_simplification.simplify(
         mesh.vertices, mesh.faces.astype(np.int32), target_count=target_faces
     )
-    vertices, faces = np.asarray(vertices, np.float32), np.asarray(faces, np.int64)
+    vertices, faces = separate_sheets(vertices, faces)
     return Mesh(vertices, faces, area_weighted_normals(vertices, faces))
 
 

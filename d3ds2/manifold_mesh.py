@@ -1,0 +1,142 @@
+"""Triangle meshes whose sheets touch -> meshes in which every edge has two faces and every vertex one fan of them.
+
+Collapsing edges keeps a closed, oriented mesh closed and oriented, but lets sheets meet: four faces at an edge, two
+fans at a vertex, two faces back to back. Here the sheets are taken apart again, outside the solid.
+
+Sizes:
+    V  vertices     F  faces     H = 3 F  half-edges; half-edge 3 f + k runs from corner k of face f to the next
+"""
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+NUDGE = 1e-3  # share of the way to its neighbours by which a vertex made twice is moved, so nothing welds it again
+
+
+def separate_sheets(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Take sheets apart where they share edges or vertices.
+
+    Args:
+        vertices: (V,3) floats.
+        faces: (F,3) int64, closed and wound alike: as many faces run along an edge one way as the other.
+
+    Returns:
+        (vertices (V',3) float32, faces (F',3) int64): closed, every edge with two faces.
+    """
+    vertices, faces = np.asarray(vertices, np.float64), drop_back_to_back(np.asarray(faces, np.int64))
+    while True:
+        twins = pair_half_edges(vertices, faces)
+        vertices, faces = one_vertex_per_fan(vertices, faces, twins)
+        doubled = doubled_edges(faces, twins)
+        if not len(doubled):
+            return vertices.astype(np.float32), faces
+        vertices, faces = split_edges(vertices, faces, twins, doubled)
+
+
+def drop_back_to_back(faces: np.ndarray) -> np.ndarray:
+    """Faces (F,3) without pairs on the same three vertices that look in opposite directions."""
+    faces = faces[(faces != np.roll(faces, 1, 1)).all(1)]
+    corners = np.sort(faces, 1)
+    order = np.lexsort(corners.T)
+    group = np.concatenate([[0], np.cumsum((corners[order[1:]] != corners[order[:-1]]).any(1))])
+    turned = np.argmin(faces, 1)[:, None]
+    ascending = np.take_along_axis(faces, (turned + 1) % 3, 1) < np.take_along_axis(faces, (turned + 2) % 3, 1)
+    ascending = ascending[:, 0]
+    kept = np.ones(len(faces), bool)
+    for repeated in np.flatnonzero(np.bincount(group) > 1):
+        same = order[group == repeated]
+        one, other = same[ascending[same]], same[~ascending[same]]
+        pairs = min(len(one), len(other))
+        kept[one[:pairs]] = kept[other[:pairs]] = False
+    return faces[kept]
+
+
+def edge_keys(faces: np.ndarray) -> np.ndarray:
+    """One number for the undirected edge of each half-edge, (H,)."""
+    tail, head = faces.ravel(), np.roll(faces, -1, 1).ravel()
+    return np.minimum(tail, head) * (faces.max() + 1) + np.maximum(tail, head)
+
+
+def pair_half_edges(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """The half-edge on the other side of each, (H,); -1 at an open edge.
+
+    Where more than two faces meet, those pair up that have the same piece of the solid between them.
+    """
+    order = np.argsort(edge_keys(faces), kind="stable")
+    keys = edge_keys(faces)[order]
+    starts = np.flatnonzero(np.diff(keys, prepend=-1))
+    counts = np.diff(starts, append=len(order))
+    twins = np.full(len(order), -1)
+    one, other = order[starts[counts == 2]], order[starts[counts == 2] + 1]
+    twins[one], twins[other] = other, one
+    tail = faces.ravel()
+    for start, count in zip(starts[counts > 2], counts[counts > 2], strict=True):
+        around = order[start : start + count]
+        low, high = sorted((tail[around[0]], faces[around[0] // 3, (around[0] + 1) % 3]))
+        axis = vertices[high] - vertices[low]
+        axis /= max(np.linalg.norm(axis), 1e-300)
+        arms = vertices[faces[around // 3, (around + 2) % 3]] - vertices[low]  # to the third corner
+        arms -= (arms @ axis)[:, None] * axis
+        first = arms[0] / max(np.linalg.norm(arms[0]), 1e-300)
+        angle = np.arctan2(arms @ np.cross(axis, first), arms @ first)
+        forward = list(np.flatnonzero(tail[around] == low))  # the solid lies clockwise of these
+        backward = list(np.flatnonzero(tail[around] != low))
+        wedges = sorted(((angle[i] - angle[j]) % (2 * np.pi), i, j) for i in forward for j in backward)
+        for _, i, j in wedges:
+            if twins[around[i]] < 0 and twins[around[j]] < 0:
+                twins[around[i]], twins[around[j]] = around[j], around[i]
+    return twins
+
+
+def one_vertex_per_fan(vertices: np.ndarray, faces: np.ndarray, twins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Give every fan of faces a vertex of its own and drop vertices without faces."""
+    H = faces.size
+    half_edges = np.arange(H)
+    following = half_edges - half_edges % 3 + (half_edges + 1) % 3
+    paired = half_edges[twins >= 0]
+    links = np.concatenate([[paired, following[twins[paired]]], [following[paired], twins[paired]]], 1)
+    _, fan = connected_components(coo_array((np.ones(links.shape[1], bool), links), shape=(H, H)), directed=False)
+    _, first, corner = np.unique(fan, return_index=True, return_inverse=True)
+    source = faces.ravel()[first]  # the vertex that each fan had
+    order = np.argsort(source, kind="stable")  # keep the order of the vertices
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    source, faces = source[order], place[corner].reshape(-1, 3)
+    made = vertices[source]
+    for vertex in np.flatnonzero(np.bincount(source, minlength=len(vertices))[source] > 1):
+        ring = np.setdiff1d(faces[(faces == vertex).any(1)], vertex)
+        made[vertex] += NUDGE * (vertices[source[ring]].mean(0) - made[vertex])
+    return made, faces
+
+
+def doubled_edges(faces: np.ndarray, twins: np.ndarray) -> np.ndarray:
+    """Half-edges, one a pair, whose two vertices are joined by an earlier pair as well."""
+    pairs = np.flatnonzero(np.arange(len(twins)) < twins)
+    keys = edge_keys(faces)[pairs]
+    _, first = np.unique(keys, return_index=True)
+    return np.delete(pairs, first)
+
+
+def split_edges(
+    vertices: np.ndarray, faces: np.ndarray, twins: np.ndarray, half_edges: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Put a vertex into the middle of some paired edges; of those that share a face, into the first only."""
+    faces, added, touched = faces.copy(), [], set()
+    points = [vertices]
+    for half_edge in half_edges:
+        pair = [(h // 3, h % 3) for h in (half_edge, twins[half_edge])]
+        if touched & {f for f, _ in pair}:
+            continue
+        touched |= {f for f, _ in pair}
+        middle = len(vertices) + len(points) - 1
+        ends = [faces[pair[0][0], pair[0][1]], faces[pair[0][0], (pair[0][1] + 1) % 3]]
+        thirds = [faces[f, (k + 2) % 3] for f, k in pair]
+        centre = vertices[ends].mean(0)
+        points.append((centre + NUDGE * (vertices[thirds].mean(0) - centre))[None])
+        for f, k in pair:
+            upper = faces[f].copy()
+            upper[k] = middle
+            added.append(upper)
+            faces[f, (k + 1) % 3] = middle
+    return np.concatenate(points), np.concatenate([faces, added])
