@@ -1,7 +1,6 @@
 """prepare_shapes: a folder of anything in, SDF files out; bad meshes are reported, finished ones kept."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import trimesh
 
 from d3ds2.mesh_to_sdf import mesh_to_sdf, normalize_mesh
+from tests import mesh_that_kills
 from tests.training_data import SPLITS, R, prepared
 from training import prepare_shapes
 from training.meshes import MeshEntry
@@ -25,7 +25,7 @@ def test_files_hold_the_sdf_of_the_mesh(tmp_path_factory):
     blocks, sdf, sharp = load_shape(shape_path(data_dir, R, "box"))
     assert np.array_equal(blocks, expected.block_coords) and np.array_equal(sharp, expected.sharp)
     np.testing.assert_allclose(sdf.astype(np.float32), expected.values, atol=2e-3)
-    assert index[1]["name"] == "box" and index[1]["num_tokens"] == {str(R): len(blocks)}
+    assert index[1]["name"] == "box" and index[1]["num_tokens"][str(R)] == len(blocks)
 
 
 def test_own_folder_bad_meshes_and_second_run(tmp_path):
@@ -50,19 +50,12 @@ def test_own_folder_bad_meshes_and_second_run(tmp_path):
     load_shape(lost)
 
 
-def dies_on_bad(entry, _):
-    """Stands in for a mesh that takes all memory."""
-    if entry.name == "bad":
-        os._exit(1)
-    return {"16": len(entry.name)}
-
-
 def test_mesh_that_kills_its_process_is_a_failure_and_the_rest_goes_on(monkeypatch, tmp_path):
-    monkeypatch.setattr(prepare_shapes, "prepare", dies_on_bad)
-    entries = [MeshEntry(name, tmp_path / name, "train", "test") for name in ("a", "bb", "bad", "dddd", "eeeee")]
+    monkeypatch.setattr(prepare_shapes, "prepare", mesh_that_kills.prepare)
+    entries = [MeshEntry(name, tmp_path / name, "train", "test") for name in ("a", "bad", "cccc")]
     results = {e.name: result for e, result in prepare_all(entries, PrepareShapesConfig(workers=1))}
     assert results.pop("bad") == "the process died (out of memory?)"
-    assert results == {name: {"16": len(name)} for name in ("a", "bb", "dddd", "eeeee")}
+    assert results == {name: {"16": len(name)} for name in ("a", "cccc")}
 
 
 def test_no_meshes_is_an_error(tmp_path):

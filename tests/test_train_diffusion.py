@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from d3ds2.checkpoint import load_network
+from d3ds2.checkpoint import SamplingConfig, load_network
 from d3ds2.image_encoder import ImageEncoderConfig
 from d3ds2.latent_dit import LatentDiTConfig
 from d3ds2.sdf_vae import SDFVAEConfig
@@ -243,6 +243,18 @@ def test_dit_learns(chain):
     exported = load_network(chain.model_dir, "latent_dit")
     for a, b in zip(exported.parameters(), trained.parameters(), strict=True):
         assert torch.equal(a, b.half().float())
+
+
+def test_dit_exports_how_to_sample(chain, tmp_path):
+    copy_model(chain, tmp_path, "sdf_vae", "image_encoder")
+    run = dataclasses.replace(chain.dit.run, out_dir=str(tmp_path / "run"), steps=1)
+    sampling = SamplingConfig(sdf_resolution=64, latent_steps=9)
+    with pytest.raises(ValueError, match=f"sampling.sdf_resolution {R} as trained, got 64"):
+        dataclasses.replace(chain.dit, sampling=sampling)
+    object.__setattr__(sampling, "sdf_resolution", R)  # below what is ever sampled; that of these tests
+    train_dit.train(dataclasses.replace(chain.dit, model_dir=str(tmp_path / "model"), run=run, sampling=sampling))
+    settings = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert settings["name"] == "model" and settings["sampling"]["latent_steps"] == 9
 
 
 def test_dit_resumes_exactly(chain, tmp_path):

@@ -13,7 +13,7 @@ import torch
 
 from d3ds2.checkpoint import load_network
 from d3ds2.sdf_vae import SDFVAEConfig
-from tests.training_data import R, one_thread, prepared, write_toml
+from tests.training_data import COARSE, R, one_thread, prepared, write_toml
 from training.datasets import Shapes
 from training.run import RunConfig, read_metrics
 from training.train_vae import TrainVAEConfig, active_voxels, train
@@ -88,6 +88,17 @@ def test_killed_run_continues_to_equal_parameters(data_dir, tmp_path):
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
     assert [record["step"] for record in read_metrics(config.run.out_dir)] == list(range(1, 13))
+
+
+def test_every_step_draws_a_resolution(data_dir, tmp_path):
+    config = dataclasses.replace(make_config(data_dir, tmp_path, steps=8), resolutions=(COARSE, R), batch_size=1)
+    shapes = Shapes(data_dir, "train", config.resolutions, 1, config.max_tokens, config.run.seed, config.symmetries)
+    drawn = [shapes[step] for step in range(8)]
+    assert {batch.resolution for batch in drawn} == {COARSE, R}
+    assert all(batch.block_coords[:, 1:].max() < batch.resolution // 8 for batch in drawn)
+    train(config)
+    trained = [record["tokens"] for record in read_metrics(config.run.out_dir)]
+    assert trained == [len(batch.block_coords) for batch in drawn]
 
 
 def test_resolution_that_was_not_prepared_is_named(data_dir, tmp_path):

@@ -15,6 +15,7 @@ from training.render_views import RenderViewsConfig
 from training.render_views import main as render_views
 
 R = 32  # voxels per edge: latents at 4^3
+COARSE = 24  # a second resolution
 SPLITS = {"ball": "train", "box": "train", "torus": "train", "can": "train", "pill": "val"}
 
 
@@ -52,7 +53,7 @@ def prepared(tmp_path_factory) -> str:
     if not root.exists():
         write_meshes(root / "meshes")
         meshes, data_dir = str(root / "meshes"), str(root / "data")
-        prepare_shapes(PrepareShapesConfig(meshes=meshes, data_dir=data_dir, resolutions=(R,), workers=1))
+        prepare_shapes(PrepareShapesConfig(meshes=meshes, data_dir=data_dir, resolutions=(R, COARSE), workers=1))
         render_views(RenderViewsConfig(meshes=meshes, data_dir=data_dir, views=2, size=64, supersample=1, workers=1))
     return str(root / "data")
 

@@ -8,12 +8,13 @@ the newest checkpoint in `run.out_dir`. The EMA weights go to `model_dir` whenev
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from d3ds2.checkpoint import load_network, save_network
+from d3ds2.checkpoint import SamplingConfig, load_network, save_network, save_settings
 from d3ds2.image_encoder import ImageEncoder, ImageTokens
 from d3ds2.latent_dit import LatentDiT, LatentDiTConfig
 from d3ds2.rectified_flow import interpolate, sample_t
@@ -57,6 +58,13 @@ class TrainDiTConfig:
     run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/dit"))
     model: LatentDiTConfig = field(default_factory=LatentDiTConfig)
     loss: FlowLossConfig = field(default_factory=FlowLossConfig)
+    sampling: SamplingConfig | None = None  # what the finished model's config.json says of steps and guidance
+
+    def __post_init__(self):
+        if self.sampling is not None and self.sampling.sdf_resolution != self.resolution:
+            raise ValueError(
+                f"expected sampling.sdf_resolution {self.resolution} as trained, got {self.sampling.sdf_resolution}"
+            )
 
 
 def draw_latents(vae: SDFVAE, batch: LatentBatch, sample_posterior: bool, generator: torch.Generator) -> Tensor:
@@ -138,6 +146,8 @@ def train(config: TrainDiTConfig) -> nn.Module:
             if is_save_step(step, stop, run):
                 save_checkpoint(run.out_dir, step, model, ema, optimizer)
                 save_network(config.model_dir, "latent_dit", ema, torch.float16)
+                if config.sampling is not None:
+                    save_settings(config.model_dir, Path(config.model_dir).name, config.sampling)
                 if stop:
                     break
     return ema
