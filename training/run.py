@@ -12,7 +12,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -278,7 +277,3 @@ class Stop:
 def is_save_step(step: int, stop: Stop, config: RunConfig) -> bool:
     """Whether to write a checkpoint: every `save_every` steps, at the end, and before a stop."""
     return step % config.save_every == 0 or step == config.steps or bool(stop)
-
-
-def count_parameters(modules: Iterable[nn.Module]) -> int:
-    return sum(p.numel() for module in modules for p in module.parameters())
