@@ -127,11 +127,16 @@ def _rembg(image: Image.Image, name: str | None) -> Image.Image:
     if name is not None and name not in known:
         raise ImageError(f"expected a rembg model of {sorted(known)}, got {name!r}")
     wanted = [n for n in REMBG_MODELS if n in known] if name is None else [name]
-    for candidate in wanted:
-        if _rembg_file(known[candidate], candidate).is_file():
-            return remove(image, session=new_session(candidate)).convert("RGBA")
-    place = _rembg_file(known[wanted[-1] if name else "u2net"], name or "u2net")
-    raise ImageError(f"the background is not plain and rembg has no model file such as {place}; {advice}")
+    files = {n: _rembg_file(known[n], n) for n in wanted}
+    at_hand = [n for n in wanted if files[n].is_file()]
+    if not at_hand:
+        place = files[name or "u2net"]
+        raise ImageError(f"the background is not plain and rembg has no model file such as {place}; {advice}")
+    try:
+        return remove(image, session=new_session(at_hand[0])).convert("RGBA")
+    except Exception as error:  # onnxruntime has a class of its own for every way to fail
+        reason = " ".join(str(error).split())
+        raise ImageError(f"rembg failed with the model {files[at_hand[0]]}: {reason}") from error
 
 
 def _rembg_file(session: type, name: str) -> Path:
