@@ -57,14 +57,14 @@ def test_starts_at_zero_velocity_and_learns(kind, share_modulation):
     model, (x_t, *rest) = problem(kind, share_modulation=share_modulation)
     assert model(x_t, *rest).eq(0).all()
     target = torch.randn_like(x_t)
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
-    for _ in range(25):
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=5e-3), []
+    for _ in range(15):
         loss = (model(x_t, *rest) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.85 * losses[0], losses
     assert all(parameter.grad.abs().sum() > 0 for name, parameter in model.named_parameters() if "bias" not in name)
 
 
