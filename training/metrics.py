@@ -20,6 +20,7 @@ from d3ds2.triangle_distance import nearest
 
 CANDIDATES = 12  # triangles tried for the nearest one
 SPACING = 0.01  # of the candidates on large triangles
+COLUMNS = 64  # per axis, in which triangles are looked up by x and y
 COLUMN_OFFSET = (1.37e-7, -0.71e-7)  # in x and y: moves columns off vertices and edges that lie on grid planes
 
 
@@ -167,32 +168,65 @@ def count_shells(vertices: np.ndarray, faces: np.ndarray) -> tuple[int, int]:
     last = np.append(np.flatnonzero(np.diff(label[order])), len(order) - 1)  # the highest triangle of each part
     top_triangles = triangles[order[last]]
     tops = top_triangles[np.arange(len(last)), top_triangles[:, :, 2].argmax(axis=1)]
-    enclosed = _enclosed(tops, triangles, label)
-    inner = int(np.count_nonzero((volume < 0) | enclosed))
+    inner = int(np.count_nonzero((volume < 0) | _enclosed(tops, triangles, label, *_columns(triangles))))
     return len(volume) - inner, inner
 
 
+def _columns(triangles: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Triangles by the columns along z that they reach into.
+
+    Returns:
+        box (2,2): the corner of the columns in x and y, and the size of one; offsets (COLUMNS² + 1,): where the
+        triangles of each column begin in members, their indices.
+    """
+    low, high = triangles[..., :2].min(axis=(0, 1)), triangles[..., :2].max(axis=(0, 1))
+    box = np.stack([low, np.maximum(high - low, 1e-12) / COLUMNS])
+    places = (triangles[..., :2] - box[0]) / box[1]
+    first = np.clip(np.floor(places.min(axis=1) - 1e-3), 0, COLUMNS - 1).astype(np.int64)
+    last = np.clip(np.floor(places.max(axis=1) + 1e-3), 0, COLUMNS - 1).astype(np.int64)
+    offsets = np.zeros(COLUMNS**2 + 1, dtype=np.int64)
+    _fill_columns(first, last, offsets, np.zeros(0, dtype=np.int64))  # counts
+    offsets = np.concatenate([[0], offsets[:-1].cumsum()])
+    members = np.empty(offsets[-1], dtype=np.int64)
+    _fill_columns(first, last, offsets.copy(), members)
+    return box, offsets, members
+
+
 @kernel
-def _enclosed(tops, triangles, label):
+def _fill_columns(first, last, cursor, members):
+    """Advance the cursor of each column by its triangles and, where `members` has room, write them there."""
+    for f in range(len(first)):
+        for x in range(first[f, 0], last[f, 0] + 1):
+            for y in range(first[f, 1], last[f, 1] + 1):
+                column = x * COLUMNS + y
+                if members.size > 0:
+                    members[cursor[column]] = f
+                cursor[column] += 1
+
+
+@kernel
+def _enclosed(tops, triangles, label, box, offsets, members):
     """(parts,) bool: whether the highest point of each part has a winding number other than 0 in another part."""
     parts = len(tops)
     out = np.zeros(parts, dtype=np.bool_)
+    winding = np.zeros(parts, dtype=np.int64)
     for part in range(parts):
         x, y, z = tops[part, 0] + COLUMN_OFFSET[0], tops[part, 1] + COLUMN_OFFSET[1], tops[part, 2]
-        winding = np.zeros(parts, dtype=np.int64)
-        for f in range(len(triangles)):
-            if label[f] == part:
-                continue
+        column_x = min(max(int((x - box[0, 0]) / box[1, 0]), 0), COLUMNS - 1)
+        column_y = min(max(int((y - box[0, 1]) / box[1, 1]), 0), COLUMNS - 1)
+        column = column_x * COLUMNS + column_y
+        above = members[offsets[column] : offsets[column + 1]]
+        for f in above:
             a, b, c = triangles[f, 0], triangles[f, 1], triangles[f, 2]
-            if max(a[2], b[2], c[2]) < z or max(a[0], b[0], c[0]) < x or min(a[0], b[0], c[0]) > x:
-                continue
             area = (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
-            if area == 0.0:
+            if label[f] == part or area == 0.0 or max(a[2], b[2], c[2]) < z:
                 continue
             u = ((b[0] - x) * (c[1] - y) - (b[1] - y) * (c[0] - x)) / area
             v = ((c[0] - x) * (a[1] - y) - (c[1] - y) * (a[0] - x)) / area
             w = ((a[0] - x) * (b[1] - y) - (a[1] - y) * (b[0] - x)) / area
             if u >= 0 and v >= 0 and w >= 0 and u * a[2] + v * b[2] + w * c[2] > z:
                 winding[label[f]] += 1 if area > 0 else -1
-        out[part] = (winding != 0).any()
+        for f in above:
+            out[part] = out[part] or winding[label[f]] != 0
+            winding[label[f]] = 0
     return out

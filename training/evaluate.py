@@ -1,0 +1,134 @@
+"""Score a trained model on shapes it has not seen.
+
+    python -m training.evaluate training/configs/tiny_evaluate.toml model_dir=models/mine sampling.latent_guidance=3
+
+1. VAE round trip of a split: mesh -> SDF -> latents -> SDF -> mesh.
+2. Generation from one view of each shape of the split, beside baselines in the same table: the training shape with
+   the most similar picture, and the mean training shape. One sample per view, by its own seed; no best of several.
+
+Writes out_dir/evaluation.json (summaries and all scores), evaluation.md (tables) and generation.png (contact sheet).
+Reads what prepare_shapes and render_views made. Networks run on the device in batches; meshes, scores and pictures are
+made by one process per core.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from d3ds2.atomic_file import replacing
+from d3ds2.checkpoint import SamplingConfig, load_network, load_settings
+from d3ds2.dataclass_values import from_dict
+from d3ds2.pipeline import load_pipeline
+from training import generation, generation_scores, round_trip
+from training.config import load_config
+from training.generation import GenerationConfig
+from training.meshes import list_meshes
+from training.run import find_device
+from training.shape_files import list_shapes
+from training.shape_scores import ScoreConfig
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    data_dir: str = "data"
+    model_dir: str = "models/model"
+    meshes: str = ""  # the folder that prepare_shapes read: scores against the originals, and by defects of the mesh
+    out_dir: str = "runs/evaluation"
+    split: str = "test"
+    limit: int = 0  # only the first shapes of the split; 0: all
+    seed: int = 0
+    parts: tuple[Literal["round_trip", "generation"], ...] = ("round_trip", "generation")
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # of the networks; auto: fp16 on CUDA, else fp32
+    workers: int = 0  # processes that make and compare meshes; 0: one per core
+    max_tokens: int = 65536  # of a batch through the VAE
+    num_points: int = 20_000  # on each surface
+    cells: int = 128  # per edge of the volume IoU's grid
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    sampling: dict[str, int | float] = field(default_factory=dict)  # replaces the model's own settings
+
+    def __post_init__(self):
+        for name in ("num_points", "cells", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
+
+
+def main(config: EvaluateConfig) -> dict:
+    """Returns what evaluation.json holds."""
+    out_dir = Path(config.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    name, sampling = load_settings(config.model_dir)
+    sampling = from_dict(SamplingConfig, dataclasses.asdict(sampling) | config.sampling, "sampling.")
+    R = sampling.sdf_resolution
+    names, tokens = list_shapes(config.data_dir, config.split, R)
+    names, tokens = names[: config.limit or None], tokens[: config.limit or None]
+    records = json.loads((Path(config.data_dir) / "index.json").read_text())
+    source_of = {record["name"]: record["source"] for record in records}
+    sources = {name: source_of[name] for name in names}
+    scoring = ScoreConfig(config.data_dir, R, config.num_points, config.cells, config.seed)
+    result = {"model": name, "config": dataclasses.asdict(config), "sampling": dataclasses.asdict(sampling)}
+    text = f"# Evaluation of {name}\n\nSplit {config.split}, {len(names)} shapes, SDF at {R}³, seed {config.seed}.\n\n"
+
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the pool: the cores are shared out by shape
+    workers = config.workers or os.cpu_count() or 1
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        if "round_trip" in config.parts:
+            result["round_trip"], table = evaluate_round_trip(config, sources, tokens, scoring, pool)
+            text += table + "\n"
+        if "generation" in config.parts:
+            result["generation"], table = evaluate_generation(config, sampling, sources, scoring, pool)
+            text += table + "\n"
+    with replacing(out_dir / "evaluation.json") as temporary:
+        temporary.write_text(json.dumps(result, indent=1))
+    (out_dir / "evaluation.md").write_text(text)
+    print(text)
+    return result
+
+
+def evaluate_round_trip(
+    config: EvaluateConfig, sources: dict[str, str], tokens: np.ndarray, scoring: ScoreConfig, pool: Executor
+) -> tuple[dict, str]:
+    """Summaries and scores for evaluation.json, and the table."""
+    device = find_device(config.device)
+    vae = load_network(config.model_dir, "sdf_vae", device, dtype_of(config, device))
+    entries = {entry.name: entry for entry in list_meshes(config.meshes)} if config.meshes else {}
+    batches = round_trip.batches_of(list(sources), tokens, config.max_tokens)
+    scores = round_trip.round_trips(vae, batches, entries, pool, scoring)
+    summaries, table = round_trip.report(round_trip.groups_of(scores, sources, entries), scoring.resolution)
+    return {"summaries": summaries, "scores": scores}, table
+
+
+def evaluate_generation(
+    config: EvaluateConfig, sampling: SamplingConfig, sources: dict[str, str], scoring: ScoreConfig, pool: Executor
+) -> tuple[dict, str]:
+    """Summaries and scores for evaluation.json, and the tables; writes the contact sheet."""
+    device = find_device(config.device)
+    pipeline = load_pipeline(config.model_dir, device, dtype_of(config, device))
+    pipeline = dataclasses.replace(pipeline, sampling=sampling)
+    items, baselines = generation.run(pipeline, sources, config.generation, config.seed, scoring, pool)
+    sheet = generation_scores.sheet_of(items)
+    if sheet is not None:
+        sheet.quantize(256).save(Path(config.out_dir) / "generation.png", optimize=True)
+    summaries, tables = generation_scores.report(items, sampling, config.generation.train_split, baselines, scoring)
+    return {"summaries": summaries, "baselines": baselines, "scores": [item.record for item in items]}, tables
+
+
+def dtype_of(config: EvaluateConfig, device: torch.device) -> torch.dtype:
+    if config.precision == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    return DTYPES[config.precision]
+
+
+if __name__ == "__main__":
+    main(load_config(EvaluateConfig, sys.argv[1:]))
