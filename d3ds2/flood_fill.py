@@ -12,7 +12,6 @@ import numpy as np
 
 from .numba_kernel import kernel
 
-WALL, FREE, REACHED = 0, 1, 2
 ONE = np.uint64(1)
 EIGHT = np.uint64(8)
 SEVEN = np.uint64(7)
@@ -31,21 +30,6 @@ def pack_bits(mask: np.ndarray) -> np.ndarray:
 def unpack_bits(words: np.ndarray) -> np.ndarray:
     """The words of a fill, (B,8) uint64, to (B,512) bool."""
     return np.unpackbits(words.astype("<u8").view(np.uint8), axis=1, bitorder="little").view(bool)
-
-
-@kernel
-def side_of(x, y, z, grid, rows, free, reached, empty):
-    """WALL, FREE or REACHED at a voxel after a fill; REACHED beyond the grid."""
-    if min(x, y, z) < 0 or max(x, y, z) >= 8 * grid:
-        return REACHED
-    block = ((x >> 3) * grid + (y >> 3)) * grid + (z >> 3)
-    row = rows[block]
-    if row < 0:
-        return REACHED if empty[block] else FREE
-    bit = ONE << np.uint64((y & 7) * 8 + (z & 7))
-    if reached[row, x & 7] & bit:
-        return REACHED
-    return FREE if free[row, x & 7] & bit else WALL
 
 
 @kernel

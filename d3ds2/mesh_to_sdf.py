@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .flood_fill import ONE, REACHED, WALL, flood_fill, pack_bits, side_of
+from .flood_fill import flood_fill, pack_bits
 from .numba_kernel import for_ranges, kernel
 from .sharp_edges import find_sharp_edges, mark_near_edges
-from .triangle_distance import blocks_near_triangles, measure_block, measure_blocks, nearest
+from .triangle_distance import blocks_near_triangles, measure_blocks, sign_blocks
 
 BAND = {128: 2.0, 256: 2.0, 384: 3.0, 512: 4.0, 1024: 4.0}  # voxels; paper, Table 1: 1/128 of the edge, 1/256 at 1024
 SHARP_RADIUS = 2.0  # voxels
@@ -161,53 +161,6 @@ def move_rows(values, kept):
     for row in range(kept.size):
         if kept[row] != row:
             values[row] = values[kept[row]]
-
-
-@kernel
-def sign_blocks(start, stop, triangles, shell, band, grid, blocks, offsets, pairs, fill, values):
-    """Turn the distance in rows start..stop of values (B,512) into the truncated signed distance of the solid."""
-    rows, free, reached, empty = fill
-    best, which = np.empty(512), np.empty(512, np.int32)
-    corner = np.empty(3)
-    for row in range(start, stop):
-        block = blocks[row]
-        stored = rows[block]
-        if stored < 0:
-            sign, shift = (1.0, -shell) if empty[block] else (-1.0, shell)
-            for voxel in range(512):
-                values[row, voxel] = sign * min((values[row, voxel] + shift) / band, 1.0)
-            continue
-        corner[0], corner[1], corner[2] = 8 * (block // (grid * grid)), 8 * (block // grid % grid), 8 * (block % grid)
-        measure_block(triangles, shell, corner, pairs[offsets[row] : offsets[row + 1]], best, which)
-        for voxel in range(512):
-            bit = ONE << np.uint64(voxel & 63)
-            outside = (reached[stored, voxel >> 6] & bit) != 0
-            if not free[stored, voxel >> 6] & bit:
-                x, y, z = corner[0] + (voxel >> 6), corner[1] + (voxel >> 3 & 7), corner[2] + (voxel & 7)
-                outside = left_outside(x, y, z, triangles[which[voxel]], shell, grid, rows, free, reached, empty)
-            distance = values[row, voxel]
-            signed = distance - shell if outside else -(distance + shell)
-            values[row, voxel] = min(max(signed / band, -1.0), 1.0)
-
-
-@kernel
-def left_outside(x, y, z, triangle, shell, grid, rows, free, reached, empty):
-    """Whether the way from the triangle through a voxel of the shell ends outside: the side of its first free voxel.
-
-    Between two sheets so near that there is no free voxel for 2 voxels, the answer is yes: they make one slab.
-    """
-    qx, qy, qz = nearest(x, y, z, triangle)
-    dx, dy, dz = x - qx, y - qy, z - qz
-    length = np.sqrt(dx * dx + dy * dy + dz * dz)
-    if length == 0.0:
-        return True
-    for step in range(1, 9):
-        t = (shell + 0.25 * step) / length
-        px, py, pz = int(np.rint(qx + t * dx)), int(np.rint(qy + t * dy)), int(np.rint(qz + t * dz))
-        side = side_of(px, py, pz, grid, rows, free, reached, empty)
-        if side != WALL:
-            return side == REACHED
-    return True
 
 
 def _checked_vertices(vertices: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from .numba_kernel import for_ranges, kernel
-from .triangle_distance import blocks_near_triangles, nearest_on_segment
+from .triangle_distance import blocks_near_triangles
 
 STEPS_PER_VOXEL = 1024  # vertices on one step of this grid are one vertex
 
@@ -69,6 +69,8 @@ def mark_blocks(start, stop, edges, radius, grid, blocks, offsets, pairs, near):
         corner[0], corner[1], corner[2] = 8 * (block // (grid * grid)), 8 * (block // grid % grid), 8 * (block % grid)
         for pair in range(offsets[row], offsets[row + 1]):
             a, b = edges[pairs[pair], 0], edges[pairs[pair], 1]
+            ux, uy, uz = b[0] - a[0], b[1] - a[1], b[2] - a[2]
+            length = max(ux * ux + uy * uy + uz * uz, 1e-300)
             for axis in range(3):
                 low[axis] = max(int(np.ceil(min(a[axis], b[axis]) - radius)) - corner[axis], 0)
                 high[axis] = min(int(np.floor(max(a[axis], b[axis]) + radius)) - corner[axis], 7)
@@ -78,9 +80,9 @@ def mark_blocks(start, stop, edges, radius, grid, blocks, offsets, pairs, near):
                         voxel = (x * 8 + y) * 8 + z
                         if near[row, voxel]:
                             continue
-                        px, py, pz = float(corner[0] + x), float(corner[1] + y), float(corner[2] + z)
-                        qx, qy, qz = nearest_on_segment(px, py, pz, a[0], a[1], a[2], b[0], b[1], b[2])
-                        if (px - qx) ** 2 + (py - qy) ** 2 + (pz - qz) ** 2 <= radius * radius:
+                        px, py, pz = corner[0] + x - a[0], corner[1] + y - a[1], corner[2] + z - a[2]
+                        t = min(max((px * ux + py * uy + pz * uz) / length, 0.0), 1.0)  # along the edge
+                        if (px - t * ux) ** 2 + (py - t * uy) ** 2 + (pz - t * uz) ** 2 <= radius * radius:
                             near[row, voxel] = True
 
 

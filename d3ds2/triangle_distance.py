@@ -1,4 +1,4 @@
-"""Unsigned distance from the voxels of 8^3 blocks to the triangles nearby.
+"""Distance from the voxels of 8^3 blocks to the triangles nearby, and its sign once the outside is known.
 
 Everything here is in voxel units: the centre of voxel i lies at the coordinate i. Triangles are spread to the blocks
 they may touch; each block then measures its 512 voxels against its own triangles, in their order. No two blocks
@@ -12,6 +12,8 @@ import numpy as np
 
 from .numba_kernel import kernel
 
+WALL, FREE, REACHED = 0, 1, 2  # what a voxel is after a fill
+ONE = np.uint64(1)
 HALF_DIAGONAL = 3.5 * 3.0**0.5  # from a block's centre to its farthest voxel centre
 FLAT = 1e-10  # a triangle with |ab x ac|^2 <= FLAT * (longest edge)^4 is measured as its three edges
 
@@ -266,3 +268,65 @@ def measure_blocks(start, stop, triangles, radius, grid, blocks, offsets, pairs,
         measure_block(triangles, radius, corner, pairs[offsets[row] : offsets[row + 1]], best, which)
         for voxel in range(512):
             distance[row, voxel] = best[voxel] if which[voxel] >= 0 else np.inf
+
+
+@kernel
+def side_of(x, y, z, grid, rows, free, reached, empty):
+    """WALL, FREE or REACHED at a voxel after a fill; REACHED beyond the grid."""
+    if min(x, y, z) < 0 or max(x, y, z) >= 8 * grid:
+        return REACHED
+    block = ((x >> 3) * grid + (y >> 3)) * grid + (z >> 3)
+    row = rows[block]
+    if row < 0:
+        return REACHED if empty[block] else FREE
+    bit = ONE << np.uint64((y & 7) * 8 + (z & 7))
+    if reached[row, x & 7] & bit:
+        return REACHED
+    return FREE if free[row, x & 7] & bit else WALL
+
+
+@kernel
+def left_outside(x, y, z, triangle, shell, grid, rows, free, reached, empty):
+    """Whether the way from the triangle through a voxel of the shell ends outside: the side of its first free voxel.
+
+    Between two sheets so near that there is no free voxel for 2 voxels, the answer is yes: they make one slab.
+    """
+    qx, qy, qz = nearest(x, y, z, triangle)
+    dx, dy, dz = x - qx, y - qy, z - qz
+    length = np.sqrt(dx * dx + dy * dy + dz * dz)
+    if length == 0.0:
+        return True
+    for step in range(1, 9):
+        t = (shell + 0.25 * step) / length
+        px, py, pz = int(np.rint(qx + t * dx)), int(np.rint(qy + t * dy)), int(np.rint(qz + t * dz))
+        side = side_of(px, py, pz, grid, rows, free, reached, empty)
+        if side != WALL:
+            return side == REACHED
+    return True
+
+
+@kernel
+def sign_blocks(start, stop, triangles, shell, band, grid, blocks, offsets, pairs, fill, values):
+    """Turn the distance in rows start..stop of values (B,512) into the truncated signed distance of the solid."""
+    rows, free, reached, empty = fill
+    best, which = np.empty(512), np.empty(512, np.int32)
+    corner = np.empty(3)
+    for row in range(start, stop):
+        block = blocks[row]
+        stored = rows[block]
+        if stored < 0:
+            sign, shift = (1.0, -shell) if empty[block] else (-1.0, shell)
+            for voxel in range(512):
+                values[row, voxel] = sign * min((values[row, voxel] + shift) / band, 1.0)
+            continue
+        corner[0], corner[1], corner[2] = 8 * (block // (grid * grid)), 8 * (block // grid % grid), 8 * (block % grid)
+        measure_block(triangles, shell, corner, pairs[offsets[row] : offsets[row + 1]], best, which)
+        for voxel in range(512):
+            bit = ONE << np.uint64(voxel & 63)
+            outside = (reached[stored, voxel >> 6] & bit) != 0
+            if not free[stored, voxel >> 6] & bit:
+                x, y, z = corner[0] + (voxel >> 6), corner[1] + (voxel >> 3 & 7), corner[2] + (voxel & 7)
+                outside = left_outside(x, y, z, triangles[which[voxel]], shell, grid, rows, free, reached, empty)
+            distance = values[row, voxel]
+            signed = distance - shell if outside else -(distance + shell)
+            values[row, voxel] = min(max(signed / band, -1.0), 1.0)

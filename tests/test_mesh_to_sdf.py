@@ -1,5 +1,7 @@
 """Meshes of any quality to the signed distance of a closed solid."""
 
+import importlib
+
 import numba
 import numpy as np
 import pytest
@@ -341,6 +343,18 @@ def test_normalize_errors():
         normalize_mesh(np.ones((4, 3)))
     with pytest.raises(ValueError, match="finite"):
         normalize_mesh(np.full((4, 3), np.inf))
+
+
+def test_kernels_call_only_kernels_of_their_own_file():
+    dispatcher, checked = type(measure_blocks), 0
+    for name in ("flood_fill", "marching_cubes", "mesh_to_sdf", "sdf_to_mesh", "sharp_edges", "triangle_distance"):
+        module = importlib.import_module(f"d3ds2.{name}")
+        own = {v for v in vars(module).values() if isinstance(v, dispatcher) and v.__module__ == module.__name__}
+        for function in own:
+            used = [vars(module).get(word) for word in function.py_func.__code__.co_names]
+            assert all(v in own for v in used if isinstance(v, dispatcher)), function
+            checked += 1
+    assert checked > 20
 
 
 def test_kernels_compile_where_no_cache_can_be_written(monkeypatch):
