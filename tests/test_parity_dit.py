@@ -1,5 +1,8 @@
 """The transformers, their attention and the sampler against tensors of the official code."""
 
+import json
+import re
+
 import pytest
 import torch
 
@@ -14,7 +17,7 @@ from d3ds2.spatial_sparse_attention import SpatialSparseAttention
 from d3ds2.structure_dit import StructureDiT, StructureDiTConfig
 from d3ds2.transformer import TimestepEmbedder, time_frequencies
 from d3ds2.voxels import Voxels, absolute_position_embedding
-from tests.parity import Golden, assert_close, available, golden
+from tests.parity import Golden, assert_close, available, golden, parity_folder
 
 TOLERANCE = 1e-4  # of the largest error over the rms, as the parity README suggests
 GRADIENT_TOLERANCE = 3e-4
@@ -326,3 +329,36 @@ def test_sampler(name):
     for step, state in enumerate(states[1:]):
         assert_close(velocity(states[step], times[step].item()), data.outputs[f"velocity{step}"], TOLERANCE, "velocity")
         assert_close(state, data.outputs[f"latents{step + 1}"], TOLERANCE, f"latents after step {step}")
+
+
+def released_shapes(version, file):
+    """Key -> shape of a released transformer; `blocks.[0..23].x` stands for blocks.0.x to blocks.23.x."""
+    released = json.loads((parity_folder() / "released_keys.json").read_text())["versions"][version][file]["dit"]
+    shapes = {}
+    for key, (_, *shape) in released["state_dict"].items():
+        span = re.search(r"\[(\d+)\.\.(\d+)\]", key)
+        numbers = range(int(span[1]), int(span[2]) + 1) if span else [0]
+        shapes |= {key.replace(span[0], str(i)) if span else key: shape for i in numbers}
+    assert len(shapes) == released["num_keys"]
+    return shapes
+
+
+V1_1 = {"compression_block": 8, "pooled_conv": False, "sparse_context": False}
+
+
+@pytest.mark.parametrize(
+    ("version", "file", "make", "translate"),
+    [
+        ("v1.0", "model_dense.ckpt", lambda: StructureDiT(StructureDiTConfig()), structure_dit_state_dict),
+        ("v1.0", "model_sparse_512.ckpt", lambda: LatentDiT(LatentDiTConfig(top_k=32)), latent_dit_state_dict),
+        ("v1.0", "model_sparse_1024.ckpt", lambda: LatentDiT(LatentDiTConfig()), latent_dit_state_dict),
+        ("v1.1", "model_sparse_512.ckpt", lambda: LatentDiT(LatentDiTConfig(**V1_1)), latent_dit_state_dict),
+        ("v1.1", "model_sparse_1024.ckpt", lambda: LatentDiT(LatentDiTConfig(**V1_1)), latent_dit_state_dict),
+    ],
+)
+def test_released_configurations_hold_the_released_weights(version, file, make, translate):
+    with torch.device("meta"):
+        model = make()
+        official = {key: torch.empty(shape) for key, shape in released_shapes(version, file).items()}
+    expected = {key: value.shape for key, value in model.state_dict().items()}
+    assert {key: value.shape for key, value in translate(official).items()} == expected

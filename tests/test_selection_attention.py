@@ -135,7 +135,7 @@ def test_queries_by_block_inverts_the_selection():
     block_indices = torch.tensor([[[1, -1]], [[0, 1]], [[2, 1]]], dtype=torch.int32)  # (T, H, S) = (3, 1, 2)
     query_offsets, query_ids = queries_by_block(block_indices, num_blocks=3)
     assert query_offsets.tolist() == [0, 1, 4, 5]
-    assert query_ids.tolist() == [1, 0, 1, 2, 2]
+    assert query_ids.tolist() == [1, 0, 1, 2, 2, 0]  # query 0 has a -1
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ The kernels: selection_attention_triton.py.
 
 import math
 from importlib.util import find_spec
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -81,16 +82,15 @@ def selection_attention_reference(
 def queries_by_block(block_indices: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
     """Invert the selection: for each head and block, the queries which selected it.
 
-    Returns `query_offsets` (H * M + 1,) and `query_ids` (number of selections,), both int32.
+    Returns `query_offsets` (H * M + 1,) and `query_ids` (T * H * S,), both int32. The queries of head h and block m are
+    query_ids[query_offsets[h * M + m] : query_offsets[h * M + m + 1]], ascending; those of the -1 stand at the end.
     """
-    T, H = block_indices.shape[:2]
-    head = torch.arange(H, device=block_indices.device)[None, :, None]
-    query = torch.arange(T, device=block_indices.device)[:, None, None].expand_as(block_indices)
-    is_block = block_indices >= 0
-    key = (head * num_blocks + block_indices)[is_block].long()
-    query_offsets = torch.bincount(key, minlength=H * num_blocks).cumsum(0)
-    query_ids = query[is_block][key.argsort(stable=True)]
-    return torch.nn.functional.pad(query_offsets, (1, 0)).int(), query_ids.int()
+    (H, S), device = block_indices.shape[1:], block_indices.device
+    head = torch.arange(H, device=device)[:, None]
+    key = torch.where(block_indices < 0, H * num_blocks, head * num_blocks + block_indices)  # (T, H, S)
+    key, order = key.flatten().sort(stable=True)
+    query_offsets = torch.searchsorted(key, torch.arange(H * num_blocks + 1, device=device))
+    return query_offsets.int(), (order // (H * S)).int()
 
 
 class _SelectionAttention(torch.autograd.Function):
@@ -163,7 +163,9 @@ def _pieces(block_offsets: Tensor, block_indices: Tensor, G: int) -> list[list[t
     """For each head (tokens of a block, queries that selected it), cut to at most `_SCORE_ELEMENTS` scores."""
     M, H = block_offsets.numel() - 1, block_indices.shape[1]
     query_offsets, query_ids = queries_by_block(block_indices, M)
-    offsets, selected = block_offsets.tolist(), query_ids.long().split(query_offsets.diff().tolist())
+    offsets, query_offsets = block_offsets.tolist(), query_offsets.tolist()
+    lengths = [last - first for first, last in pairwise(query_offsets)]
+    selected = query_ids[: query_offsets[-1]].long().split(lengths)
     return [
         [
             (slice(offsets[m], offsets[m + 1]), ids)
