@@ -131,7 +131,7 @@ def main() -> None:
         "",
         "## sdf_to_mesh, band of 4 voxels",
         "",
-        "| resolution | active voxels, M | faces, M | seconds | of all cores | dropping small parts | skimage, dense | GiB |",
+        "| resolution | voxels, M | faces, M | seconds | of all cores | dropping small parts | skimage, dense | GiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for resolution, turns in ((256, 1), (512, 1), (1024, 1), (1024, 4)):
