@@ -17,7 +17,7 @@ from .atomic_file import replacing
 from .checkpoint import CheckpointError, load_settings
 from .foreground import METHODS, ImageError, cut_out, load_image
 from .mesh_file import FORMATS, MeshFileError, check_mesh_path, check_writable, save_mesh
-from .pipeline import STAGES, TINY, EmptyResultError, load_pipeline
+from .pipeline import STAGES, TINY, GenerationError, load_pipeline
 from .sdf_to_mesh import Mesh
 
 PREVIEW_SIZE = 512  # pixels of one picture in the preview
@@ -64,8 +64,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--background", choices=METHODS, default="auto", help="how to find the object (default: auto)")
     parser.add_argument("--preview", type=Path, help="picture to write: the input beside the mesh from four sides")
     arguments = parser.parse_args(argv)
-    if not 0 <= arguments.seed < 2**63:
-        raise UsageError(f"expected a seed from 0 to 2^63 - 1, got {arguments.seed}")
+    if not 0 <= arguments.seed < 2**64:
+        raise UsageError(f"expected a seed from 0 to 2^64 - 1, got {arguments.seed}")
     if arguments.steps is not None and arguments.steps < 1:
         raise UsageError(f"expected at least 1 step, got {arguments.steps}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 after an error, 130 when interrupted."""
     try:
         run(argv)
-    except (UsageError, ImageError, CheckpointError, MeshFileError, EmptyResultError) as error:
+    except (UsageError, ImageError, CheckpointError, MeshFileError, GenerationError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:

@@ -46,9 +46,17 @@ def load_image(path: str | Path) -> Image.Image:
         raise ImageError(f"not an image that can be read: {path}") from None
     except Image.DecompressionBombError:
         raise ImageError(f"the image has too many pixels: {path}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as error:
-        raise ImageError(f"the image is truncated or damaged: {path} ({' '.join(str(error).split())})") from None
+    except OSError as error:
+        if error.errno is not None:  # Pillow's own errors about the content have none
+            raise ImageError(f"cannot read {path}: {error.strerror}") from None
+        raise _damaged(path, error) from None
+    except (SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as error:
+        raise _damaged(path, error) from None
     return _to_8_bit(image)
+
+
+def _damaged(path: Path, error: Exception) -> ImageError:
+    return ImageError(f"the image is truncated or damaged: {path} ({' '.join(str(error).split())})")
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:

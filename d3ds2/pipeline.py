@@ -37,7 +37,11 @@ OnStep = Callable[[int, Tensor], None]
 OnProgress = Callable[[str, int, int], None]  # stage, finished steps, all steps
 
 
-class EmptyResultError(ValueError):
+class GenerationError(ValueError):
+    """The networks ran, and made nothing that can become a mesh. The message is one line."""
+
+
+class EmptyResultError(GenerationError):
     """A stage left nothing of some sample: no occupied voxel, or no surface."""
 
 
@@ -105,7 +109,7 @@ class Pipeline:
 
         Raises:
             ImageError: no foreground in an image.
-            EmptyResultError: nothing was made of an image.
+            GenerationError: nothing was made of an image.
         """
         report = on_progress or (lambda stage, step, steps: None)
         structure_steps = structure_steps or self.sampling.structure_steps
@@ -222,7 +226,10 @@ class Pipeline:
 
         Raises:
             EmptyResultError: a sample has no surface.
+            GenerationError: values that are not finite, as half precision makes them when a network overflows it.
         """
+        if not sdf.isfinite().all():
+            raise GenerationError(f"the SDF came out with values that are not finite on {sdf.device}; try float32")
         blocks = sdf.view(-1, FACTOR, FACTOR, FACTOR).cpu().split(voxels.block_counts)
         coords = voxels.block_coords[:, 1:].cpu().split(voxels.block_counts)
         meshes = []

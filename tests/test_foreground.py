@@ -154,6 +154,16 @@ def test_too_many_pixels_are_refused(tmp_path, monkeypatch):
         load_image(tmp_path / "a.png")
 
 
+def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
+    def refused(path):
+        raise PermissionError(13, "Permission denied")
+
+    picture().save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "open", refused)
+    with pytest.raises(ImageError, match=r"cannot read .*a\.png: Permission denied"):
+        load_image(tmp_path / "a.png")
+
+
 # --- finding the object
 
 

@@ -7,7 +7,7 @@ from tiny_model import SAMPLING, draw_object, make_networks, write_model
 
 from d3ds2.checkpoint import CheckpointError, SamplingConfig
 from d3ds2.foreground import ImageError
-from d3ds2.pipeline import STAGES, EmptyResultError, Pipeline, load_pipeline
+from d3ds2.pipeline import STAGES, EmptyResultError, GenerationError, Pipeline, load_pipeline
 from d3ds2.voxels import Voxels
 
 
@@ -33,6 +33,7 @@ def test_one_seed_is_one_mesh_bit_for_bit(pipeline, mesh):
     again = pipeline.generate(draw_object(), seed=5)
     for a, b in ((mesh.vertices, again.vertices), (mesh.faces, again.faces), (mesh.normals, again.normals)):
         assert a.tobytes() == b.tobytes()
+    assert len(pipeline.generate(draw_object(), seed=2**64 - 1).faces) > 0
     assert pipeline.generate(draw_object(), seed=6).vertices.tobytes() != mesh.vertices.tobytes()
 
 
@@ -132,6 +133,13 @@ def test_an_sdf_without_inside_is_an_error():
     networks = make_networks()
     networks["sdf_vae"].decoder.out_layer.bias.fill_(1e4)
     with pytest.raises(EmptyResultError, match="surface of image came out empty"):
+        Pipeline(**networks, sampling=SAMPLING).generate(draw_object())
+
+
+def test_values_that_are_not_finite_are_an_error():
+    networks = make_networks()
+    networks["sdf_vae"].decoder.out_layer.bias.fill_(float("nan"))
+    with pytest.raises(GenerationError, match="not finite on cpu; try float32"):
         Pipeline(**networks, sampling=SAMPLING).generate(draw_object())
 
 
