@@ -141,11 +141,11 @@ def main() -> None:
         voxels = (np.abs(sdf.values) < 1).sum() / 1e6
         mesh, seconds, cpu_seconds = timed(sdf_to_mesh, sdf.block_coords, sdf.values, resolution)
         _, _, with_parts = timed(sdf_to_mesh, sdf.block_coords, sdf.values, resolution, min_component=0.01)
-        memory, dense = peak(), "-"
+        memory, dense, dropping = peak(), "-", max(with_parts - cpu_seconds, 0.0)
         if resolution <= 512:
             dense = f"{timed(skimage.measure.marching_cubes, dense_field(sdf), 0.0)[2]:.2f}"
         lines.append(f"| {resolution} | {voxels:.1f} | {len(mesh.faces) / 1e6:.2f} | {seconds:.2f} "
-                     f"| {cpu_seconds:.2f} | +{max(with_parts - cpu_seconds, 0):.2f} | {dense} | {memory} |")  # fmt: skip
+                     f"| {cpu_seconds:.2f} | +{dropping:.2f} | {dense} | {memory} |")  # fmt: skip
         print(lines[-1], flush=True)
         if (resolution, turns) == (1024, 1):
             small, _, seconds = timed(decimate, mesh, 500_000)
