@@ -24,7 +24,7 @@ from .transformer import (
     modulation_projection,
     zero_linear,
 )
-from .voxels import BLOCK, Voxels, absolute_position_embedding
+from .voxels import BLOCK, Voxels, absolute_position_embedding, per_token
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,12 @@ class LatentBlock(nn.Module):
     ) -> Tensor:
         """h (N, C), embedding (B, C) or, with a shared modulation, (B, 6 C), context (L, ·) -> (N, C)."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(embedding)
-        sample = voxels.batch_index
-        h = h + gate_1[sample] * self.self_attention(modulate(self.norm1(h), shift_1, scale_1, sample), voxels)
+        attended = self.self_attention(modulate(self.norm1(h), shift_1, scale_1, voxels), voxels)
+        h = h + per_token(gate_1, voxels) * attended
         h = h + self.cross_attention(
             self.norm2(h), context, voxels.cu_seqlens, context_cu, voxels.counts, context_lengths
         )
-        return h + gate_2[sample] * self.feed_forward(modulate(self.norm3(h), shift_2, scale_2, sample))
+        return h + per_token(gate_2, voxels) * self.feed_forward(modulate(self.norm3(h), shift_2, scale_2, voxels))
 
 
 class LatentDiT(nn.Module):

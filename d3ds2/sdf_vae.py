@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .attention import WindowAttention
-from .sparse_conv import PackedGroupNorm, SubdivideConv3d, SubmanifoldConv3d, mean_pool
+from .sparse_conv import PackedGroupNorm, SubdivideConv3d, SubmanifoldConv3d, mean_pool, permute_rows
 from .transformer import FeedForward, LayerNorm32, initialize_linear
 from .voxels import Voxels
 
@@ -147,7 +147,7 @@ class Decoder(nn.Module):
             x = run(block, x, voxels)
         order = None
         for block in self.up_blocks:
-            x = x if order is None else x.index_select(0, order)
+            x = x if order is None else permute_rows(x, order)
             x, order, voxels = run(block, x, voxels), voxels.child_order, voxels.subdivide()[0]
         return x, order, voxels  # (512 L, C / 16), not yet sorted
 
@@ -220,8 +220,8 @@ class SDFVAE(nn.Module):
             position_factor = self.config.position_resolution / (FACTOR * voxels.resolution)
         latents = latents.to(self.decoder.input_layer.weight.dtype)
         features, order, fine = self.decoder(latents, voxels, position_factor, self._run)
-        sdf = self.decoder.out_layer(features).float().tanh().index_select(0, order)
-        return (sdf, features.index_select(0, order), fine) if return_features else (sdf, fine)
+        sdf = permute_rows(self.decoder.out_layer(features).float().tanh(), order)
+        return (sdf, permute_rows(features, order), fine) if return_features else (sdf, fine)
 
     def forward(
         self, sdf: Tensor, voxels: Voxels, generator: torch.Generator | None = None

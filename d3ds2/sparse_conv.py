@@ -11,13 +11,15 @@ Sizes named in this file:
 """
 
 import math
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .voxels import Voxels
+from .voxels import Voxels, per_token, sample_means
 
+HAS_TRITON = find_spec("triton") is not None
 CPU_CHUNK_BYTES = 4 << 20  # neighbours gathered at a time: what stays in a core's cache
 DEVICE_CHUNK_BYTES = 512 << 20
 MIN_CHUNK_ROWS = 1024
@@ -92,11 +94,13 @@ class _GatherConv(torch.autograd.Function):
     def forward(ctx, x, neighbors, weight, bias, children):
         ctx.save_for_backward(x, neighbors, weight)
         ctx.children = children
-        N, (_, Cin, Cout) = len(x), weight.shape
-        offset, child = _taps(children, x.device)
-        matrix = weight.new_zeros(27, children, Cin, Cout)  # a child has no weight at the offsets that are not its taps
-        matrix[offset, child] = weight
-        matrix = matrix.transpose(1, 2).reshape(27 * Cin, children * Cout)
+        N, Cout = len(x), weight.shape[2]
+        if x.is_cuda and HAS_TRITON:
+            from .kernels.gather_conv_triton import gather_conv_triton
+
+            out = gather_conv_triton(x, neighbors, _dense_weight(weight, children)).view(N * children, Cout)
+            return out + bias
+        matrix = _dense_weight(weight, children).flatten(0, 1)  # (27 Cin, children Cout)
         out = x.new_empty(N, children * Cout)
         for rows, columns in _gathered(x, neighbors):
             torch.addmm(bias.repeat(children), columns, matrix, out=out[rows])
@@ -107,6 +111,8 @@ class _GatherConv(torch.autograd.Function):
     def backward(ctx, dout):
         """One gathering serves both gradients: voxel m is read at offset k by its neighbour at the opposite offset."""
         x, neighbors, weight = ctx.saved_tensors
+        if x.is_cuda and HAS_TRITON:
+            return _triton_backward(x, neighbors, weight, dout, ctx.children)
         J, Cin, Cout = weight.shape
         matrix = weight.transpose(1, 2).reshape(J * Cout, Cin)
         dx = torch.empty_like(x)
@@ -117,6 +123,54 @@ class _GatherConv(torch.autograd.Function):
             dmatrix += columns.t() @ x[rows]
         dweight = dmatrix.view(J, Cout, Cin).transpose(1, 2).to(weight.dtype)
         return dx, None, dweight, dout.sum(0), None
+
+
+def _dense_weight(weight: Tensor, children: int) -> Tensor:
+    """Weights of the taps (J, Cin, Cout) -> (27, Cin, children · Cout): a child has none at what are not its taps."""
+    offset, child = _taps(children, weight.device)
+    dense = weight.new_zeros(27, children, *weight.shape[1:])
+    dense[offset, child] = weight
+    return dense.transpose(1, 2).flatten(2)
+
+
+def _triton_backward(x: Tensor, neighbors: Tensor, weight: Tensor, dout: Tensor, children: int) -> tuple:
+    """Gradients of `_GatherConv.forward`, in its order."""
+    from .kernels.gather_conv_triton import gather_conv_dweight_triton, gather_conv_triton
+
+    rows = dout.reshape(len(x), -1)  # (N, children Cout)
+    dx = gather_conv_triton(rows, neighbors, _dense_weight(weight, children).flip(0).transpose(1, 2))
+    dweight = gather_conv_dweight_triton(x, neighbors, rows)  # (27, Cin, children Cout)
+    offset, child = _taps(children, x.device)
+    dweight = dweight.unflatten(2, (children, -1)).transpose(1, 2)[offset, child].to(weight.dtype)
+    return dx, None, dweight, dout.sum(0), None
+
+
+def permute_rows(x: Tensor, order: Tensor) -> Tensor:
+    """x[order] for a permutation: x (N, C), order (N,) long. Its gradient is the inverse permutation, no sum."""
+    return _PermuteRows.apply(x, order)
+
+
+class _PermuteRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, order):
+        ctx.save_for_backward(order)
+        return _take_rows(x, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        (order,) = ctx.saved_tensors
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order), device=order.device)
+        return _take_rows(dout, inverse), None
+
+
+def _take_rows(x: Tensor, order: Tensor) -> Tensor:
+    if x.is_cuda and HAS_TRITON:
+        from .kernels.gather_conv_triton import take_rows_triton
+
+        return take_rows_triton(x, order)
+    return x.index_select(0, order)
 
 
 def _gathered(x: Tensor, neighbors: Tensor, offset: Tensor | None = None, child: Tensor | int = 0, children: int = 1):
@@ -148,8 +202,7 @@ def mean_pool(x: Tensor, voxels: Voxels, factor: int) -> tuple[Tensor, Voxels]:
     coarse, parent = voxels.coarsen(factor)
     dtype = torch.promote_types(x.dtype, torch.float32)
     total = torch.zeros(len(coarse), x.shape[1], dtype=dtype, device=x.device).index_add(0, parent, x.to(dtype))
-    count = torch.bincount(parent, minlength=len(coarse))
-    return (total / (count + 1)[:, None]).to(x.dtype), coarse
+    return (total / (voxels.coarse_counts(factor) + 1)[:, None]).to(x.dtype), coarse
 
 
 class PackedGroupNorm(nn.Module):
@@ -168,47 +221,39 @@ class PackedGroupNorm(nn.Module):
 
     def forward(self, x: Tensor, voxels: Voxels) -> Tensor:
         """(N, C) -> (N, C), dtype of x."""
-        return _PackedGroupNorm.apply(x, self.weight, self.bias, voxels.counts, self.num_groups, self.eps)
+        return _PackedGroupNorm.apply(x, self.weight, self.bias, voxels, self.num_groups, self.eps)
 
 
 class _PackedGroupNorm(torch.autograd.Function):
     """y = (x - mean) rstd weight + bias. Keeps only x and (B, C) statistics for the backward pass."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, counts, num_groups, eps):
-        y, statistics = torch.empty_like(x), []
-        for rows, out in zip(x.split(counts), y.split(counts), strict=True):
-            rows = rows.to(torch.promote_types(x.dtype, torch.float32))
-            mean = _group_mean(rows.sum(0) / max(len(rows), 1), num_groups)  # (C,)
-            centred = rows - mean
-            variance = _group_mean(centred.square().sum(0) / max(len(rows), 1), num_groups)
-            rstd = (variance + eps).rsqrt()
-            out.copy_(centred * (rstd * weight) + bias)
-            statistics.append((mean, rstd))
-        ctx.save_for_backward(x, weight)
-        ctx.statistics, ctx.counts, ctx.num_groups = statistics, counts, num_groups
-        return y
+    def forward(ctx, x, weight, bias, voxels, num_groups, eps):
+        rows = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = _group_mean(sample_means(rows, voxels), num_groups)  # (B, C)
+        centred = rows - per_token(mean, voxels)
+        variance = _group_mean(sample_means(centred.square(), voxels), num_groups)
+        rstd = (variance + eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.voxels, ctx.num_groups = voxels, num_groups
+        return torch.addcmul(bias, centred, per_token(rstd * weight, voxels)).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        dx = torch.empty_like(x)
-        dweight = torch.zeros(weight.shape, dtype=dtype, device=x.device)
-        dbias = torch.zeros_like(dweight)
-        samples = zip(x.split(ctx.counts), dy.split(ctx.counts), dx.split(ctx.counts), ctx.statistics, strict=True)
-        for rows, drows, out, (mean, rstd) in samples:
-            normed, drows = (rows.to(dtype) - mean) * rstd, drows.to(dtype)
-            sum_dy, sum_dy_normed = drows.sum(0), (drows * normed).sum(0)  # (C,)
-            dbias += sum_dy
-            dweight += sum_dy_normed
-            mean_dy = _group_mean(sum_dy * weight / max(len(rows), 1), ctx.num_groups)
-            mean_dy_normed = _group_mean(sum_dy_normed * weight / max(len(rows), 1), ctx.num_groups)
-            out.copy_(rstd * (drows * weight - mean_dy - normed * mean_dy_normed))
+        x, weight, mean, rstd = ctx.saved_tensors
+        voxels, drows = ctx.voxels, dy.to(mean.dtype)
+        normed = (x.to(mean.dtype) - per_token(mean, voxels)) * per_token(rstd, voxels)
+        means = sample_means(drows, voxels), sample_means(drows * normed, voxels)  # (B, C) of dy and of dy · normed
+        counts = voxels.cu_seqlens.diff()[:, None]
+        dbias, dweight = ((m * counts).sum(0) for m in means)
+        mean_dy, mean_dy_normed = (_group_mean(m * weight, ctx.num_groups) for m in means)
+        dx = drows * weight - per_token(mean_dy, voxels) - normed * per_token(mean_dy_normed, voxels)
+        dx = (dx * per_token(rstd, voxels)).to(x.dtype)
         return dx, dweight.to(weight.dtype), dbias.to(weight.dtype), None, None, None
 
 
 def _group_mean(per_channel: Tensor, num_groups: int) -> Tensor:
-    """(C,) -> (C,): the mean of each channel's group."""
-    return per_channel.view(num_groups, -1).mean(1, keepdim=True).expand(-1, len(per_channel) // num_groups).flatten()
+    """(B, C) -> (B, C): the mean of each channel's group."""
+    group_size = per_channel.shape[1] // num_groups
+    return per_channel.unflatten(1, (num_groups, group_size)).mean(2).repeat_interleave(group_size, dim=1)

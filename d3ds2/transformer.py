@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .voxels import Voxels, per_token
+
 NUM_FREQUENCIES = 128  # of the time embedding
 
 
@@ -85,9 +87,9 @@ def modulation_projection(hidden_size: int) -> nn.Sequential:
     return projection
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, batch_index: Tensor) -> Tensor:
-    """x (1 + scale) + shift: x (N, C), shift and scale (B, C), batch_index (N,) sample of each token."""
-    return torch.addcmul(shift[batch_index], x, 1 + scale[batch_index])
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, voxels: Voxels) -> Tensor:
+    """x (1 + scale) + shift: x (N, C), shift and scale (B, C) of the samples of its voxels."""
+    return torch.addcmul(per_token(shift, voxels), x, 1 + per_token(scale, voxels))
 
 
 def initialize_linear(module: nn.Module) -> None:

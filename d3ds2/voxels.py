@@ -141,6 +141,12 @@ class Voxels:
         return _offsets(torch.bincount(self.batch_index, minlength=self.batch_size))
 
     @cached_property
+    def membership(self) -> Tensor:
+        """One where a voxel belongs to a sample, else zero: (B, N) float32."""
+        samples = torch.arange(self.batch_size, device=self.device)
+        return (samples[:, None] == self.batch_index).float()
+
+    @cached_property
     def counts(self) -> list[int]:
         """Voxels of each sample, on the host."""
         return self.cu_seqlens.diff().tolist()
@@ -240,8 +246,14 @@ class Voxels:
     def _coarsen(self, factor: int) -> tuple["Voxels", Tensor]:
         resolution = self.resolution // factor
         coords = torch.cat([self.coords[:, :1], self.coords[:, 1:] // factor], dim=1)
-        keys, parent = torch.unique(_sort_keys(coords, resolution), return_inverse=True)
+        keys, parent, counts = torch.unique(_sort_keys(coords, resolution), return_inverse=True, return_counts=True)
+        self._cache["coarse counts", factor] = counts
         return Voxels._trusted(_coords_of_keys(keys, resolution), resolution, self.batch_size), parent
+
+    def coarse_counts(self, factor: int) -> Tensor:
+        """How many of these voxels lie in each voxel of `coarsen(factor)`, (rows there,) long."""
+        self.coarsen(factor)
+        return self._cache["coarse counts", factor]
 
     def subdivide(self) -> tuple["Voxels", Tensor]:
         """All eight children of every voxel, at twice the resolution, and `parent` (8N,) long: each one's row here."""
@@ -298,6 +310,37 @@ class Voxels:
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
+
+
+def per_token(x: Tensor, voxels: Voxels) -> Tensor:
+    """What belongs to a sample, for each of its tokens: (B, C) -> (N, C), or (1, C) where there is one sample."""
+    return x if voxels.batch_size == 1 else _PerToken.apply(x, voxels)
+
+
+def sample_sums(x: Tensor, voxels: Voxels) -> Tensor:
+    """Sum over the tokens of each sample, (N, C) -> (B, C)."""
+    if x.is_cuda and voxels.batch_size > 1:  # one product instead of B launches; TF32 rounds it if torch allows that
+        with torch.autocast("cuda", enabled=False):
+            return voxels.membership @ x.float()
+    return torch.stack([rows.sum(0) for rows in x.split(voxels.counts)])
+
+
+def sample_means(x: Tensor, voxels: Voxels) -> Tensor:
+    """Mean over the tokens of each sample, (N, C) -> (B, C); 0 for an empty sample."""
+    return sample_sums(x, voxels) / voxels.cu_seqlens.diff().clamp(min=1)[:, None]
+
+
+class _PerToken(torch.autograd.Function):
+    """A gather whose backward pass sums runs of rows: the general one sorts the indices, or adds atomically."""
+
+    @staticmethod
+    def forward(ctx, x, voxels):
+        ctx.voxels = voxels
+        return torch.cat([row.expand(n, -1) for row, n in zip(x.split(1), voxels.counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx, dout):
+        return sample_sums(dout, ctx.voxels), None
 
 
 def _check_coords(coords: Tensor, resolution: int, batch_size: int) -> None:

@@ -18,8 +18,10 @@ from scipy.spatial import cKDTree
 from d3ds2.numba_kernel import kernel
 from d3ds2.triangle_distance import nearest
 
-CANDIDATES = 12  # triangles tried for the nearest one
 SPACING = 0.01  # of the candidates on large triangles
+NEAR = 0.03  # up to this distance the CANDIDATES nearest candidates are tried, beyond it all those of the nearest CELLS
+CANDIDATES = 12
+CELL, CELLS = 0.03, 6  # edge of the cells
 COLUMNS = 64  # per axis, in which triangles are looked up by x and y
 COLUMN_OFFSET = (1.37e-7, -0.71e-7)  # in x and y: moves columns off vertices and edges that lie on grid planes
 
@@ -47,7 +49,18 @@ class Surface:
         repeats = np.ceil(self.areas / SPACING**2).astype(np.int64) - 1  # besides the centre
         extra = np.arange(len(faces)).repeat(repeats.clip(0))
         self._face_of_candidate = np.concatenate([np.arange(len(faces)), extra])
-        self._tree = cKDTree(np.concatenate([self.triangles.mean(axis=1), self._on_faces(extra, rng)]))
+        candidates = np.concatenate([self.triangles.mean(axis=1), self._on_faces(extra, rng)])
+        self._tree = cKDTree(candidates)
+        place = np.floor(candidates / CELL).astype(np.int64)
+        place -= place.min(axis=0)
+        size = place.max(axis=0) + 1
+        key = (place[:, 0] * size[1] + place[:, 1]) * size[2] + place[:, 2]
+        order = key.argsort(kind="stable")
+        starts = np.flatnonzero(np.diff(key[order], prepend=-1))
+        counts = np.diff(starts, append=len(order))
+        self._cells = cKDTree(np.add.reduceat(candidates[order], starts) / counts[:, None])  # the mean of each
+        self._offsets = np.concatenate([[0], counts.cumsum()])
+        self._face_in_cell = self._face_of_candidate[order]
 
     def _on_faces(self, faces: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(n,3): an even random point of each triangle."""
@@ -58,25 +71,41 @@ class Surface:
 
     def distance(self, points: np.ndarray) -> np.ndarray:
         """(n,) distances of points (n,3) to the nearest triangle."""
-        k = min(CANDIDATES, len(self._face_of_candidate))
-        _, index = self._tree.query(points, k)
-        return _distance_to_candidates(
-            points.astype(np.float64), self._face_of_candidate[index.reshape(len(points), k)], self.triangles
-        )
+        points = np.ascontiguousarray(points, dtype=np.float64)
+        # a search for many neighbours far away would visit much of the tree
+        _, index = self._tree.query(points, CANDIDATES, distance_upper_bound=NEAR)
+        out = _distance_to_candidates(points, index, self._face_of_candidate, self.triangles)
+        far = np.flatnonzero(index[:, 0] == len(self._face_of_candidate))
+        _, cells = self._cells.query(points[far], CELLS)
+        out[far] = _distance_to_cells(points[far], cells, self._offsets, self._face_in_cell, self.triangles)
+        return out
 
 
 @kernel
-def _distance_to_candidates(points, candidates, triangles):
-    """(n,): from each point to the nearest of its own candidate triangles (n,k)."""
-    out = np.empty(len(points))
+def _distance_to_candidates(points, index, face_of_candidate, triangles):
+    """(n,): from each point to the nearest of the triangles of its own candidates (n,k); inf where it has none."""
+    out = np.full(len(points), np.inf)
     for i in range(len(points)):
         x, y, z = points[i, 0], points[i, 1], points[i, 2]
-        best = np.inf
-        for face in candidates[i]:
-            a, b, c = nearest(x, y, z, triangles[face])
-            best = min(best, (x - a) ** 2 + (y - b) ** 2 + (z - c) ** 2)
-        out[i] = np.sqrt(best)
-    return out
+        for candidate in index[i]:
+            if candidate < len(face_of_candidate):
+                a, b, c = nearest(x, y, z, triangles[face_of_candidate[candidate]])
+                out[i] = min(out[i], (x - a) ** 2 + (y - b) ** 2 + (z - c) ** 2)
+    return np.sqrt(out)
+
+
+@kernel
+def _distance_to_cells(points, cells, offsets, face_in_cell, triangles):
+    """(n,): from each point to the nearest triangle in its own cells (n,k)."""
+    out = np.full(len(points), np.inf)
+    for i in range(len(points)):
+        x, y, z = points[i, 0], points[i, 1], points[i, 2]
+        for cell in cells[i]:
+            if cell < len(offsets) - 1:
+                for member in range(offsets[cell], offsets[cell + 1]):
+                    a, b, c = nearest(x, y, z, triangles[face_in_cell[member]])
+                    out[i] = min(out[i], (x - a) ** 2 + (y - b) ** 2 + (z - c) ** 2)
+    return np.sqrt(out)
 
 
 @dataclass(frozen=True)

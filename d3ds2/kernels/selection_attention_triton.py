@@ -9,6 +9,8 @@ from torch.autograd.function import once_differentiable
 from .selection_attention import queries_by_block
 
 LOG2_E = 1.4426950408889634
+BLOCK_T = 64  # tokens of a block at a time
+QUERY_ROWS = 64  # rows of queries times heads at a time, where a kernel takes several queries
 
 
 @triton.jit
@@ -86,15 +88,21 @@ def _backward_dq_kernel(
 
 @triton.jit
 def _backward_dkdv_kernel(
-    q, k, v, block_offsets, query_offsets, query_ids, lse, delta, dout, dk, dv, scale, scale_log2,
-    M, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr,
+    q, k, v, block_offsets, tile_offsets, tile_blocks, query_offsets, query_ids, lse, delta, dout, dk, dv,
+    scale, scale_log2, M, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """One program: dk, dv of the tokens of one block and head, over the queries which selected that block."""
-    block, h = tl.program_id(0), tl.program_id(1)
-    offs_g, offs_d = tl.arange(0, G), tl.arange(0, D)
-    start, end = tl.load(block_offsets + block), tl.load(block_offsets + block + 1)
-    first_query, last_query = tl.load(query_offsets + h * M + block), tl.load(query_offsets + h * M + block + 1)
-    for first in range(start, end, BLOCK_T):
+    """One program: dk, dv of BLOCK_T tokens of one block and head, over the queries which selected that block.
+
+    It takes BLOCK_Q queries at a time, each with its G heads.
+    """
+    tile, h = tl.program_id(0), tl.program_id(1)
+    block = tl.load(tile_blocks + tile)
+    if block < M:
+        offs_qg, offs_d = tl.arange(0, BLOCK_Q * G), tl.arange(0, D)
+        end = tl.load(block_offsets + block + 1)
+        first = tl.load(block_offsets + block) + (tile - tl.load(tile_offsets + block)) * BLOCK_T
+        first_query, last_query = tl.load(query_offsets + h * M + block), tl.load(query_offsets + h * M + block + 1)
         offs_t = first + tl.arange(0, BLOCK_T).to(tl.int64)
         valid = offs_t < end
         kv = (offs_t[:, None] * H + h) * D + offs_d
@@ -102,18 +110,34 @@ def _backward_dkdv_kernel(
         b_v = tl.load(v + kv, mask=valid[:, None], other=0.0)
         b_dk = tl.zeros([BLOCK_T, D], dtype=tl.float32)
         b_dv = tl.zeros([BLOCK_T, D], dtype=tl.float32)
-        for i in range(first_query, last_query):
-            t = tl.load(query_ids + i).to(tl.int64)
-            q_rows = (t * H + h) * G + offs_g
-            b_q = tl.load(q + q_rows[:, None] * D + offs_d)  # [G, D]
+        for i in range(first_query, last_query, BLOCK_Q):
+            offs_q = i + offs_qg // G
+            real = offs_q < last_query
+            t = tl.load(query_ids + offs_q, mask=real, other=0).to(tl.int64)  # [BLOCK_Q * G]
+            q_rows = (t * H + h) * G + offs_qg % G
+            b_q = tl.load(q + q_rows[:, None] * D + offs_d)  # [BLOCK_Q * G, D]
             b_do = tl.load(dout + q_rows[:, None] * D + offs_d)
-            b_lse, b_delta = tl.load(lse + q_rows), tl.load(delta + q_rows)  # [G]
-            b_p = tl.exp2(_dot(b_k, tl.trans(b_q)) * scale_log2 - b_lse)  # [BLOCK_T, G]
+            b_lse = tl.where(real, tl.load(lse + q_rows), float("inf"))  # no query: its weights are zero
+            b_delta = tl.load(delta + q_rows)  # [BLOCK_Q * G]
+            b_p = tl.exp2(_dot(b_k, tl.trans(b_q)) * scale_log2 - b_lse)  # [BLOCK_T, BLOCK_Q * G]
             b_ds = b_p * (_dot(b_v, tl.trans(b_do)) - b_delta)
             b_dv += _dot(b_p.to(b_do.dtype), b_do)
             b_dk += _dot(b_ds.to(b_q.dtype), b_q)
         tl.store(dk + kv, b_dk * scale, mask=valid[:, None])
         tl.store(dv + kv, b_dv, mask=valid[:, None])
+
+
+def _tiles(block_offsets: torch.Tensor, num_tokens: int, tile_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut every block into tiles of at most `tile_size` tokens, without asking the device how many there are.
+
+    Returns the first tile of each block (M + 1,) and the block of each tile, both int32; the number of tiles is an
+    upper bound, and those beyond the last have block M.
+    """
+    M = block_offsets.numel() - 1
+    tiles = (block_offsets.diff() + tile_size - 1) // tile_size
+    tile_offsets = torch.nn.functional.pad(tiles.cumsum(0), (1, 0)).int()
+    numbers = torch.arange(num_tokens // tile_size + M, dtype=torch.int32, device=block_offsets.device)
+    return tile_offsets, torch.searchsorted(tile_offsets[1:], numbers, right=True, out_int32=True)
 
 
 class _SelectionAttention(torch.autograd.Function):
@@ -123,7 +147,7 @@ class _SelectionAttention(torch.autograd.Function):
         out = torch.empty_like(q)
         lse = torch.empty(T, H * G, dtype=torch.float32, device=q.device)
         _forward_kernel[(T, H)](
-            q, k, v, block_offsets, block_indices, out, lse, scale * LOG2_E, S, H=H, G=G, D=D, BLOCK_T=64
+            q, k, v, block_offsets, block_indices, out, lse, scale * LOG2_E, S, H=H, G=G, D=D, BLOCK_T=BLOCK_T
         )
         ctx.save_for_backward(q, k, v, block_offsets, block_indices, out, lse)
         ctx.scale = scale
@@ -138,12 +162,14 @@ class _SelectionAttention(torch.autograd.Function):
         delta = (out.float() * dout.float()).sum(-1)  # (T, H * G)
         query_offsets, query_ids = queries_by_block(block_indices, M)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        sizes = {"H": H, "G": G, "D": D, "BLOCK_T": 64}
+        tile_offsets, tile_blocks = _tiles(block_offsets, T, BLOCK_T)
+        sizes = {"H": H, "G": G, "D": D, "BLOCK_T": BLOCK_T}
         scales = ctx.scale, ctx.scale * LOG2_E
         _backward_dq_kernel[(T, H)](q, k, v, block_offsets, block_indices, lse, delta, dout, dq, *scales, S, **sizes)
-        _backward_dkdv_kernel[(M, H)](
-            q, k, v, block_offsets, query_offsets, query_ids, lse, delta, dout, dk, dv, *scales, M, **sizes
-        )
+        _backward_dkdv_kernel[(len(tile_blocks), H)](
+            q, k, v, block_offsets, tile_offsets, tile_blocks, query_offsets, query_ids, lse, delta, dout, dk, dv,
+            *scales, M, **sizes, BLOCK_Q=max(1, QUERY_ROWS // G),
+        )  # fmt: skip
         return dq, dk, dv, None, None, None
 
 
