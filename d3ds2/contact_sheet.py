@@ -11,7 +11,10 @@ INK = (40, 40, 40)
 
 
 def contact_sheet(
-    rows: Sequence[Sequence], labels: Sequence[str] = (), captions: Sequence[str] = (), cell: int = 256
+    rows: Sequence[Sequence],
+    labels: Sequence[str] = (),
+    captions: Sequence[str | Sequence[str]] = (),
+    cell: int = 256,
 ) -> Image.Image:
     """A table of pictures on white, RGB.
 
@@ -19,7 +22,7 @@ def contact_sheet(
         rows: one sequence of pictures per row; a picture is a PIL image or an (H,W,3 or 4) uint8 array with straight
             alpha, or None for an empty place. Each is fitted into `cell` x `cell` pixels.
         labels: a heading for each column, or nothing.
-        captions: a line of text under each row, or nothing.
+        captions: a line of text under each row, or several, which share its width evenly; or nothing.
 
     Raises:
         ValueError: no picture at all, or a number of labels or captions that does not match.
@@ -48,7 +51,10 @@ def contact_sheet(
             if picture is not None:
                 _paste(sheet, picture, MARGIN + column * step, top, cell)
         if captions:
-            draw.text((MARGIN, top + cell + TEXT_HEIGHT / 2), captions[index], INK, font, anchor="lm")
+            texts = [captions[index]] if isinstance(captions[index], str) else captions[index]
+            for place, text in enumerate(texts):
+                left = MARGIN + place * columns * step / len(texts)
+                draw.text((left, top + cell + TEXT_HEIGHT / 2), text, INK, font, anchor="lm")
     return sheet
 
 

@@ -230,6 +230,8 @@ def test_contact_sheet_places_every_picture():
     assert is_red.sum() == 2 * 40 * 20 and is_blue.sum() == 40 * 40  # fitted into the cell, proportions kept
     rows, columns = np.nonzero(is_red)
     assert {(r > 80, c > 44) for r, c in zip(rows, columns, strict=True)} == {(False, False), (True, True)}
+    split = np.asarray(contact_sheet([[None, None]], captions=[["", "x"]], cell=40))
+    assert (split[:, :46] == 255).all() and (split[:, 46:] < 200).any()  # the second text begins at half the width
     transparent = np.asarray(contact_sheet([[np.zeros((5, 5, 4), np.uint8)]], cell=8))
     assert (transparent == 255).all()
 

@@ -52,7 +52,7 @@ class EvaluateConfig:
     device: str = "auto"
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # of the networks; auto: fp16 on CUDA, else fp32
     workers: int = 0  # processes that make and compare meshes; 0: one per core
-    max_tokens: int = 65536  # of a batch through the VAE
+    max_tokens: int = 32768  # of a batch through the VAE
     num_points: int = 20_000  # on each surface
     cells: int = 128  # per edge of the volume IoU's grid
     generation: GenerationConfig = field(default_factory=GenerationConfig)

@@ -22,6 +22,7 @@ from training.shape_scores import ScoreConfig
 from training.symmetry import facing
 from training.views import Views
 
+DESCRIBED_AT_ONCE = 64  # training pictures
 NOTHING = np.zeros((0, 3), dtype=np.int32), np.zeros((0, 8, 8, 8), dtype=np.float16)
 
 
@@ -75,7 +76,7 @@ def make_baselines(
     views = Views(scoring.data_dir, names, encoder.config.image_size, config.turn_to_camera, augment=False)
     solids = [pool.submit(packed_solid, scoring.data_dir, scoring.resolution, name) for name in views.names]
     chosen = choose_views(views, config.baseline_views, seed)
-    pictures = Pictures(views, chosen, config.batch_size)
+    pictures = Pictures(views, chosen, DESCRIBED_AT_ONCE)
     device = next(encoder.parameters()).device
     nearest = NearestView(encoder, chosen, load_batches(pictures, 0, len(pictures), config.workers, device))
     symmetries = [views.symmetries_of(shape) for shape in range(len(views.names))]

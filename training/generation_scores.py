@@ -158,6 +158,7 @@ def sheet_of(items: list[Item], samples_per_row: int = 2, cell: int = 128) -> Im
         group = drawn[first : first + samples_per_row]
         row = [picture for item in group for picture in item.pictures]
         rows.append(row + empty * (samples_per_row - len(group)))
-        captions.append("     ".join(f"{item.name}: IoU {item.scores[MODEL]['iou']:.2f}" for item in group))
+        texts = [f"{item.name}: IoU {item.scores[MODEL]['iou']:.2f}" for item in group]
+        captions.append(texts + [""] * (samples_per_row - len(group)))
     labels = ["input", "result", "result, other side", "truth", "truth, other side"] * samples_per_row
     return contact_sheet(rows, labels, captions, cell)

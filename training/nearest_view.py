@@ -69,12 +69,10 @@ def describe(encoder: ImageEncoder, images: Tensor) -> dict[str, Tensor]:
 
 
 def mean_patch(tokens: ImageTokens) -> Tensor:
-    """The mean over the patches that touch the object, (B, C) float32; 0 where none does."""
-    is_patch = tokens.foreground & (tokens.coords[:, 3] == 0)
-    batch = tokens.coords[is_patch, 0].long()
-    sums = torch.zeros(tokens.batch_size, tokens.features.shape[1], device=tokens.device)
-    sums.index_add_(0, batch, tokens.features[is_patch].float())
-    return sums / torch.bincount(batch, minlength=tokens.batch_size).clamp(min=1)[:, None]
+    """The mean over the patches that touch the object, (B, C) float32; 0 where none does. Takes all tokens."""
+    B = tokens.batch_size
+    is_patch = (tokens.foreground & (tokens.coords[:, 3] == 0)).float().view(B, -1, 1)  # (B, T, 1)
+    return (tokens.features.float().view(B, is_patch.shape[1], -1) * is_patch).sum(1) / is_patch.sum(1).clamp(min=1)
 
 
 class NearestView:
