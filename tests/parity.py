@@ -3,11 +3,15 @@
 import hashlib
 import json
 import os
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -41,9 +45,25 @@ class Golden:
         return self.meta["config"]
 
 
-def available(prefix: str) -> list[str]:
-    """Names of the parity files that begin with `prefix`."""
-    return sorted(path.stem for path in parity_folder().glob(f"{prefix}*.safetensors"))
+def available(*patterns: str, holding: str = "") -> list[str]:
+    """Names of the parity files that match one of the glob patterns and hold tensors that begin with `holding`."""
+    folder = parity_folder()
+    paths = sorted({path for pattern in patterns for path in folder.glob(f"{pattern}.safetensors")})
+    return [path.stem for path in paths if any(key.startswith(holding) for key in keys_of(path))]
+
+
+def keys_of(path: Path) -> set[str]:
+    with safe_open(path, "pt") as file:
+        return set(file.keys())
+
+
+def over(*patterns: str, holding: str = "") -> Callable:
+    """Run a test on each of these files, its argument `name`. Without any there is no test, and nothing is skipped.
+
+    A clone holds a part of the files (data/parity/README.md); test_parity_files.py says which must be there.
+    """
+    names = available(*patterns, holding=holding)
+    return pytest.mark.parametrize("name", names) if names else lambda _test: None
 
 
 def golden(name: str) -> Golden:
@@ -75,6 +95,18 @@ def recipe_tensor(seed: str, shape: list[int], bound: float, offset: float) -> T
     unit = (z >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1)
     values = (unit * np.float32(bound) + np.float32(offset)).astype(np.float16).astype(np.float32)
     return torch.from_numpy(values.reshape(shape))
+
+
+def released_shapes(version: str, file: str, part: str) -> dict[str, list[int]]:
+    """Key -> shape of a released network; `blocks.[0..23].x` stands for blocks.0.x to blocks.23.x."""
+    versions = json.loads((parity_folder() / "released_keys.json").read_text())["versions"]
+    released, shapes = versions[version][file][part], {}
+    for key, (_, *shape) in released["state_dict"].items():
+        span = re.search(r"\[(\d+)\.\.(\d+)\]", key)
+        numbers = range(int(span[1]), int(span[2]) + 1) if span else [0]
+        shapes |= {key.replace(span[0], str(i)) if span else key: shape for i in numbers}
+    assert len(shapes) == released["num_keys"]
+    return shapes
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float, name: str = "") -> None:

@@ -6,38 +6,63 @@ import io
 import numpy as np
 import pytest
 import torch
-from parity import golden
 from PIL import Image
 
 from d3ds2.foreground import cut_out, preprocess
 from d3ds2.image_encoder import ImageEncoder, ImageEncoderConfig
+from tests.parity import golden, over
+
+PICTURES = ("img53", "img1", "img64")
 
 
 def decode(png: torch.Tensor) -> Image.Image:
     return Image.open(io.BytesIO(png.numpy().tobytes()))
 
 
-@pytest.mark.parametrize("name", ["img53", "img1", "img64"])
-def test_preprocess_is_exact(name):
-    data = golden("preprocess_image")
-    actual = preprocess(cut_out(decode(data.inputs[f"{name}_png"])))
-    expected = torch.from_numpy(np.array(decode(data.outputs[f"{name}_out_png"]))).permute(2, 0, 1).float() / 255
+def sha256(tensor: torch.Tensor) -> str:
+    """Of the samples as bytes, channels first."""
+    return hashlib.sha256((tensor * 255).round().to(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+@over("preprocess_image")
+@pytest.mark.parametrize("picture", PICTURES)
+def test_preprocess_is_exact(name, picture):
+    data = golden(name)
+    actual = preprocess(cut_out(decode(data.inputs[f"{picture}_png"])))
+    expected = torch.from_numpy(np.array(decode(data.outputs[f"{picture}_out_png"]))).permute(2, 0, 1).float() / 255
     assert torch.equal(actual, expected)
-    samples = (actual * 255).round().to(torch.uint8).numpy().tobytes()
-    assert hashlib.sha256(samples).hexdigest() == data.meta["sha256_of_uint8_chw"][name]
+    assert sha256(actual) == data.meta["sha256_of_uint8_chw"][picture]
 
 
-def test_foreground_patches_are_exact():
-    data = golden("preprocess_image")
+@pytest.mark.parametrize(
+    ("width", "height", "expected"),
+    [
+        (210, 300, "e8a146226131a5e6830c640b6b6ea2341b33b3b8a752de03090e0412719dc83a"),
+        (900, 640, "a7746591c8960a4df2e7f109a0a58c7e734d75b43b935ad2d0e1b533928925f4"),
+    ],
+)
+def test_preprocess_keeps_its_bits(width, height, expected):
+    """What it made of a picture without licence when it was exact on those of the official code."""
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    squares = (20 * x - 9 * width) ** 2 * height**2 + (20 * y - 11 * height) ** 2 * width**2  # of an ellipse
+    alpha = np.clip(255 - 255 * (squares - 30 * (width * height) ** 2) // (20 * (width * height) ** 2), 0, 255)
+    image = np.stack([(7 * x + 3 * y) % 256, x * y % 256, (5 * y - 2 * x) % 256, alpha], axis=-1).astype(np.uint8)
+    tensor = preprocess(cut_out(Image.fromarray(image)))
+    assert 0.2 < (tensor[3] > 0).float().mean() < 0.9
+    assert sha256(tensor) == expected
+
+
+@over("preprocess_image")
+def test_foreground_patches_are_exact(name):
+    data = golden(name)
     encoder = ImageEncoder(ImageEncoderConfig(hidden_size=12, depth=1, num_heads=1, mlp_ratio=1))
-    names = ["img53", "img1", "img64"]
-    images = torch.stack([preprocess(cut_out(decode(data.inputs[f"{name}_png"]))) for name in names])
+    images = torch.stack([preprocess(cut_out(decode(data.inputs[f"{picture}_png"]))) for picture in PICTURES])
     with torch.no_grad():
         tokens = encoder(images)
     foreground = tokens.foreground.reshape(3, 5 + 37 * 37)
     assert foreground[:, :5].all()
-    for actual, name in zip(foreground[:, 5:], names, strict=True):
-        mask = data.outputs[f"{name}_patch_mask"][0].bool()
+    for actual, picture in zip(foreground[:, 5:], PICTURES, strict=True):
+        mask = data.outputs[f"{picture}_patch_mask"][0].bool()
         assert torch.equal(actual.reshape(37, 37), mask)
     selected = tokens.select_foreground()
     first = selected.sample(0).coords[5:]

@@ -1,0 +1,40 @@
+"""The parity files themselves: those that must be here, and parameters that follow from their recipe."""
+
+import pytest
+import torch
+
+from tests.parity import ROOT, golden, keys_of, over, parity_folder, recipe_parameters
+
+SMALL = ROOT / "tests" / "data" / "parity"
+
+
+def test_every_file_of_the_small_folder_is_in_any_other():
+    expected = {path.name for path in SMALL.iterdir() if path.suffix in (".json", ".safetensors")}
+    assert len(expected) == 29 and expected <= {path.name for path in parity_folder().iterdir()}
+    for path in SMALL.glob("*.safetensors"):
+        assert keys_of(path) <= keys_of(parity_folder() / path.name), path.name
+
+
+def test_a_named_folder_must_exist(monkeypatch, tmp_path):
+    monkeypatch.setenv("D3DS2_PARITY", str(tmp_path))
+    assert parity_folder() == tmp_path
+    monkeypatch.setenv("D3DS2_PARITY", str(tmp_path / "absent"))
+    with pytest.raises(FileNotFoundError, match=r"D3DS2_PARITY names .*absent, which is not a folder"):
+        parity_folder()
+
+
+@over("embedders", "dense_*", "sparse_*", "ssa_v1?", holding="params/")
+def test_recipe_gives_the_stored_parameters(name):
+    data = golden(name)
+    recipe = recipe_parameters(data.meta)
+    assert recipe and recipe.keys() == data.params.keys() - {"pos_emb"}  # a buffer
+    for key, parameter in recipe.items():
+        assert torch.equal(parameter, data.params[key]), key
+
+
+@over("sampler_sparse*", "sparse_dit_*_wide", "sparse_vae_full")
+def test_recipe_gives_the_sums_of_parameters_that_are_not_stored(name):
+    data = golden(name)
+    parameters = [parameter.double() for parameter in data.params.values()]
+    assert sum(p.sum().item() for p in parameters) == pytest.approx(data.meta["param_sum_f64"], rel=1e-12)
+    assert sum(p.abs().sum().item() for p in parameters) == pytest.approx(data.meta["param_abs_sum_f64"], rel=1e-12)
