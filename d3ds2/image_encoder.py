@@ -124,10 +124,20 @@ class ImageEncoderConfig:
             raise ValueError(f"expected positive sizes, got {self}")
 
 
+# what transformers 5.2x calls the projections -> what the published weights, and all versions before, call them
+PUBLISHED_NAMES = {
+    ".attention.q_proj.": ".attention.attention.query.",
+    ".attention.k_proj.": ".attention.attention.key.",
+    ".attention.v_proj.": ".attention.attention.value.",
+    ".attention.o_proj.": ".attention.output.dense.",
+}
+
+
 class ImageEncoder(nn.Module):
     """DINOv2 with registers (transformers' implementation), without its final norm; eq. 9's E.
 
     A new encoder has random weights and downloads nothing. `from_dinov2` reads the pretrained ones from a folder.
+    Its state dict has the names of the published weights, whatever the installed transformers calls its layers.
     """
 
     def __init__(self, config: ImageEncoderConfig):
@@ -152,6 +162,8 @@ class ImageEncoder(nn.Module):
         self.embeddings.mask_token = None  # only DINOv2's own pretraining reads it
         # transformers starts all registers at zero; equal tokens without a position would stay equal for ever
         nn.init.trunc_normal_(self.embeddings.register_tokens, std=0.02)
+        self.register_state_dict_post_hook(_to_published_names)
+        self.register_load_state_dict_pre_hook(_to_installed_names)
 
     @classmethod
     def from_dinov2(cls, folder: str | Path) -> "ImageEncoder":
@@ -182,7 +194,8 @@ class ImageEncoder(nn.Module):
         with torch.device("meta"):
             encoder = cls(config)
         wanted = encoder.state_dict()
-        encoder.load_state_dict({k: v for k, v in model.state_dict().items() if k in wanted}, strict=True, assign=True)
+        weights = {published_name(name): weight for name, weight in model.state_dict().items()}
+        encoder.load_state_dict({name: weights[name] for name in wanted}, strict=True, assign=True)
         return encoder.eval()
 
     def forward(self, images: Tensor) -> ImageTokens:
@@ -216,3 +229,24 @@ class ImageEncoder(nn.Module):
         """(B, S, S) masks -> (L,) bool: the patches that hold a foreground pixel, and all other tokens."""
         is_object = F.max_pool2d(masks[:, None].float(), self.config.patch_size).flatten(1) > 0  # (B, P * P)
         return F.pad(is_object, (1 + self.config.num_registers, 0), value=True).flatten()
+
+
+def published_name(name: str) -> str:
+    """The name of a parameter in the published weights, from that of any version of transformers."""
+    for installed, published in PUBLISHED_NAMES.items():
+        name = name.replace(installed, published)
+    return name
+
+
+def _to_published_names(module: ImageEncoder, state_dict: dict, prefix: str, _metadata) -> None:
+    _rename(state_dict, prefix, {name: published_name(name) for name, _ in module.named_parameters()})
+
+
+def _to_installed_names(module: ImageEncoder, state_dict: dict, prefix: str, *_) -> None:
+    _rename(state_dict, prefix, {published_name(name): name for name, _ in module.named_parameters()})
+
+
+def _rename(state_dict: dict, prefix: str, names: dict[str, str]) -> None:
+    for old, new in names.items():
+        if old != new and prefix + old in state_dict:
+            state_dict[prefix + new] = state_dict.pop(prefix + old)

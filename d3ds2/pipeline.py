@@ -23,7 +23,7 @@ from .foreground import cut_out, preprocess
 from .image_encoder import ImageEncoder, ImageTokens
 from .latent_dit import LatentDiT
 from .rectified_flow import euler_sample, guided_velocity, noise_for, time_schedule
-from .sdf_to_mesh import Mesh, sdf_to_mesh
+from .sdf_to_mesh import DECODED, Mesh, sdf_to_mesh
 from .sdf_vae import FACTOR, SDFVAE
 from .structure_dit import StructureDiT
 from .structure_vae import StructureVAE
@@ -217,7 +217,7 @@ class Pipeline:
         device = next(self.sdf_vae.parameters()).device
         return self.sdf_vae.decode(latents.to(device), voxels.to(device))
 
-    def to_mesh(self, sdf: Tensor, voxels: Voxels, min_component: float = 0.01) -> list[Mesh]:
+    def to_mesh(self, sdf: Tensor, voxels: Voxels, min_component: float = DECODED["min_component"]) -> list[Mesh]:
         """The surface sdf = 0 of each sample.
 
         Args:
@@ -232,13 +232,11 @@ class Pipeline:
             raise GenerationError(f"the SDF came out with values that are not finite on {sdf.device}; try float32")
         blocks = sdf.view(-1, FACTOR, FACTOR, FACTOR).cpu().split(voxels.block_counts)
         coords = voxels.block_coords[:, 1:].cpu().split(voxels.block_counts)
-        meshes = []
+        meshes, options = [], DECODED | {"min_component": min_component}
         for block_coords, values in zip(coords, blocks, strict=True):
             if not (values < 0).any():
                 raise _empty("surface", len(meshes), len(blocks))
-            meshes.append(
-                sdf_to_mesh(block_coords.numpy(), values.numpy(), voxels.resolution, min_component=min_component)
-            )
+            meshes.append(sdf_to_mesh(block_coords.numpy(), values.numpy(), voxels.resolution, **options))
         return meshes
 
 

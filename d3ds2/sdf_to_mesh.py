@@ -13,10 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from .flood_fill import flood_fill, pack_bits
+from .gap_closing import enclosed_solid_blocks
 from .manifold_mesh import separate_sheets
 from .marching_cubes import count_surface, make_faces, make_vertices
 from .marching_cubes_table import marching_cubes_table
 from .numba_kernel import for_ranges, kernel
+
+# options for values that a network decoded: it may leave gaps in a surface and crumbs beside it
+DECODED = {"close_gaps": True, "min_component": 0.01}
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ def sdf_to_mesh(
     resolution: int,
     level: float = 0.0,
     outer_only: bool = True,
+    close_gaps: bool = False,
     min_component: float = 0.0,
     keep_largest: bool = False,
     threads: int | None = None,
@@ -52,6 +57,8 @@ def sdf_to_mesh(
         resolution: R, a multiple of 8.
         level: in (-1,1).
         outer_only: make solid what the outside does not reach. Otherwise cavities keep their surface.
+        close_gaps: before the fill, make solid the missing blocks that `gap_closing` judges to be inside: for values
+            from a network, which may have left blocks out of the surface.
         min_component: connected parts with fewer faces than this are dropped; below 1, a share of the largest part's.
         keep_largest: drop all parts but the one with the most faces.
         threads: how many share the work. Default: all cores. The result does not depend on it.
@@ -66,6 +73,10 @@ def sdf_to_mesh(
     if not min_component >= 0.0:
         raise ValueError(f"expected min_component >= 0, got {min_component}")
     grid = resolution // 8
+    if close_gaps:
+        solid = enclosed_solid_blocks(block_coords, values - level, grid)
+        block_coords = np.concatenate([block_coords, solid])
+        values = np.concatenate([values, np.full((len(solid), 8, 8, 8), -1.0, values.dtype)])
     rows = np.full(grid**3, -1, np.int32)
     flat = (block_coords[:, 0] * grid + block_coords[:, 1]) * grid + block_coords[:, 2]
     rows[flat] = np.arange(len(flat), dtype=np.int32)

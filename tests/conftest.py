@@ -2,10 +2,18 @@
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # more of them wait for each other longer than tiny networks compute
+# several threads wait for each other longer than tiny networks compute; and only equal numbers give equal bits
+os.environ["OMP_NUM_THREADS"] = "1"
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Triton's interpreter
 torch.set_num_threads(1)  # also where torch was imported before
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """The same random numbers in any order of the tests."""
+    torch.manual_seed(0)

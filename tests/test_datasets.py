@@ -12,7 +12,7 @@ from PIL import Image
 from d3ds2.foreground import preprocess
 from d3ds2.mesh_to_sdf import SparseSDF
 from d3ds2.voxels import Voxels
-from tests.training_data import R, one_thread, prepared
+from tests.training_data import R, prepared
 from training.datasets import BatchPlan, ResolutionPlan, Shapes, Structures, StructureViews, draw, load_batches
 from training.shape_files import list_shapes, load_shape, save_shape, shape_path
 from training.symmetry import facing, transform_grid
@@ -23,8 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    with one_thread():
-        yield prepared(tmp_path_factory)
+    return prepared(tmp_path_factory)
 
 
 def dense(blocks, values):

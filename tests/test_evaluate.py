@@ -11,7 +11,6 @@ import torch
 import trimesh
 from PIL import Image
 from tiny_model import SAMPLING, write_model
-from training_data import one_thread
 
 from d3ds2.image_encoder import ImageTokens
 from d3ds2.mesh_to_sdf import mesh_to_sdf
@@ -54,12 +53,6 @@ def make_meshes():
     ball, other = trimesh.creation.icosphere(3), trimesh.creation.cone(0.5, 1.5)
     other.update_faces(np.arange(len(other.faces)) > 2)  # an open edge
     return {"box": box, "ball": ball, "wedge": wedge, "box_again": box, "other": other}
-
-
-@pytest.fixture(autouse=True)
-def small_networks():
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

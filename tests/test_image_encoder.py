@@ -145,3 +145,15 @@ def test_wrong_inputs_are_named(encoder):
         ImageEncoderConfig(depth=0)
     with pytest.raises(ValueError, match=r"expected features \(L, C\)"):
         ImageTokens(torch.zeros(3, 2), torch.zeros(2, 4, dtype=torch.int32), torch.ones(3, dtype=torch.bool), 1)
+
+
+def test_weights_have_the_published_names_and_load_from_them():
+    config = ImageEncoderConfig(image_size=28, hidden_size=32, depth=2, num_heads=2)
+    encoder = torch.nn.ModuleDict({"encoder": ImageEncoder(config)})
+    state = encoder.state_dict()
+    layers = {f"encoder.encoder.layer.{i}.attention.attention.{n}.weight" for i in (0, 1) for n in ("query", "value")}
+    assert layers <= state.keys() and not any("_proj" in name for name in state if "patch" not in name)
+    again = torch.nn.ModuleDict({"encoder": ImageEncoder(config)})
+    again.load_state_dict(state)
+    for (name, a), b in zip(encoder.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b), name

@@ -167,6 +167,27 @@ def test_missing_blocks_take_the_side_of_the_outside():
     assert len(part_volumes(mesh)) == 1
 
 
+@pytest.mark.parametrize("removed", [1, 2])
+def test_gaps_in_a_surface_can_be_closed(removed):
+    coords, values = band_blocks(sphere(64), 64)
+    kept = ~((coords[:, 0] == 6) & (coords[:, 1] == 3) & (coords[:, 2] // 4 == 0) & (coords[:, 2] > 3 - removed))
+    assert kept.sum() == len(coords) - removed
+    mesh = sdf_to_mesh(coords[kept], values[kept], 64, close_gaps=True)
+    assert assert_closed(mesh).volume == pytest.approx(4 / 3 * np.pi * 0.7**3, rel=0.03)
+    assert len(part_volumes(mesh)) == 1
+
+
+def test_closing_gaps_changes_nothing_where_there_are_none():
+    x, y, z = grid_points(128).transpose(3, 0, 1, 2)
+    box = np.maximum.reduce([abs(x), abs(y), abs(z)]) - 0.7
+    slot = np.maximum.reduce([abs(x) - 0.15, 0.1 - y, abs(z) - 2.0])  # open, about two blocks wide
+    hollow = np.maximum(sphere(128), -sphere(128, 0.5))
+    for field in (np.maximum(box, -slot), hollow, np.minimum(sphere(128, 0.3), sphere(128, 0.3, (0.65, 0, 0)))):
+        blocks = band_blocks(field, 128)
+        plain, closed = sdf_to_mesh(*blocks, 128), sdf_to_mesh(*blocks, 128, close_gaps=True)
+        assert np.array_equal(plain.vertices, closed.vertices) and np.array_equal(plain.faces, closed.faces)
+
+
 def test_inner_surfaces_are_removed():
     hollow = np.maximum(sphere(64), -sphere(64, 0.4))
     core = np.minimum(hollow, sphere(64, 0.2))  # and a ball in the cavity

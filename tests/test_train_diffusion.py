@@ -18,7 +18,7 @@ from d3ds2.sdf_vae import SDFVAEConfig
 from d3ds2.structure_dit import StructureDiTConfig
 from d3ds2.structure_vae import StructureVAEConfig
 from d3ds2.voxels import Voxels
-from tests.training_data import R, one_thread, prepared
+from tests.training_data import R, prepared
 from training import encode_latents, train_dit, train_structure_dit, train_structure_vae, train_vae
 from training.datasets import LatentViews, Shapes
 from training.encode_latents import EncodeLatentsConfig
@@ -79,7 +79,7 @@ class Chain:
                 resolution=2, latent_channels=2, hidden_size=32, depth=2, num_heads=2, context_size=16
             ),
             loss=FlowLossConfig(sample_posterior=False),
-            run=self.run("structure_dit", steps=80),
+            run=self.run("structure_dit", steps=50),
         )
 
     @property
@@ -98,7 +98,7 @@ class Chain:
             top_k=1,
             share_modulation=True,
         )
-        run = self.run("dit", steps=80, workers=1)
+        run = self.run("dit", steps=40, workers=1)
         return TrainDiTConfig(
             self.data_dir, self.model_dir, resolution=R, batch_size=8, views_per_shape=2, model=model, run=run
         )
@@ -107,17 +107,16 @@ class Chain:
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
     """All stages before the latent DiT, trained in order."""
-    with one_thread():
-        chain = Chain(prepared(tmp_path_factory), tmp_path_factory.mktemp("chain"))
-        train_structure_vae.train(chain.structure_vae)
-        train_structure_dit.train(chain.structure_dit)
-        model = SDFVAEConfig(
-            latent_channels=4, hidden_size=32, num_heads=2, encoder_depth=1, decoder_depth=1, group_norm_groups=2
-        )
-        run = chain.run("vae", steps=10)
-        train_vae.train(TrainVAEConfig(chain.data_dir, chain.model_dir, resolutions=(R,), model=model, run=run))
-        encode_latents.main(chain.latents)
-        yield chain
+    chain = Chain(prepared(tmp_path_factory), tmp_path_factory.mktemp("chain"))
+    train_structure_vae.train(chain.structure_vae)
+    train_structure_dit.train(chain.structure_dit)
+    model = SDFVAEConfig(
+        latent_channels=4, hidden_size=32, num_heads=2, encoder_depth=1, decoder_depth=1, group_norm_groups=2
+    )
+    run = chain.run("vae", steps=10)
+    train_vae.train(TrainVAEConfig(chain.data_dir, chain.model_dir, resolutions=(R,), model=model, run=run))
+    encode_latents.main(chain.latents)
+    return chain
 
 
 def losses(config) -> list[float]:

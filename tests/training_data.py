@@ -2,11 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 import trimesh
 
 from training.prepare_shapes import PrepareShapesConfig
@@ -36,15 +33,6 @@ def write_meshes(folder: Path) -> None:
         mesh.export(folder / file)
         records.append({"file": file, "source": "generated", "split": SPLITS[name]})
     (folder / "index.json").write_text(json.dumps(records))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Tiny networks are fastest so; and only equal numbers of threads give equal bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def prepared(tmp_path_factory) -> str:

@@ -62,7 +62,7 @@ def score_item(
 ) -> Item:
     """Fill in the scores of all methods; add result and truth, each from two sides, to an item with a picture."""
     truth = Shape.of_file(item.name, item.symmetry, config)
-    result = Shape.of_blocks(block_coords, values, config)
+    result = Shape.of_blocks(block_coords, values, config, decoded=True)
     item.scores[MODEL] = compare(result, truth, config) | topology(result) | {"tokens": len(block_coords)}
     for kind, (name, symmetry) in item.nearest.items():
         item.scores[NEAREST[kind]] = compare(Shape.of_file(name, symmetry, config), truth, config)

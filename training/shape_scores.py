@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from d3ds2.mesh_to_sdf import normalize_mesh
-from d3ds2.sdf_to_mesh import sdf_to_mesh
+from d3ds2.sdf_to_mesh import DECODED, sdf_to_mesh
 from training.meshes import MeshEntry, read_mesh
 from training.metrics import Surface, SurfaceDistances, count_shells, is_watertight, solid_grid, volume_iou
 from training.shape_files import load_shape, shape_path
@@ -33,11 +33,14 @@ class Shape:
         self.surface = Surface(self.vertices, self.faces, config.num_points, config.seed) if len(faces) else None
 
     @classmethod
-    def of_blocks(cls, block_coords: np.ndarray, values: np.ndarray, config: ScoreConfig) -> "Shape":
-        """Of SDF blocks (M,3), (M,8,8,8) at `config.resolution`."""
+    def of_blocks(cls, block_coords: np.ndarray, values: np.ndarray, config: ScoreConfig, decoded=False) -> "Shape":
+        """Of SDF blocks (M,3), (M,8,8,8) at `config.resolution`; `decoded` ones are meshed as the pipeline does."""
         if not (values < 0).any():
             return cls(np.zeros((0, 3)), np.zeros((0, 3)), config)
-        mesh = sdf_to_mesh(block_coords.astype(np.int64), values.astype(np.float32), config.resolution, threads=1)
+        options = DECODED if decoded else {}
+        mesh = sdf_to_mesh(
+            block_coords.astype(np.int64), values.astype(np.float32), config.resolution, threads=1, **options
+        )
         return cls(mesh.vertices, mesh.faces, config)
 
     @classmethod
@@ -81,7 +84,7 @@ def score_round_trip(
     The prepared surface lies half a voxel and a little outside of the original (`shell` of mesh_to_sdf), so even a
     perfect result is not at distance 0 from the latter; inner faces of the original are in neither.
     """
-    result, truth = Shape.of_blocks(block_coords, values, config), Shape.of_file(name, 0, config)
+    result, truth = Shape.of_blocks(block_coords, values, config, decoded=True), Shape.of_file(name, 0, config)
     scores = compare(result, truth, config) | topology(result) | {"tokens": len(block_coords)}
     outer, inner = count_shells(truth.vertices, truth.faces)
     scores |= {"true_outer_shells": outer, "true_inner_shells": inner}
