@@ -198,6 +198,46 @@ def test_structure_dit_can_leave_the_encoder_as_it_is(chain, tmp_path):
     assert_equal_parameters(trained["image_encoder"], load_network(chain.model_dir, "image_encoder"))
 
 
+def test_encoder_stays_as_it_is_from_a_step_on(chain, tmp_path):
+    copy_model(chain, tmp_path, "structure_vae")
+
+    def run_to(steps: int, folder: str):
+        run = dataclasses.replace(chain.structure_dit.run, out_dir=str(tmp_path / folder), steps=steps)
+        return train_structure_dit.train(
+            dataclasses.replace(
+                chain.structure_dit,
+                model_dir=str(tmp_path / "model"),
+                run=run,
+                image_encoder_steps=4,
+                cache_views=False,
+            )
+        )
+
+    at_4, at_8 = run_to(4, "short"), run_to(8, "long")
+    assert_equal_parameters(at_4["image_encoder"], at_8["image_encoder"])
+    weights = zip(at_4["structure_dit"].parameters(), at_8["structure_dit"].parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in weights)
+    run_to(6, "parts")
+    resumed_at_8 = run_to(8, "parts")
+    assert_equal_parameters(at_8, resumed_at_8)
+
+
+def test_further_stretch_starts_from_a_model_folder(chain, tmp_path):
+    copy_model(chain, tmp_path, "structure_vae")
+    run = dataclasses.replace(
+        chain.structure_dit.run, out_dir=str(tmp_path / "run"), steps=1, warmup_steps=10**9, start_from=chain.model_dir
+    )
+    config = dataclasses.replace(chain.structure_dit, model_dir=str(tmp_path / "model"), run=run)
+    trained = train_structure_dit.train(config)  # one step at a learning rate of about zero
+    for name in ("image_encoder", "structure_dit"):
+        for a, b in zip(trained[name].parameters(), load_network(chain.model_dir, name).parameters(), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    wide = dataclasses.replace(config.model, hidden_size=64)
+    other = dataclasses.replace(config, model=wide, run=dataclasses.replace(run, out_dir=str(tmp_path / "wide")))
+    with pytest.raises(ValueError, match="structure_dit of"):
+        train_structure_dit.train(other)
+
+
 def test_latents_are_those_of_the_exported_vae(chain):
     vae = load_network(chain.model_dir, "sdf_vae")
     path = shape_path(chain.data_dir, R, "torus")

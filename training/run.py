@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from d3ds2.checkpoint import load_network
+
 KEEP_CHECKPOINTS = 2
 
 
@@ -43,6 +45,7 @@ class RunConfig:
     workers: int = 0  # processes that load data
     log_every: int = 20
     save_every: int = 1000
+    start_from: str = ""  # model folder whose weights a new run begins with, for a further stretch of training
     max_minutes: float = 0.0  # stop, save and export after this time; 0: no limit
     tensorboard: bool = True
 
@@ -165,6 +168,24 @@ def load_checkpoint(out_dir: str | Path, model: nn.Module, ema: nn.Module, optim
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{checkpoints[-1]} is not of this network; use another run.out_dir: {error}") from error
     return state["step"]
+
+
+def load_start(config: RunConfig, **networks: nn.Module) -> None:
+    """Give networks, by their names in a model folder, the weights of `config.start_from`; nothing if it is empty.
+
+    To be called before `make_ema`; a run that has a checkpoint goes on from that.
+
+    Raises:
+        ValueError: the folder's network has other sizes.
+    """
+    if not config.start_from:
+        return
+    for name, network in networks.items():
+        weights = load_network(config.start_from, name).state_dict()
+        try:
+            network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"{name} of {config.start_from} is not of this network's sizes: {error}") from error
 
 
 # --- metrics

@@ -30,6 +30,7 @@ from training.run import (
     autocast,
     is_save_step,
     load_checkpoint,
+    load_start,
     make_ema,
     make_optimizer,
     optimizer_step,
@@ -106,6 +107,7 @@ def train(config: TrainDiTConfig) -> nn.Module:
     device = start(run, config)
     model = LatentDiT(config.model).to(device)
     model.gradient_checkpointing = config.gradient_checkpointing
+    load_start(run, latent_dit=model)
     ema = make_ema(model)
     optimizer = make_optimizer(model, run)
     generator = torch.Generator(device)

@@ -29,6 +29,7 @@ from training.run import (
     autocast,
     is_save_step,
     load_checkpoint,
+    load_start,
     make_ema,
     make_optimizer,
     optimizer_step,
@@ -120,6 +121,7 @@ def train(config: TrainStructureDiTConfig) -> nn.ModuleDict:
     device = start(run, config)
     encoder = make_image_encoder(config).requires_grad_(config.train_image_encoder)
     model = nn.ModuleDict({"image_encoder": encoder, "structure_dit": StructureDiT(config.model)}).to(device).train()
+    load_start(run, **model)
     ema = make_ema(model)
     optimizer = make_optimizer(model, run)
     generator = torch.Generator(device)

@@ -25,6 +25,7 @@ from training.run import (
     autocast,
     is_save_step,
     load_checkpoint,
+    load_start,
     make_ema,
     make_optimizer,
     optimizer_step,
@@ -68,6 +69,7 @@ def train(config: TrainStructureVAEConfig) -> nn.Module:
     device = start(run, config)
     model = StructureVAE(config.model).to(device)
     model.gradient_checkpointing = config.gradient_checkpointing
+    load_start(run, structure_vae=model)
     ema = make_ema(model)
     optimizer = make_optimizer(model, run)
     generator = torch.Generator(device)

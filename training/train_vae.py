@@ -25,6 +25,7 @@ from training.run import (
     autocast,
     is_save_step,
     load_checkpoint,
+    load_start,
     make_ema,
     make_optimizer,
     optimizer_step,
@@ -72,6 +73,7 @@ def train(config: TrainVAEConfig) -> nn.Module:
     device = start(run, config)
     model = SDFVAE(config.model).to(device)
     model.gradient_checkpointing = config.gradient_checkpointing
+    load_start(run, sdf_vae=model)
     ema = make_ema(model)
     optimizer = make_optimizer(model, run)
     generator = torch.Generator(device)
