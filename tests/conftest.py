@@ -10,10 +10,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Triton's interpreter
-torch.set_num_threads(1)  # also where torch was imported before
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
-    """The same random numbers in any order of the tests."""
+    """Tests in any order start alike."""
+    torch.set_num_threads(1)  # rembg imports numba's OpenMP threads, which change those of torch
     torch.manual_seed(0)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import trimesh
 from PIL import Image
-from tiny_model import draw_object, write_model
 
 from d3ds2.__main__ import main
+from tests.tiny_model import draw_object, write_model
 
 ROOT = Path(__file__).resolve().parent.parent
 

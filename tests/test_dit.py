@@ -8,19 +8,12 @@ import torch
 from d3ds2.image_encoder import ImageTokens
 from d3ds2.latent_dit import LatentDiT, LatentDiTConfig
 from d3ds2.structure_dit import StructureDiT, StructureDiTConfig
-from d3ds2.voxels import Voxels
+from tests.random_voxels import random_voxels
 
 LATENT = LatentDiTConfig(
     latent_channels=4, hidden_size=32, depth=2, num_heads=4, num_kv_heads=2, context_size=12, top_k=2
 )
 STRUCTURE = StructureDiTConfig(resolution=4, latent_channels=3, hidden_size=32, depth=2, num_heads=4, context_size=12)
-
-
-def make_voxels(counts=(40, 25)):
-    torch.manual_seed(0)
-    cells = [torch.randperm(16**3)[:n] for n in counts]
-    coords = [torch.stack([torch.full_like(c, b), c // 256, c // 16 % 16, c % 16], 1) for b, c in enumerate(cells)]
-    return Voxels.sort(torch.cat(coords), 16, len(counts))[0]
 
 
 def make_tokens(counts=(5, 8)):
@@ -33,7 +26,7 @@ def problem(kind, **changes):
     """A model with random weights, and the arguments of its forward pass."""
     torch.manual_seed(0)
     if kind == "latent":
-        model, voxels = LatentDiT(dataclasses.replace(LATENT, **changes)), make_voxels()
+        model, voxels = LatentDiT(dataclasses.replace(LATENT, **changes)), random_voxels([40, 25], 16)
         arguments = torch.randn(len(voxels), 4), torch.tensor([0.3, 0.9]), voxels, make_tokens()
     else:
         model = StructureDiT(dataclasses.replace(STRUCTURE, **changes))

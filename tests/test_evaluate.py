@@ -10,13 +10,13 @@ import pytest
 import torch
 import trimesh
 from PIL import Image
-from tiny_model import SAMPLING, write_model
 
 from d3ds2.image_encoder import ImageTokens
 from d3ds2.mesh_to_sdf import mesh_to_sdf
 from d3ds2.pipeline import EmptyResultError, load_pipeline
 from d3ds2.render import Camera
 from d3ds2.voxels import Voxels
+from tests.tiny_model import SAMPLING, write_model
 from training import generation, round_trip
 from training.config import load_config
 from training.datasets import pack_shapes

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from test_voxels import random_coords
 
 from d3ds2.kernels import gather_conv_triton
 from d3ds2.kernels.gather_conv_triton import gather_conv_dweight_triton, take_rows_triton
 from d3ds2.sparse_conv import _dense_weight, _GatherConv, _triton_backward
-from d3ds2.voxels import Voxels
+from tests.random_voxels import random_voxels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU in Triton's interpreter, see conftest.py
 
@@ -19,7 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU in Triton's 
 def test_convolution_and_gradients(children, Cin, Cout, monkeypatch):
     monkeypatch.setattr(gather_conv_triton, "SLICE", 128)  # several partial sums
     torch.manual_seed(0)
-    voxels = Voxels.sort(random_coords([150, 0, 1], 10), 10, 3)[0]
+    voxels = random_voxels([150, 0, 1], 10)
     taps = 27 if children == 1 else 64
     x, weight = torch.randn(len(voxels), Cin, requires_grad=True), torch.randn(taps, Cin, Cout, requires_grad=True)
     bias = torch.randn(Cout, requires_grad=True)

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from tiny_model import SAMPLING, draw_object, make_networks, write_model
 
 from d3ds2.checkpoint import CheckpointError, SamplingConfig
 from d3ds2.foreground import ImageError
 from d3ds2.pipeline import STAGES, EmptyResultError, GenerationError, Pipeline, load_pipeline
 from d3ds2.voxels import Voxels
+from tests.tiny_model import SAMPLING, draw_object, make_networks, write_model
 
 
 @pytest.fixture(scope="module")

@@ -6,16 +6,7 @@ from torch.nn import functional as F
 
 from d3ds2 import sparse_conv
 from d3ds2.sparse_conv import PackedGroupNorm, SubdivideConv3d, SubmanifoldConv3d, mean_pool
-from d3ds2.voxels import Voxels
-
-
-def make_voxels(counts, resolution, seed=0):
-    torch.manual_seed(seed)
-    places = [torch.randperm(resolution**3)[:count].sort().values for count in counts]
-    xyz = torch.cat([torch.stack(torch.unravel_index(p, (resolution,) * 3), dim=1) for p in places])
-    batch = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))[:, None]
-    return Voxels.sort(torch.cat([batch, xyz], dim=1), resolution, len(counts))[0]
-
+from tests.random_voxels import random_voxels
 
 CASES = [
     pytest.param([70, 0, 33], 5, id="empty-sample-between"),
@@ -55,7 +46,7 @@ def assert_all_close(actual, expected, **tolerance):
 @pytest.mark.parametrize(("counts", "resolution"), CASES)
 @pytest.mark.parametrize("channels", [(3, 5), (16, 8)])
 def test_convolution_is_dense_convolution(counts, resolution, channels):
-    voxels = make_voxels(counts, resolution)
+    voxels = random_voxels(counts, resolution)
     conv = SubmanifoldConv3d(*channels).double()
     torch.nn.init.normal_(conv.bias)
     x = torch.randn(len(voxels), channels[0], dtype=torch.float64, requires_grad=True)
@@ -69,7 +60,7 @@ def test_convolution_is_dense_convolution(counts, resolution, channels):
 
 @pytest.mark.parametrize(("counts", "resolution"), CASES)
 def test_subdivided_convolution_is_convolution_of_the_children(counts, resolution):
-    voxels = make_voxels(counts, resolution)
+    voxels = random_voxels(counts, resolution)
     fine, parent = voxels.subdivide()
     conv = SubdivideConv3d(3, 5).double()
     torch.nn.init.normal_(conv.bias)
@@ -85,7 +76,7 @@ def test_subdivided_convolution_is_convolution_of_the_children(counts, resolutio
 
 @pytest.mark.parametrize("layer", [SubmanifoldConv3d, SubdivideConv3d])
 def test_convolution_gradcheck(layer):
-    voxels = make_voxels([5, 0, 3], 4)
+    voxels = random_voxels([5, 0, 3], 4)
     conv = layer(2, 3).double()
     x = torch.randn(len(voxels), 2, dtype=torch.float64, requires_grad=True)
 
@@ -96,7 +87,7 @@ def test_convolution_gradcheck(layer):
 
 
 def test_chunks_change_nothing(monkeypatch):
-    voxels = make_voxels([300, 211], 9)
+    voxels = random_voxels([300, 211], 9)
     conv = SubmanifoldConv3d(4, 6).double()
     x = torch.randn(len(voxels), 4, dtype=torch.float64, requires_grad=True)
     whole = outputs_and_gradients(lambda: conv(x, voxels), x, conv.weight, conv.bias)
@@ -107,7 +98,7 @@ def test_chunks_change_nothing(monkeypatch):
 
 
 def test_convolution_is_deterministic():
-    voxels = make_voxels([2000], 24)
+    voxels = random_voxels([2000], 24)
     conv = SubmanifoldConv3d(16, 16)
     x = torch.randn(len(voxels), 16, requires_grad=True)
     first, second = (outputs_and_gradients(lambda: conv(x, voxels), x, conv.weight, conv.bias) for _ in range(2))
@@ -116,7 +107,7 @@ def test_convolution_is_deterministic():
 
 @pytest.mark.parametrize("layer", [SubmanifoldConv3d, SubdivideConv3d])
 def test_autocast_computes_in_half_precision_and_keeps_float_gradients(layer):
-    voxels = make_voxels([150, 60], 8)
+    voxels = random_voxels([150, 60], 8)
     conv = layer(8, 8)
     x = torch.randn(len(voxels), 8, requires_grad=True)
     expected = outputs_and_gradients(lambda: conv(x, voxels), x, conv.weight, conv.bias)
@@ -132,7 +123,7 @@ def test_autocast_computes_in_half_precision_and_keeps_float_gradients(layer):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_layers_run_in_half_precision(dtype):
-    voxels = make_voxels([150, 60], 8)
+    voxels = random_voxels([150, 60], 8)
     conv, norm = SubmanifoldConv3d(8, 8), PackedGroupNorm(2, 8)
     x = torch.randn(len(voxels), 8)
     expected = mean_pool(norm(conv(x, voxels), voxels), voxels, 2)[0]
@@ -144,7 +135,7 @@ def test_layers_run_in_half_precision(dtype):
 
 @pytest.mark.parametrize(("counts", "resolution"), CASES)
 def test_group_norm_is_that_of_each_sample(counts, resolution):
-    voxels = make_voxels(counts, resolution)
+    voxels = random_voxels(counts, resolution)
     norm = PackedGroupNorm(3, 6).double()
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
@@ -161,7 +152,7 @@ def test_group_norm_is_that_of_each_sample(counts, resolution):
 
 def test_group_norm_of_a_large_mean():
     """One-pass variance in fp32 would lose everything here."""
-    voxels = make_voxels([500], 12)
+    voxels = random_voxels([500], 12)
     x = torch.randn(500, 4)
     norm = PackedGroupNorm(2, 4)
     torch.testing.assert_close(norm(x + 4096.0, voxels), norm(x, voxels), atol=2e-3, rtol=0)
@@ -169,7 +160,7 @@ def test_group_norm_of_a_large_mean():
 
 @pytest.mark.parametrize("factor", [2, 4, 8])
 def test_mean_pool_divides_by_count_plus_one(factor):
-    voxels = make_voxels([70, 0, 333], 16)
+    voxels = random_voxels([70, 0, 333], 16)
     x = torch.randn(len(voxels), 3, dtype=torch.float64, requires_grad=True)
     pooled, coarse = mean_pool(x, voxels, factor)
     cells = {}
@@ -183,7 +174,7 @@ def test_mean_pool_divides_by_count_plus_one(factor):
 
 
 def test_wrong_sizes_are_named():
-    voxels = make_voxels([4], 4)
+    voxels = random_voxels([4], 4)
     with pytest.raises(ValueError, match=r"expected features \(4, 3\), got \(4, 2\)"):
         SubmanifoldConv3d(3, 5)(torch.zeros(4, 2), voxels)
     with pytest.raises(ValueError, match="expected num_groups that divides 6 channels, got 4"):

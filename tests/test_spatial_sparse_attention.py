@@ -7,16 +7,9 @@ import torch
 
 from d3ds2.spatial_sparse_attention import SpatialSparseAttention
 from d3ds2.voxels import Voxels
+from tests.random_voxels import random_voxels
 
 FORMS = [pytest.param(4, True, id="pooled-conv-4"), pytest.param(8, False, id="pointwise-8"), (2, False)]
-
-
-def make_voxels(counts, resolution=16):
-    torch.manual_seed(0)
-    cells = [torch.randperm(resolution**3)[:n] for n in counts]
-    coords = [torch.stack([torch.full_like(c, b), c // resolution**2, c // resolution % resolution, c % resolution], 1)
-              for b, c in enumerate(cells)]  # fmt: skip
-    return Voxels.sort(torch.cat(coords), resolution, len(counts))[0]
 
 
 def make_module(c=4, pooled_conv=True, top_k=2, shift=4, hidden_size=32):
@@ -28,7 +21,7 @@ def make_module(c=4, pooled_conv=True, top_k=2, shift=4, hidden_size=32):
 
 @pytest.mark.parametrize(("c", "pooled_conv"), FORMS)
 def test_samples_do_not_see_each_other(c, pooled_conv):
-    module, voxels = make_module(c, pooled_conv), make_voxels([60, 0, 45])
+    module, voxels = make_module(c, pooled_conv), random_voxels([60, 0, 45], 16)
     x = torch.randn(len(voxels), 32)
     out = module(x, voxels)
     alone = [module(rows, voxels.sample(i)) for i, rows in enumerate(x.split(voxels.counts))]
@@ -38,7 +31,7 @@ def test_samples_do_not_see_each_other(c, pooled_conv):
 @pytest.mark.parametrize(("c", "pooled_conv"), FORMS)
 @pytest.mark.parametrize("counts", [[0], [1], [0, 2], [0, 0]])
 def test_tiny_batches(c, pooled_conv, counts):
-    module, voxels = make_module(c, pooled_conv), make_voxels(counts)
+    module, voxels = make_module(c, pooled_conv), random_voxels(counts, 16)
     x = torch.randn(len(voxels), 32, requires_grad=True)
     out = module(x, voxels)
     out.square().sum().backward()
@@ -54,7 +47,7 @@ def test_every_compression_block_holds_one_token():
 
 def test_all_branches_over_everything_are_full_attention():
     """One window, every block selected, gates one half: twice half of full attention, and the compression branch."""
-    module, voxels = make_module(c=1, pooled_conv=False, top_k=8, shift=0), make_voxels([40], resolution=8)
+    module, voxels = make_module(c=1, pooled_conv=False, top_k=8, shift=0), random_voxels([40], 8)
     for compress in (module.compress_k, module.compress_v):
         torch.nn.init.zeros_(compress.pointwise.weight)  # SiLU(0) = 0: the compression branch says nothing
         torch.nn.init.zeros_(compress.pointwise.bias)
@@ -69,14 +62,14 @@ def test_all_branches_over_everything_are_full_attention():
 
 def test_selection_follows_the_scores():
     """With one block selected per query, moving the keys of a block away changes which block is read."""
-    module, voxels = make_module(c=8, pooled_conv=False, top_k=1, shift=0), make_voxels([200])
+    module, voxels = make_module(c=8, pooled_conv=False, top_k=1, shift=0), random_voxels([200], 16)
     x = torch.randn(len(voxels), 32)
     few, many = module(x, voxels), make_module(c=8, pooled_conv=False, top_k=8, shift=0)(x, voxels)
     assert not torch.allclose(few, many, atol=1e-3)
 
 
 def test_gradients_in_double_precision():
-    module, voxels = make_module(c=4, pooled_conv=True).double(), make_voxels([12, 9])
+    module, voxels = make_module(c=4, pooled_conv=True).double(), random_voxels([12, 9], 16)
     x = torch.randn(len(voxels), 32, dtype=torch.float64)
     direction = torch.randn_like(x)
 
@@ -92,7 +85,7 @@ def test_gradients_in_double_precision():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
-    module, voxels = make_module(), make_voxels([60, 45])
+    module, voxels = make_module(), random_voxels([60, 45], 16)
     x = torch.randn(len(voxels), 32)
     expected = module(x, voxels)
     out = module.to(dtype)(x.to(dtype), voxels)
@@ -102,7 +95,7 @@ def test_half_precision(dtype):
 
 
 def test_autocast():
-    module, voxels = make_module(), make_voxels([60, 45])
+    module, voxels = make_module(), random_voxels([60, 45], 16)
     x = torch.randn(len(voxels), 32)
     with torch.autocast("cpu", torch.bfloat16):
         out = module(x, voxels)

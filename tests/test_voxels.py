@@ -2,20 +2,11 @@
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 
 from d3ds2.voxels import Voxels, absolute_position_embedding
-
-
-def random_coords(counts, resolution, seed=0):
-    generator = np.random.default_rng(seed)
-    rows = []
-    for batch, count in enumerate(counts):
-        flat = generator.choice(resolution**3, count, replace=False)
-        rows += [[batch, *np.unravel_index(i, (resolution,) * 3)] for i in flat]
-    return torch.tensor(np.array(rows).reshape(-1, 4), dtype=torch.int32)
+from tests.random_voxels import random_coords, random_voxels
 
 
 def sort_key(row):
@@ -25,8 +16,7 @@ def sort_key(row):
 
 @pytest.fixture(params=[([300, 0, 1, 150], 20), ([700], 24), ([40, 60], 8)], ids=["ragged", "one", "one-block"])
 def voxels(request):
-    counts, resolution = request.param
-    return Voxels.sort(random_coords(counts, resolution), resolution, len(counts))[0]
+    return random_voxels(*request.param)
 
 
 def test_sort_orders_by_sample_block_place():
