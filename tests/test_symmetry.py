@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from d3ds2.render import direction
-from training.symmetry import NUM_SYMMETRIES, facing, transform_grid, transform_vertices, transform_voxels
+from training.symmetry import NUM_SYMMETRIES, facing, inverse, transform_grid, transform_vertices, transform_voxels
 
 
 @pytest.mark.parametrize("symmetry", range(NUM_SYMMETRIES))
@@ -17,6 +17,12 @@ def test_grid_voxels_and_vertices_agree(symmetry):
     assert np.array_equal(after[:, *moved.T], grid[:, *voxels.T])
     centres = (voxels + 0.5) / R * 2 - 1
     np.testing.assert_allclose(transform_vertices(centres, symmetry), (moved + 0.5) / R * 2 - 1, atol=1e-12)
+
+
+@pytest.mark.parametrize("symmetry", range(NUM_SYMMETRIES))
+def test_inverse_undoes_a_symmetry(symmetry):
+    grid = np.random.default_rng(0).random((5, 5, 5))
+    assert np.array_equal(transform_grid(transform_grid(grid, symmetry), inverse(symmetry)), grid)
 
 
 def test_all_eight_differ_and_keep_up():

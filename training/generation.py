@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from d3ds2.image_encoder import ImageEncoder, ImageTokens
 from d3ds2.pipeline import EmptyResultError, Pipeline
@@ -116,7 +117,8 @@ def run(
     drawn = set(np.random.default_rng(seed).permutation(len(chosen))[: config.sheet].tolist())
     pictures = Pictures(views, chosen, config.batch_size)
     jobs = []
-    for images in load_batches(pictures, 0, len(pictures), config.workers, weight.device):
+    batches = load_batches(pictures, 0, len(pictures), config.workers, weight.device)
+    for images in tqdm(batches, total=len(pictures), desc="generation", unit="batch"):
         items = []
         for view in chosen[len(jobs) : len(jobs) + len(images)]:
             file, name = views.files[view.shape][view.view], views.names[view.shape]
@@ -133,4 +135,4 @@ def run(
             if len(jobs) in drawn:
                 item.pictures.append(images[place, :3].permute(1, 2, 0).cpu().numpy())
             jobs.append(pool.submit(score_item, item, block_coords, values, baselines.mean_mesh, scoring))
-    return [job.result() for job in jobs], baselines.about
+    return [job.result() for job in tqdm(jobs, desc="scores", unit="mesh")], baselines.about

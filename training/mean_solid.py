@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from d3ds2.sdf_to_mesh import sdf_to_mesh
 from training.shape_files import load_shape, shape_path
-from training.symmetry import transform_grid
+from training.symmetry import NUM_SYMMETRIES, inverse, transform_grid
 
 CELLS = 64  # per edge
 LEVELS = 100  # tried for the cut
@@ -81,21 +81,23 @@ def mean_solid(solids: Iterable[tuple[np.ndarray, list[int]]]) -> tuple[np.ndarr
 
     def grids():
         for bits, symmetries in solids:
-            grid = np.unpackbits(bits).view(bool).reshape(CELLS, CELLS, CELLS)
-            for symmetry in symmetries:
-                yield transform_grid(grid, symmetry)
+            yield np.unpackbits(bits).view(bool).reshape(CELLS, CELLS, CELLS), symmetries
 
-    mean, count = np.zeros((CELLS,) * 3, dtype=np.float32), 0
-    for grid in grids():
-        mean += grid
-        count += 1
-    mean /= count
+    sums, count = np.zeros((NUM_SYMMETRIES, CELLS, CELLS, CELLS), dtype=np.float32), 0
+    for grid, symmetries in grids():
+        sums[symmetries] += grid
+        count += len(symmetries)
+    mean = sum(transform_grid(total, symmetry) for symmetry, total in enumerate(sums)) / count
     rank = np.floor(mean * LEVELS + 1e-4).astype(np.int64)  # cells of {mean >= i / LEVELS} have rank >= i
     sizes = _at_least(np.bincount(rank.ravel(), minlength=LEVELS + 1))
+    # a moved solid in the mean is the solid in the mean moved back
+    moved_back = [np.ascontiguousarray(transform_grid(rank, inverse(symmetry))) for symmetry in range(NUM_SYMMETRIES)]
     iou = np.zeros(LEVELS + 1)
-    for grid in grids():
-        common = _at_least(np.bincount(rank[grid], minlength=LEVELS + 1))
-        iou += common / np.maximum(sizes + grid.sum() - common, 1)
+    for grid, symmetries in grids():
+        size = grid.sum()
+        for symmetry in symmetries:
+            common = _at_least(np.bincount(moved_back[symmetry][grid], minlength=LEVELS + 1))
+            iou += common / np.maximum(sizes + size - common, 1)
     best = int(iou[1:].argmax()) + 1
     return mean, (best - 0.5) / LEVELS, float(iou[best] / count)
 

@@ -6,6 +6,7 @@ from concurrent.futures import Executor
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from d3ds2.sdf_vae import SDFVAE
 from d3ds2.voxels import Voxels
@@ -69,7 +70,7 @@ def round_trips(
         decoded = decode_again(vae, to_device(pack_shapes(shapes, config.resolution), device))
         for name, (coords, values) in zip(names, decoded, strict=True):
             jobs[name] = pool.submit(score_round_trip, name, coords, values, entries.get(name), config)
-    return [{"name": name} | job.result() for name, job in jobs.items()]
+    return [{"name": name} | job.result() for name, job in tqdm(jobs.items(), desc="round trip", unit="mesh")]
 
 
 def groups_of(scores: list[dict], sources: dict[str, str], entries: dict[str, MeshEntry]) -> dict[str, list[dict]]:

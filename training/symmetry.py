@@ -43,6 +43,11 @@ def transform_vertices(vertices: np.ndarray, symmetry: int) -> np.ndarray:
     return np.stack([-x if symmetry >= 4 else x, y, z], axis=1)
 
 
+def inverse(symmetry: int) -> int:
+    """The symmetry that undoes another: a turn is turned back, and every mirror undoes itself."""
+    return symmetry if symmetry >= 4 else -_turns(symmetry) % 4
+
+
 def _turns(symmetry: int) -> int:
     if not 0 <= symmetry < NUM_SYMMETRIES:
         raise ValueError(f"expected a symmetry of 0 to 7, got {symmetry}")
