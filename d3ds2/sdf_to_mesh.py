@@ -44,9 +44,9 @@ def sdf_to_mesh(
     resolution: int,
     level: float = 0.0,
     outer_only: bool = True,
-    close_gaps: bool = False,
     min_component: float = 0.0,
     keep_largest: bool = False,
+    close_gaps: bool = False,
     threads: int | None = None,
 ) -> Mesh:
     """The surface where `values` cross `level`, closed at the border of the grid and wherever blocks are missing.
@@ -57,10 +57,10 @@ def sdf_to_mesh(
         resolution: R, a multiple of 8.
         level: in (-1,1).
         outer_only: make solid what the outside does not reach. Otherwise cavities keep their surface.
-        close_gaps: before the fill, make solid the missing blocks that `gap_closing` judges to be inside: for values
-            from a network, which may have left blocks out of the surface.
         min_component: connected parts with fewer faces than this are dropped; below 1, a share of the largest part's.
         keep_largest: drop all parts but the one with the most faces.
+        close_gaps: before the fill, make solid the missing blocks that `gap_closing` judges to be inside: for values
+            from a network, which may have left blocks out of the surface.
         threads: how many share the work. Default: all cores. The result does not depend on it.
 
     Raises:
