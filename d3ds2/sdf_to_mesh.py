@@ -20,7 +20,7 @@ from .marching_cubes_table import marching_cubes_table
 from .numba_kernel import for_ranges, kernel
 
 # options for values that a network decoded: it may leave gaps in a surface and crumbs beside it
-DECODED = {"close_gaps": True, "min_component": 0.01}
+DECODED = {"close_gaps": True, "min_component": 0.05}
 
 
 @dataclass(frozen=True)

@@ -366,7 +366,7 @@ COORDS, VALUES = to_blocks(sphere(16))
         ((COORDS, np.where(VALUES > 0.5, np.inf, VALUES), 16), "finite values"),
         ((COORDS, np.abs(VALUES) + 0.1, 16), "both sides of 0.0"),
         ((COORDS, VALUES, 16, 1.0), r"level in \(-1, 1\)"),
-        ((COORDS, VALUES, 16, 0.0, True, False, -1.0), "min_component >= 0"),
+        ((COORDS, VALUES, 16, 0.0, True, -1.0), "min_component >= 0"),
     ],
 )
 def test_errors(arguments, message):
