@@ -238,6 +238,31 @@ def test_further_stretch_starts_from_a_model_folder(chain, tmp_path):
         train_structure_dit.train(other)
 
 
+def test_structure_dit_learns_from_pictures_on_the_device(chain, tmp_path):
+    copy_model(chain, tmp_path, "structure_vae")
+    loss = dataclasses.replace(chain.structure_dit.loss, noise_alone=0.3)
+    config = dataclasses.replace(chain.structure_dit, views_on_device=True, loss=loss)
+    assert_equal_parameters(*resumed(train_structure_dit.train, config, tmp_path))
+    run = dataclasses.replace(config.run, out_dir=str(tmp_path / "learns"))
+    config = dataclasses.replace(config, model_dir=str(tmp_path / "model"), run=run)
+    train_structure_dit.train(config)
+    fallen = losses(config)
+    assert np.mean(fallen[-10:]) < 0.75 * np.mean(fallen[:10])
+
+
+def test_compiled_blocks_train_as_the_others(chain, tmp_path):
+    copy_model(chain, tmp_path, "structure_vae")
+    results = []
+    for compiled in (False, True):
+        folder = str(tmp_path / f"run_{compiled}")
+        run = dataclasses.replace(chain.structure_dit.run, out_dir=folder, steps=2, compile=compiled)
+        config = dataclasses.replace(chain.structure_dit, model_dir=str(tmp_path / "model"), run=run)
+        results.append(train_structure_dit.train(config))
+    for a, b in zip(results[0].parameters(), results[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=0)  # Adam's first steps are of the size of 5e-3
+    assert set(results[1].state_dict()) == set(results[0].state_dict())
+
+
 def test_latents_are_those_of_the_exported_vae(chain):
     vae = load_network(chain.model_dir, "sdf_vae")
     path = shape_path(chain.data_dir, R, "torus")

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from d3ds2.checkpoint import load_network
+from d3ds2.checkpoint import load_network, save_network
 from d3ds2.sdf_vae import SDFVAEConfig
 from tests.training_data import COARSE, R, prepared, write_toml
 from training.datasets import Shapes
+from training.latent_moments import LatentMoments, set_latent_scale
 from training.run import RunConfig, read_metrics
 from training.train_vae import TrainVAEConfig, active_voxels, train
 
@@ -110,3 +111,31 @@ def test_resolution_that_was_not_prepared_is_named(data_dir, tmp_path):
     config = dataclasses.replace(make_config(data_dir, tmp_path), resolutions=(R, 2 * R))
     with pytest.raises(ValueError, match=f"resolution {2 * R}"):
         train(config)
+
+
+def test_decoder_alone_goes_on_from_a_model_folder(data_dir, tmp_path):
+    first = make_config(data_dir, tmp_path, steps=4)
+    train(first)
+    model = load_network(first.model_dir, "sdf_vae")
+    set_latent_scale(model, measured(mean=0.5, std=2.0))
+    save_network(first.model_dir, "sdf_vae", model)
+    further = make_config(data_dir, tmp_path / "further", steps=4, start_from=first.model_dir, ema_decay=0.0)
+    train(dataclasses.replace(further, freeze_encoder=True))
+    before, after = load_network(first.model_dir, "sdf_vae"), load_network(further.model_dir, "sdf_vae")
+    assert after.config == before.config and after.config.latents_scale == pytest.approx(0.5)
+    same = {name: torch.equal(p, after.state_dict()[name]) for name, p in before.state_dict().items()}
+    assert {name.split(".")[0] for name, equal in same.items() if equal} >= {"encoder"}
+    assert not any(equal for name, equal in same.items() if name.startswith("decoder.out_layer"))
+    assert all(equal for name, equal in same.items() if name.startswith("encoder"))
+
+
+def measured(mean: float, std: float) -> LatentMoments:
+    moments = LatentMoments(MODEL.latent_channels, torch.device("cpu"))
+    z = torch.tensor([[-1.0], [1.0]]).expand(2, MODEL.latent_channels)
+    moments.add(mean + std * z, torch.full_like(z, -100.0))
+    return moments
+
+
+def test_decoder_alone_needs_an_encoder(data_dir, tmp_path):
+    with pytest.raises(ValueError, match=r"freeze_encoder needs run\.start_from"):
+        dataclasses.replace(make_config(data_dir, tmp_path), freeze_encoder=True)

@@ -169,7 +169,7 @@ class Structures(Dataset):
     ):
         self.edge, self.symmetries = resolution // 8, symmetries
         self.coords = [read_arrays(shape_path(data_dir, resolution, name), "block_coords")[0] for name in names]
-        self.plan = _plan_shapes(len(names) * len(symmetries), batch_size, seed)
+        self.plan = plan_shapes(len(names) * len(symmetries), batch_size, seed)
 
     def __getitem__(self, step: int) -> Tensor:
         shape, place = np.divmod(self.plan[step], len(self.symmetries))
@@ -188,8 +188,8 @@ class StructureViews(Dataset):
 
     def __init__(self, views: Views, batch_size: int, views_per_shape: int, seed: int):
         self.views, self.views_per_shape, self.seed = views, views_per_shape, seed
-        num_shapes = _shapes_per_batch(batch_size, views_per_shape)
-        self.plan = _plan_shapes(2 * len(views.names), num_shapes, seed)
+        num_shapes = shapes_per_batch(batch_size, views_per_shape)
+        self.plan = plan_shapes(2 * len(views.names), num_shapes, seed)
 
     def __getitem__(self, step: int) -> ViewBatch:
         shapes, mirrored = np.divmod(self.plan[step].repeat(self.views_per_shape), 2)
@@ -219,7 +219,7 @@ class LatentViews(Dataset):
         cache: bool = True,
     ):
         self.views, self.views_per_shape, self.seed = views, views_per_shape, seed
-        num_shapes = _shapes_per_batch(batch_size, views_per_shape)
+        num_shapes = shapes_per_batch(batch_size, views_per_shape)
         self.plan = BatchPlan(tokens.repeat(2), num_shapes, max_tokens // views_per_shape, seed)
         self.paths = {
             (shape, symmetry): latent_path(data_dir, resolution, views.names[shape], symmetry)
@@ -249,12 +249,13 @@ class LatentViews(Dataset):
         return LatentBatch(_with_batch(coords), _cat(mean), _cat(logvar), images)
 
 
-def _plan_shapes(num_items: int, batch_size: int, seed: int) -> BatchPlan:
+def plan_shapes(num_items: int, batch_size: int, seed: int) -> BatchPlan:
     """A plan for items of equal size."""
     return BatchPlan(np.ones(num_items, dtype=np.int64), batch_size, batch_size, seed)
 
 
-def _shapes_per_batch(batch_size: int, views_per_shape: int) -> int:
+def shapes_per_batch(batch_size: int, views_per_shape: int) -> int:
+    """Raises ValueError where views_per_shape does not divide the batch size."""
     if batch_size % views_per_shape:
         raise ValueError(f"expected a batch_size divisible by views_per_shape {views_per_shape}, got {batch_size}")
     return batch_size // views_per_shape

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d3ds2.rectified_flow import velocity_target
+from d3ds2.rectified_flow import sample_t, velocity_target
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,13 @@ class FlowLossConfig:
 
     time_mean: float = 1.0  # logit of the time: normal of this mean
     time_std: float = 1.0  # and deviation
+    noise_alone: float = 0.0  # share of samples at t = 1, where only the image tells of x_0: teaches an encoder fast
     context_dropout: float = 0.1  # probability of a zeroed image, for classifier-free guidance
     sample_posterior: bool = True  # draw x_0 from the VAE's posterior; else its mean
+
+    def __post_init__(self):
+        if not 0 <= self.noise_alone <= 1:
+            raise ValueError(f"expected loss.noise_alone in [0, 1], got {self.noise_alone}")
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,15 @@ def structure_loss(
     predicted, occupied = logits > 0, occupancy > 0
     iou = (predicted & occupied).sum() / (predicted | occupied).sum().clamp(min=1)
     return {"loss": loss, **terms, "iou": iou}
+
+
+def training_times(batch_size: int, config: FlowLossConfig, generator: torch.Generator) -> Tensor:
+    """(B,) float32 on the generator's device: logit-normal, and 1 for a share of the samples."""
+    t = sample_t(batch_size, generator, config.time_mean, config.time_std)
+    if config.noise_alone == 0:
+        return t
+    alone = torch.rand(batch_size, generator=generator, device=generator.device) < config.noise_alone
+    return torch.where(alone, 1.0, t)
 
 
 def velocity_loss(predicted: Tensor, x_0: Tensor, noise: Tensor) -> Tensor:

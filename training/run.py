@@ -41,6 +41,7 @@ class RunConfig:
     grad_clip: float = 1.0  # norm [D]
     ema_decay: float = 0.9999  # [D]; at step n at most (1 + n) / (10 + n)
     precision: Literal["bf16", "fp32"] = "bf16"  # autocast on CUDA; a CPU always computes in fp32
+    compile: bool = False  # the dense transformer blocks by torch.compile: faster steps after some seconds
     device: str = "auto"
     workers: int = 0  # processes that load data
     log_every: int = 20
@@ -84,6 +85,14 @@ def seed_step(generator: torch.Generator, seed: int, step: int) -> None:
     key = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
     generator.manual_seed(key)
     torch.manual_seed(key)
+
+
+def compile_blocks(config: RunConfig, *stacks: nn.ModuleList) -> None:
+    """Compile the blocks of stacks in place if `config.compile`; equal blocks share their code."""
+    if config.compile:
+        for stack in stacks:
+            for block in stack:
+                block.compile()
 
 
 # --- optimiser and EMA

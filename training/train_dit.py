@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from d3ds2.checkpoint import SamplingConfig, load_network, save_network, save_settings
 from d3ds2.image_encoder import ImageEncoder, ImageTokens
 from d3ds2.latent_dit import LatentDiT, LatentDiTConfig
-from d3ds2.rectified_flow import interpolate, sample_t
+from d3ds2.rectified_flow import interpolate
 from d3ds2.sdf_vae import SDFVAE
 from d3ds2.voxels import Voxels
 from training.config import load_config
 from training.datasets import LatentBatch, LatentViews, load_batches
-from training.losses import FlowLossConfig, velocity_loss
+from training.losses import FlowLossConfig, training_times, velocity_loss
 from training.run import (
     Log,
     RunConfig,
@@ -95,7 +95,7 @@ def flow_loss(
     """Eq. 10-11 on packed latents x_0 (M, C), with the image left out now and then."""
     B = voxels.batch_size
     keep = torch.rand(B, generator=generator, device=x_0.device) >= loss.context_dropout
-    t = sample_t(B, generator, loss.time_mean, loss.time_std)  # (B,)
+    t = training_times(B, loss, generator)
     noise = torch.randn(x_0.shape, generator=generator, device=x_0.device)
     x_t = interpolate(x_0, noise, t[voxels.batch_index, None])  # eq. 10
     return velocity_loss(model(x_t, t, voxels, image_tokens.where(keep)), x_0, noise)  # eq. 11

@@ -16,17 +16,19 @@ from torch import Tensor, nn
 
 from d3ds2.checkpoint import load_network, save_network
 from d3ds2.image_encoder import ImageEncoder, ImageEncoderConfig, ImageTokens
-from d3ds2.rectified_flow import interpolate, sample_t
+from d3ds2.rectified_flow import interpolate
 from d3ds2.structure_dit import StructureDiT, StructureDiTConfig
 from d3ds2.structure_vae import StructureVAE
 from training.config import load_config
 from training.datasets import Structures, StructureViews, ViewBatch, load_batches
-from training.losses import FlowLossConfig, velocity_loss
+from training.device_pictures import Choice, DevicePictures, PictureChoices
+from training.losses import FlowLossConfig, training_times, velocity_loss
 from training.run import (
     Log,
     RunConfig,
     Stop,
     autocast,
+    compile_blocks,
     is_save_step,
     load_checkpoint,
     load_start,
@@ -54,6 +56,7 @@ class TrainStructureDiTConfig:
     views_per_shape: int = 1  # pictures of one shape in a batch
     turn_to_camera: bool = True  # the front is what the camera sees, see symmetry.py [D]
     cache_views: bool = False  # keep all pictures in memory, decoded
+    views_on_device: bool = False  # keep all pictures in the device's memory, and augment them there
     train_image_encoder: bool = True  # jointly; else frozen, as it stands in `model_dir`
     image_encoder_steps: int = 0  # its averaged weights stay fixed from here on: the latent DiT can start; 0: never [D]
     pretrained_encoder: str = ""  # start it from a transformers folder of DINOv2 with registers, not from random [B]
@@ -79,7 +82,7 @@ class StructureLatents:
             stds.append(((0.5 * logvar).exp() * abs(vae.config.latents_scale)).half())
         self.rows, self.mean, self.std = self.rows.to(device), torch.cat(means), torch.cat(stds)
 
-    def draw(self, batch: ViewBatch, sample_posterior: bool, generator: torch.Generator) -> Tensor:
+    def draw(self, batch: ViewBatch | Choice, sample_posterior: bool, generator: torch.Generator) -> Tensor:
         """x_0 of a batch, (B, C, g, g, g) float32."""
         rows = self.rows[batch.shapes, batch.symmetries]
         mean = self.mean[rows].float()
@@ -94,7 +97,7 @@ def flow_loss(
 ) -> Tensor:
     """Eq. 10-11 on a batch x_0 (B, C, g, g, g), with the image left out now and then."""
     keep = torch.rand(len(x_0), generator=generator, device=x_0.device) >= loss.context_dropout
-    t = sample_t(len(x_0), generator, loss.time_mean, loss.time_std)  # (B,)
+    t = training_times(len(x_0), loss, generator)
     noise = torch.randn(x_0.shape, generator=generator, device=x_0.device)
     x_t = interpolate(x_0, noise, t[:, None, None, None, None])  # eq. 10
     return velocity_loss(model(x_t, t, image_tokens.where(keep)), x_0, noise)  # eq. 11
@@ -106,6 +109,15 @@ def make_image_encoder(config: TrainStructureDiTConfig) -> ImageEncoder:
     if not config.train_image_encoder:
         return load_network(config.model_dir, "image_encoder")
     return ImageEncoder(config.image_encoder)
+
+
+def load_pictures(config: TrainStructureDiTConfig, views: Views, device: torch.device):
+    """`images_of(batch, generator)`, (B, 4, S, S) in [0, 1] on the device, and the dataset of such batches."""
+    arguments = config.batch_size, config.views_per_shape, config.run.seed
+    if not config.views_on_device:
+        return lambda batch, _: batch.images.float() / 255, StructureViews(views, *arguments)
+    pictures = DevicePictures(views, device, config.run.workers)
+    return pictures.draw, PictureChoices(views, pictures, *arguments)
 
 
 def freeze_image_encoder(model: nn.ModuleDict, ema: nn.ModuleDict) -> None:
@@ -122,6 +134,7 @@ def train(config: TrainStructureDiTConfig) -> nn.ModuleDict:
     encoder = make_image_encoder(config).requires_grad_(config.train_image_encoder)
     model = nn.ModuleDict({"image_encoder": encoder, "structure_dit": StructureDiT(config.model)}).to(device).train()
     load_start(run, **model)
+    compile_blocks(run, encoder.encoder.layer, model["structure_dit"].blocks)
     ema = make_ema(model)
     optimizer = make_optimizer(model, run)
     generator = torch.Generator(device)
@@ -132,7 +145,7 @@ def train(config: TrainStructureDiTConfig) -> nn.ModuleDict:
     structures = Structures(config.data_dir, views.names, config.resolution, 1, run.seed)
     wanted = [views.symmetries_of(shape) for shape in range(len(views.names))]
     latents = StructureLatents(load_network(config.model_dir, "structure_vae", device), structures, wanted, device)
-    dataset = StructureViews(views, config.batch_size, config.views_per_shape, run.seed)
+    images_of, dataset = load_pictures(config, views, device)
 
     with Stop(run.max_minutes) as stop, Log(run, step) as log:
         for batch in load_batches(dataset, step, run.steps, run.workers, device):
@@ -141,7 +154,7 @@ def train(config: TrainStructureDiTConfig) -> nn.ModuleDict:
                 freeze_image_encoder(model, ema)
             x_0 = latents.draw(batch, config.loss.sample_posterior, generator)
             with autocast(run, device):
-                image_tokens = model["image_encoder"](batch.images.float() / 255)
+                image_tokens = model["image_encoder"](images_of(batch, generator))
                 loss = flow_loss(model["structure_dit"], image_tokens, x_0, config.loss, generator)
             loss.backward()
             grad_norm = optimizer_step(optimizer, step, run)

@@ -6,13 +6,14 @@ Each step draws a resolution and a packed batch of shapes. Stopped, it resumes f
 `run.out_dir`. The EMA weights go to `model_dir` whenever a checkpoint is written.
 """
 
+import dataclasses
 import sys
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from d3ds2.checkpoint import save_network
+from d3ds2.checkpoint import load_network, save_network
 from d3ds2.sdf_vae import SDFVAE, SDFVAEConfig
 from d3ds2.voxels import Voxels
 from training.config import load_config
@@ -46,9 +47,14 @@ class TrainVAEConfig:
     max_tokens: int = 32768  # of a batch; larger shapes are left out
     symmetries: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # turned and mirrored shapes, see symmetry.py [D]
     gradient_checkpointing: bool = False
+    freeze_encoder: bool = False  # a further stretch for the decoder alone, on latents that others already learn from
     run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/vae"))
     model: SDFVAEConfig = field(default_factory=SDFVAEConfig)
     loss: SDFLossConfig = field(default_factory=SDFLossConfig)
+
+    def __post_init__(self):
+        if self.freeze_encoder and not self.run.start_from:
+            raise ValueError("freeze_encoder needs run.start_from, a model folder whose encoder is kept")
 
 
 def active_voxels(batch: ShapeBatch) -> tuple[Tensor, Voxels]:
@@ -67,6 +73,15 @@ def vae_loss(model: SDFVAE, batch: ShapeBatch, loss: SDFLossConfig, generator: t
     return sdf_loss(decoded, batch.sdf, batch.sharp, mean, logvar, loss)
 
 
+def keep_encoder(model: SDFVAE, folder: str) -> None:
+    """Train only the decoder, and keep the scale of the latents that the folder's config tells."""
+    model.encoder.requires_grad_(False)
+    known = load_network(folder, "sdf_vae").config
+    model.config = dataclasses.replace(
+        model.config, latents_scale=known.latents_scale, latents_shift=known.latents_shift
+    )
+
+
 def train(config: TrainVAEConfig) -> nn.Module:
     """Returns the averaged (EMA) model."""
     run = config.run
@@ -74,6 +89,8 @@ def train(config: TrainVAEConfig) -> nn.Module:
     model = SDFVAE(config.model).to(device)
     model.gradient_checkpointing = config.gradient_checkpointing
     load_start(run, sdf_vae=model)
+    if config.freeze_encoder:
+        keep_encoder(model, run.start_from)
     ema = make_ema(model)
     optimizer = make_optimizer(model, run)
     generator = torch.Generator(device)
