@@ -22,7 +22,7 @@ from .checkpoint import CheckpointError, SamplingConfig, load_model
 from .foreground import cut_out, preprocess
 from .image_encoder import ImageEncoder, ImageTokens
 from .latent_dit import LatentDiT
-from .rectified_flow import euler_sample, guided_velocity, noise_for, time_schedule
+from .rectified_flow import OnStep, euler_sample, guided_velocity, noise_for, time_schedule
 from .sdf_to_mesh import DECODED, Mesh, sdf_to_mesh
 from .sdf_vae import FACTOR, SDFVAE
 from .structure_dit import StructureDiT
@@ -33,7 +33,6 @@ TINY = Path(__file__).parent / "weights" / "tiny"  # the shipped model
 STAGES = ("image", "structure", "latents", "sdf", "mesh")
 LATENT_STREAM = 0x5EED_0F_1A7E57  # so that the two noises of one seed have nothing in common
 
-OnStep = Callable[[int, Tensor], None]
 OnProgress = Callable[[str, int, int], None]  # stage, finished steps, all steps
 
 
@@ -124,7 +123,7 @@ class Pipeline:
             image_tokens,
             seeds,
             structure_steps,
-            on_step=lambda step, x_t: report("structure", step + 1, structure_steps),
+            on_step=lambda step, x_t, x_0: report("structure", step + 1, structure_steps),
         )
 
         report("latents", 0, latent_steps)
@@ -133,7 +132,7 @@ class Pipeline:
             image_tokens,
             seeds,
             latent_steps,
-            on_step=lambda step, x_t: report("latents", step + 1, latent_steps),
+            on_step=lambda step, x_t, x_0: report("latents", step + 1, latent_steps),
         )
 
         report("sdf", 0, 1)
@@ -168,7 +167,7 @@ class Pipeline:
             image_tokens: all tokens of B images.
             seeds: one for each.
             steps, guidance_scale: default: the model's.
-            on_step: called after every step; may raise to stop.
+            on_step: called after every step, see `euler_sample`; may raise to stop.
 
         Returns:
             The occupied voxels of B samples, at an eighth of the SDF's resolution.
@@ -217,12 +216,19 @@ class Pipeline:
         device = next(self.sdf_vae.parameters()).device
         return self.sdf_vae.decode(latents.to(device), voxels.to(device))
 
-    def to_mesh(self, sdf: Tensor, voxels: Voxels, min_component: float = DECODED["min_component"]) -> list[Mesh]:
-        """The surface sdf = 0 of each sample.
+    def to_mesh(
+        self,
+        sdf: Tensor,
+        voxels: Voxels,
+        min_component: float = DECODED["min_component"],
+        level: float = 0.0,
+        keep_largest: bool = False,
+    ) -> list[Mesh]:
+        """The surface sdf = level of each sample.
 
         Args:
             sdf, voxels: as `decode_sdf` gives them.
-            min_component: loose parts with fewer faces than this share of the largest part's are dropped.
+            min_component, level, keep_largest: see `sdf_to_mesh`.
 
         Raises:
             EmptyResultError: a sample has no surface.
@@ -232,9 +238,10 @@ class Pipeline:
             raise GenerationError(f"the SDF came out with values that are not finite on {sdf.device}; try float32")
         blocks = sdf.view(-1, FACTOR, FACTOR, FACTOR).cpu().split(voxels.block_counts)
         coords = voxels.block_coords[:, 1:].cpu().split(voxels.block_counts)
-        meshes, options = [], DECODED | {"min_component": min_component}
+        meshes = []
+        options = DECODED | {"min_component": min_component, "level": level, "keep_largest": keep_largest}
         for block_coords, values in zip(coords, blocks, strict=True):
-            if not (values < 0).any():
+            if not (values < level).any():
                 raise _empty("surface", len(meshes), len(blocks))
             meshes.append(sdf_to_mesh(block_coords.numpy(), values.numpy(), voxels.resolution, **options))
         return meshes

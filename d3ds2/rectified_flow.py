@@ -17,6 +17,7 @@ from .voxels import Voxels
 TRAINING_STEPS = 1000  # of the released scheduler; its last time before 0 follows from it
 
 Velocity = Callable[[Tensor, float], Tensor]
+OnStep = Callable[[int, Tensor, Tensor], None]  # finished step, x_t, x_0
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
@@ -102,23 +103,23 @@ def guided_velocity(
 
 
 @torch.no_grad()
-def euler_sample(
-    velocity: Velocity, noise: Tensor, times: Tensor, on_step: Callable[[int, Tensor], None] | None = None
-) -> Tensor:
+def euler_sample(velocity: Velocity, noise: Tensor, times: Tensor, on_step: OnStep | None = None) -> Tensor:
     """Integrate dx/dt = velocity(x, t) along `times`, from noise to data.
 
     Args:
         velocity: function of (x_t, t), t a float.
         noise: x at times[0].
         times: falling times, (steps + 1,), as `time_schedule` gives them.
-        on_step: called with (number of the finished step from 0, x after it); may raise to stop.
+        on_step: called with (number of the finished step from 0, x after it, the data x_0 that its velocity points
+            to); may raise to stop.
 
     Returns:
         x at times[-1], in the dtype of the noise.
     """
     x_t, times = noise, times.tolist()
     for step, (t, t_next) in enumerate(pairwise(times)):
-        x_t = x_t + (t_next - t) * velocity(x_t, t).to(x_t.dtype)
+        v = velocity(x_t, t).to(x_t.dtype)
+        x_t = x_t + (t_next - t) * v
         if on_step is not None:
-            on_step(step, x_t)
+            on_step(step, x_t, x_t - t_next * v)
     return x_t

@@ -311,7 +311,7 @@ def test_scheduler(name):
 
     times, velocities = time_schedule(len(data.inputs["v"]), data.config["shift"][0]), iter(data.inputs["v"])
     states = []
-    euler_sample(lambda _x, _t: next(velocities), data.inputs["x0"], times, lambda _step, x: states.append(x))
+    euler_sample(lambda _x, _t: next(velocities), data.inputs["x0"], times, lambda _step, x, _x_0: states.append(x))
     assert_close(torch.stack(states), data.outputs["steps"], TOLERANCE, "steps")
 
 
@@ -329,7 +329,7 @@ def test_sampler(name):
     times = time_schedule(config["num_inference_steps"], config["shift"])
     velocity = guided_velocity(model, context, config["guidance_scale"], voxels)
     states = [noise]
-    euler_sample(velocity, noise, times, lambda _step, x: states.append(x))
+    euler_sample(velocity, noise, times, lambda _step, x, _x_0: states.append(x))
     for step, state in enumerate(states[1:]):
         assert_close(velocity(states[step], times[step].item()), data.outputs[f"velocity{step}"], TOLERANCE, "velocity")
         assert_close(state, data.outputs[f"latents{step + 1}"], TOLERANCE, f"latents after step {step}")

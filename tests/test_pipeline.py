@@ -80,7 +80,7 @@ def test_the_two_noises_of_a_seed_differ_and_on_step_may_stop(pipeline):
     voxels = pipeline.sample_structure(tokens, [0])
     seen = []
 
-    def stop(step, x_t):
+    def stop(step, x_t, x_0):
         seen.append(x_t.flatten()[:100])
         raise InterruptedError
 

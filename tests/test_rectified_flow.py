@@ -43,10 +43,12 @@ def test_euler_follows_straight_paths_exactly(steps):
     x_0, noise = torch.randn(5, 3), torch.randn(5, 3)
     seen = []
     out = euler_sample(
-        lambda _x, _t: velocity_target(x_0, noise), noise, time_schedule(steps, 6.0), lambda i, x: seen.append((i, x))
+        lambda _x, _t: velocity_target(x_0, noise), noise, time_schedule(steps, 6.0), lambda *step: seen.append(step)
     )
     torch.testing.assert_close(out, x_0)
-    assert [i for i, _ in seen] == list(range(steps)) and seen[-1][1].equal(out)
+    assert [i for i, _, _ in seen] == list(range(steps)) and seen[-1][1].equal(out)
+    for _, _, estimate in seen:
+        torch.testing.assert_close(estimate, x_0)
 
 
 def test_euler_visits_the_interpolation():
@@ -60,7 +62,7 @@ def test_euler_visits_the_interpolation():
 
 
 def test_on_step_can_stop_the_sampler():
-    def stop(step, _x):
+    def stop(step, _x, _x_0):
         if step == 2:
             raise KeyboardInterrupt
 
