@@ -81,6 +81,26 @@ def structure_dit_state_dict(official: dict[str, Tensor]) -> dict[str, Tensor]:
     return {rename(key, DIT_NAMES): tensor for key, tensor in official.items() if key != "pos_emb"}
 
 
+def refiner_state_dict(official: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Voxel_RefinerXL -> `Refiner`, Voxel_RefinerXL_sign -> `SignRefiner`."""
+    return {rename(key, REFINER_NAMES): tensor for key, tensor in official.items()}
+
+
+REFINER_NAMES = [
+    (r"^unet3d1\.", "unet."),
+    (r"^latent_mlp\.net\.", "feature_mlp."),
+    (r"^adaptive_conv([123])\.0\.", r"adaptive\1.hidden_conv."),
+    (r"^adaptive_conv([123])\.2\.", r"adaptive\1.weight_conv."),
+    (r"\bconv_norm_out\.", "out_norm."),
+    (r"\bconv_in\.", "input_conv."),
+    (r"\bconv_out\.", "output_conv."),
+    (r"\bmid_conv\.", "middle_conv."),
+    (r"\bmid_block\.resnets\.", "middle_blocks."),
+    (r"\bresnets\.", ""),
+    (r"\bconv_shortcut\.", "shortcut."),
+    (r"\bdown_blocks\.(\d+)\.downsamplers\.0\.conv\.", r"downsamples.\1."),
+    (r"\bup_blocks\.(\d+)\.upsamplers\.0\.conv\.", r"upsamples.\1."),
+]
 DIT_NAMES = [
     (r"^t_embedder\.", "time_embedder."),
     (r"^cond_proj\.", "context_layer."),

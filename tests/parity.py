@@ -44,6 +44,11 @@ class Golden:
     def config(self) -> dict:
         return self.meta["config"]
 
+    def tolerance(self, key: str, least: float) -> float:
+        """`least`, or more where the sidecar says that rounding in float32 alone comes near to it."""
+        entry = self.meta.get("tolerance", {}).get(key)
+        return max(least, 4 * entry["err_over_rms"]) if isinstance(entry, dict) and "err_over_rms" in entry else least
+
 
 def available(*patterns: str, holding: str = "") -> list[str]:
     """Names of the parity files that match one of the glob patterns and hold tensors that begin with `holding`."""

@@ -126,8 +126,8 @@ def test_sdf_encoder(name):
     expected = data.outputs["latent_index"]
     assert_same_set(latent_voxels.coords, expected)
     rows = rows_of(latent_voxels.coords, expected)
-    assert_close(mean[rows], data.outputs["mean"], OUTPUT, "mean")
-    assert_close(logvar[rows], data.outputs["logvar"], OUTPUT, "logvar")
+    assert_close(mean[rows], data.outputs["mean"], data.tolerance("outputs/mean", OUTPUT), "mean")
+    assert_close(logvar[rows], data.outputs["logvar"], data.tolerance("outputs/logvar", OUTPUT), "logvar")
 
 
 @over("sparse_vae", "sparse_vae_full")
@@ -138,7 +138,7 @@ def test_sdf_decoder(name):
     assert torch.equal(expected_coords[::64], data.outputs["sdf_coords_every_64"].long())
     assert len(voxels) == len(expected_coords)
     rows = rows_of(voxels.coords, expected_coords)
-    assert_close(sdf[rows], data.outputs["sdf"], TANH, "sdf")
+    assert_close(sdf[rows], data.outputs["sdf"], data.tolerance("outputs/sdf", TANH), "sdf")
     if "feat_every_16" in data.outputs:
         assert_close(features[rows[::16]], data.outputs["feat_every_16"], OUTPUT, "features")
 
@@ -179,15 +179,15 @@ def structure_vae(name: str) -> tuple[Golden, StructureVAE]:
 def test_structure_encoder(name):
     data, model = structure_vae(name)
     mean, logvar = model.encode(data.inputs["occ"])
-    assert_close(mean, data.outputs["mean"], OUTPUT, "mean")
-    assert_close(logvar, data.outputs["logvar"], OUTPUT, "logvar")
+    assert_close(mean, data.outputs["mean"], data.tolerance("outputs/mean", OUTPUT), "mean")
+    assert_close(logvar, data.outputs["logvar"], data.tolerance("outputs/logvar", OUTPUT), "logvar")
 
 
 @over("dense_vae")
 def test_structure_decoder(name):
     data, model = structure_vae(name)
     logits = model.decode(data.inputs["z"])
-    assert_close(logits, data.outputs["logits"], OUTPUT, "logits")
+    assert_close(logits, data.outputs["logits"], data.tolerance("outputs/logits", OUTPUT), "logits")
     for item in range(len(logits)):
         voxels = model.occupied(logits[item : item + 1])
         assert_same_set(voxels.coords, data.outputs[f"index_item{item}"].int())

@@ -1,0 +1,200 @@
+"""The two refiners of the released models: dense U-Nets on patches of the decoded SDF volume.
+
+`Refiner` gives new distances for every voxel of a patch, from the decoder's distances and features. `SignRefiner` says
+only whether a voxel is outside (+1) or inside (-1). Both have the same U-Net; `refined_blocks.py` runs them over a
+volume.
+
+Sizes named in this file:
+    B  patches      P  voxels along the edge of a patch      C  channels      D  channels of the decoder's features
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+GROUPS = 4  # of every group norm
+KERNEL = 27  # weights of an adaptive convolution at each voxel
+ADAPTIVE_STEPS = 3  # times that it is applied
+
+
+@dataclass(frozen=True)
+class RefinerConfig:
+    """Sizes of a refiner; the defaults are those of the released 512³ one.
+
+    `widths` are the channels of the levels, each at half the resolution of the one before. A level has `layers`
+    residual blocks on the way down and one more on the way up, the middle `middle_layers` + 1. `patch_size` P is what
+    the network was trained on: its norms average over a patch. Raises ValueError for sizes that do not fit together.
+    """
+
+    widths: tuple[int, ...] = (8, 32, 128, 512)
+    layers: int = 2
+    middle_layers: int = 2
+    patch_size: int = 192
+    feature_channels: int = 32
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(self.widths))  # JSON holds lists
+        if not self.widths or any(width % GROUPS for width in self.widths):
+            raise ValueError(f"expected widths divisible by {GROUPS}, at least one, got {self.widths}")
+        if min(self.layers, self.patch_size, self.feature_channels) < 1 or self.middle_layers < 0:
+            raise ValueError(f"expected positive layers, patch_size and feature_channels, got {self}")
+        if self.patch_size % 2 ** (len(self.widths) - 1):
+            raise ValueError(f"expected a patch_size that halves {len(self.widths) - 1} times, got {self.patch_size}")
+
+
+@dataclass(frozen=True)
+class SignRefinerConfig(RefinerConfig):
+    """Sizes of a sign refiner; the defaults are those of the released 1024³ one. It reads no features."""
+
+    patch_size: int = 256
+
+
+class ResBlock(nn.Module):
+    """Two normed convolutions beside a skip: (B, in_channels, P, P, P) -> (B, out_channels, P, P, P)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(GROUPS, in_channels)
+        self.conv1 = nn.Conv3d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(GROUPS, out_channels)
+        self.conv2 = nn.Conv3d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv3d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv2(_silu(self.norm2(self.conv1(_silu(self.norm1(x))))))
+        return h + self.shortcut(x)
+
+
+class UNet(nn.Module):
+    """(B, in_channels, P, P, P) -> (B, widths[0], P, P, P)."""
+
+    def __init__(self, in_channels: int, config: RefinerConfig):
+        super().__init__()
+        widths, layers = config.widths, config.layers
+        levels = range(len(widths))
+        self.input_conv = nn.Conv3d(in_channels, widths[0], 3, padding=1)
+        skips, width = [widths[0]], widths[0]
+        self.down_blocks, self.downsamples = nn.ModuleList(), nn.ModuleList()
+        for level in levels:
+            blocks = [ResBlock(width if i == 0 else widths[level], widths[level]) for i in range(layers)]
+            self.down_blocks.append(nn.ModuleList(blocks))
+            width = widths[level]
+            skips += [width] * layers
+            if level < levels[-1]:
+                self.downsamples.append(nn.Conv3d(width, width, 2, stride=2))
+                skips.append(width)
+        self.middle_blocks = nn.ModuleList(ResBlock(width, width) for _ in range(config.middle_layers + 1))
+        self.up_blocks, self.upsamples = nn.ModuleList(), nn.ModuleList()
+        for level in reversed(levels):
+            blocks = []
+            for _ in range(layers + 1):
+                blocks.append(ResBlock(width + skips.pop(), widths[level]))
+                width = widths[level]
+            self.up_blocks.append(nn.ModuleList(blocks))
+            if level > 0:
+                self.upsamples.append(nn.ConvTranspose3d(width, width, 2, stride=2))
+        self.out_norm = nn.GroupNorm(GROUPS, widths[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.input_conv(x)
+        skips = [h]
+        for level, blocks in enumerate(self.down_blocks):
+            for block in blocks:
+                h = block(h)
+                skips.append(h)
+            if level < len(self.downsamples):
+                h = self.downsamples[level](h)
+                skips.append(h)
+        for block in self.middle_blocks:
+            h = block(h)
+        for level, blocks in enumerate(self.up_blocks):
+            for block in blocks:
+                h = block(torch.cat([h, skips.pop()], dim=1))
+            if level < len(self.upsamples):
+                h = self.upsamples[level](h)
+        return _silu(self.out_norm(h))
+
+
+class AdaptiveConv(nn.Module):
+    """A 3³ convolution with weights of its own at each voxel, the same for all channels, applied three times.
+
+    The weights (B, 27, P, P, P), x slowest, follow from `guide` (B, C, P, P, P); their absolute values sum to one.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.hidden_conv = nn.Conv3d(channels, channels, 3, padding=1)
+        self.weight_conv = nn.Conv3d(channels, KERNEL, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor, guide: Tensor) -> Tensor:
+        weights = self.weight_conv(F.relu(self.hidden_conv(guide)))
+        weights = F.normalize(weights, p=1.0, dim=1)  # (B, 27, P, P, P)
+        X, Y, Z = x.shape[2:]
+        for _ in range(ADAPTIVE_STEPS):
+            padded = F.pad(x, (1,) * 6)
+            x = torch.zeros_like(x)
+            for k in range(KERNEL):
+                i, j, l = k // 9, k // 3 % 3, k % 3  # noqa: E741
+                x = torch.addcmul(x, weights[:, k : k + 1], padded[:, :, i : i + X, j : j + Y, l : l + Z])
+        return x
+
+
+class Refiner(nn.Module):
+    """Better distances from the decoder's: the released `Voxel_RefinerXL`."""
+
+    def __init__(self, config: RefinerConfig):
+        super().__init__()
+        self.config = config
+        C, D = config.widths[0], config.feature_channels
+        self.input_conv = nn.Conv3d(1, C, 3, padding=1)
+        layers = [layer for _ in range(3) for layer in (nn.Linear(D, D), nn.ReLU())]
+        self.feature_mlp = nn.Sequential(*layers, nn.Linear(D, C))
+        self.unet = UNet(2 * C, config)
+        self.adaptive1 = AdaptiveConv(C)
+        self.middle_conv = nn.Conv3d(C, C, 3, padding=1)
+        self.adaptive2 = AdaptiveConv(C)
+        self.output_conv = nn.Conv3d(C, 1, 3, padding=1)
+        self.adaptive3 = AdaptiveConv(C)
+
+    def forward(self, sdf: Tensor, embedded: Tensor) -> Tensor:
+        """Refine patches.
+
+        Args:
+            sdf: (B, 1, P, P, P) distances over the band, 1 where nothing was decoded.
+            embedded: (B, C, P, P, P) features of `embed_features`, those of zero where nothing was decoded.
+
+        Returns:
+            (B, 1, P, P, P) in (-1, 1), negative inside.
+        """
+        h = self.unet(torch.cat([self.input_conv(sdf), embedded], dim=1))
+        h = self.adaptive1(h, h)
+        h = self.middle_conv(h)
+        h = self.adaptive2(h, h)
+        return self.adaptive3(self.output_conv(h), h).tanh()
+
+    def embed_features(self, features: Tensor) -> Tensor:
+        """The decoder's features of single voxels, (N, D) -> (N, C). What a voxel without any has is that of zeros."""
+        return self.feature_mlp(features)
+
+
+class SignRefiner(nn.Module):
+    """Outside or inside, from the decoder's distances: the released `Voxel_RefinerXL_sign`."""
+
+    def __init__(self, config: SignRefinerConfig):
+        super().__init__()
+        self.config = config
+        C = config.widths[0]
+        self.input_conv = nn.Conv3d(1, C, 3, padding=1)
+        self.unet = UNet(C, config)
+        self.output_conv = nn.Conv3d(C, 1, 3, padding=1)
+
+    def forward(self, sdf: Tensor) -> Tensor:
+        """Logits (B, 1, P, P, P), outside where they are at least 0; `sdf` as `Refiner` reads it."""
+        return self.output_conv(self.unet(self.input_conv(sdf)))
+
+
+def _silu(x: Tensor) -> Tensor:
+    """In place where no gradient is kept: a patch at full resolution is the largest thing here."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
