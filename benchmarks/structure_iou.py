@@ -48,9 +48,10 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=4)
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0])
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
 
-    pipeline = load_pipeline(arguments.model_dir)
+    pipeline = load_pipeline(arguments.model_dir, torch.device(arguments.device))
     R, sampling = pipeline.sampling.sdf_resolution, pipeline.sampling
     names = list_shapes(arguments.data_dir, arguments.split, R)[0][:: arguments.every]
     views = Views(arguments.data_dir, names, pipeline.image_encoder.config.image_size, augment=False)
@@ -66,11 +67,12 @@ def main() -> None:
     image_tokens = pipeline.encode_image([load_image(files[0]) for files in views.files])
     config = pipeline.structure_dit.config
     noise = noise_for(list(range(len(truth))), [(1, config.latent_channels, *(config.resolution,) * 3)] * len(truth))
+    noise = noise.to(arguments.device)
     for scale in arguments.guidance:
         velocity = guided_velocity(pipeline.structure_dit, image_tokens, scale)
         latents = euler_sample(velocity, noise, time_schedule(arguments.steps, sampling.structure_shift))
         logits = pipeline.structure_vae.decode(pipeline.structure_vae.denormalize_latents(latents))[:, 0]
-        made = (logits.sigmoid() >= pipeline.structure_vae.config.threshold).numpy()
+        made = (logits.sigmoid() >= pipeline.structure_vae.config.threshold).cpu().numpy()
         scores = iou(made, truth)
         print(
             f"guidance {scale}: IoU {scores.mean():.3f}, median {np.median(scores):.3f}, "

@@ -246,6 +246,19 @@ def test_nearest_view_finds_the_same_object(root, scoring):
     assert again.record == item.record
 
 
+def test_model_alone_has_the_same_scores(root, scoring):
+    pipeline = quick_pipeline(root)
+    config = GenerationConfig(batch_size=3, baseline_views=4, sheet=0)
+    (whole,), about = generation.run(pipeline, {"box_again": "made"}, config, 0, scoring, Inline())
+    alone, nothing = generation.run(
+        pipeline, {"box_again": "made"}, dataclasses.replace(config, baselines=False), 0, scoring, Inline()
+    )
+    assert about is not None and nothing is None and set(alone[0].scores) == {MODEL}
+    assert alone[0].scores[MODEL] == whole.scores[MODEL]
+    summaries, text = report(alone, pipeline.sampling, "train", None, scoring)
+    assert set(summaries) == {MODEL} and "| model " in text and MEAN not in text
+
+
 def test_training_views_find_themselves_turned_as_they_are(root, scoring):
     pipeline = load_pipeline(root / "model")
     config = GenerationConfig(batch_size=4, baseline_views=4)

@@ -33,6 +33,7 @@ class GenerationConfig:
     batch_size: int = 16  # images sampled at once
     views_per_shape: int = 1
     turn_to_camera: bool = True  # as the model was trained, see symmetry.py
+    baselines: bool = True  # false: score the model alone, as when tuning its guidance
     baseline_views: int = 8  # pictures of each training shape that are compared
     sheet: int = 24  # samples on the contact sheet; drawn by the seed, not picked
     workers: int = 0  # processes that read pictures
@@ -101,7 +102,7 @@ def run(
     seed: int,
     scoring: ScoreConfig,
     pool: Executor,
-) -> tuple[list[Item], dict[str, float]]:
+) -> tuple[list[Item], dict[str, float] | None]:
     """Sample and score one view (or several) of each shape; returns the items, and of the baselines what is reported.
 
     Args:
@@ -111,7 +112,7 @@ def run(
     """
     encoder = pipeline.image_encoder
     weight = next(encoder.parameters())
-    baselines = make_baselines(encoder, config, seed, scoring, pool)
+    baselines = make_baselines(encoder, config, seed, scoring, pool) if config.baselines else None
     views = Views(scoring.data_dir, list(sources), encoder.config.image_size, config.turn_to_camera, augment=False)
     chosen = choose_views(views, config.views_per_shape, seed)
     drawn = set(np.random.default_rng(seed).permutation(len(chosen))[: config.sheet].tolist())
@@ -126,7 +127,7 @@ def run(
             if config.turn_to_camera:
                 camera = dataclasses.replace(camera, azimuth=facing(camera.azimuth)[1])
             items.append(Item(name, sources[name], file.name, camera, view.symmetry, seed_of(seed, name, file.name)))
-        similar = baselines.nearest.find(encoder, images)
+        similar = baselines.nearest.find(encoder, images) if baselines else {}
         image_tokens = encoder(images.to(weight.dtype) / 255)
         made = sample(pipeline, image_tokens, [item.seed for item in items])
         for place, (item, (block_coords, values)) in enumerate(zip(items, made, strict=True)):
@@ -134,5 +135,6 @@ def run(
                 item.nearest[kind] = (baselines.names[found[place].shape], found[place].symmetry)
             if len(jobs) in drawn:
                 item.pictures.append(images[place, :3].permute(1, 2, 0).cpu().numpy())
-            jobs.append(pool.submit(score_item, item, block_coords, values, baselines.mean_mesh, scoring))
-    return [job.result() for job in tqdm(jobs, desc="scores", unit="mesh")], baselines.about
+            mean_mesh = baselines.mean_mesh if baselines else None
+            jobs.append(pool.submit(score_item, item, block_coords, values, mean_mesh, scoring))
+    return [job.result() for job in tqdm(jobs, desc="scores", unit="mesh")], baselines and baselines.about

@@ -57,16 +57,17 @@ def score_item(
     item: Item,
     block_coords: np.ndarray,
     values: np.ndarray,
-    mean_mesh: tuple[np.ndarray, np.ndarray],
+    mean_mesh: tuple[np.ndarray, np.ndarray] | None,
     config: ScoreConfig,
 ) -> Item:
-    """Fill in the scores of all methods; add result and truth, each from two sides, to an item with a picture."""
+    """Fill in the scores of all methods, the baselines' where they are known; add result and truth, each from two sides, to an item with a picture."""
     truth = Shape.of_file(item.name, item.symmetry, config)
     result = Shape.of_blocks(block_coords, values, config, decoded=True)
     item.scores[MODEL] = compare(result, truth, config) | topology(result) | {"tokens": len(block_coords)}
     for kind, (name, symmetry) in item.nearest.items():
         item.scores[NEAREST[kind]] = compare(Shape.of_file(name, symmetry, config), truth, config)
-    item.scores[MEAN] = compare(Shape(*mean_mesh, config), truth, config)
+    if mean_mesh is not None:
+        item.scores[MEAN] = compare(Shape(*mean_mesh, config), truth, config)
     if item.pictures:
         item.pictures += [*pictures_of(result, item.camera), *pictures_of(truth, item.camera)]
     return item
@@ -90,10 +91,15 @@ def by_shape(items: list[Item], method: str, score: str) -> list[float]:
     return [float(np.mean(v)) for v in values.values()]
 
 
+def methods_of(items: list[Item]) -> list[str]:
+    """Those that were scored, in the order of the table."""
+    return [method for method in METHODS if method in items[0].scores]
+
+
 def summarize_items(items: list[Item]) -> dict:
     """Of each method: each score's summary, and for the baselines how often the model is better, and by how much."""
     summaries = {}
-    for method in METHODS:
+    for method in methods_of(items):
         summaries[method] = {s: summarize(by_shape(items, method, s)) for s, *_ in COLUMNS.values()}
         if method == MODEL:
             summaries[method] |= {s: summarize(by_shape(items, method, s)) for s in TOPOLOGY}
@@ -107,44 +113,61 @@ def summarize_items(items: list[Item]) -> dict:
 
 
 def report(
-    items: list[Item], sampling: SamplingConfig, train_split: str, baselines: dict, config: ScoreConfig
+    items: list[Item], sampling: SamplingConfig, train_split: str, baselines: dict | None, config: ScoreConfig
 ) -> tuple[dict, str]:
     """The summaries for evaluation.json, and the tables in markdown."""
     summaries = summarize_items(items)
-    rows = [
-        [method, *(format_summary(summaries[method][s], scale, digits) for s, scale, digits, _ in COLUMNS.values())]
-        for method in METHODS
-    ]
-    table = markdown_table(["method", *COLUMNS], rows)
+    made = summaries[MODEL]
+    shapes = len({item.name for item in items})
+    about = (
+        f"{len(items)} views of {shapes} shapes, none of which was in training; one "
+        f"sample per view. Structure: {sampling.structure_steps} steps, guidance {sampling.structure_guidance:g}; "
+        f"latents: {sampling.latent_steps} steps, guidance {sampling.latent_guidance:g}. Means with 95 % bootstrap "
+        f"intervals over shapes; IoU on {config.cells}³ cells; distances in units of the cube [-1,1]³, one voxel is "
+        f"{2 / config.resolution:.5f}."
+    )
+    topology = (
+        f"Model: {100 * made['watertight']['mean']:.0f} % watertight, {made['outer_shells']['mean']:.2f} outer and "
+        f"{made['inner_shells']['mean']:.2f} inner shells, {made['tokens']['mean']:.0f} tokens."
+    )
+    paragraphs = ["## Generation from one view", about, score_table(summaries)]
+    if baselines is not None:
+        paragraphs += [win_table(summaries), source_table(items)]
+        topology += (
+            f" Baselines see the {baselines['shapes']} shapes of split {train_split}: {baselines['pictures']} "
+            f"pictures, mirrored ones included; the mean is cut at {baselines['level']:.3f}, IoU "
+            f"{baselines['iou_on_train']:.3f} there."
+        )
+    return summaries, "\n\n".join([text.strip("\n") for text in (*paragraphs, topology)]) + "\n"
 
+
+def score_table(summaries: dict) -> str:
+    """Every method's scores."""
+    rows = [
+        [method, *(format_summary(scores[s], scale, digits) for s, scale, digits, _ in COLUMNS.values())]
+        for method, scores in summaries.items()
+    ]
+    return markdown_table(["method", *COLUMNS], rows)
+
+
+def win_table(summaries: dict) -> str:
+    """How often the model is better than each baseline."""
     rows = []
     for method in METHODS[1:]:
         cells = [summaries[method][score] for score, *_ in COLUMNS.values()]
         rows.append([method, *(f"{100 * cell['win_rate_of_model']:.0f} %" for cell in cells)])
-    wins = markdown_table(["model better than", *COLUMNS], rows)
+    return markdown_table(["model better than", *COLUMNS], rows)
 
+
+def source_table(items: list[Item]) -> str:
+    """Volume IoU of the model and the baselines for each source of meshes."""
     rows = []
     for source in sorted({item.source for item in items}):
         group = [item for item in items if item.source == source]
         best = max(NEAREST.values(), key=lambda method: np.mean(by_shape(group, method, "iou")))
         cells = [format_summary(summarize(by_shape(group, method, "iou"))) for method in (MODEL, best, MEAN)]
         rows.append([f"{source} ({len({item.name for item in group})})", *cells])
-    sources = markdown_table(["volume IoU by source", MODEL, "better of the nearest", MEAN], rows)
-
-    made = summaries[MODEL]
-    shapes = len({item.name for item in items})
-    text = (
-        f"## Generation from one view\n\n{len(items)} views of {shapes} shapes, none of which was in training; one "
-        f"sample per view. Structure: {sampling.structure_steps} steps, guidance {sampling.structure_guidance:g}; "
-        f"latents: {sampling.latent_steps} steps, guidance {sampling.latent_guidance:g}. Means with 95 % bootstrap "
-        f"intervals over shapes; IoU on {config.cells}³ cells; distances in units of the cube [-1,1]³, one voxel is "
-        f"{2 / config.resolution:.5f}.\n\n{table}\n{wins}\n{sources}\n"
-        f"Model: {100 * made['watertight']['mean']:.0f} % watertight, {made['outer_shells']['mean']:.2f} outer and "
-        f"{made['inner_shells']['mean']:.2f} inner shells, {made['tokens']['mean']:.0f} tokens. Baselines see the "
-        f"{baselines['shapes']} shapes of split {train_split}: {baselines['pictures']} pictures, mirrored ones "
-        f"included; the mean is cut at {baselines['level']:.3f}, IoU {baselines['iou_on_train']:.3f} there.\n"
-    )
-    return summaries, text
+    return markdown_table(["volume IoU by source", MODEL, "better of the nearest", MEAN], rows)
 
 
 def sheet_of(items: list[Item], samples_per_row: int = 2, cell: int = 128) -> Image.Image | None:
