@@ -60,7 +60,10 @@ def score_item(
     mean_mesh: tuple[np.ndarray, np.ndarray] | None,
     config: ScoreConfig,
 ) -> Item:
-    """Fill in the scores of all methods, the baselines' where they are known; add result and truth, each from two sides, to an item with a picture."""
+    """Fill in the scores of all methods, the baselines' where they are known.
+
+    An item with a picture also gets those of result and truth, each from two sides.
+    """
     truth = Shape.of_file(item.name, item.symmetry, config)
     result = Shape.of_blocks(block_coords, values, config, decoded=True)
     item.scores[MODEL] = compare(result, truth, config) | topology(result) | {"tokens": len(block_coords)}
