@@ -147,6 +147,17 @@ def _rembg(image: Image.Image, name: str | None) -> Image.Image:
         raise ImageError(f"rembg failed with the model {files[at_hand[0]]}: {reason}") from error
 
 
+def rembg_at_hand() -> bool:
+    """Whether rembg is installed and has a model file on this machine, so that it can run without a download."""
+    if find_spec("rembg") is None or find_spec("onnxruntime") is None:
+        return False
+    from rembg.sessions import sessions_class
+
+    return any(
+        _rembg_file(session, session.name()).is_file() for session in sessions_class if session.name() in REMBG_MODELS
+    )
+
+
 def _rembg_file(session: type, name: str) -> Path:
     """Where this version of rembg keeps a model: <home>/models/<name>/<name>.onnx, before 2.0.70 <home>/<name>.onnx."""
     file = f"{name}.onnx"
@@ -182,6 +193,31 @@ def preprocess(image: Image.Image, size: int = 518, margin: float = 16) -> Tenso
     rgb = _square(rgb, size, margin, "white", Image.Resampling.BILINEAR)
     mask = _square(mask, size, margin, "black", Image.Resampling.NEAREST)
     return torch.from_numpy(np.dstack([rgb, mask])).permute(2, 0, 1).contiguous().float() / 255
+
+
+def centre_object(image: Image.Image, size: int, ratio: float) -> Image.Image:
+    """Crop to the object and centre it in a transparent square.
+
+    Args:
+        image: RGBA, with something that is not transparent.
+        size: pixels per edge of the square.
+        ratio: the longer side of the object over that of the square, in (0, 1].
+
+    Returns:
+        RGBA (size, size). Transparent pixels are black, and lend no colour to the edge.
+    """
+    if not 0 < ratio <= 1:
+        raise ValueError(f"expected a ratio in (0, 1], got {ratio}")
+    box = image.getchannel("A").getbbox()
+    if box is None:
+        raise ImageError("the image is fully transparent")
+    cropped = image.crop(box)
+    scale = size * ratio / max(cropped.size)
+    width, height = (max(1, round(edge * scale)) for edge in cropped.size)
+    resized = cropped.convert("RGBa").resize((width, height), Image.Resampling.LANCZOS).convert("RGBA")
+    square = Image.new("RGBA", (size, size))
+    square.paste(resized, ((size - width) // 2, (size - height) // 2))
+    return square
 
 
 def _square(image: Image.Image, size: int, margin: int, color: str, resampling: Image.Resampling) -> Image.Image:

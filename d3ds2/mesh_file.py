@@ -58,12 +58,21 @@ def save_mesh(path: str | Path, mesh: Mesh, metadata: dict[str, str | int | floa
     Raises:
         MeshFileError: no faces, unknown extension, or the file cannot be written.
     """
+    path = Path(path)
+    data = mesh_bytes(path.suffix.lower(), mesh, metadata)
+    try:
+        with replacing(path) as temporary:
+            temporary.write_bytes(data)
+    except OSError as error:
+        raise MeshFileError(f"cannot write {path}: {error.strerror}") from None
+
+
+def mesh_bytes(kind: str, mesh: Mesh, metadata: dict[str, str | int | float] | None = None) -> bytes:
+    """The content of such a file; `kind` is one of FORMATS. Arguments and errors as `save_mesh`."""
     import trimesh  # slow to import, and only the end of a run needs it
 
-    path = Path(path)
-    kind = path.suffix.lower()
     if kind not in FORMATS:
-        raise MeshFileError(f"expected an output that ends in {', '.join(FORMATS)}, got {path}")
+        raise MeshFileError(f"expected an output that ends in {', '.join(FORMATS)}, got {kind!r}")
     if len(mesh.faces) == 0:
         raise MeshFileError("expected a mesh with faces, got none")
     exported = trimesh.Trimesh(
@@ -83,8 +92,11 @@ def save_mesh(path: str | Path, mesh: Mesh, metadata: dict[str, str | int | floa
     if kind == ".obj":
         arguments["header"] = GENERATOR
     data = exported.export(file_type=kind[1:], **arguments)
-    try:
-        with replacing(path) as temporary:
-            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-    except OSError as error:
-        raise MeshFileError(f"cannot write {path}: {error.strerror}") from None
+    return data.encode() if isinstance(data, str) else data
+
+
+def turn_z_up(mesh: Mesh) -> Mesh:
+    """The same mesh for programs whose Z points up: (x, y, z) becomes (x, -z, y)."""
+    turned = (points[:, [0, 2, 1]] * np.array([1, -1, 1], np.float32) for points in (mesh.vertices, mesh.normals))
+    vertices, normals = turned
+    return Mesh(vertices, mesh.faces, normals)

@@ -181,14 +181,16 @@ class Pipeline:
         velocity = guided_velocity(self.structure_dit, image_tokens.to(device), guidance_scale)
         noise = noise_for(list(seeds), [(1, E, R, R, R)] * image_tokens.batch_size).to(device)
         times = time_schedule(steps or self.sampling.structure_steps, self.sampling.structure_shift)
-        latents = euler_sample(velocity, noise, times, on_step)  # (B, E, R, R, R)
-
-        latents = latents.to(next(self.structure_vae.parameters()).device)
-        logits = self.structure_vae.decode(self.structure_vae.denormalize_latents(latents))
-        voxels = self.structure_vae.occupied(logits)
+        voxels = self.decode_structure(euler_sample(velocity, noise, times, on_step))
         if 0 in voxels.counts:
             raise _empty("structure", voxels.counts.index(0), voxels.batch_size)
         return voxels
+
+    @torch.no_grad()
+    def decode_structure(self, latents: Tensor) -> Voxels:
+        """What the structure DiT makes, (B, E, R, R, R) -> the voxels that it occupies, maybe none."""
+        latents = latents.to(next(self.structure_vae.parameters()).device)
+        return self.structure_vae.occupied(self.structure_vae.decode(self.structure_vae.denormalize_latents(latents)))
 
     @torch.no_grad()
     def sample_latents(
@@ -209,6 +211,13 @@ class Pipeline:
         noise = noise_for([seed ^ LATENT_STREAM for seed in seeds], [(count, E) for count in voxels.counts]).to(device)
         times = time_schedule(steps or self.sampling.latent_steps, self.sampling.latent_shift)
         return self.sdf_vae.denormalize_latents(euler_sample(velocity, noise, times, on_step))
+
+    @torch.no_grad()
+    def encode_sdf(self, sdf: Tensor, voxels: Voxels) -> tuple[Tensor, Voxels]:
+        """Distances (M, 1) on active voxels -> latents (N, E) as `decode_sdf` takes them, and their voxels."""
+        device = next(self.sdf_vae.parameters()).device
+        mean, _, latent_voxels = self.sdf_vae.encode(sdf.to(device), voxels.to(device))
+        return mean, latent_voxels
 
     @torch.no_grad()
     def decode_sdf(self, latents: Tensor, voxels: Voxels) -> tuple[Tensor, Voxels]:

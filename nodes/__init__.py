@@ -1,0 +1,39 @@
+"""The nodes, in the order of the data path: image -> structure -> latent -> SDF -> mesh -> file.
+
+Importing this package imports no network, no numba and no transformers: a node imports what it runs when it runs.
+"""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .load_model import LoadD3DS2Model
+from .mesh_export import MeshExport
+from .model_folders import register_model_folder
+from .remove_background import RemoveBackground
+from .sparse_structure_sample import SparseStructureSample
+from .ssa_dit_sample import SSADiTSample
+from .structure_from_mesh import StructureFromMesh
+from .vae_decode_sdf import VAEDecodeSDF
+from .vae_encode_mesh import VAEEncodeMesh
+
+NODES: list[type[io.ComfyNode]] = [
+    LoadD3DS2Model,
+    RemoveBackground,
+    SparseStructureSample,
+    SSADiTSample,
+    VAEDecodeSDF,
+    MeshExport,
+    VAEEncodeMesh,
+    StructureFromMesh,
+]
+
+
+class D3DS2Extension(ComfyExtension):
+    async def on_load(self) -> None:
+        register_model_folder()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> D3DS2Extension:
+    return D3DS2Extension()

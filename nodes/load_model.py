@@ -1,0 +1,79 @@
+"""Model folder -> the five networks, held by ComfyUI's memory manager."""
+
+from comfy_api.latest import io
+
+from .io_types import CATEGORY, Model, ModelSocket
+from .model_folders import TINY, model_folder, model_names
+
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+
+
+class LoadD3DS2Model(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoadD3DS2Model",
+            display_name="Load D3DS2 Model",
+            category=CATEGORY,
+            description="Loads a Direct3D-S2 model folder. The small model `tiny` is always there.",
+            search_aliases=["direct3d", "image to 3d", "3d model loader", "d3ds2"],
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=model_names(),
+                    default=TINY,
+                    tooltip="A folder in models/direct3d_s2 (or in that entry of extra_model_paths.yaml), or the "
+                    "shipped `tiny`. Press R after adding a folder.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    default="auto",
+                    tooltip="auto takes what your device does best: bf16 or fp16 on a GPU, fp32 on the CPU.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[ModelSocket.Output("model_out", display_name="model", tooltip="The model, for all other nodes.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model) -> bool | str:
+        try:
+            model_folder(model)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, model, precision) -> str:
+        files = sorted(model_folder(model).glob("*.*"))
+        return repr([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+
+    @classmethod
+    def execute(cls, model, precision) -> io.NodeOutput:
+        from ..d3ds2.checkpoint import NETWORKS, CheckpointError, load_network, load_settings
+        from ..d3ds2.pipeline import Pipeline
+        from .device_memory import choose_dtype, make_patcher
+        from .progress import Progress, run_cancellable
+
+        folder = model_folder(model)
+        progress = Progress(cls.hidden.unique_id, len(NETWORKS))
+        networks = {}
+        try:
+            name, sampling = load_settings(folder)
+            for done, network in enumerate(NETWORKS):
+                progress.status(f"loading {network}")
+                dtype = choose_dtype(network, precision)
+                networks[network] = run_cancellable(load_network, folder, network, dtype=dtype)
+                progress.update(done + 1)
+            pipeline = Pipeline(**networks, sampling=sampling)
+        except CheckpointError as error:
+            raise ValueError(f"{error}. Copy or convert the model {model!r} again, or choose another.") from None
+        progress.status(f"{name}: {sampling.sdf_resolution}³, {_dtypes(networks)}")
+        return io.NodeOutput(Model(name, pipeline, {key: make_patcher(value) for key, value in networks.items()}))
+
+
+def _dtypes(networks) -> str:
+    names = {str(next(network.parameters()).dtype).removeprefix("torch.") for network in networks.values()}
+    return " and ".join(sorted(names))

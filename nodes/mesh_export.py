@@ -1,0 +1,145 @@
+"""Mesh -> file in the output folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import Types, io
+
+from .io_types import CATEGORY
+
+FORMATS = ("glb", "obj", "ply", "stl")
+
+
+class MeshExport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="D3DS2MeshExport",
+            display_name="Mesh Export",
+            category=CATEGORY,
+            description="Writes meshes into the output folder: glb, obj, ply or stl. Dropping the GLB onto the canvas "
+            "brings the workflow back.",
+            search_aliases=["save mesh", "export 3d", "glb", "obj", "ply", "stl", "decimate", "d3ds2"],
+            is_output_node=True,
+            inputs=[
+                io.Mesh.Input("mesh", tooltip="One mesh or a batch: a file for each."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="3d/d3ds2",
+                    tooltip="Folder and beginning of the name, inside the output folder. %year% %month% %day% %hour% "
+                    "%minute% %second% are filled in.",
+                ),
+                io.Combo.Input("format", options=list(FORMATS), default="glb", tooltip="The kind of file."),
+                io.Int.Input(
+                    "target_faces",
+                    default=0,
+                    min=0,
+                    max=100_000_000,
+                    tooltip="Simplify to about this many faces; 0 keeps them all.",
+                ),
+                io.Combo.Input(
+                    "up_axis",
+                    options=["Y", "Z"],
+                    default="Y",
+                    tooltip="Y is glTF's and the viewer's; Z is for CAD and 3D printing.",
+                    advanced=True,
+                ),
+                io.Boolean.Input(
+                    "embed_workflow",
+                    default=True,
+                    tooltip="Keep the workflow inside the GLB, unless ComfyUI runs with --disable-metadata.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[
+                io.String.Output(
+                    "path",
+                    is_output_list=True,
+                    tooltip="Path relative to the output folder, for Preview 3D.",
+                ),
+                io.File3DAny.Output("file_3d", is_output_list=True, tooltip="The file, for core's 3D nodes."),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
+        )
+
+    @classmethod
+    def execute(cls, mesh, filename_prefix, format, target_faces, up_axis, embed_workflow) -> io.NodeOutput:
+        from ..d3ds2.mesh_file import mesh_bytes, turn_z_up
+        from ..d3ds2.sdf_to_mesh import decimate
+        from .mesh_socket import from_socket
+        from .progress import Progress, run_cancellable
+        from .samples import sample
+
+        meshes = from_socket(mesh)
+        folder, name, counter, subfolder = _save_path(filename_prefix)
+        metadata = _workflow(cls.hidden) if embed_workflow and format == "glb" else {}
+        progress = Progress(cls.hidden.unique_id, len(meshes))
+        files = []
+        for index, own in enumerate(meshes):
+            with sample(index, len(meshes)):
+                if target_faces and len(own.faces) > target_faces:
+                    progress.status(f"simplifying {len(own.faces):,} faces to {target_faces:,}")
+                    own = run_cancellable(decimate, own, target_faces)
+                if up_axis == "Z":
+                    own = turn_z_up(own)
+                file = f"{name}_{counter + index:05}_.{format}"
+                progress.status(f"writing {file}: {len(own.faces):,} faces")
+                data = run_cancellable(mesh_bytes, f".{format}", own, metadata)
+                _write(folder / file, data)
+            files.append(file)
+            progress.update(index + 1)
+        progress.status(f"{len(own.faces):,} faces in {files[-1]}")
+        paths = [f"{subfolder}/{file}" if subfolder else file for file in files]
+        results = [{"filename": file, "subfolder": subfolder, "type": "output"} for file in files]
+        return io.NodeOutput(paths, [Types.File3D(str(folder / file), format) for file in files], ui={"3d": results})
+
+
+def _save_path(prefix: str) -> tuple[Path, str, int, str]:
+    """Folder, beginning of the name, first free number, folder relative to output/.
+
+    Raises ValueError for a prefix that has no name or leads out of the output folder, or a folder that cannot be made.
+    """
+    import folder_paths
+
+    output = folder_paths.get_output_directory()
+    prefix = prefix.replace("\\", "/")
+    target = os.path.abspath(os.path.join(output, prefix))
+    if os.path.commonpath((os.path.abspath(output), os.path.dirname(target))) != os.path.abspath(output):
+        raise ValueError(
+            f"filename_prefix {prefix!r} leads out of the output folder {output}: use one inside it, such as 3d/name."
+        )
+    if prefix.strip() in ("", ".") or prefix.endswith("/"):
+        raise ValueError(f"filename_prefix {prefix!r} has no file name: use one such as 3d/name.")
+    try:
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, output)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder of {target}: {error.strerror}. {_WRITE_ADVICE}") from None
+    return Path(folder), name, counter, subfolder.replace("\\", "/")
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all. Raises ValueError with what to do if that cannot be."""
+    from ..d3ds2.atomic_file import replacing
+
+    try:
+        with replacing(path) as temporary:
+            temporary.write_bytes(data)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}. {_WRITE_ADVICE}") from None
+
+
+_WRITE_ADVICE = "Make the folder writable, free space on the disk, or start ComfyUI with another --output-directory."
+
+
+def _workflow(hidden: Any) -> dict[str, str]:
+    """What brings the workflow back when the GLB is dropped onto the canvas; nothing under --disable-metadata."""
+    from comfy.cli_args import args
+
+    if args.disable_metadata:
+        return {}
+    metadata = {} if hidden.prompt is None else {"prompt": json.dumps(hidden.prompt)}
+    return metadata | {key: json.dumps(value) for key, value in (hidden.extra_pnginfo or {}).items()}

@@ -1,0 +1,72 @@
+"""Core's MESH socket <-> d3ds2 meshes, in every supported version of ComfyUI.
+
+A batch of unequal meshes is padded with zeros; `vertex_counts` and `face_counts` say how much is real. Versions before
+0.21 do not know them as arguments; there they are set as attributes, which our own nodes read.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from comfy_api.latest import Types
+
+if TYPE_CHECKING:
+    from ..d3ds2.sdf_to_mesh import Mesh
+
+
+def to_socket(meshes: list[Mesh]) -> Types.MESH:
+    """Meshes -> one MESH: vertices (B, V, 3) float32, faces (B, F, 3) int64, and normals where MESH takes them."""
+    known = inspect.signature(Types.MESH).parameters
+    vertices, faces = _pad([mesh.vertices for mesh in meshes]), _pad([mesh.faces for mesh in meshes])
+    extras = {"normals": _pad([mesh.normals for mesh in meshes])}
+    if len({mesh.vertices.shape + mesh.faces.shape for mesh in meshes}) > 1:
+        extras["vertex_counts"] = torch.tensor([len(mesh.vertices) for mesh in meshes])
+        extras["face_counts"] = torch.tensor([len(mesh.faces) for mesh in meshes])
+    socket = Types.MESH(vertices, faces, **{name: value for name, value in extras.items() if name in known})
+    for name, value in extras.items():
+        if name not in known:
+            setattr(socket, name, value)
+    return socket
+
+
+def from_socket(socket: Types.MESH) -> list[Mesh]:
+    """The meshes of a MESH, with normals of their faces where none came along.
+
+    Raises:
+        ValueError: a mesh without faces, indices that point nowhere, or coordinates that are not finite.
+    """
+    from ..d3ds2.sdf_to_mesh import Mesh, area_weighted_normals
+
+    meshes = []
+    normals_given = getattr(socket, "normals", None)
+    for i in range(len(socket.vertices)):
+        vertex_count, face_count = (_count(socket, name, i) for name in ("vertex_counts", "face_counts"))
+        vertices = np.array(socket.vertices[i][:vertex_count].detach().float().cpu())
+        faces = np.array(socket.faces[i][:face_count].detach().long().cpu())
+        which = f"mesh {i + 1} of {len(socket.vertices)}"
+        if not len(vertices) or not len(faces):
+            raise ValueError(f"{which} is empty: it has {len(vertices)} vertices and {len(faces)} faces")
+        if faces.min() < 0 or faces.max() >= len(vertices):
+            raise ValueError(f"{which} is damaged: its faces name vertices outside of 0 to {len(vertices) - 1}")
+        if not np.isfinite(vertices).all():
+            raise ValueError(f"{which} is damaged: it has coordinates that are not finite")
+        normals = area_weighted_normals(vertices, faces)
+        if normals_given is not None and normals_given.shape == socket.vertices.shape:
+            normals = np.array(normals_given[i][:vertex_count].detach().float().cpu())
+        meshes.append(Mesh(vertices, faces, normals))
+    return meshes
+
+
+def _count(socket: Types.MESH, name: str, index: int) -> int | None:
+    counts = getattr(socket, name, None)
+    return None if counts is None else int(counts[index])
+
+
+def _pad(arrays: list[np.ndarray]) -> torch.Tensor:
+    padded = torch.zeros(len(arrays), max(map(len, arrays)), 3, dtype=torch.from_numpy(arrays[0][:0]).dtype)
+    for row, array in zip(padded, arrays, strict=True):
+        row[: len(array)] = torch.from_numpy(array)
+    return padded

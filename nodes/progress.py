@@ -1,0 +1,98 @@
+"""What a user sees while a node works, and how they stop it: bar, live picture, status text, Cancel within a second."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from contextvars import copy_context
+from typing import TYPE_CHECKING, TypeVar
+
+import comfy.model_management as mm
+import comfy.utils
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+POLL = 0.1  # seconds between two looks at the Cancel button
+PREVIEW_SIZE = 512  # pixels, at most, of a live picture
+PREVIEW_SHARE = 0.2  # of the time may go into making pictures
+
+Result = TypeVar("Result")
+
+
+class Progress:
+    """The bar of the node that runs now, and the line of text under it."""
+
+    def __init__(self, node_id: str | None, total: int):
+        self.node_id, self.total = node_id, total
+        self.bar = comfy.utils.ProgressBar(total)
+        self.started, self.spent_on_pictures, self.picture = time.monotonic(), 0.0, None
+
+    def status(self, text: str) -> None:
+        """Show a line of text on the node."""
+        from server import PromptServer
+
+        server = getattr(PromptServer, "instance", None)  # none when nodes run without a server
+        if server is not None and self.node_id is not None:
+            server.send_progress_text(text, self.node_id)
+
+    def update(self, done: int, picture: Callable[[], Image.Image] | None = None) -> None:
+        """`done` of `total` are done; a cancel point.
+
+        `picture` draws what there is to see. Where drawing is slow beside the steps, some steps show the last picture.
+        """
+        check_cancelled()
+        if picture is not None:
+            now = time.monotonic()
+            if self.picture is None or self.spent_on_pictures <= PREVIEW_SHARE * (now - self.started):
+                self.picture = picture()
+                self.spent_on_pictures += time.monotonic() - now
+        preview = None if self.picture is None else ("JPEG", self.picture, PREVIEW_SIZE)
+        self.bar.update_absolute(done, self.total, preview)
+
+
+def check_cancelled() -> None:
+    """A cancel point: raises ComfyUI's InterruptProcessingException when the user asked for it."""
+    mm.throw_exception_if_processing_interrupted()
+
+
+@contextmanager
+def cancellable(*networks: torch.nn.Module) -> Iterator[None]:
+    """Every layer of the networks is a cancel point while the block runs."""
+    hooks = [
+        module.register_forward_pre_hook(lambda _module, _arguments: check_cancelled())
+        for network in networks
+        for module in network.modules()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def run_cancellable(function: Callable[..., Result], *args, **kwargs) -> Result:
+    """Call a long function that knows nothing of cancelling, in a thread, and watch the Cancel button meanwhile.
+
+    When cancelled, the thread works on to its end, and what it made is dropped.
+    """
+    outcome: Future[Result] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(function(*args, **kwargs))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=copy_context().run, args=(work,), daemon=True).start()
+    while True:
+        check_cancelled()
+        try:
+            return outcome.result(timeout=POLL)
+        except TimeoutError:
+            if outcome.done():  # the function's own
+                raise

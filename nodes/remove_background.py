@@ -1,0 +1,146 @@
+"""Image -> the object cut out of its background, and its mask."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from comfy_api.latest import io
+
+from .io_types import CATEGORY, BackgroundRemovalSocket
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+METHODS = ("auto", "mask", "alpha", "model", "rembg", "plain")
+
+
+class RemoveBackground(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="D3DS2RemoveBackground",
+            display_name="Remove Background",
+            category=CATEGORY,
+            description="Cuts the object out of its background. `auto` takes the first that is there: the mask, the "
+            "image's own alpha, the background removal model, rembg, a plain background.",
+            search_aliases=["background removal", "cut out", "matting", "rembg", "alpha", "d3ds2"],
+            inputs=[
+                io.Image.Input("image", tooltip="One picture or a batch, each of one object."),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where the object is: 1 on it, 0 around it. The MASK of Load Image is the other way round: "
+                    "switch invert_mask on for it.",
+                ),
+                BackgroundRemovalSocket.Input(
+                    "background_removal",
+                    optional=True,
+                    tooltip="From core's Load Background Removal Model; used by `auto` and `model`.",
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    default="auto",
+                    tooltip="How to find the object. `rembg` needs the package and its model file, nothing is "
+                    "downloaded; `plain` fills in from the border of the picture.",
+                ),
+                io.Boolean.Input(
+                    "invert_mask",
+                    default=False,
+                    tooltip="On for the MASK of Load Image, which is 1 where the picture is transparent.",
+                ),
+                io.Float.Input(
+                    "foreground_ratio",
+                    default=0.9,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="The object's longer side over the side of the square it is centred in; 0 keeps the "
+                    "picture's own framing.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("cut_out", display_name="image", tooltip="The object with an alpha channel (RGBA)."),
+                io.Mask.Output("object_mask", display_name="mask", tooltip="1 on the object, 0 around it."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, image, method, invert_mask, foreground_ratio, mask=None, background_removal=None) -> io.NodeOutput:
+        from ..d3ds2.foreground import ImageError, centre_object, cut_out
+        from .pictures import to_images, to_masks, to_pictures
+        from .progress import Progress, run_cancellable
+        from .samples import sample
+
+        pictures = to_pictures(image)
+        masks = _masks_for(image, mask, invert_mask, method)
+        progress = Progress(cls.hidden.unique_id, len(pictures))
+        objects = []
+        for index, picture in enumerate(pictures):
+            used = _choose(method, picture, masks is not None, background_removal is not None)
+            progress.status(f"picture {index + 1}/{len(pictures)}: {used}")
+            with sample(index, len(pictures)):
+                try:
+                    if used == "mask":
+                        cut = cut_out(picture, masks[index % len(masks)].resize(picture.size))
+                    elif used == "model":
+                        found = to_masks(background_removal.encode_image(image[index : index + 1, ..., :3]))[0]
+                        cut = cut_out(picture, found.resize(picture.size))
+                    else:
+                        cut = run_cancellable(cut_out, picture, method=used)
+                except ImageError as error:
+                    raise ValueError(f"{error}. {_ADVICE[used]}") from None
+            if foreground_ratio:
+                cut = centre_object(cut, max(picture.size), foreground_ratio)
+            objects.append(cut)
+            progress.update(index + 1)
+        object_masks = [cut.getchannel("A") for cut in objects]
+        return io.NodeOutput(to_images(objects), to_images(object_masks))
+
+
+_ADVICE = {
+    "mask": "Connect a mask that is 1 on the object; for the MASK of Load Image, switch invert_mask on.",
+    "alpha": "Connect an IMAGE with four channels, or choose another method.",
+    "model": "Give a picture of one object, or connect a mask.",
+    "rembg": "Connect a mask, or core's Load Background Removal Model.",
+    "plain": "Connect a mask, or core's Load Background Removal Model.",
+}
+
+
+def _masks_for(image: torch.Tensor, mask: torch.Tensor | None, invert: bool, method: str) -> list[Image.Image] | None:
+    """Pictures of mode L, white on the object: one, or one for each image. None where no mask is to be used."""
+    from .pictures import to_masks
+
+    if mask is None or method not in ("auto", "mask"):
+        return None
+    masks = mask[None] if mask.ndim == 2 else mask
+    # Load Image gives this for a picture without alpha: it says nothing
+    if method == "auto" and masks.shape[1:] == (64, 64) != image.shape[1:3] and not masks.any():
+        return None
+    if len(masks) not in (1, len(image)):
+        raise ValueError(f"expected 1 mask or {len(image)}, one for each image, got {len(masks)}")
+    return to_masks(1 - masks if invert else masks)
+
+
+def _choose(method: str, picture: Image.Image, has_mask: bool, has_model: bool) -> str:
+    """The method for a picture. Raises ValueError if it needs what is not connected."""
+    from ..d3ds2.foreground import rembg_at_hand
+
+    if method == "mask" and not has_mask:
+        raise ValueError("method is `mask`, and no mask is connected: connect one, or choose `auto`.")
+    if method == "model" and not has_model:
+        raise ValueError(
+            "method is `model`, and no background removal model is connected: connect core's Load Background Removal "
+            "Model, or choose `auto`."
+        )
+    if method != "auto":
+        return method
+    if has_mask:
+        return "mask"
+    if picture.mode == "RGBA" and picture.getextrema()[3][0] < 255:
+        return "alpha"
+    if has_model:
+        return "model"
+    return "rembg" if rembg_at_hand() else "plain"

@@ -1,0 +1,100 @@
+"""Image -> structure: which latent voxels are occupied."""
+
+from comfy_api.latest import io
+
+from .io_types import CATEGORY, MAX_SEED, Model, ModelSocket, StructureSocket
+
+
+class SparseStructureSample(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="D3DS2SparseStructureSample",
+            display_name="Sparse Structure Sample",
+            category=CATEGORY,
+            description="Stage one: the rough shape of the object as occupied voxels. Cheap; look at it before paying "
+            "for stage two.",
+            search_aliases=["direct3d", "image to 3d", "voxels", "occupancy", "d3ds2"],
+            inputs=[
+                ModelSocket.Input("model", tooltip="From Load D3DS2 Model."),
+                io.Image.Input(
+                    "image",
+                    tooltip="The object, cut out (from Remove Background) or on a plain background. A batch makes one "
+                    "structure of each picture.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=MAX_SEED,
+                    control_after_generate=True,
+                    tooltip="One seed, one structure. Picture i of a batch takes seed + i.",
+                ),
+                io.Int.Input(
+                    "steps", default=0, min=0, max=200, tooltip="Euler steps; 0 takes the model's own number."
+                ),
+                io.Float.Input(
+                    "guidance_scale",
+                    default=0.0,
+                    min=0.0,
+                    max=20.0,
+                    step=0.1,
+                    tooltip="How strongly the image guides; 1 switches guidance off and halves the time; 0 takes the "
+                    "model's own value.",
+                ),
+            ],
+            outputs=[
+                StructureSocket.Output("structure", tooltip="For SSA-DiT Sample."),
+                io.Voxel.Output("voxel", tooltip="The same as core VOXEL, for Voxel to Mesh and a look at it."),
+                io.String.Output("tokens", tooltip="How many tokens stage two will work on, as text."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model: Model, image, seed, steps, guidance_scale) -> io.NodeOutput:
+        from ..d3ds2.activation_memory import image_encoder_bytes, structure_dit_bytes, structure_vae_bytes
+        from ..d3ds2.voxel_picture import voxel_picture
+        from .device_memory import dtype_of, load_networks
+        from .progress import Progress, cancellable
+        from .samples import object_pictures, pack_structure, sample, seed_of, token_text, voxel_grid
+
+        pipeline = model.pipeline
+        encoder, dit, vae = pipeline.image_encoder, pipeline.structure_dit, pipeline.structure_vae
+        pictures = object_pictures(image)
+        steps = steps or pipeline.sampling.structure_steps
+        guidance_scale = guidance_scale or pipeline.sampling.structure_guidance
+        needed = max(
+            image_encoder_bytes(encoder.config, 1, dtype_of(encoder)),
+            structure_dit_bytes(dit.config, 1 if guidance_scale == 1 else 2, dtype_of(dit)),
+            structure_vae_bytes(vae.config, dit.config.resolution, dtype_of(vae)),
+        )
+        load_networks(
+            model,
+            ("image_encoder", "structure_dit", "structure_vae"),
+            needed,
+            "sampling a structure",
+            "choose precision fp16 in Load D3DS2 Model, or a smaller model",
+        )
+        progress = Progress(cls.hidden.unique_id, steps * len(pictures))
+        parts = []
+        for index, picture in enumerate(pictures):
+            title = f"picture {index + 1}/{len(pictures)}, " if len(pictures) > 1 else ""
+
+            def on_step(step, _x_t, x_0, index=index, title=title):
+                def draw():
+                    voxels = pipeline.decode_structure(x_0)
+                    progress.status(f"{title}step {step + 1}/{steps}: {len(voxels):,} tokens")
+                    return voxel_picture(voxels.coords[:, 1:].cpu().numpy(), voxels.resolution)
+
+                progress.update(index * steps + step + 1, draw)
+
+            with sample(index, len(pictures)), cancellable(encoder, dit, vae):
+                progress.status(f"{title}reading the image")
+                image_tokens = pipeline.encode_image([picture])
+                parts.append(
+                    pipeline.sample_structure(image_tokens, [seed_of(seed, index)], steps, guidance_scale, on_step)
+                )
+        structure = pack_structure(parts)
+        progress.status(token_text(structure))
+        return io.NodeOutput(structure, voxel_grid(structure), token_text(structure))

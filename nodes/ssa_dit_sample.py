@@ -1,0 +1,118 @@
+"""Structure and image -> latent: 16 numbers for each occupied voxel, by the sparse latent DiT."""
+
+from comfy_api.latest import io
+
+from .io_types import CATEGORY, MAX_SEED, Latent, LatentSocket, Model, ModelSocket, Structure, StructureSocket
+
+
+class SSADiTSample(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="D3DS2SSADiTSample",
+            display_name="SSA-DiT Sample",
+            category=CATEGORY,
+            description="Stage two: the detail of the surface in every voxel of the structure, with spatial sparse "
+            "attention.",
+            search_aliases=["direct3d", "image to 3d", "sparse attention", "sampler", "d3ds2"],
+            inputs=[
+                ModelSocket.Input("model", tooltip="From Load D3DS2 Model."),
+                StructureSocket.Input("structure", tooltip="From Sparse Structure Sample or Structure From Mesh."),
+                io.Image.Input(
+                    "image",
+                    tooltip="The object, cut out or on a plain background: one for all structures, or one for each.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=MAX_SEED,
+                    control_after_generate=True,
+                    tooltip="One seed, one latent. Sample i of a batch takes seed + i.",
+                ),
+                io.Int.Input(
+                    "steps", default=0, min=0, max=200, tooltip="Euler steps; 0 takes the model's own number."
+                ),
+                io.Float.Input(
+                    "guidance_scale",
+                    default=0.0,
+                    min=0.0,
+                    max=20.0,
+                    step=0.1,
+                    tooltip="How strongly the image guides; 1 switches guidance off and halves the time; 0 takes the "
+                    "model's own value.",
+                ),
+                io.Int.Input(
+                    "max_tokens",
+                    default=250_000,
+                    min=1,
+                    max=4_000_000,
+                    tooltip="A structure with more tokens than this is refused before any work.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[LatentSocket.Output("latent", tooltip="For VAE Decode SDF.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Model, structure: Structure, image, seed, steps, guidance_scale, max_tokens
+    ) -> io.NodeOutput:
+        import torch
+
+        from ..d3ds2.activation_memory import image_encoder_bytes, latent_dit_bytes
+        from ..d3ds2.voxel_picture import latent_colors, voxel_picture
+        from .device_memory import dtype_of, load_networks
+        from .progress import Progress, cancellable
+        from .samples import check_structure, object_pictures, sample, seed_of, token_text
+
+        check_structure(model, structure)
+        pipeline, voxels = model.pipeline, structure.voxels()
+        encoder, dit = pipeline.image_encoder, pipeline.latent_dit
+        largest = max(voxels.counts)
+        if largest > max_tokens:
+            raise ValueError(
+                f"the structure has {largest:,} tokens, more than max_tokens {max_tokens:,}: use a model of lower "
+                "resolution, a picture of a more compact object, or raise max_tokens."
+            )
+        pictures = object_pictures(image)
+        if len(pictures) not in (1, structure.batch_size):
+            raise ValueError(f"expected 1 image or {structure.batch_size}, one a structure, got {len(pictures)}")
+        steps = steps or pipeline.sampling.latent_steps
+        guidance_scale = guidance_scale or pipeline.sampling.latent_guidance
+        branches = 1 if guidance_scale == 1 else 2
+        needed = max(
+            image_encoder_bytes(encoder.config, 1, dtype_of(encoder)),
+            latent_dit_bytes(dit.config, branches * largest, dtype_of(dit)),
+        )
+        load_networks(
+            model,
+            ("image_encoder", "latent_dit"),
+            needed,
+            f"sampling {largest:,} tokens",
+            "use a model of lower resolution, or guidance_scale 1, which needs half",
+        )
+        progress = Progress(cls.hidden.unique_id, steps * structure.batch_size)
+        parts = []
+        for index in range(structure.batch_size):
+            own = voxels.sample(index)
+            coords = own.coords[:, 1:].numpy()
+            title = f"sample {index + 1}/{structure.batch_size}, " if structure.batch_size > 1 else ""
+
+            def on_step(step, _x_t, x_0, index=index, title=title, coords=coords):
+                progress.status(f"{title}step {step + 1}/{steps}: {len(coords):,} tokens")
+                progress.update(
+                    index * steps + step + 1,
+                    lambda: voxel_picture(coords, structure.resolution, colors=latent_colors(x_0.cpu().numpy())),
+                )
+
+            with sample(index, structure.batch_size), cancellable(encoder, dit):
+                progress.status(f"{title}reading the image")
+                image_tokens = pipeline.encode_image([pictures[index % len(pictures)]])
+                latents = pipeline.sample_latents(
+                    own, image_tokens, [seed_of(seed, index)], steps, guidance_scale, on_step
+                )
+                parts.append(latents.float().cpu())
+        progress.status(token_text(structure))
+        return io.NodeOutput(Latent(torch.cat(parts), structure, model.latent_space))

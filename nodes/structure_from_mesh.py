@@ -1,0 +1,58 @@
+"""Mesh -> structure: the latent voxels that a mesh's surface passes through."""
+
+from comfy_api.latest import io
+
+from .io_types import CATEGORY, Model, ModelSocket, StructureSocket
+
+
+class StructureFromMesh(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="D3DS2StructureFromMesh",
+            display_name="Structure From Mesh",
+            category=CATEGORY,
+            description="Takes the rough shape from a mesh of any other generator, so that SSA-DiT Sample adds detail "
+            "to it, guided by an image.",
+            search_aliases=["refine mesh", "mesh to voxels", "detail", "remesh", "d3ds2"],
+            inputs=[
+                ModelSocket.Input("model", tooltip="From Load D3DS2 Model; it sets the resolution."),
+                io.Mesh.Input("mesh", tooltip="Y up, the side that the image shows toward +Z."),
+                io.Boolean.Input(
+                    "fit",
+                    default=True,
+                    tooltip="Centre the mesh and scale it to the model's box. Off: it lies in [-1, 1]³ already and "
+                    "stays where it is.",
+                ),
+                io.Float.Input(
+                    "shell",
+                    default=0.55,
+                    min=0.5,
+                    max=4.0,
+                    step=0.05,
+                    tooltip="Half the thickness, in SDF voxels, that open sheets get.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[
+                StructureSocket.Output("structure", tooltip="For SSA-DiT Sample."),
+                io.Voxel.Output("voxel", tooltip="The same as core VOXEL, for Voxel to Mesh and a look at it."),
+                io.String.Output("tokens", tooltip="How many tokens stage two will work on, as text."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model: Model, mesh, fit, shell) -> io.NodeOutput:
+        from ..d3ds2.voxels import Voxels
+        from .mesh_distance import meshes_to_sdf, with_sample
+        from .progress import Progress
+        from .samples import pack_structure, token_text, voxel_grid
+
+        progress = Progress(cls.hidden.unique_id, len(mesh.vertices))
+        parts = []
+        for sdf in meshes_to_sdf(mesh, model, fit, shell, progress):
+            parts.append(Voxels.sort(with_sample(sdf.block_coords), model.resolution)[0])
+        structure = pack_structure(parts)
+        progress.status(token_text(structure))
+        return io.NodeOutput(structure, voxel_grid(structure), token_text(structure))

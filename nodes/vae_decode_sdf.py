@@ -1,0 +1,92 @@
+"""Latent -> SDF -> mesh."""
+
+from comfy_api.latest import io
+
+from .io_types import CATEGORY, SDF, Latent, LatentSocket, Model, ModelSocket, SDFSocket
+
+
+class VAEDecodeSDF(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="D3DS2VAEDecodeSDF",
+            display_name="VAE Decode SDF",
+            category=CATEGORY,
+            description="Decodes a latent to a signed distance field and extracts its closed surface.",
+            search_aliases=["direct3d", "image to 3d", "marching cubes", "latent to mesh", "d3ds2"],
+            inputs=[
+                ModelSocket.Input("model", tooltip="The model that made the latent."),
+                LatentSocket.Input("latent", tooltip="From SSA-DiT Sample or VAE Encode Mesh."),
+                io.Float.Input(
+                    "level",
+                    default=0.0,
+                    min=-0.9,
+                    max=0.9,
+                    step=0.01,
+                    tooltip="The surface is where the distance has this value, in units of the band: positive makes "
+                    "the object thicker.",
+                    advanced=True,
+                ),
+                io.Float.Input(
+                    "memory_budget_gb",
+                    default=0.0,
+                    min=0.0,
+                    max=1024.0,
+                    step=0.1,
+                    tooltip="Device memory that decoding may take; large latents are decoded in chunks that fit. "
+                    "0: what is free.",
+                    advanced=True,
+                ),
+                io.Boolean.Input(
+                    "keep_largest", default=False, tooltip="Keep only the connected part with the most faces."
+                ),
+                io.Float.Input(
+                    "min_component",
+                    default=0.05,
+                    min=0.0,
+                    max=1_000_000.0,
+                    step=0.01,
+                    tooltip="Loose parts with fewer faces are dropped: below 1 a share of the largest part's faces, "
+                    "from 1 on a number of faces.",
+                ),
+            ],
+            outputs=[
+                io.Mesh.Output("mesh", tooltip="Closed, outward, Y up, front toward +Z, in [-1, 1]³."),
+                SDFSocket.Output("sdf", tooltip="The decoded distances themselves."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Model, latent: Latent, level, memory_budget_gb, keep_largest, min_component
+    ) -> io.NodeOutput:
+        import torch
+
+        from .mesh_socket import to_socket
+        from .progress import Progress, run_cancellable
+        from .samples import sample, token_text
+        from .sdf_decoding import decode
+
+        if latent.made_for != model.latent_space:
+            raise ValueError(
+                f"wrong latent for this model: it was made with {latent.made_for[0]!r}, and this is {model.name!r}. "
+                "Connect the model that made it."
+            )
+        pipeline, voxels = model.pipeline, latent.structure.voxels()
+        B = voxels.batch_size
+        progress = Progress(cls.hidden.unique_id, 2 * B)
+        values, coords, meshes = [], [], []
+        for index, latents in enumerate(latent.latents.split(voxels.counts)):
+            with sample(index, B):
+                sdf, fine = decode(model, latents, voxels.sample(index), memory_budget_gb, progress)
+                progress.update(2 * index + 1)
+                progress.status(f"extracting the surface of {len(sdf):,} voxels")
+                meshes += run_cancellable(pipeline.to_mesh, sdf, fine, min_component, level, keep_largest)
+                progress.update(2 * index + 2)
+            values.append(sdf.view(-1, 8, 8, 8))
+            coords.append(fine.block_coords + torch.tensor([index, 0, 0, 0], dtype=torch.int32))
+        faces = " + ".join(f"{len(mesh.faces):,}" for mesh in meshes)
+        progress.status(f"{faces} faces of {token_text(latent.structure)}")
+        resolution = 8 * latent.structure.resolution
+        return io.NodeOutput(to_socket(meshes), SDF(torch.cat(values), torch.cat(coords), resolution, B))
