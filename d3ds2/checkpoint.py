@@ -2,7 +2,8 @@
 
     {"format": 1, "name": "tiny", "networks": {"sdf_vae": {"latent_channels": 16, ...}, ...}, "sampling": {...}}
 
-No pickle is ever read.
+Five networks make a model; a second, finer stage (`fine_…`) and refiners of the SDF may stand beside them. No pickle is
+ever read.
 """
 
 import importlib
@@ -27,6 +28,13 @@ NETWORKS = {  # name: module, config, class
     "latent_dit": ("latent_dit", "LatentDiTConfig", "LatentDiT"),
     "sdf_vae": ("sdf_vae", "SDFVAEConfig", "SDFVAE"),
 }
+EXTRA_NETWORKS = {  # what a model may have beside those
+    "fine_latent_dit": ("latent_dit", "LatentDiTConfig", "LatentDiT"),
+    "fine_sdf_vae": ("sdf_vae", "SDFVAEConfig", "SDFVAE"),
+    "refiner": ("refiner", "RefinerConfig", "Refiner"),
+    "fine_refiner": ("refiner", "SignRefinerConfig", "SignRefiner"),
+}
+ALL_NETWORKS = NETWORKS | EXTRA_NETWORKS
 
 
 class CheckpointError(ValueError):
@@ -34,8 +42,31 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
+class FineSamplingConfig:
+    """How the second stage is sampled: the mesh of the first one, voxelised again, tells its structure.
+
+    The defaults are the released pipeline's (certainty B).
+    """
+
+    sdf_resolution: int = 1024
+    steps: int = 15
+    shift: float = 8.0
+    guidance: float = 7.0
+
+    def __post_init__(self):
+        if self.sdf_resolution < 64 or self.sdf_resolution % 64:
+            raise ValueError(f"expected a fine sdf_resolution divisible by 64, got {self.sdf_resolution}")
+        if self.steps < 1 or self.shift <= 0:
+            raise ValueError(f"expected at least one fine step and a positive shift, got {self.steps}, {self.shift}")
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
-    """How a model is sampled. The defaults are the released pipeline's (certainty B) at 512³ and below."""
+    """How a model is sampled. The defaults are the released pipeline's (certainty B) at 512³ and below.
+
+    `level` is the value of the SDF at the surface, 0 where the network learned a signed distance. `fine` is the second
+    stage, if the model has one.
+    """
 
     sdf_resolution: int = 256  # voxels along an edge of the SDF; latents at an eighth of it
     structure_steps: int = 50
@@ -44,6 +75,8 @@ class SamplingConfig:
     latent_steps: int = 30
     latent_shift: float = 6.0
     latent_guidance: float = 7.0
+    level: float = 0.0
+    fine: FineSamplingConfig | None = None
 
     def __post_init__(self):
         if self.sdf_resolution < 64 or self.sdf_resolution % 64:
@@ -52,13 +85,15 @@ class SamplingConfig:
             raise ValueError(f"expected at least one step, got {self.structure_steps} and {self.latent_steps}")
         if min(self.structure_shift, self.latent_shift) <= 0:
             raise ValueError(f"expected positive shifts, got {self.structure_shift} and {self.latent_shift}")
+        if not -1 < self.level < 1:
+            raise ValueError(f"expected a level in (-1, 1), got {self.level}")
 
 
 def network_classes(name: str) -> tuple[type, type[nn.Module]]:
     """The config dataclass and the module of a network of this project."""
-    if name not in NETWORKS:
-        raise ValueError(f"expected a network of {', '.join(NETWORKS)}, got {name!r}")
-    module, config, network = NETWORKS[name]
+    if name not in ALL_NETWORKS:
+        raise ValueError(f"expected a network of {', '.join(ALL_NETWORKS)}, got {name!r}")
+    module, config, network = ALL_NETWORKS[name]
     found = importlib.import_module(f".{module}", __package__)
     return getattr(found, config), getattr(found, network)
 
@@ -122,9 +157,10 @@ def load_network(
         tensors = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"damaged file {file} ({_one_line(error)})") from None
-    module = network_class(config)
+    with torch.device("meta"):  # no time is spent on random weights
+        module = network_class(config)
     _check_tensors(file, {key: tensor.shape for key, tensor in module.state_dict().items()}, tensors)
-    module.load_state_dict(tensors)
+    module.load_state_dict(tensors, assign=True)
     return module.to(device, dtype).eval().requires_grad_(False)
 
 
@@ -139,9 +175,18 @@ def load_settings(folder: str | Path) -> tuple[str, SamplingConfig]:
 def load_model(
     folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[dict[str, nn.Module], SamplingConfig]:
-    """All five networks of a model folder by name, and how it is sampled. Raises as `load_network`."""
-    sampling = load_settings(folder)[1]
-    return {name: load_network(folder, name, device, dtype) for name in NETWORKS}, sampling
+    """All networks of a model folder by name, the five and those it has beside them, and how it is sampled.
+
+    Raises as `load_network`.
+    """
+    sampling, extra = load_settings(folder)[1], network_names(folder) - NETWORKS.keys()
+    names = [name for name in ALL_NETWORKS if name in NETWORKS or name in extra]
+    return {name: load_network(folder, name, device, dtype) for name in names}, sampling
+
+
+def network_names(folder: str | Path) -> set[str]:
+    """The networks that a model folder has. Raises as `load_settings`."""
+    return {*_read_settings(Path(folder))["networks"]}
 
 
 def _check_tensors(file: Path, expected: dict[str, torch.Size], tensors: dict[str, torch.Tensor]) -> None:
@@ -178,13 +223,13 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     networks = settings.setdefault("networks", {})
     if not isinstance(networks, dict):
         raise CheckpointError(f"networks: expected a table, got {networks!r} in {file}")
-    if unknown := sorted(networks.keys() - NETWORKS.keys()):
+    if unknown := sorted(networks.keys() - ALL_NETWORKS.keys()):
         raise CheckpointError(f"unknown network {unknown[0]} in {file}")
     return settings
 
 
 def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    settings["networks"] = {name: settings["networks"][name] for name in NETWORKS if name in settings["networks"]}
+    settings["networks"] = {name: settings["networks"][name] for name in ALL_NETWORKS if name in settings["networks"]}
     with replacing(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 

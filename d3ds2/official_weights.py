@@ -1,72 +1,125 @@
-"""Names and layouts of the released checkpoints, as ours.
+"""Names and layouts of the released checkpoints, as ours, and back.
 
 Every `*_state_dict` takes the state dict of one official module and returns that of ours, ready for a strict
-`load_state_dict`. Values keep their dtype.
+`load_state_dict`. Values keep their dtype. `NAMINGS[network].official(key)` says what one of our keys is called there.
 """
 
 import re
+from dataclasses import dataclass
 
 from torch import Tensor
 
 
-def sdf_vae_state_dict(official: dict[str, Tensor]) -> dict[str, Tensor]:
-    """SparseSDFVAE -> `SDFVAE`."""
-    names = [
-        (r"encoder\.input_layer1\.", "encoder.sdf_layer."),
-        (r"encoder\.downsample\.(\d+)\.act_layers\.0\.", r"encoder.down_blocks.\1.norm1."),
-        (r"encoder\.downsample\.(\d+)\.out_layers\.0\.", r"encoder.down_blocks.\1.conv1."),
-        (r"encoder\.downsample\.(\d+)\.out_layers\.1\.", r"encoder.down_blocks.\1.norm2."),
-        (r"encoder\.downsample\.(\d+)\.out_layers\.3\.", r"encoder.down_blocks.\1.conv2."),
-        (r"encoder\.downsample\.(\d+)\.skip_connection\.", r"encoder.down_blocks.\1.skip."),
-        (r"decoder\.upsample\.(\d+)\.act_layers\.0\.", r"decoder.up_blocks.\1.conv1."),
-        (r"decoder\.upsample\.(\d+)\.out_layers\.0\.", r"decoder.up_blocks.\1.conv2."),
-        (r"\.attn\.", ".attention."),
-        (r"\.mlp\.mlp\.0\.", ".feed_forward.up."),
-        (r"\.mlp\.mlp\.2\.", ".feed_forward.down."),
-    ]
-    return dict(convolution(rename(key, names), tensor) for key, tensor in official.items())
+@dataclass(frozen=True)
+class Naming:
+    """Pairs of an official and our piece of a key; a piece begins at a dot or at the beginning, `#` is a number.
+
+    In `sparse` networks every official `….conv.` is a torchsparse convolution, whose weight is called kernel.
+    """
+
+    pairs: tuple[tuple[str, str], ...]
+    sparse: bool = False
+
+    def ours(self, key: str) -> str:
+        for official, ours in self.pairs:
+            key = _substitute(official, ours, key)
+        return re.sub(r"\.kernel$", ".weight", key) if self.sparse else key
+
+    def official(self, key: str) -> str:
+        for official, ours in reversed(self.pairs):
+            key = _substitute(ours, official, key)
+        return re.sub(r"\.conv\.weight$", ".conv.kernel", key) if self.sparse else key
+
+
+def _substitute(old: str, new: str, key: str) -> str:
+    pattern = r"(?:^|(?<=\.))" + re.escape(old).replace(r"\#", r"(\d+)")
+    parts = new.split("#")
+    return re.sub(pattern, lambda match: "".join(map("".join, zip(parts, (*match.groups(), ""), strict=True))), key)
+
+
+FEED_FORWARD = (("mlp.mlp.0.", "feed_forward.up."), ("mlp.mlp.2.", "feed_forward.down."))
+DIT = (
+    *FEED_FORWARD,
+    ("t_embedder.", "time_embedder."),
+    ("cond_proj.", "context_layer."),
+    ("out_layer.", "output_layer."),
+    ("adaLN_modulation.", "modulation.projection."),
+    ("self_attn.", "self_attention."),
+    ("cross_attn.", "cross_attention."),
+    ("q_rms_norm.", "q_norm."),
+    ("k_rms_norm.", "k_norm."),
+)
+SSA = (
+    ("intra_block_pe", "block_position"),
+    ("self_attn.proj_q.", "self_attn.to_q."),
+    ("self_attn.proj_k.", "self_attn.to_k."),
+    ("self_attn.proj_v.", "self_attn.to_v."),
+    ("self_attn.proj_o.", "self_attn.to_out."),
+    ("gate.0.", "gate."),
+    ("compression_key.", "compress_k."),
+    ("compression_value.", "compress_v."),
+    ("act_layers.0.conv.", "pointwise."),
+    ("act_layers.0.", "norm_in."),
+    ("out_layers.0.conv.", "conv_in."),
+    ("out_layers.1.", "norm_out."),
+    ("out_layers.3.conv.", "conv_out."),
+)
+SDF_VAE = (
+    *FEED_FORWARD,
+    ("attn.", "attention."),
+    ("encoder.input_layer1.", "encoder.sdf_layer."),
+    ("encoder.downsample.#.act_layers.0.", "encoder.down_blocks.#.norm1."),
+    ("encoder.downsample.#.out_layers.0.conv.", "encoder.down_blocks.#.conv1."),
+    ("encoder.downsample.#.out_layers.1.", "encoder.down_blocks.#.norm2."),
+    ("encoder.downsample.#.out_layers.3.conv.", "encoder.down_blocks.#.conv2."),
+    ("encoder.downsample.#.skip_connection.conv.", "encoder.down_blocks.#.skip."),
+    ("decoder.upsample.#.act_layers.0.conv.", "decoder.up_blocks.#.conv1."),
+    ("decoder.upsample.#.out_layers.0.conv.", "decoder.up_blocks.#.conv2."),
+)
+STRUCTURE_VAE = (
+    ("input_layer.", "input_conv."),
+    ("middle_block.", "middle_blocks."),
+    ("out_layer.0.", "out_norm."),
+    ("out_layer.2.", "out_conv."),
+)
+REFINER = (
+    ("unet3d1.", "unet."),
+    ("latent_mlp.net.", "feature_mlp."),
+    *((f"adaptive_conv{i}.0.", f"adaptive{i}.hidden_conv.") for i in (1, 2, 3)),
+    *((f"adaptive_conv{i}.2.", f"adaptive{i}.weight_conv.") for i in (1, 2, 3)),
+    ("conv_norm_out.", "out_norm."),
+    ("conv_in.", "input_conv."),
+    ("conv_out.", "output_conv."),
+    ("mid_conv.", "middle_conv."),
+    ("mid_block.resnets.", "middle_blocks."),
+    ("down_blocks.#.resnets.#.", "down_blocks.#.#."),
+    ("up_blocks.#.resnets.#.", "up_blocks.#.#."),
+    ("conv_shortcut.", "shortcut."),
+    ("down_blocks.#.downsamplers.0.conv.", "downsamples.#."),
+    ("up_blocks.#.upsamplers.0.conv.", "upsamples.#."),
+)
+NAMINGS = {
+    "structure_vae": Naming(STRUCTURE_VAE),
+    "structure_dit": Naming(DIT),
+    "latent_dit": Naming((*SSA, *DIT), sparse=True),
+    "sdf_vae": Naming(SDF_VAE, sparse=True),
+    "refiner": Naming(REFINER),
+}
 
 
 def structure_vae_state_dict(official: dict[str, Tensor]) -> dict[str, Tensor]:
     """DenseShapeVAE -> `StructureVAE`."""
-    names = [
-        (r"\.input_layer\.", ".input_conv."),
-        (r"\.middle_block\.", ".middle_blocks."),
-        (r"\.out_layer\.0\.", ".out_norm."),
-        (r"\.out_layer\.2\.", ".out_conv."),
-    ]
-    return {rename(key, names): tensor for key, tensor in official.items()}
+    return {NAMINGS["structure_vae"].ours(key): tensor for key, tensor in official.items()}
 
 
-def rename(key: str, names: list[tuple[str, str]]) -> str:
-    """`key` after all substitutions (pattern, replacement), in order."""
-    for pattern, replacement in names:
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
-def convolution(key: str, tensor: Tensor) -> tuple[str, Tensor]:
-    """Key and tensor of a torchsparse convolution (`….conv.kernel`, `….conv.bias`) as ours; others pass unchanged.
-
-    Kernels (27, I, O) run x fastest there, x slowest here; a 1³ kernel (I, O) is the transpose of a Linear's weight.
-    """
-    key = key.replace(".conv.bias", ".bias")
-    if not key.endswith(".conv.kernel"):
-        return key, tensor
-    is_linear = tensor.ndim == 2
-    ours = tensor.t() if is_linear else tensor.unflatten(0, (3, 3, 3)).permute(2, 1, 0, 3, 4).flatten(0, 2)
-    return key.replace(".conv.kernel", ".weight"), ours.contiguous()
+def structure_dit_state_dict(official: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DenseDiT -> `StructureDiT`, which computes the buffer `pos_emb` itself."""
+    return {NAMINGS["structure_dit"].ours(key): tensor for key, tensor in official.items() if key != "pos_emb"}
 
 
 def latent_dit_state_dict(official: dict[str, Tensor]) -> dict[str, Tensor]:
     """SparseDiT -> `LatentDiT`."""
-    state = {}
-    for key, tensor in official.items():
-        if key.endswith("intra_block_pe"):
-            tensor = tensor.flatten(0, 2)  # (c³, channels)
-        key, tensor = convolution(rename(key, SSA_NAMES + DIT_NAMES), tensor)
-        state[key] = tensor
-    return state
+    return {NAMINGS["latent_dit"].ours(key): our_layout(key, tensor) for key, tensor in official.items()}
 
 
 def ssa_state_dict(official: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -76,52 +129,31 @@ def ssa_state_dict(official: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in renamed.items()}
 
 
-def structure_dit_state_dict(official: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DenseDiT -> `StructureDiT`, which computes the buffer `pos_emb` itself."""
-    return {rename(key, DIT_NAMES): tensor for key, tensor in official.items() if key != "pos_emb"}
+def sdf_vae_state_dict(official: dict[str, Tensor]) -> dict[str, Tensor]:
+    """SparseSDFVAE -> `SDFVAE`."""
+    return {NAMINGS["sdf_vae"].ours(key): our_layout(key, tensor) for key, tensor in official.items()}
 
 
 def refiner_state_dict(official: dict[str, Tensor]) -> dict[str, Tensor]:
     """Voxel_RefinerXL -> `Refiner`, Voxel_RefinerXL_sign -> `SignRefiner`."""
-    return {rename(key, REFINER_NAMES): tensor for key, tensor in official.items()}
+    return {NAMINGS["refiner"].ours(key): tensor for key, tensor in official.items()}
 
 
-REFINER_NAMES = [
-    (r"^unet3d1\.", "unet."),
-    (r"^latent_mlp\.net\.", "feature_mlp."),
-    (r"^adaptive_conv([123])\.0\.", r"adaptive\1.hidden_conv."),
-    (r"^adaptive_conv([123])\.2\.", r"adaptive\1.weight_conv."),
-    (r"\bconv_norm_out\.", "out_norm."),
-    (r"\bconv_in\.", "input_conv."),
-    (r"\bconv_out\.", "output_conv."),
-    (r"\bmid_conv\.", "middle_conv."),
-    (r"\bmid_block\.resnets\.", "middle_blocks."),
-    (r"\bresnets\.", ""),
-    (r"\bconv_shortcut\.", "shortcut."),
-    (r"\bdown_blocks\.(\d+)\.downsamplers\.0\.conv\.", r"downsamples.\1."),
-    (r"\bup_blocks\.(\d+)\.upsamplers\.0\.conv\.", r"upsamples.\1."),
-]
-DIT_NAMES = [
-    (r"^t_embedder\.", "time_embedder."),
-    (r"^cond_proj\.", "context_layer."),
-    (r"^out_layer\.", "output_layer."),
-    (r"\badaLN_modulation\.", "modulation.projection."),
-    (r"\bself_attn\.", "self_attention."),
-    (r"\bcross_attn\.", "cross_attention."),
-    (r"\b([qk])_rms_norm\.", r"\1_norm."),
-    (r"\bmlp\.mlp\.0\.", "feed_forward.up."),
-    (r"\bmlp\.mlp\.2\.", "feed_forward.down."),
-]
-SSA_NAMES = [
-    (r"\bintra_block_pe$", "block_position"),
-    (r"\bproj_([qkv])\.", r"to_\1."),
-    (r"\bproj_o\.", "to_out."),
-    (r"\bgate\.0\.", "gate."),
-    (r"\bcompression_key\.", "compress_k."),
-    (r"\bcompression_value\.", "compress_v."),
-    (r"\bact_layers\.0\.conv\.", "pointwise.conv."),
-    (r"\bact_layers\.0\.", "norm_in."),
-    (r"\bout_layers\.0\.", "conv_in."),
-    (r"\bout_layers\.1\.", "norm_out."),
-    (r"\bout_layers\.3\.", "conv_out."),
-]
+def our_layout(key: str, tensor: Tensor) -> Tensor:
+    """A tensor of a sparse network in our layout.
+
+    Kernels (27, I, O) run x fastest there, x slowest here; a 1³ kernel (I, O) is the transpose of a Linear's weight;
+    the position table of a block (c, c, c, C) is flat here, (c³, C). Others pass unchanged.
+    """
+    if key.endswith("intra_block_pe") and tensor.ndim == 4:
+        return tensor.flatten(0, 2)
+    if key.endswith(".kernel") and tensor.ndim == 2:
+        return tensor.t().contiguous()
+    if key.endswith(".kernel") and tensor.ndim == 3 and len(tensor) == 27:
+        return tensor.unflatten(0, (3, 3, 3)).permute(2, 1, 0, 3, 4).flatten(0, 2).contiguous()
+    return tensor
+
+
+def convolution(key: str, tensor: Tensor) -> tuple[str, Tensor]:
+    """Key and tensor of a torchsparse convolution (`….conv.kernel`, `….conv.bias`) as ours; others pass unchanged."""
+    return key.replace(".conv.bias", ".bias").replace(".conv.kernel", ".weight"), our_layout(key, tensor)

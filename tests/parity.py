@@ -106,6 +106,8 @@ def released_shapes(version: str, file: str, part: str) -> dict[str, list[int]]:
     """Key -> shape of a released network; `blocks.[0..23].x` stands for blocks.0.x to blocks.23.x."""
     versions = json.loads((parity_folder() / "released_keys.json").read_text())["versions"]
     released, shapes = versions[version][file][part], {}
+    if "same_as" in released:
+        return released_shapes(released["same_as"], file, part)
     for key, (_, *shape) in released["state_dict"].items():
         span = re.search(r"\[(\d+)\.\.(\d+)\]", key)
         numbers = range(int(span[1]), int(span[2]) + 1) if span else [0]

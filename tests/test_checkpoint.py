@@ -7,14 +7,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d3ds2.checkpoint import (
+    NETWORKS,
     CheckpointError,
+    FineSamplingConfig,
     SamplingConfig,
+    load_model,
     load_network,
     load_settings,
     save_network,
     save_settings,
 )
 from d3ds2.image_encoder import ImageEncoder, ImageEncoderConfig
+from d3ds2.refiner import SignRefiner, SignRefinerConfig
+from tests.tiny_model import write_model
 
 CONFIG = ImageEncoderConfig(image_size=28, hidden_size=12, depth=1, num_heads=1, mlp_ratio=1, num_registers=2)
 
@@ -101,7 +106,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(folder, monkeypatch):
         (lambda s: s["networks"]["image_encoder"].update(depth="4"), r"networks\.image_encoder\.depth: expected int"),
         (lambda s: s["networks"]["image_encoder"].update(image_size=29), "expected image_size divisible by 14, got 29"),
         (lambda s: s["networks"].update(image_encoder=[1]), r"networks\.image_encoder: expected a table"),
-        (lambda s: s["networks"].update(refiner={}), "unknown network refiner"),
+        (lambda s: s["networks"].update(denoiser={}), "unknown network denoiser"),
         (lambda s: s["networks"].clear(), "has no image_encoder; it has none"),
         (lambda s: s.update(networks=3), "networks: expected a table, got 3"),
         (lambda s: s.update(format=2), "expected a model of format 1"),
@@ -150,3 +155,23 @@ def test_missing_and_damaged_files_are_named(folder):
         load_network(folder, "image_encoder")
     with pytest.raises(CheckpointError, match="no model folder"):
         load_network(folder / "absent", "image_encoder")
+
+
+def test_networks_of_a_second_stage_stand_beside_the_five(tmp_path):
+    folder = write_model(tmp_path / "model")
+    sizes = {"widths": (4, 8), "layers": 1, "middle_layers": 0, "patch_size": 16}
+    assert load_model(folder)[0].keys() == NETWORKS.keys()
+    refiner = SignRefiner(SignRefinerConfig(**sizes))
+    save_network(folder, "fine_refiner", refiner)
+    save_settings(folder, "two stages", SamplingConfig(sdf_resolution=64, level=0.2, fine=FineSamplingConfig(128)))
+    networks, sampling = load_model(folder)
+    assert networks.keys() == NETWORKS.keys() | {"fine_refiner"}
+    assert sampling.fine == FineSamplingConfig(128, 15, 8.0, 7.0)
+    for key, tensor in networks["fine_refiner"].state_dict().items():
+        assert torch.equal(tensor, refiner.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("change", [{"sdf_resolution": 100}, {"steps": 0}, {"shift": 0.0}])
+def test_fine_sampling_is_checked(change):
+    with pytest.raises(ValueError, match="expected"):
+        FineSamplingConfig(**change)
