@@ -8,6 +8,7 @@ no other.
 """
 
 import os
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,7 +17,12 @@ import numba
 
 
 def kernel(function: Callable) -> Callable:
-    """Compile `function` at its first call; keep the machine code beside it, or nowhere where nothing is writable."""
+    """Compile `function` at its first call; keep the machine code beside it, or nowhere where nothing is writable.
+
+    Kept code names the module that it was compiled in, and ComfyUI loads this package under a name that holds its path.
+    So each such name gets files of its own, which numba names after the function's qualified name.
+    """
+    function.__qualname__ += f"_{zlib.crc32(function.__module__.encode()):08x}"
     try:
         return numba.njit(function, nogil=True, cache=True)
     except RuntimeError:  # neither __pycache__ nor the user's cache folder can be written
