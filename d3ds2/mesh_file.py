@@ -9,6 +9,7 @@ from .sdf_to_mesh import Mesh
 
 FORMATS = (".glb", ".obj", ".ply", ".stl")
 GENERATOR = "ComfyUI-D3DS2"
+OBJ_LINES = 1 << 14  # formatted at once
 GREY = (0.6, 0.6, 0.6, 1.0)  # base colour of the GLB material; the format's own default is white metal
 
 
@@ -75,12 +76,12 @@ def mesh_bytes(kind: str, mesh: Mesh, metadata: dict[str, str | int | float] | N
         raise MeshFileError(f"expected an output that ends in {', '.join(FORMATS)}, got {kind!r}")
     if len(mesh.faces) == 0:
         raise MeshFileError("expected a mesh with faces, got none")
+    if kind == ".obj":
+        return _obj_bytes(mesh)
     exported = trimesh.Trimesh(
         np.asarray(mesh.vertices), np.asarray(mesh.faces), vertex_normals=np.asarray(mesh.normals), process=False
     )
-    arguments = {} if kind == ".stl" else {"include_normals": True}
-    if kind == ".ply":
-        arguments = {"vertex_normal": True}
+    arguments = {".stl": {}, ".ply": {"vertex_normal": True}, ".glb": {"include_normals": True}}[kind]
     if kind == ".glb":
         material = trimesh.visual.material.PBRMaterial(baseColorFactor=GREY, metallicFactor=0.0, roughnessFactor=0.8)
         exported.visual = trimesh.visual.TextureVisuals(material=material)
@@ -89,10 +90,21 @@ def mesh_bytes(kind: str, mesh: Mesh, metadata: dict[str, str | int | float] | N
             tree["asset"] |= {"generator": GENERATOR, "extras": metadata or {}}
 
         arguments["tree_postprocessor"] = describe
-    if kind == ".obj":
-        arguments["header"] = GENERATOR
-    data = exported.export(file_type=kind[1:], **arguments)
-    return data.encode() if isinstance(data, str) else data
+    return exported.export(file_type=kind[1:], **arguments)
+
+
+def _obj_bytes(mesh: Mesh) -> bytes:
+    """OBJ text, piece by piece: trimesh's writer keeps Python's lock for seconds, and nobody could cancel."""
+    parts = [f"# {GENERATOR}\n"]
+    for line, rows in (
+        ("v %.8g %.8g %.8g\n", mesh.vertices),
+        ("vn %.5g %.5g %.5g\n", mesh.normals),
+        ("f %d//%d %d//%d %d//%d\n", np.repeat(mesh.faces + 1, 2, axis=1)),
+    ):
+        for start in range(0, len(rows), OBJ_LINES):
+            piece = rows[start : start + OBJ_LINES]
+            parts.append(line * len(piece) % tuple(piece.ravel().tolist()))
+    return "".join(parts).encode()
 
 
 def turn_z_up(mesh: Mesh) -> Mesh:

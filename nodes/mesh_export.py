@@ -68,10 +68,10 @@ class MeshExport(io.ComfyNode):
 
     @classmethod
     def execute(cls, mesh, filename_prefix, format, target_faces, up_axis, embed_workflow) -> io.NodeOutput:
+        from ..d3ds2.decimation_process import decimate_in_process
         from ..d3ds2.mesh_file import mesh_bytes, turn_z_up
-        from ..d3ds2.sdf_to_mesh import decimate
         from .mesh_socket import from_socket
-        from .progress import Progress, run_cancellable
+        from .progress import Progress, check_cancelled, run_cancellable
         from .samples import sample
 
         meshes = from_socket(mesh)
@@ -83,7 +83,7 @@ class MeshExport(io.ComfyNode):
             with sample(index, len(meshes)):
                 if target_faces and len(own.faces) > target_faces:
                     progress.status(f"simplifying {len(own.faces):,} faces to {target_faces:,}")
-                    own = run_cancellable(decimate, own, target_faces)
+                    own = decimate_in_process(own, target_faces, check_cancelled)
                 if up_axis == "Z":
                     own = turn_z_up(own)
                 file = f"{name}_{counter + index:05}_.{format}"
