@@ -1,4 +1,5 @@
 """One image in, one mesh out:  python -m d3ds2 chair.png -o chair.glb
+Released checkpoints -> a model folder:  python -m d3ds2 convert direct3d-s2-v-1-1 models/official
 
 Progress and errors go to standard error; an error is one line, and the exit code then 2.
 """
@@ -15,8 +16,17 @@ from tqdm import tqdm
 
 from .atomic_file import replacing
 from .checkpoint import CheckpointError, load_settings
+from .convert_official import (
+    IMAGE_ENCODER_FILE,
+    OFFICIAL_REPO,
+    OFFICIAL_SUBFOLDER,
+    convert,
+    download_image_encoder,
+    download_release,
+)
 from .foreground import METHODS, ImageError, cut_out, load_image
 from .mesh_file import FORMATS, MeshFileError, check_mesh_path, check_writable, save_mesh
+from .official_config import OfficialError
 from .pipeline import STAGES, TINY, GenerationError, load_pipeline
 from .sdf_to_mesh import Mesh
 
@@ -121,11 +131,40 @@ def run(argv: list[str] | None) -> None:
     print(f"{arguments.output}: {size}", file=sys.stderr)
 
 
+def run_convert(argv: list[str]) -> None:
+    parser = Parser(prog="python -m d3ds2 convert", description="Released checkpoints -> a model folder.")
+    parser.add_argument("source", help="folder of config.yaml and five .ckpt files; with --download a repository")
+    parser.add_argument("target", type=Path, help="model folder to make")
+    parser.add_argument(
+        "--image-encoder",
+        type=Path,
+        help=f"{IMAGE_ENCODER_FILE} of torch.hub, or a transformers folder (default: the former, in the source)",
+    )
+    parser.add_argument(
+        "--download", action="store_true", help=f"fetch what is missing from Hugging Face; source: {OFFICIAL_REPO}"
+    )
+    parser.add_argument(
+        "--subfolder", default=OFFICIAL_SUBFOLDER, help=f"of the repository (default: {OFFICIAL_SUBFOLDER})"
+    )
+    arguments = parser.parse_args(argv)
+    source, image_encoder = Path(arguments.source), arguments.image_encoder
+    if arguments.download:
+        if not source.is_dir():
+            source = download_release(arguments.source, arguments.subfolder)
+        if image_encoder is None and not (source / IMAGE_ENCODER_FILE).exists():
+            image_encoder = download_image_encoder()
+    version = convert(
+        source, arguments.target, image_encoder, lambda name: print(f"converting {name}", file=sys.stderr)
+    )
+    print(f"{arguments.target}: Direct3D-S2 {version}", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 after an error, 130 when interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        run(argv)
-    except (UsageError, ImageError, CheckpointError, MeshFileError, GenerationError) as error:
+        run_convert(argv[1:]) if argv[:1] == ["convert"] else run(argv)
+    except (UsageError, ImageError, CheckpointError, MeshFileError, GenerationError, OfficialError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
