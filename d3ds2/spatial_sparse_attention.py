@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from .attention import packed_attention, packed_attention_with_lse
 from .kernels.block_scores import select_blocks
+from .kernels.runs import Branches, Runs
 from .kernels.selection_attention import selection_attention
 from .sparse_conv import PackedGroupNorm, SubmanifoldConv3d, mean_pool
-from .voxels import BLOCK, Voxels
+from .voxels import BLOCK, Voxels, Windows
 
 MAX_NORM_GROUPS = 32
 
@@ -110,21 +111,9 @@ class SpatialSparseAttention(nn.Module):
         compressed_k, compressed_v = self.compress(k, v, voxels)  # (Nc, Hk, D)
         k, v = k.unflatten(-1, kv_heads), v.unflatten(-1, kv_heads)  # (N, Hk, D)
 
-        coarse, parent = voxels.coarsen(self.compression_block)
-        compression, lse = packed_attention_with_lse(
-            q, compressed_k, compressed_v, voxels.cu_seqlens, coarse.cu_seqlens, voxels.counts, coarse.counts
-        )
-        block_of_compressed = torch.empty(len(coarse), dtype=torch.long, device=x.device)
-        block_of_compressed.scatter_(0, parent, voxels.block_of_token)  # all children lie in one selection block
-        block_indices = select_blocks(
-            q, compressed_k, lse, block_of_compressed, voxels.counts, coarse.counts, voxels.block_counts, self.top_k
-        )  # (N, Hk, K), eq. 8
-        selection = selection_attention(q, k, v, voxels.block_offsets, block_indices)
-        window = self.attend_windows(q, k, v, voxels)
-
         gates = self.gate(x).sigmoid()  # (N, 3)
-        branches = zip(gates[:, :, None, None].unbind(1), (compression, selection, window), strict=True)
-        return self.to_out(sum(gate * out for gate, out in branches).flatten(1))  # eq. 6
+        geometry = voxels, self.compression_block, self.window, self.shift
+        return self.to_out(attend(q, k, v, compressed_k, compressed_v, gates, self.top_k, *geometry).flatten(1))
 
     def compress(self, k: Tensor, v: Tensor, voxels: Voxels) -> tuple[Tensor, Tensor]:
         """k, v (N, Hk D) -> compressed keys and values (Nc, Hk, D), eq. 7."""
@@ -135,11 +124,80 @@ class SpatialSparseAttention(nn.Module):
         compressed_v = self.compress_v(v, voxels, c).to(v.dtype)
         return compressed_k.unflatten(-1, kv_heads), compressed_v.unflatten(-1, kv_heads)
 
-    def attend_windows(self, q: Tensor, k: Tensor, v: Tensor, voxels: Voxels) -> Tensor:
-        """q (N, H, D), k and v (N, Hk, D) -> (N, H, D): attention within the windows of 8³ voxels."""
-        windows = voxels.windows(self.shift, self.window)
-        cu_seqlens, lengths = windows.cu_seqlens, windows.lengths
-        if windows.order is None:
-            return packed_attention(q, k, v, cu_seqlens, cu_seqlens, lengths, lengths)
-        q, k, v = q[windows.order], k[windows.order], v[windows.order]
-        return packed_attention(q, k, v, cu_seqlens, cu_seqlens, lengths, lengths)[windows.inverse]
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    compressed_k: Tensor,
+    compressed_v: Tensor,
+    gates: Tensor,
+    top_k: int,
+    voxels: Voxels,
+    c: int,
+    window: int,
+    shift: int,
+) -> Tensor:
+    """The gated sum of the three branches (eq. 6).
+
+    Args:
+        q: queries (N, H, D), rows of `voxels`.
+        k, v: keys and values (N, Hk, D).
+        compressed_k, compressed_v: of the compression branch (Nc, Hk, D), rows of `voxels.coarsen(c)`.
+        gates: in [0, 1], (N, 3): compression, selection, window.
+        top_k: blocks selected for each query and key/value head.
+        c, window, shift: edges of the compression blocks and of the windows, displacement of the windows, in voxels.
+
+    Returns:
+        (N, H, D). Differentiable in the first six.
+    """
+    coarse = voxels.coarsen(c)[0]
+    compression, lse = packed_attention_with_lse(
+        q, compressed_k, compressed_v, voxels.cu_seqlens, coarse.cu_seqlens, voxels.counts, coarse.counts
+    )
+    counts = voxels.counts, coarse.counts, voxels.block_counts
+    block_indices = select_blocks(q, compressed_k, lse, block_of_compressed(voxels, c), *counts, top_k)  # eq. 8
+    selection = selection_attention(q, k, v, voxels.block_offsets, block_indices)
+    windows = attend_windows(q, k, v, voxels.windows(shift, window))
+    branches = zip(gates[:, :, None, None].unbind(1), (compression, selection, windows), strict=True)
+    return sum(gate * out for gate, out in branches)
+
+
+def attend_windows(q: Tensor, k: Tensor, v: Tensor, windows: Windows) -> Tensor:
+    """q (N, H, D), k and v (N, Hk, D) -> (N, H, D): attention within the windows."""
+    cu_seqlens, lengths = windows.cu_seqlens, windows.lengths
+    if windows.order is None:
+        return packed_attention(q, k, v, cu_seqlens, cu_seqlens, lengths, lengths)
+    q, k, v = q[windows.order], k[windows.order], v[windows.order]
+    return packed_attention(q, k, v, cu_seqlens, cu_seqlens, lengths, lengths)[windows.inverse]
+
+
+def block_of_compressed(voxels: Voxels, c: int) -> Tensor:
+    """The selection block of each row of `voxels.coarsen(c)`, (Nc,) long."""
+    coarse, parent = voxels.coarsen(c)
+    blocks = torch.empty(len(coarse), dtype=torch.long, device=voxels.device)
+    return blocks.scatter_(0, parent, voxels.block_of_token)  # all children lie in one selection block
+
+
+def branches_of(voxels: Voxels, c: int, window: int, shift: int) -> Branches:
+    """What the kernels must know of the voxels; kept, and shared by all layers and steps."""
+    return voxels.cached(("branches", c, window, shift), lambda: _branches_of(voxels, c, window, shift))
+
+
+def _branches_of(voxels: Voxels, c: int, window: int, shift: int) -> Branches:
+    N, coarse, windows = len(voxels), voxels.coarsen(c)[0], voxels.windows(shift, window)
+    blocks, order = block_of_compressed(voxels, c).sort(stable=True)
+    edges = torch.arange(voxels.block_offsets.numel(), device=voxels.device)
+    return Branches(
+        samples=Runs(voxels.cu_seqlens, N),
+        compressed=Runs(coarse.cu_seqlens, len(coarse)),
+        blocks=Runs(voxels.block_offsets, N),
+        windows=Runs(windows.cu_seqlens, N, None if windows.order is None else windows.order.int()),
+        children=Runs(
+            torch.searchsorted(blocks, edges, out_int32=True), len(coarse), None if c == BLOCK else order.int()
+        ),
+        sample_blocks=voxels.block_cu_seqlens,
+        max_compressed=max(coarse.counts, default=0),
+        max_blocks=max(voxels.block_counts, default=0),
+        max_children=(BLOCK // c) ** 3,
+    )

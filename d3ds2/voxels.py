@@ -10,6 +10,7 @@ Sizes named in this file:
 """
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -120,7 +121,7 @@ class Voxels:
 
     def repeat(self, times: int) -> "Voxels":
         """The whole batch, `times` over: both guidance branches in one pass."""
-        return self._cached(("repeat", times), lambda: Voxels.cat([self] * times))
+        return self.cached(("repeat", times), lambda: Voxels.cat([self] * times))
 
     def sample(self, index: int) -> "Voxels":
         """Sample `index` alone, as a batch of one."""
@@ -241,7 +242,7 @@ class Voxels:
         """
         if self.resolution % factor:
             raise ValueError(f"expected a factor that divides the resolution {self.resolution}, got {factor}")
-        return self._cached(("coarsen", factor), lambda: self._coarsen(factor))
+        return self.cached(("coarsen", factor), lambda: self._coarsen(factor))
 
     def _coarsen(self, factor: int) -> tuple["Voxels", Tensor]:
         resolution = self.resolution // factor
@@ -257,7 +258,7 @@ class Voxels:
 
     def subdivide(self) -> tuple["Voxels", Tensor]:
         """All eight children of every voxel, at twice the resolution, and `parent` (8N,) long: each one's row here."""
-        return self._cached("subdivide", self._subdivide)
+        return self.cached("subdivide", self._subdivide)
 
     def _subdivide(self) -> tuple["Voxels", Tensor]:
         fine = Voxels._trusted(self._children[self.child_order], 2 * self.resolution, self.batch_size)
@@ -283,7 +284,7 @@ class Voxels:
 
     def windows(self, shift: int, size: int = BLOCK) -> Windows:
         """Cubic windows of `size` voxels; voxels of one sample with equal (xyz + shift) // size share a window."""
-        return self._cached(("windows", shift, size), lambda: self._windows(shift, size))
+        return self.cached(("windows", shift, size), lambda: self._windows(shift, size))
 
     def _windows(self, shift: int, size: int) -> Windows:
         if size == BLOCK and shift % BLOCK == 0:
@@ -297,7 +298,7 @@ class Voxels:
 
     def position_embedding(self, channels: int, factor: float = 1.0) -> Tensor:
         """`absolute_position_embedding` of xyz · factor, (N, channels) float32."""
-        return self._cached(
+        return self.cached(
             ("position", channels, factor),
             lambda: absolute_position_embedding(self.coords[:, 1:].float() * factor, channels),
         )
@@ -306,7 +307,8 @@ class Voxels:
     def _keys(self) -> Tensor:
         return _sort_keys(self.coords, self.resolution)
 
-    def _cached(self, key, make):
+    def cached(self, key: tuple, make: Callable):
+        """What `make` returns, made once: for what follows from the coordinates alone."""
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]

@@ -1,0 +1,174 @@
+"""Selection attention block by block: a block's keys are read once for many of the queries that selected it.
+
+Every pair of a query row and a block it selected yields a partial result; those of a row are then merged, in the order
+of its blocks. Shapes and definition are in selection_attention.py; the kernels of the pairs in run_attention_triton.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .run_attention_triton import Tile, run_attention_dkdv, run_attention_dq, run_attention_forward
+from .runs import Runs, Segments
+
+PARTIAL_BYTES = 1 << 30  # partial results held at once
+MERGED_ROWS = 64  # rows of tokens times heads that a merging program takes
+FORWARD, DQ, DKDV = Tile(128, 64), Tile(128, 64), Tile(128, 64, splits=4)
+FORWARD_FP32, DQ_FP32, DKDV_FP32 = Tile(32, 32), Tile(32, 32), Tile(32, 32, splits=4)
+
+
+@triton.jit
+def _merge_kernel(
+    partial, partial_lse, block_indices, out, lse, ROWS, S, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK rows (token, head, head of the group); softmax over keys from softmaxes over blocks."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    offs_d = tl.arange(0, DP)
+    valid, is_d = row < ROWS, offs_d < D
+    m = tl.full([BLOCK], -1e30, dtype=tl.float32)
+    denom = tl.zeros([BLOCK], dtype=tl.float32)
+    acc = tl.zeros([BLOCK, DP], dtype=tl.float32)
+    for s in range(S):
+        pair = row // G * S + s
+        real = tl.load(block_indices + pair, mask=valid, other=-1) >= 0
+        at = pair * G + row % G
+        b_lse = tl.load(partial_lse + at, mask=real, other=float("-inf"))
+        b_o = tl.load(partial + at[:, None] * D + offs_d, mask=real[:, None] & is_d, other=0.0).to(tl.float32)
+        m_new = tl.maximum(m, b_lse)
+        weight, decay = tl.exp2(b_lse - m_new), tl.exp2(m - m_new)
+        denom = denom * decay + weight
+        acc = acc * decay[:, None] + b_o * weight[:, None]
+        m = m_new
+    # a query without any block: zeros, and an lse of +inf makes its gradients zero
+    has_keys = denom > 0
+    tl.store(out + row[:, None] * D + offs_d, acc / tl.where(has_keys, denom, 1.0)[:, None], mask=valid[:, None] & is_d)
+    tl.store(lse + row, tl.where(has_keys, m + tl.log2(denom), float("inf")), mask=valid)
+
+
+@triton.jit
+def _sum_kernel(
+    partial, block_indices, first, second, out, ROWS, S, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_OTHERS: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK rows (token, head, head of the group); sum over the blocks selected and two other parts."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    offs_d = tl.arange(0, DP)
+    valid, is_d = row < ROWS, offs_d < D
+    acc = tl.zeros([BLOCK, DP], dtype=tl.float32)
+    if HAS_OTHERS:
+        here = row[:, None] * D + offs_d
+        acc += tl.load(first + here, mask=valid[:, None] & is_d, other=0.0).to(tl.float32)
+        acc += tl.load(second + here, mask=valid[:, None] & is_d, other=0.0).to(tl.float32)
+    for s in range(S):
+        pair = row // G * S + s
+        real = tl.load(block_indices + pair, mask=valid, other=-1) >= 0
+        at = pair * G + row % G
+        acc += tl.load(partial + at[:, None] * D + offs_d, mask=real[:, None] & is_d, other=0.0).to(tl.float32)
+    tl.store(out + row[:, None] * D + offs_d, acc, mask=valid[:, None] & is_d)
+
+
+def pairs_by_block(block_indices: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+    """Invert the selection: for each head and block, the pairs (query, place in its list) which selected it.
+
+    Returns `pair_offsets` (H * M + 1,) and `pair_ids` (T * H * S,), both int32. The pairs of head h and block m are
+    pair_ids[pair_offsets[h * M + m] : pair_offsets[h * M + m + 1]], ascending, numbered (t * H + h) * S + place; those
+    of the -1 stand at the end.
+    """
+    H, device = block_indices.shape[1], block_indices.device
+    bins = H * num_blocks
+    dtype = torch.int16 if bins < 1 << 15 else torch.int32  # radix sort: two passes instead of four
+    head = torch.arange(0, bins, num_blocks, dtype=torch.int32, device=device)[:, None] if num_blocks else 0
+    key = torch.where(block_indices < 0, bins, head + block_indices).to(dtype)  # (T, H, S)
+    key, order = key.flatten().sort(stable=True)
+    edges = torch.arange(bins + 1, dtype=dtype, device=device)
+    return torch.searchsorted(key, edges, out_int32=True), order.int()
+
+
+def _chunks(q: Tensor, block_indices: Tensor) -> list[slice]:
+    """Slices of the queries whose partial results fit in PARTIAL_BYTES."""
+    T, S = len(q), block_indices.shape[2]
+    rows = max(1, PARTIAL_BYTES // max(1, S * q[0].numel() * q.element_size()))
+    parts = triton.cdiv(T, rows)
+    rows = triton.cdiv(T, parts)  # equal ones
+    return [slice(start, min(start + rows, T)) for start in range(0, T, rows)]
+
+
+def _segments(block_indices: Tensor, blocks: Runs) -> Segments:
+    pair_offsets, pair_ids = pairs_by_block(block_indices, len(blocks))
+    return Segments(Runs(pair_offsets, block_indices.numel(), pair_ids), blocks, block_indices.shape[2])
+
+
+def select_forward(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Runs, block_indices: Tensor, scale: float
+) -> tuple[Tensor, Tensor, list[Segments]]:
+    """out (T, H * G, D), base-2 lse (T, H * G) float32 and the inverted selection of each chunk of the queries."""
+    D, G, S = k.shape[2], q.shape[1] // k.shape[1], block_indices.shape[2]
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+    tile = FORWARD_FP32 if q.dtype == torch.float32 else FORWARD
+    chunks = []
+    for chunk in _chunks(q, block_indices):
+        chunks.append(_segments(block_indices[chunk], blocks))
+        partial, partial_lse = run_attention_forward(q[chunk], k, v, chunks[-1], scale, tile)
+        rows = lse[chunk].numel()
+        _merge_kernel[(triton.cdiv(rows, MERGED_ROWS),)](
+            partial, partial_lse, block_indices[chunk], out[chunk], lse[chunk], rows, S,
+            G=G, D=D, DP=triton.next_power_of_2(D), BLOCK=MERGED_ROWS,
+        )  # fmt: skip
+    return out, lse, chunks
+
+
+def select_backward(
+    q, k, v, block_indices, chunks: list[Segments], lse, delta, dout, scale: float, others: tuple[Tensor, ...] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, and dk and dv in float32, from delta (T, H * G) float32, the sums of out * dout.
+
+    `others` are no or two further parts of dq, (T, H * G, D), which are added.
+    """
+    D, G, S = k.shape[2], q.shape[1] // k.shape[1], block_indices.shape[2]
+    dq, dks, dvs = torch.empty_like(q), [], []
+    tiles = (DQ_FP32, DKDV_FP32) if q.dtype == torch.float32 else (DQ, DKDV)
+    for chunk, segments in zip(_chunks(q, block_indices), chunks, strict=True):
+        inputs = q[chunk], k, v, segments, lse[chunk], delta[chunk], dout[chunk], scale
+        partial = run_attention_dq(*inputs, tiles[0])
+        rows = lse[chunk].numel()
+        _sum_kernel[(triton.cdiv(rows, MERGED_ROWS),)](
+            partial, block_indices[chunk], *([x[chunk] for x in others] or [partial] * 2), dq[chunk], rows, S,
+            HAS_OTHERS=bool(others), G=G, D=D, DP=triton.next_power_of_2(D), BLOCK=MERGED_ROWS,
+        )  # fmt: skip
+        del partial
+        dk, dv = run_attention_dkdv(*inputs, tiles[1])
+        dks.append(dk)
+        dvs.append(dv)
+    return dq, sum(dks), sum(dvs)
+
+
+class _SelectionAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, block_offsets, block_indices, scale):
+        out, lse, ctx.chunks = select_forward(q, k, v, Runs(block_offsets, len(k)), block_indices, scale)
+        ctx.save_for_backward(q, k, v, block_indices, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        q, k, v, block_indices, out, lse = ctx.saved_tensors
+        dout = dout.contiguous()
+        delta = (out.float() * dout.float()).sum(-1)  # (T, H * G)
+        dq, dk, dv = select_backward(q, k, v, block_indices, ctx.chunks, lse, delta, dout, ctx.scale)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def inverted_selection_triton(
+    q: Tensor, k: Tensor, v: Tensor, block_offsets: Tensor, block_indices: Tensor, scale: float
+) -> Tensor:
+    """Same contract as `selection_attention_reference`. Differentiable in q, k and v."""
+    if len(q) == 0:
+        return torch.zeros_like(q)
+    return _SelectionAttention.apply(
+        q.contiguous(), k.contiguous(), v.contiguous(), block_offsets, block_indices.contiguous(), scale
+    )

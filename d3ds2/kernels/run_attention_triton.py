@@ -1,0 +1,274 @@
+"""Triton kernels of softmax attention between lists of query rows and runs of keys, for every branch of SSA.
+
+A query row is one token and key/value head, with the G query heads that share it: `q` is (T, H, G, D). A segment pairs
+a list of query rows with a run of keys: a sample and its compressed keys, a window and itself, or a block and the
+queries that selected it. Programs take a tile of one segment; the number of tiles is bounded on the host, so that
+nothing waits for the device.
+
+Sizes named in this file:
+    T   query tokens        H  key/value heads                       D  channels per head
+    Tk  keys                G  query heads per key/value head        S  segments
+    P   pairs per query row: 0 where each row stands in one segment, and segments serve all heads. Otherwise rows are
+        numbered (token * H + head) * P + place, every pair has its own output, and segment h * M + m is of head h.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .runs import Segments
+
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel cuts its work: query heads (rows x G) and keys at a time, warps, and stages of its pipeline."""
+
+    rows: int
+    keys: int
+    warps: int = 4
+    stages: int = 2
+    splits: int = 1  # of the queries of a run of keys, in the kernel of dk and dv
+
+
+@triton.jit
+def _dot(a, b):
+    return tl.dot(a, b, input_precision="ieee")  # fp32 inputs are not rounded to TF32
+
+
+@triton.jit
+def _query_rows(query_ids, offs_i, valid, h, H: tl.constexpr, P: tl.constexpr, HAS_QUERY_IDS: tl.constexpr):
+    """Rows of q and rows of the output, int64, of the places `offs_i` in the list of a segment."""
+    ids = offs_i.to(tl.int64)
+    if HAS_QUERY_IDS:
+        ids = tl.load(query_ids + offs_i, mask=valid, other=0).to(tl.int64)
+    if P > 0:
+        rows = ids // P
+        out_rows = ids
+    else:
+        rows = ids * H + h
+        out_rows = rows
+    return rows, out_rows
+
+
+@triton.jit
+def _key_rows(key_ids, offs_j, valid, h, H: tl.constexpr, HAS_KEY_IDS: tl.constexpr):
+    ids = offs_j.to(tl.int64)
+    if HAS_KEY_IDS:
+        ids = tl.load(key_ids + offs_j, mask=valid, other=0).to(tl.int64)
+    return ids * H + h
+
+
+@triton.jit
+def _forward_kernel(
+    q, k, v, tile_offsets, tile_segments, query_offsets, query_ids, key_offsets, key_ids, out, lse,
+    scale_log2, S, M, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
+    GP: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_QUERY_IDS: tl.constexpr, HAS_KEY_IDS: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_Q query rows of one segment, each with its G heads. lse is that of base 2."""
+    tile = tl.program_id(0)
+    segment = tl.load(tile_segments + tile)
+    if segment < S:
+        run, h = segment, tl.program_id(1)
+        if P > 0:
+            run, h = segment % M, segment // M
+        first = tl.load(query_offsets + segment) + (tile - tl.load(tile_offsets + segment)) * BLOCK_Q
+        offs, offs_d = tl.arange(0, BLOCK_Q * GP), tl.arange(0, DP)
+        offs_i, g = first + offs // GP, offs % GP
+        valid = offs_i < tl.load(query_offsets + segment + 1)
+        rows, out_rows = _query_rows(query_ids, offs_i, valid, h, H, P, HAS_QUERY_IDS)
+        valid = valid & (g < G)
+        is_d = offs_d < D
+        b_q = tl.load(q + (rows * G + g)[:, None] * D + offs_d, mask=valid[:, None] & is_d, other=0.0)
+
+        start, end = tl.load(key_offsets + run), tl.load(key_offsets + run + 1)
+        m = tl.full([BLOCK_Q * GP], float("-inf"), dtype=tl.float32)
+        denom = tl.zeros([BLOCK_Q * GP], dtype=tl.float32)
+        acc = tl.zeros([BLOCK_Q * GP, DP], dtype=tl.float32)
+        for j in range(start, end, BLOCK_K):
+            offs_j = j + tl.arange(0, BLOCK_K)
+            is_key = offs_j < end
+            kv = _key_rows(key_ids, offs_j, is_key, h, H, HAS_KEY_IDS)[:, None] * D + offs_d
+            b_k = tl.load(k + kv, mask=is_key[:, None] & is_d, other=0.0)  # [BLOCK_K, DP]
+            b_v = tl.load(v + kv, mask=is_key[:, None] & is_d, other=0.0)
+            b_s = tl.where(is_key, _dot(b_q, tl.trans(b_k)), float("-inf"))  # [BLOCK_Q * GP, BLOCK_K]
+            m_new = tl.maximum(m, tl.max(b_s, 1) * scale_log2)
+            b_p = tl.exp2(b_s * scale_log2 - m_new[:, None])
+            decay = tl.exp2(m - m_new)
+            denom = denom * decay + tl.sum(b_p, 1)
+            acc = acc * decay[:, None] + _dot(b_p.to(b_v.dtype), b_v)
+            m = m_new
+
+        has_keys = denom > 0  # no keys: an output of zero
+        to = out_rows * G + g
+        tl.store(out + to[:, None] * D + offs_d, acc / tl.where(has_keys, denom, 1.0)[:, None], valid[:, None] & is_d)
+        tl.store(lse + to, tl.where(has_keys, m + tl.log2(denom), float("-inf")), mask=valid)
+
+
+@triton.jit
+def _dq_kernel(
+    q, k, v, tile_offsets, tile_segments, query_offsets, query_ids, key_offsets, key_ids, lse, delta, dout, dq,
+    scale, scale_log2, S, M, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
+    GP: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_QUERY_IDS: tl.constexpr, HAS_KEY_IDS: tl.constexpr,
+):  # fmt: skip
+    """One program: dq of BLOCK_Q query rows of one segment, or of their pairs. lse is that of base 2."""
+    tile = tl.program_id(0)
+    segment = tl.load(tile_segments + tile)
+    if segment < S:
+        run, h = segment, tl.program_id(1)
+        if P > 0:
+            run, h = segment % M, segment // M
+        first = tl.load(query_offsets + segment) + (tile - tl.load(tile_offsets + segment)) * BLOCK_Q
+        offs, offs_d = tl.arange(0, BLOCK_Q * GP), tl.arange(0, DP)
+        offs_i, g = first + offs // GP, offs % GP
+        valid = offs_i < tl.load(query_offsets + segment + 1)
+        rows, out_rows = _query_rows(query_ids, offs_i, valid, h, H, P, HAS_QUERY_IDS)
+        valid = valid & (g < G)
+        is_d = offs_d < D
+        at = rows * G + g
+        b_q = tl.load(q + at[:, None] * D + offs_d, mask=valid[:, None] & is_d, other=0.0)
+        b_do = tl.load(dout + at[:, None] * D + offs_d, mask=valid[:, None] & is_d, other=0.0)
+        b_lse = tl.load(lse + at, mask=valid, other=float("inf"))
+        b_delta = tl.load(delta + at, mask=valid, other=0.0)
+
+        start, end = tl.load(key_offsets + run), tl.load(key_offsets + run + 1)
+        acc = tl.zeros([BLOCK_Q * GP, DP], dtype=tl.float32)
+        for j in range(start, end, BLOCK_K):
+            offs_j = j + tl.arange(0, BLOCK_K)
+            is_key = offs_j < end
+            kv = _key_rows(key_ids, offs_j, is_key, h, H, HAS_KEY_IDS)[:, None] * D + offs_d
+            b_k = tl.load(k + kv, mask=is_key[:, None] & is_d, other=0.0)  # [BLOCK_K, DP]; zero beyond the end,
+            b_v = tl.load(v + kv, mask=is_key[:, None] & is_d, other=0.0)  # so that nothing else needs a mask
+            b_p = tl.exp2(_dot(b_q, tl.trans(b_k)) * scale_log2 - b_lse[:, None])  # [BLOCK_Q * GP, BLOCK_K]
+            b_p = tl.where(is_key, b_p, 0.0)  # exp2(-lse) may overflow
+            b_ds = b_p * (_dot(b_do, tl.trans(b_v)) - b_delta[:, None])
+            acc += _dot(b_ds.to(b_k.dtype), b_k)
+        tl.store(dq + (out_rows * G + g)[:, None] * D + offs_d, acc * scale, mask=valid[:, None] & is_d)
+
+
+@triton.jit
+def _dkdv_kernel(
+    q, k, v, tile_offsets, tile_runs, query_offsets, query_ids, key_offsets, key_ids, lse, delta, dout, dk, dv,
+    scale, scale_log2, M, SIZE, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
+    GP: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+    HAS_QUERY_IDS: tl.constexpr, HAS_KEY_IDS: tl.constexpr,
+):  # fmt: skip
+    """One program: dk, dv of BLOCK_K keys of one run and head, over one part of SPLITS of its query rows.
+
+    dk and dv hold SPLITS partial sums, SIZE numbers apart.
+    """
+    tile, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    run = tl.load(tile_runs + tile)
+    if run < M:
+        segment = run
+        if P > 0:
+            segment = h * M + run
+        start = tl.load(key_offsets + run) + (tile - tl.load(tile_offsets + run)) * BLOCK_K
+        offs_j = start + tl.arange(0, BLOCK_K)
+        offs, offs_d = tl.arange(0, BLOCK_Q * GP), tl.arange(0, DP)
+        is_key, is_d = offs_j < tl.load(key_offsets + run + 1), offs_d < D
+        kv = _key_rows(key_ids, offs_j, is_key, h, H, HAS_KEY_IDS)[:, None] * D + offs_d
+        b_k = tl.load(k + kv, mask=is_key[:, None] & is_d, other=0.0)  # [BLOCK_K, DP]
+        b_v = tl.load(v + kv, mask=is_key[:, None] & is_d, other=0.0)
+        b_dk = tl.zeros([BLOCK_K, DP], dtype=tl.float32)
+        b_dv = tl.zeros([BLOCK_K, DP], dtype=tl.float32)
+
+        first, last = tl.load(query_offsets + segment), tl.load(query_offsets + segment + 1)
+        part = tl.cdiv(tl.cdiv(last - first, SPLITS), BLOCK_Q) * BLOCK_Q
+        first = first + split * part
+        last = tl.minimum(last, first + part)
+        for i in range(first, last, BLOCK_Q):
+            offs_i, g = i + offs // GP, offs % GP
+            valid = offs_i < last
+            rows, _out_rows = _query_rows(query_ids, offs_i, valid, h, H, P, HAS_QUERY_IDS)
+            valid = valid & (g < G)
+            at = rows * G + g
+            b_q = tl.load(q + at[:, None] * D + offs_d, mask=valid[:, None] & is_d, other=0.0)  # [BLOCK_Q * GP, DP]
+            b_do = tl.load(dout + at[:, None] * D + offs_d, mask=valid[:, None] & is_d, other=0.0)
+            b_lse = tl.load(lse + at, mask=valid, other=float("inf"))  # no query: its weights are zero
+            b_delta = tl.load(delta + at, mask=valid, other=0.0)
+            b_p = tl.exp2(_dot(b_k, tl.trans(b_q)) * scale_log2 - b_lse)  # [BLOCK_K, BLOCK_Q * GP]
+            b_p = tl.where(is_key[:, None], b_p, 0.0)  # exp2(-lse) may overflow
+            b_ds = b_p * (_dot(b_v, tl.trans(b_do)) - b_delta)
+            b_dv += _dot(b_p.to(b_do.dtype), b_do)
+            b_dk += _dot(b_ds.to(b_q.dtype), b_q)
+        to = kv + split.to(tl.int64) * SIZE
+        tl.store(dk + to, b_dk * scale, mask=is_key[:, None] & is_d)
+        tl.store(dv + to, b_dv, mask=is_key[:, None] & is_d)
+
+
+def _arguments(q: Tensor, k: Tensor, segments: Segments, tile: Tile) -> tuple[tuple, dict]:
+    """The lists as the kernels take them (one that is not there is never read), and the sizes."""
+    H, D = k.shape[1:]
+    G = q.shape[1] // H
+    GP = triton.next_power_of_2(G)
+    queries, keys = segments.queries, segments.keys
+    lists = tuple(x for runs in (queries, keys) for x in (runs.offsets, runs.offsets if runs.ids is None else runs.ids))
+    return lists, {
+        "H": H, "G": G, "D": D, "P": segments.pairs, "GP": GP, "DP": max(16, triton.next_power_of_2(D)),
+        "BLOCK_Q": max(1, tile.rows // GP), "BLOCK_K": tile.keys,
+        "HAS_QUERY_IDS": queries.ids is not None, "HAS_KEY_IDS": keys.ids is not None,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+
+
+def run_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, tile: Tile
+) -> tuple[Tensor, Tensor]:
+    """out and base-2 lse of q (T, H * G, D), k and v (Tk, H, D): (T, H * G, D) and (T, H * G) float32.
+
+    With pairs, one for each pair: (T * H * P, G, D) and (T * H * P, G). All inputs contiguous.
+    """
+    lists, sizes = _arguments(q, k, segments, tile)
+    shape = (len(q) * sizes["H"] * segments.pairs, sizes["G"]) if segments.pairs else q.shape[:2]
+    out, lse = q.new_empty(*shape, q.shape[2]), q.new_empty(shape, dtype=torch.float32)
+    tiles = segments.queries.tiles(sizes["BLOCK_Q"])
+    if len(tiles[1]):
+        _forward_kernel[len(tiles[1]), 1 if segments.pairs else sizes["H"]](
+            q, k, v, *tiles, *lists, out, lse, scale * LOG2_E, len(segments.queries), len(segments.keys), **sizes
+        )
+    return out, lse
+
+
+def run_attention_dq(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, lse: Tensor, delta: Tensor, dout: Tensor, scale: float,
+    tile: Tile,
+) -> Tensor:  # fmt: skip
+    """dq (T, H * G, D), or with pairs one for each pair (T * H * P, G, D).
+
+    lse (T, H * G) is that of base 2, less log2 of a factor on dout if there is one; delta (T, H * G) float32 is the sum
+    of out * dout over D, without that factor.
+    """
+    lists, sizes = _arguments(q, k, segments, tile)
+    pairs = len(q) * sizes["H"] * segments.pairs
+    dq = q.new_empty((pairs, sizes["G"], q.shape[2]) if segments.pairs else q.shape)
+    tiles = segments.queries.tiles(sizes["BLOCK_Q"])
+    if len(tiles[1]):
+        _dq_kernel[len(tiles[1]), 1 if segments.pairs else sizes["H"]](
+            q, k, v, *tiles, *lists, lse, delta, dout, dq, scale, scale * LOG2_E,
+            len(segments.queries), len(segments.keys), **sizes,
+        )  # fmt: skip
+    return dq
+
+
+def run_attention_dkdv(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, lse: Tensor, delta: Tensor, dout: Tensor, scale: float,
+    tile: Tile,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dk and dv (Tk, H, D) float32, sums of `tile.splits` parts in a fixed order. Every key must be in one run."""
+    lists, sizes = _arguments(q, k, segments, tile)
+    dk, dv = (k.new_empty(tile.splits, *k.shape, dtype=torch.float32) for _ in range(2))
+    tiles = segments.keys.tiles(tile.keys)
+    if len(tiles[1]):
+        _dkdv_kernel[len(tiles[1]), sizes["H"], tile.splits](
+            q, k, v, *tiles, *lists, lse, delta, dout, dk, dv, scale, scale * LOG2_E,
+            len(segments.keys), k.numel(), **sizes, SPLITS=tile.splits,
+        )  # fmt: skip
+    return (dk[0], dv[0]) if tile.splits == 1 else (dk.sum(0), dv.sum(0))

@@ -1,0 +1,78 @@
+"""Runs of rows: which queries a kernel of attention pairs with which keys.
+
+Sizes named in this file:
+    S  runs of queries      M  runs of keys      H  key/value heads
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """Consecutive runs of a list of rows: run i is `ids[offsets[i] : offsets[i + 1]]`.
+
+    `offsets` is (S + 1,) int32, `total` bounds the length of the list from above, and `ids` (int32) is None where the
+    list is 0, 1, 2, …
+    """
+
+    offsets: Tensor
+    total: int
+    ids: Tensor | None = None
+    _tiles: dict = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return self.offsets.numel() - 1
+
+    def tiles(self, size: int) -> tuple[Tensor, Tensor]:
+        """Cut the runs into tiles of at most `size`, without asking the device how many there are.
+
+        Returns the first tile of each run (S + 1,) and the run of each tile, both int32; there are as many tiles as
+        there may be at most, and those beyond the last have run S.
+        """
+        if size not in self._tiles:
+            tiles = (self.offsets.diff() + (size - 1)) // size
+            tile_offsets = torch.nn.functional.pad(tiles.cumsum(0), (1, 0)).int()
+            numbers = torch.arange(self.total // size + len(self), dtype=torch.int32, device=self.offsets.device)
+            self._tiles[size] = tile_offsets, torch.searchsorted(tile_offsets[1:], numbers, right=True, out_int32=True)
+        return self._tiles[size]
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Lists of query rows and the runs of keys they attend to: S runs of `queries` and M of `keys`.
+
+    S = M, or H * M where `pairs` is not 0.
+    """
+
+    queries: Runs
+    keys: Runs
+    pairs: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Branches:
+    """What the three branches of spatial sparse attention attend to; it follows from the voxels alone.
+
+    Args:
+        samples: tokens of each sample.
+        compressed: compressed tokens of each sample.
+        blocks: tokens of each selection block.
+        windows: tokens of each window.
+        children: compressed tokens of each selection block.
+        sample_blocks: first block of each sample and, last, their number, (B + 1,) int32.
+        max_compressed, max_blocks: most compressed tokens and most blocks in a sample.
+        max_children: bounds the compressed tokens of a block.
+    """
+
+    samples: Runs
+    compressed: Runs
+    blocks: Runs
+    windows: Runs
+    children: Runs
+    sample_blocks: Tensor
+    max_compressed: int
+    max_blocks: int
+    max_children: int

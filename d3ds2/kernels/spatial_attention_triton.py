@@ -1,0 +1,127 @@
+"""All of spatial sparse attention after the projections, in Triton; its definition is in spatial_attention.py.
+
+The gates cost nothing in the backward pass: a branch's gate scales its weights, and log2 of it goes into their lse.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .block_scores_triton import select_blocks_triton
+from .inverted_selection_triton import select_backward, select_forward
+from .run_attention_triton import Tile, run_attention_dkdv, run_attention_dq, run_attention_forward
+from .runs import Branches, Segments
+
+COMPRESSION = Tile(128, 64), Tile(128, 64), Tile(64, 64, splits=32)  # forward, dq, dk and dv
+WINDOW = Tile(128, 64), Tile(128, 64), Tile(64, 64)
+FP32 = Tile(32, 32), Tile(32, 32), Tile(32, 32, splits=4)
+ROWS = 64  # rows of tokens times heads in a program of the kernels here
+
+
+@triton.jit
+def _gate_kernel(
+    compression, selection, window, gates, out, ROWS, HG, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program: BLOCK rows (token, query head) of the gated sum of the branches."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    offs_d = tl.arange(0, DP)
+    at, mask = row[:, None] * D + offs_d, (row < ROWS)[:, None] & (offs_d < D)
+    token = gates + row // HG * 3
+    acc = tl.load(compression + at, mask=mask).to(tl.float32) * tl.load(token, mask=row < ROWS)[:, None]
+    acc += tl.load(selection + at, mask=mask).to(tl.float32) * tl.load(token + 1, mask=row < ROWS)[:, None]
+    acc += tl.load(window + at, mask=mask).to(tl.float32) * tl.load(token + 2, mask=row < ROWS)[:, None]
+    tl.store(out + at, acc, mask=mask)
+
+
+@triton.jit
+def _delta_kernel(
+    dout, compression, selection, window, gates, lse, delta, gated_lse, SIZE, ROWS, HG,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program, of BLOCK rows (token, query head): for each branch the sum of out * dout, and lse - log2(gate).
+
+    lse, delta and gated_lse hold the three branches SIZE numbers apart.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    offs_d = tl.arange(0, DP)
+    valid = row < ROWS
+    at, mask = row[:, None] * D + offs_d, valid[:, None] & (offs_d < D)
+    b_do = tl.load(dout + at, mask=mask, other=0.0).to(tl.float32)
+    token = gates + row // HG * 3
+    b_o = tl.load(compression + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(delta + row, tl.sum(b_o * b_do, 1), mask=valid)
+    b_o = tl.load(selection + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(delta + SIZE + row, tl.sum(b_o * b_do, 1), mask=valid)
+    b_o = tl.load(window + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(delta + 2 * SIZE + row, tl.sum(b_o * b_do, 1), mask=valid)
+    for branch in range(3):
+        b_lse = tl.load(lse + branch * SIZE + row, mask=valid, other=0.0)
+        b_gate = tl.load(token + branch, mask=valid, other=1.0)
+        # no keys: an lse of -inf, which must become a weight of zero; so must a gate of zero
+        b_lse = tl.where((b_lse == float("-inf")) | (b_gate <= 0), float("inf"), b_lse - tl.log2(b_gate))
+        tl.store(gated_lse + branch * SIZE + row, b_lse, mask=valid)
+
+
+def _tiles(q: Tensor, half: tuple[Tile, Tile, Tile]) -> tuple[Tile, Tile, Tile]:
+    return FP32 if q.dtype == torch.float32 else half
+
+
+class _SpatialAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, compressed_k, compressed_v, gates, branches, top_k, scale):
+        T, HG, D = q.shape
+        lse = q.new_empty(3, T, HG, dtype=torch.float32)
+        over_samples, over_windows = Segments(branches.samples, branches.compressed), Segments(*[branches.windows] * 2)
+        compression, lse[0] = run_attention_forward(
+            q, compressed_k, compressed_v, over_samples, scale, _tiles(q, COMPRESSION)[0]
+        )
+        block_indices = select_blocks_triton(q, compressed_k, lse[0], branches, top_k, scale)
+        selection, lse[1], chunks = select_forward(q, k, v, branches.blocks, block_indices, scale)
+        window, lse[2] = run_attention_forward(q, k, v, over_windows, scale, _tiles(q, WINDOW)[0])
+        out = torch.empty_like(q)
+        _gate_kernel[(triton.cdiv(T * HG, ROWS),)](
+            compression, selection, window, gates, out, T * HG, HG, D=D, DP=triton.next_power_of_2(D), BLOCK=ROWS
+        )
+        ctx.save_for_backward(
+            q, k, v, compressed_k, compressed_v, gates, compression, selection, window, lse, block_indices
+        )
+        ctx.over_samples, ctx.over_windows, ctx.chunks, ctx.scale = over_samples, over_windows, chunks, scale
+        ctx.mark_non_differentiable(block_indices)
+        return out, block_indices
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, _):
+        q, k, v, compressed_k, compressed_v, gates, *outputs, lse, block_indices = ctx.saved_tensors
+        (T, HG, D), scale, dout = q.shape, ctx.scale, dout.contiguous()
+        delta, gated_lse = torch.empty_like(lse), torch.empty_like(lse)
+        _delta_kernel[(triton.cdiv(T * HG, ROWS),)](
+            dout, *outputs, gates, lse, delta, gated_lse, T * HG, T * HG, HG,
+            D=D, DP=triton.next_power_of_2(D), BLOCK=ROWS,
+        )  # fmt: skip
+        of_branch = [(gated_lse[i], delta[i], dout, scale) for i in range(3)]
+        _, tile_dq, tile_dkdv = _tiles(q, COMPRESSION)
+        dq = run_attention_dq(q, compressed_k, compressed_v, ctx.over_samples, *of_branch[0], tile_dq)
+        dkc, dvc = run_attention_dkdv(q, compressed_k, compressed_v, ctx.over_samples, *of_branch[0], tile_dkdv)
+        _, tile_dq, tile_dkdv = _tiles(q, WINDOW)
+        dq_window = run_attention_dq(q, k, v, ctx.over_windows, *of_branch[2], tile_dq)
+        dk, dv = run_attention_dkdv(q, k, v, ctx.over_windows, *of_branch[2], tile_dkdv)
+        dq, dks, dvs = select_backward(q, k, v, block_indices, ctx.chunks, *of_branch[1], others=(dq, dq_window))
+        dgates = delta.sum(-1).t().to(gates.dtype)  # (T, 3)
+        return (
+            dq, (dk + dks).to(k.dtype), (dv + dvs).to(v.dtype), dkc.to(k.dtype), dvc.to(v.dtype), dgates,
+            None, None, None,
+        )  # fmt: skip
+
+
+def spatial_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, compressed_k: Tensor, compressed_v: Tensor, gates: Tensor, branches: Branches,
+    top_k: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """Same contract as `attend` of ../spatial_sparse_attention.py, differentiable in the first six."""
+    if len(q) == 0:
+        return torch.zeros_like(q)
+    inputs = (x.contiguous() for x in (q, k, v, compressed_k, compressed_v))
+    return _SpatialAttention.apply(*inputs, gates.float().contiguous(), branches, top_k, scale)[0]

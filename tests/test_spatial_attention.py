@@ -1,0 +1,42 @@
+"""The fused branches of spatial sparse attention in Triton against the definition, outputs and every gradient."""
+
+import pytest
+import torch
+
+from d3ds2.kernels.selection_attention import HAS_TRITON
+from d3ds2.spatial_sparse_attention import attend, branches_of
+from tests.random_voxels import random_voxels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU, conftest.py sets TRITON_INTERPRET=1
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+
+
+def outputs_and_gradients(attend, inputs, weight):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = attend(*inputs)
+    return out, *torch.autograd.grad(out, inputs, weight)
+
+
+@pytest.mark.parametrize(
+    ("counts", "resolution", "c", "shift", "H", "G", "D", "top_k"),
+    [
+        pytest.param([40, 0, 23], 16, 4, 4, 2, 2, 16, 2, id="ragged-c4"),
+        pytest.param([60], 32, 8, 0, 1, 16, 16, 3, id="one-sample-c8"),
+        pytest.param([30, 20], 16, 2, 0, 1, 3, 8, 9, id="more-than-all-blocks"),
+        pytest.param([1], 16, 8, 4, 1, 1, 16, 1, id="one-token"),
+    ],
+)
+def test_matches_the_definition(counts, resolution, c, shift, H, G, D, top_k):
+    from d3ds2.kernels.spatial_attention_triton import spatial_attention_triton
+
+    voxels = random_voxels(counts, resolution).to(DEVICE)
+    N, Nc = len(voxels), len(voxels.coarsen(c)[0])
+    shapes = (N, H * G, D), (N, H, D), (N, H, D), (Nc, H, D), (Nc, H, D)
+    inputs = [torch.randn(shape).to(DEVICE) for shape in shapes] + [torch.rand(N, 3).to(DEVICE)]
+    weight = torch.randn(N, H * G, D).to(DEVICE)
+    expected = outputs_and_gradients(lambda *x: attend(*x, top_k, voxels, c, 8, shift), inputs, weight)
+    branches = branches_of(voxels, c, 8, shift)
+    actual = outputs_and_gradients(lambda *x: spatial_attention_triton(*x, branches, top_k, D**-0.5), inputs, weight)
+    names = "out", "dq", "dk", "dv", "dcompressed_k", "dcompressed_v", "dgates"
+    for name, a, e in zip(names, actual, expected, strict=True):
+        torch.testing.assert_close(a, e, atol=1e-4, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
