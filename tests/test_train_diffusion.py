@@ -198,6 +198,17 @@ def test_structure_dit_can_leave_the_encoder_as_it_is(chain, tmp_path):
     assert_equal_parameters(trained["image_encoder"], load_network(chain.model_dir, "image_encoder"))
 
 
+def test_structure_dit_starts_from_a_trained_encoder(chain, tmp_path):
+    copy_model(chain, tmp_path, "structure_vae")
+    run = dataclasses.replace(chain.structure_dit.run, out_dir=str(tmp_path / "run"), steps=1, warmup_steps=10**9)
+    config = dataclasses.replace(
+        chain.structure_dit, model_dir=str(tmp_path / "model"), run=run, pretrained_encoder=chain.model_dir
+    )
+    trained = train_structure_dit.train(config)["image_encoder"]  # one step at a learning rate of about zero
+    for a, b in zip(trained.parameters(), load_network(chain.model_dir, "image_encoder").parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
 def test_encoder_stays_as_it_is_from_a_step_on(chain, tmp_path):
     copy_model(chain, tmp_path, "structure_vae")
 

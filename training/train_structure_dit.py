@@ -7,8 +7,10 @@ the device. Stopped, it resumes from the newest checkpoint in `run.out_dir`. The
 `model_dir` whenever a checkpoint is written.
 """
 
+import json
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -59,7 +61,7 @@ class TrainStructureDiTConfig:
     views_on_device: bool = False  # keep all pictures in the device's memory, and augment them there
     train_image_encoder: bool = True  # jointly; else frozen, as it stands in `model_dir`
     image_encoder_steps: int = 0  # its averaged weights stay fixed from here on: the latent DiT can start; 0: never [D]
-    pretrained_encoder: str = ""  # start it from a transformers folder of DINOv2 with registers, not from random [B]
+    pretrained_encoder: str = ""  # start it from a transformers folder of DINOv2 with registers [B] or a model folder
     run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/structure_dit"))
     image_encoder: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
     model: StructureDiTConfig = field(default_factory=StructureDiTConfig)
@@ -105,7 +107,9 @@ def flow_loss(
 
 def make_image_encoder(config: TrainStructureDiTConfig) -> ImageEncoder:
     if config.pretrained_encoder:
-        return ImageEncoder.from_dinov2(config.pretrained_encoder)
+        folder, settings = config.pretrained_encoder, Path(config.pretrained_encoder) / "config.json"
+        is_ours = settings.is_file() and "networks" in json.loads(settings.read_text())
+        return load_network(folder, "image_encoder") if is_ours else ImageEncoder.from_dinov2(folder)
     if not config.train_image_encoder:
         return load_network(config.model_dir, "image_encoder")
     return ImageEncoder(config.image_encoder)
