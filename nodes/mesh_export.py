@@ -112,7 +112,7 @@ def _save_path(prefix: str) -> tuple[Path, str, int, str]:
         raise ValueError(
             f"filename_prefix {prefix!r} leads out of the output folder {output}: use one inside it, such as 3d/name."
         )
-    if prefix.strip() in ("", ".") or prefix.endswith("/"):
+    if prefix.rsplit("/", 1)[-1].strip() in ("", ".", ".."):
         raise ValueError(f"filename_prefix {prefix!r} has no file name: use one such as 3d/name.")
     try:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, output)

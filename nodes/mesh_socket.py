@@ -44,8 +44,8 @@ def from_socket(socket: Types.MESH) -> list[Mesh]:
     normals_given = getattr(socket, "normals", None)
     for i in range(len(socket.vertices)):
         vertex_count, face_count = (_count(socket, name, i) for name in ("vertex_counts", "face_counts"))
-        vertices = np.array(socket.vertices[i][:vertex_count].detach().float().cpu())
-        faces = np.array(socket.faces[i][:face_count].detach().long().cpu())
+        vertices = _copy(socket.vertices[i][:vertex_count].float())
+        faces = _copy(socket.faces[i][:face_count].long())
         which = f"mesh {i + 1} of {len(socket.vertices)}"
         if not len(vertices) or not len(faces):
             raise ValueError(f"{which} is empty: it has {len(vertices)} vertices and {len(faces)} faces")
@@ -55,9 +55,13 @@ def from_socket(socket: Types.MESH) -> list[Mesh]:
             raise ValueError(f"{which} is damaged: it has coordinates that are not finite")
         normals = area_weighted_normals(vertices, faces)
         if normals_given is not None and normals_given.shape == socket.vertices.shape:
-            normals = np.array(normals_given[i][:vertex_count].detach().float().cpu())
+            normals = _copy(normals_given[i][:vertex_count].float())
         meshes.append(Mesh(vertices, faces, normals))
     return meshes
+
+
+def _copy(values: torch.Tensor) -> np.ndarray:
+    return values.detach().cpu().numpy().copy()
 
 
 def _count(socket: Types.MESH, name: str, index: int) -> int | None:

@@ -30,8 +30,9 @@ def model_names() -> list[str]:
 def model_folder(name: str) -> Path:
     """The folder of a model. Raises ValueError with what to do when there is none of that name."""
     roots = [Path(root) for root in folder_paths.get_folder_paths(FOLDER)]
+    inside = name and not Path(name).is_absolute() and ".." not in Path(name).parts
     for root in roots:
-        if (root / name / "config.json").is_file() and (root / name).resolve().is_relative_to(root.resolve()):
+        if inside and (root / name / "config.json").is_file():
             return root / name
     if name == TINY:
         return Path(__file__).parent.parent / "d3ds2" / "weights" / TINY
