@@ -194,8 +194,8 @@ def _dkdv_kernel(
             b_do = tl.load(dout + at[:, None] * D + offs_d, mask=valid[:, None] & is_d, other=0.0)
             b_lse = tl.load(lse + at, mask=valid, other=float("inf"))  # no query: its weights are zero
             b_delta = tl.load(delta + at, mask=valid, other=0.0)
-            b_p = tl.exp2(_dot(b_k, tl.trans(b_q)) * scale_log2 - b_lse)  # [BLOCK_K, BLOCK_Q * GP]
-            b_p = tl.where(is_key[:, None], b_p, 0.0)  # exp2(-lse) may overflow
+            b_p = tl.exp2(_dot(b_k, tl.trans(b_q)) * scale_log2 - b_lse)  # [BLOCK_K, BLOCK_Q * GP]; rows beyond the
+            # end hold anything: they reach only themselves
             b_ds = b_p * (_dot(b_v, tl.trans(b_do)) - b_delta)
             b_dv += _dot(b_p.to(b_do.dtype), b_do)
             b_dk += _dot(b_ds.to(b_q.dtype), b_q)
