@@ -41,6 +41,10 @@ class SubmanifoldConv3d(nn.Module):
         """(N, Cin) -> (N, Cout), in the autocast dtype under autocast; ValueError if x does not fit the voxels."""
         return _convolve(x, voxels, self.weight, self.bias, children=1)
 
+    def dense_weights(self) -> Tensor:
+        """What `gather_conv` takes, (27, Cin, Cout)."""
+        return self.weight
+
 
 class SubdivideConv3d(SubmanifoldConv3d):
     """Subdivide every voxel into its 8 children, which copy its features, then `SubmanifoldConv3d` on the children.
@@ -53,6 +57,10 @@ class SubdivideConv3d(SubmanifoldConv3d):
     def forward(self, x: Tensor, voxels: Voxels) -> Tensor:
         """(N, Cin) -> (8 N, Cout), child i, j, k of voxel n in row 8 n + 4 i + 2 j + k: `Voxels.child_order` sorts."""
         return _convolve(x, voxels, _children_weight(self.weight), self.bias, children=8)
+
+    def dense_weights(self) -> Tensor:
+        """What `gather_conv` takes, (27, Cin, 8 Cout)."""
+        return _dense_weight(_children_weight(self.weight), 8)
 
 
 def _children_weight(weight: Tensor) -> Tensor:
@@ -94,17 +102,7 @@ class _GatherConv(torch.autograd.Function):
     def forward(ctx, x, neighbors, weight, bias, children):
         ctx.save_for_backward(x, neighbors, weight)
         ctx.children = children
-        N, Cout = len(x), weight.shape[2]
-        if x.is_cuda and HAS_TRITON:
-            from .kernels.gather_conv_triton import gather_conv_triton
-
-            out = gather_conv_triton(x, neighbors, _dense_weight(weight, children)).view(N * children, Cout)
-            return out + bias
-        matrix = _dense_weight(weight, children).flatten(0, 1)  # (27 Cin, children Cout)
-        out = x.new_empty(N, children * Cout)
-        for rows, columns in _gathered(x, neighbors):
-            torch.addmm(bias.repeat(children), columns, matrix, out=out[rows])
-        return out.view(N * children, Cout)
+        return gather_conv(x, neighbors, _dense_weight(weight, children), bias)
 
     @staticmethod
     @once_differentiable
@@ -123,6 +121,29 @@ class _GatherConv(torch.autograd.Function):
             dmatrix += columns.t() @ x[rows]
         dweight = dmatrix.view(J, Cout, Cin).transpose(1, 2).to(weight.dtype)
         return dx, None, dweight, dout.sum(0), None
+
+
+def gather_conv(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The convolution itself, for some rows of the result and without a gradient.
+
+    Args:
+        x: (N, Cin).
+        neighbors: (27, M) rows of x around each of M voxels, N where there is none.
+        weight: (27, Cin, children · Cout), as `dense_weights` of a layer gives it.
+        bias: (Cout,).
+
+    Returns:
+        (M · children, Cout), child c of voxel m in row children · m + c.
+    """
+    M, (_, _, channels), Cout = neighbors.shape[1], weight.shape, len(bias)
+    if x.is_cuda and HAS_TRITON:
+        from .kernels.gather_conv_triton import gather_conv_triton
+
+        return gather_conv_triton(x, neighbors, weight).view(-1, Cout).add_(bias)
+    out = x.new_empty(M, channels)
+    for rows, columns in _gathered(x, neighbors):
+        torch.addmm(bias.repeat(channels // Cout), columns, weight.flatten(0, 1), out=out[rows])
+    return out.view(-1, Cout)
 
 
 def _dense_weight(weight: Tensor, children: int) -> Tensor:

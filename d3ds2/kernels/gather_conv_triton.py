@@ -5,6 +5,7 @@ one thread block per row, which wastes most of it on the narrow rows (16-64 byte
 
 Sizes named in this file:
     N  voxels      K  offsets, 27      Cin, Cout  channels in and out      S  slices of the voxels
+    M  rows of the result
 """
 
 import torch
@@ -19,17 +20,17 @@ SLICE = 16384  # voxels summed into one partial weight gradient
 
 @triton.jit
 def _conv_kernel(
-    x, neighbors, weight, out, N,
+    x, neighbors, weight, out, N, M,
     K: tl.constexpr, CIN: tl.constexpr, COUT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N voxels and BLOCK_O output channels."""
+    """One program: BLOCK_N rows of the result and BLOCK_O output channels."""
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_i, offs_o = tl.arange(0, BLOCK_I), tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    valid, is_out = offs_n < N, offs_o < COUT
+    valid, is_out = offs_n < M, offs_o < COUT
     acc = tl.zeros([BLOCK_N, BLOCK_O], dtype=tl.float32)
     for k in range(K):
-        row = tl.load(neighbors + k * N + offs_n, mask=valid, other=N).to(tl.int64)
+        row = tl.load(neighbors + k * M + offs_n, mask=valid, other=N).to(tl.int64)
         found = row < N
         for first in range(0, CIN, BLOCK_I):
             is_in = first + offs_i < CIN
@@ -79,16 +80,17 @@ def _block(channels: int) -> int:
 
 
 def gather_conv_triton(x: Tensor, neighbors: Tensor, weight: Tensor) -> Tensor:
-    """out[n] = Σ_k x[neighbors[k, n]] @ weight[k]: x (N, Cin), neighbors (K, N), weight (K, Cin, Cout) -> (N, Cout).
+    """out[m] = Σ_k x[neighbors[k, m]] @ weight[k]: x (N, Cin), neighbors (K, M), weight (K, Cin, Cout) -> (M, Cout).
 
     Sums in fp32, result in the dtype of x; a neighbour N is none.
     """
-    N, (K, Cin, Cout) = len(x), weight.shape
-    out = x.new_empty(N, Cout)
-    if N:
+    N, M, (K, Cin, Cout) = len(x), neighbors.shape[1], weight.shape
+    out = x.new_empty(M, Cout)
+    if M:
         blocks = {"BLOCK_N": BLOCK_N, "BLOCK_I": _block(Cin), "BLOCK_O": _block(Cout)}
-        grid = triton.cdiv(N, BLOCK_N), triton.cdiv(Cout, blocks["BLOCK_O"])
-        _conv_kernel[grid](x.contiguous(), neighbors, weight.contiguous(), out, N, K=K, CIN=Cin, COUT=Cout, **blocks)
+        grid = triton.cdiv(M, BLOCK_N), triton.cdiv(Cout, blocks["BLOCK_O"])
+        arguments = x.contiguous(), neighbors.contiguous(), weight.contiguous(), out, N, M
+        _conv_kernel[grid](*arguments, K=K, CIN=Cin, COUT=Cout, **blocks)
     return out
 
 

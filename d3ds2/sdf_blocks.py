@@ -1,0 +1,52 @@
+"""A decoded SDF as blocks of 8³ voxels, one for each latent: a hundredth of the memory of its voxels' coordinates.
+
+K  blocks, all samples packed      R  SDF voxels per edge
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .voxels import BLOCK, Voxels
+
+
+@dataclass(frozen=True, eq=False)
+class SDFBlocks:
+    """Distances of whole blocks.
+
+    Args:
+        coords: (K, 4) int32 [batch, x, y, z] in blocks, lexicographic.
+        values: (K, 8, 8, 8) floats, indexed [x, y, z]: distance over the band.
+        resolution: R.
+        batch_size: number of samples; some may be empty.
+    """
+
+    coords: Tensor
+    values: Tensor
+    resolution: int
+    batch_size: int
+
+    @staticmethod
+    def of_voxels(sdf: Tensor, voxels: Voxels) -> "SDFBlocks":
+        """Of sdf (512 K, 1) on sorted voxels that fill their blocks, as `SDFVAE.decode` gives them."""
+        return SDFBlocks(voxels.block_coords, sdf.view(-1, BLOCK, BLOCK, BLOCK), voxels.resolution, voxels.batch_size)
+
+    def to_voxels(self) -> tuple[Tensor, Voxels]:
+        """The inverse of `of_voxels`: sdf (512 K, 1) and its voxels."""
+        place = torch.arange(BLOCK**3, device=self.coords.device)
+        offset = torch.stack([torch.zeros_like(place), place // BLOCK**2, place // BLOCK % BLOCK, place % BLOCK], dim=1)
+        corners = self.coords * self.coords.new_tensor([1, BLOCK, BLOCK, BLOCK])
+        coords = (corners[:, None] + offset.int()).flatten(0, 1)
+        return self.values.reshape(-1, 1), Voxels.of_sorted(coords, self.resolution, self.batch_size)
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Blocks of each sample, on the host."""
+        return torch.bincount(self.coords[:, 0].long(), minlength=self.batch_size).tolist()
+
+    def samples(self) -> list[tuple[Tensor, Tensor]]:
+        """Block coordinates (K, 3) and values (K, 8, 8, 8) of each sample, on the CPU."""
+        coords, values = self.coords[:, 1:].cpu(), self.values.cpu()
+        return [*zip(coords.split(self.counts), values.split(self.counts), strict=True)]
