@@ -36,7 +36,7 @@ def voxel_picture(
     picture[:] = BACKGROUND
     coords = np.asarray(coords, np.float64).reshape(-1, 3)
     if len(coords):
-        scale = size / (1.5 * resolution)  # pixels per voxel: the cube is 1.37 R wide and 1.49 R high from here
+        scale = size / (1.56 * resolution)  # pixels per voxel: the cube is 1.37 R wide and 1.49 R high from here
         depth = coords @ TOWARD
         order = np.argsort(depth, kind="stable")
         centres = (coords[order] + 0.5 - resolution / 2) @ np.stack([RIGHT, -UP], 1) * scale + size / 2  # (N, 2)

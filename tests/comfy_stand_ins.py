@@ -26,12 +26,12 @@ class Port:
     def __init__(self, id, io_type, **keywords):
         if unknown := keywords.keys() - self.KEYWORDS:
             raise TypeError(f"unexpected keyword {sorted(unknown)[0]!r} of {io_type} {id!r}")
-        self.id, self.io_type, self.options = id, io_type, keywords
+        self.id, self.io_type, self.keywords = id, io_type, keywords
 
     def __getattr__(self, name):
         if name.startswith("_"):
             raise AttributeError(name)
-        return self.options.get(name)
+        return self.keywords.get(name)
 
 
 INPUT = {"display_name", "optional", "tooltip", "lazy", "extra_dict", "raw_link", "advanced"}

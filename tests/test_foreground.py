@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from d3ds2 import foreground
-from d3ds2.foreground import ImageError, cut_out, load_image, preprocess
+from d3ds2.foreground import ImageError, centre_object, cut_out, load_image, preprocess, rembg_at_hand
 from d3ds2.plain_background import remove_plain_background
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -303,12 +303,14 @@ def rembg_home(tmp_path, monkeypatch):
 
 
 def test_rembg_runs_a_model_that_is_there(rembg_home):
+    assert not rembg_at_hand()
     write_brightness_model(rembg_home, "u2net")
     image = picture("scene", color=(250, 240, 230))
     ImageDraw.Draw(image).bitmap((0, 0), MASK, fill=(250, 240, 230))
     cut = cut_out(image)
     assert overlap(cut) > 0.9
     assert overlap(cut_out(image, method="rembg", rembg_model="u2net")) > 0.9
+    assert rembg_at_hand()
 
 
 def test_rembg_downloads_nothing(rembg_home):
@@ -324,6 +326,26 @@ def test_a_damaged_rembg_model_is_named(rembg_home):
     write_brightness_model(rembg_home, "u2net").write_bytes(b"damaged")
     with pytest.raises(ImageError, match=r"rembg failed with the model .*u2net\.onnx"):
         cut_out(picture("scene"))
+
+
+# --- framing
+
+
+def test_the_edge_of_a_centred_object_keeps_its_colour():
+    image = Image.new("RGBA", (40, 20), (0, 255, 0, 0))  # green where it is transparent
+    ImageDraw.Draw(image).rectangle((10, 5, 29, 14), fill=(200, 30, 30, 255))
+    centred = np.asarray(centre_object(image, 64, 0.75))
+    visible = centred[..., 3] > 0
+    rows, columns = visible.nonzero()
+    assert (columns.min(), columns.max()) == (8, 55) and abs(rows.max() - rows.min() - 23) <= 1
+    assert (np.abs(centred[visible][:, :3].astype(int) - (200, 30, 30)) <= 3).all()
+
+
+def test_only_what_can_be_centred_is():
+    with pytest.raises(ImageError, match="fully transparent"):
+        centre_object(Image.new("RGBA", (4, 4)), 8, 0.5)
+    with pytest.raises(ValueError, match="expected a ratio"):
+        centre_object(Image.new("RGBA", (4, 4)), 8, 1.5)
 
 
 # --- preprocessing
