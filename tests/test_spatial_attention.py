@@ -37,6 +37,8 @@ def test_matches_the_definition(counts, resolution, c, shift, H, G, D, top_k):
     expected = outputs_and_gradients(lambda *x: attend(*x, top_k, voxels, c, 8, shift), inputs, weight)
     branches = branches_of(voxels, c, 8, shift)
     actual = outputs_and_gradients(lambda *x: spatial_attention_triton(*x, branches, top_k, D**-0.5), inputs, weight)
+    with torch.no_grad():
+        assert torch.equal(spatial_attention_triton(*inputs, branches, top_k, D**-0.5), actual[0])
     names = "out", "dq", "dk", "dv", "dcompressed_k", "dcompressed_v", "dgates"
     for name, a, e in zip(names, actual, expected, strict=True):
         torch.testing.assert_close(a, e, atol=1e-4, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")

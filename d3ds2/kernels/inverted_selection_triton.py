@@ -21,10 +21,13 @@ FORWARD_FP32, DQ_FP32, DKDV_FP32 = Tile(32, 32), Tile(32, 32), Tile(32, 32, spli
 
 @triton.jit
 def _merge_kernel(
-    partial, partial_lse, block_indices, out, lse, ROWS, S, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    partial, partial_lse, block_indices, out, lse, compression, window, gates, gated_out, ROWS, S, HG,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK rows (token, head, head of the group); softmax over keys from softmaxes over blocks."""
+    """One program: BLOCK rows (token, head, head of the group); softmax over keys from softmaxes over blocks.
+
+    GATED: with the outputs of the other branches, the gated sum of all three. KEEP: out and lse are wanted.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     offs_d = tl.arange(0, DP)
     valid, is_d = row < ROWS, offs_d < D
@@ -44,8 +47,19 @@ def _merge_kernel(
         m = m_new
     # a query without any block: zeros, and an lse of +inf makes its gradients zero
     has_keys = denom > 0
-    tl.store(out + row[:, None] * D + offs_d, acc / tl.where(has_keys, denom, 1.0)[:, None], mask=valid[:, None] & is_d)
-    tl.store(lse + row, tl.where(has_keys, m + tl.log2(denom), float("inf")), mask=valid)
+    acc = acc / tl.where(has_keys, denom, 1.0)[:, None]
+    here, mask = row[:, None] * D + offs_d, valid[:, None] & is_d
+    if KEEP:
+        tl.store(out + here, acc, mask=mask)
+        tl.store(lse + row, tl.where(has_keys, m + tl.log2(denom), float("inf")), mask=valid)
+    if GATED:
+        gate = gates + row // HG * 3
+        acc = acc * tl.load(gate + 1, mask=valid, other=0.0)[:, None]
+        b_o = tl.load(compression + here, mask=mask, other=0.0).to(tl.float32)
+        acc += b_o * tl.load(gate, mask=valid, other=0.0)[:, None]
+        b_o = tl.load(window + here, mask=mask, other=0.0).to(tl.float32)
+        acc += b_o * tl.load(gate + 2, mask=valid, other=0.0)[:, None]
+        tl.store(gated_out + here, acc, mask=mask)
 
 
 @triton.jit
@@ -102,22 +116,47 @@ def _segments(block_indices: Tensor, blocks: Runs) -> Segments:
 
 
 def select_forward(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Runs, block_indices: Tensor, scale: float
-) -> tuple[Tensor, Tensor, list[Segments]]:
-    """out (T, H * G, D), base-2 lse (T, H * G) float32 and the inverted selection of each chunk of the queries."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Runs,
+    block_indices: Tensor,
+    scale: float,
+    others: tuple[Tensor, Tensor, Tensor] | None = None,
+    keep: bool = True,
+) -> tuple[Tensor | None, Tensor | None, list[Segments], Tensor | None]:
+    """Selection attention, and with the other branches the gated sum.
+
+    Args:
+        others: outputs of compression and window attention (T, H * G, D) and the gates (T, 3) float32.
+        keep: out and lse are wanted; they are for a backward pass.
+
+    Returns:
+        out (T, H * G, D), base-2 lse (T, H * G) float32, the inverted selection of each chunk of the queries, and the
+        gated sum (T, H * G, D).
+    """
     D, G, S = k.shape[2], q.shape[1] // k.shape[1], block_indices.shape[2]
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+    out, lse = (torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)) if keep else (None, None)
+    gated_out = None if others is None else torch.empty_like(q)
     tile = FORWARD_FP32 if q.dtype == torch.float32 else FORWARD
     chunks = []
     for chunk in _chunks(q, block_indices):
-        chunks.append(_segments(block_indices[chunk], blocks))
-        partial, partial_lse = run_attention_forward(q[chunk], k, v, chunks[-1], scale, tile)
-        rows = lse[chunk].numel()
+        segments = _segments(block_indices[chunk], blocks)
+        partial, partial_lse = run_attention_forward(q[chunk], k, v, segments, scale, tile)
+        kept = (out[chunk], lse[chunk]) if keep else (partial, partial_lse)  # the latter are not written
+        gating = (
+            (partial, partial, partial_lse, partial)
+            if others is None
+            else (*(x[chunk] for x in others), gated_out[chunk])
+        )
+        rows = q[chunk].shape[0] * q.shape[1]
         _merge_kernel[(triton.cdiv(rows, MERGED_ROWS),)](
-            partial, partial_lse, block_indices[chunk], out[chunk], lse[chunk], rows, S,
-            G=G, D=D, DP=triton.next_power_of_2(D), BLOCK=MERGED_ROWS,
+            partial, partial_lse, block_indices[chunk], *kept, *gating, rows, S, q.shape[1],
+            G=G, D=D, DP=triton.next_power_of_2(D), BLOCK=MERGED_ROWS, GATED=others is not None, KEEP=keep,
         )  # fmt: skip
-    return out, lse, chunks
+        if keep:
+            chunks.append(segments)
+    return out, lse, chunks, gated_out
 
 
 def select_backward(
@@ -148,7 +187,7 @@ def select_backward(
 class _SelectionAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, block_offsets, block_indices, scale):
-        out, lse, ctx.chunks = select_forward(q, k, v, Runs(block_offsets, len(k)), block_indices, scale)
+        out, lse, ctx.chunks, _ = select_forward(q, k, v, Runs(block_offsets, len(k)), block_indices, scale)
         ctx.save_for_backward(q, k, v, block_indices, out, lse)
         ctx.scale = scale
         return out

@@ -21,28 +21,21 @@ ROWS = 64  # rows of tokens times heads in a program of the kernels here
 
 
 @triton.jit
-def _gate_kernel(
-    compression, selection, window, gates, out, ROWS, HG, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr
-):
-    """One program: BLOCK rows (token, query head) of the gated sum of the branches."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    offs_d = tl.arange(0, DP)
-    at, mask = row[:, None] * D + offs_d, (row < ROWS)[:, None] & (offs_d < D)
-    token = gates + row // HG * 3
-    acc = tl.load(compression + at, mask=mask).to(tl.float32) * tl.load(token, mask=row < ROWS)[:, None]
-    acc += tl.load(selection + at, mask=mask).to(tl.float32) * tl.load(token + 1, mask=row < ROWS)[:, None]
-    acc += tl.load(window + at, mask=mask).to(tl.float32) * tl.load(token + 2, mask=row < ROWS)[:, None]
-    tl.store(out + at, acc, mask=mask)
+def _gated(lse, gate, valid):
+    """lse - log2(gate); of a row without keys (-inf) and where the gate is zero, the lse of no weight at all, +inf."""
+    b_lse, b_gate = tl.load(lse, mask=valid, other=0.0), tl.load(gate, mask=valid, other=1.0)
+    return tl.where((b_lse == float("-inf")) | (b_gate <= 0), float("inf"), b_lse - tl.log2(b_gate))
 
 
 @triton.jit
 def _delta_kernel(
-    dout, compression, selection, window, gates, lse, delta, gated_lse, SIZE, ROWS, HG,
+    dout, compression, selection, window, gates, compression_lse, selection_lse, window_lse,
+    delta, gated_lse, SIZE, ROWS, HG,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program, of BLOCK rows (token, query head): for each branch the sum of out * dout, and lse - log2(gate).
 
-    lse, delta and gated_lse hold the three branches SIZE numbers apart.
+    delta and gated_lse hold the three branches SIZE numbers apart.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     offs_d = tl.arange(0, DP)
@@ -52,16 +45,13 @@ def _delta_kernel(
     token = gates + row // HG * 3
     b_o = tl.load(compression + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(delta + row, tl.sum(b_o * b_do, 1), mask=valid)
+    tl.store(gated_lse + row, _gated(compression_lse + row, token, valid), mask=valid)
     b_o = tl.load(selection + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(delta + SIZE + row, tl.sum(b_o * b_do, 1), mask=valid)
+    tl.store(gated_lse + SIZE + row, _gated(selection_lse + row, token + 1, valid), mask=valid)
     b_o = tl.load(window + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(delta + 2 * SIZE + row, tl.sum(b_o * b_do, 1), mask=valid)
-    for branch in range(3):
-        b_lse = tl.load(lse + branch * SIZE + row, mask=valid, other=0.0)
-        b_gate = tl.load(token + branch, mask=valid, other=1.0)
-        # no keys: an lse of -inf, which must become a weight of zero; so must a gate of zero
-        b_lse = tl.where((b_lse == float("-inf")) | (b_gate <= 0), float("inf"), b_lse - tl.log2(b_gate))
-        tl.store(gated_lse + branch * SIZE + row, b_lse, mask=valid)
+    tl.store(gated_lse + 2 * SIZE + row, _gated(window_lse + row, token + 2, valid), mask=valid)
 
 
 def _tiles(q: Tensor, half: tuple[Tile, Tile, Tile]) -> tuple[Tile, Tile, Tile]:
@@ -70,35 +60,30 @@ def _tiles(q: Tensor, half: tuple[Tile, Tile, Tile]) -> tuple[Tile, Tile, Tile]:
 
 class _SpatialAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, compressed_k, compressed_v, gates, branches, top_k, scale):
-        T, HG, D = q.shape
-        lse = q.new_empty(3, T, HG, dtype=torch.float32)
+    def forward(ctx, q, k, v, compressed_k, compressed_v, gates, branches, top_k, scale, keep):
         over_samples, over_windows = Segments(branches.samples, branches.compressed), Segments(*[branches.windows] * 2)
-        compression, lse[0] = run_attention_forward(
+        compression, compression_lse = run_attention_forward(
             q, compressed_k, compressed_v, over_samples, scale, _tiles(q, COMPRESSION)[0]
         )
-        block_indices = select_blocks_triton(q, compressed_k, lse[0], branches, top_k, scale)
-        selection, lse[1], chunks = select_forward(q, k, v, branches.blocks, block_indices, scale)
-        window, lse[2] = run_attention_forward(q, k, v, over_windows, scale, _tiles(q, WINDOW)[0])
-        out = torch.empty_like(q)
-        _gate_kernel[(triton.cdiv(T * HG, ROWS),)](
-            compression, selection, window, gates, out, T * HG, HG, D=D, DP=triton.next_power_of_2(D), BLOCK=ROWS
+        block_indices = select_blocks_triton(q, compressed_k, compression_lse, branches, top_k, scale)
+        window, window_lse = run_attention_forward(q, k, v, over_windows, scale, _tiles(q, WINDOW)[0])
+        selection, selection_lse, chunks, out = select_forward(
+            q, k, v, branches.blocks, block_indices, scale, (compression, window, gates), keep
         )
-        ctx.save_for_backward(
-            q, k, v, compressed_k, compressed_v, gates, compression, selection, window, lse, block_indices
-        )
-        ctx.over_samples, ctx.over_windows, ctx.chunks, ctx.scale = over_samples, over_windows, chunks, scale
-        ctx.mark_non_differentiable(block_indices)
-        return out, block_indices
+        if keep:
+            outputs, lses = (compression, selection, window), (compression_lse, selection_lse, window_lse)
+            ctx.save_for_backward(q, k, v, compressed_k, compressed_v, gates, *outputs, *lses, block_indices)
+            ctx.over_samples, ctx.over_windows, ctx.chunks, ctx.scale = over_samples, over_windows, chunks, scale
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, _):
-        q, k, v, compressed_k, compressed_v, gates, *outputs, lse, block_indices = ctx.saved_tensors
+    def backward(ctx, dout):
+        q, k, v, compressed_k, compressed_v, gates, *saved, block_indices = ctx.saved_tensors
         (T, HG, D), scale, dout = q.shape, ctx.scale, dout.contiguous()
-        delta, gated_lse = torch.empty_like(lse), torch.empty_like(lse)
+        delta, gated_lse = (q.new_empty(3, T, HG, dtype=torch.float32) for _ in range(2))
         _delta_kernel[(triton.cdiv(T * HG, ROWS),)](
-            dout, *outputs, gates, lse, delta, gated_lse, T * HG, T * HG, HG,
+            dout, *saved[:3], gates, *saved[3:], delta, gated_lse, T * HG, T * HG, HG,
             D=D, DP=triton.next_power_of_2(D), BLOCK=ROWS,
         )  # fmt: skip
         of_branch = [(gated_lse[i], delta[i], dout, scale) for i in range(3)]
@@ -112,7 +97,7 @@ class _SpatialAttention(torch.autograd.Function):
         dgates = delta.sum(-1).t().to(gates.dtype)  # (T, 3)
         return (
             dq, (dk + dks).to(k.dtype), (dv + dvs).to(v.dtype), dkc.to(k.dtype), dvc.to(v.dtype), dgates,
-            None, None, None,
+            None, None, None, None,
         )  # fmt: skip
 
 
@@ -124,4 +109,5 @@ def spatial_attention_triton(
     if len(q) == 0:
         return torch.zeros_like(q)
     inputs = (x.contiguous() for x in (q, k, v, compressed_k, compressed_v))
-    return _SpatialAttention.apply(*inputs, gates.float().contiguous(), branches, top_k, scale)[0]
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, compressed_k, compressed_v, gates))
+    return _SpatialAttention.apply(*inputs, gates.float().contiguous(), branches, top_k, scale, keep)
