@@ -110,9 +110,8 @@ def _chunks(q: Tensor, block_indices: Tensor) -> list[slice]:
     return [slice(start, min(start + rows, T)) for start in range(0, T, rows)]
 
 
-def _segments(block_indices: Tensor, blocks: Runs) -> Segments:
-    pair_offsets, pair_ids = pairs_by_block(block_indices, len(blocks))
-    return Segments(Runs(pair_offsets, block_indices.numel(), pair_ids), blocks, block_indices.shape[2])
+def _segments(pair_offsets: Tensor, pair_ids: Tensor, blocks: Runs, S: int) -> Segments:
+    return Segments(Runs(pair_offsets, len(pair_ids), pair_ids), blocks, S)
 
 
 def select_forward(
@@ -124,7 +123,7 @@ def select_forward(
     scale: float,
     others: tuple[Tensor, Tensor, Tensor] | None = None,
     keep: bool = True,
-) -> tuple[Tensor | None, Tensor | None, list[Segments], Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, list[Tensor], Tensor | None]:
     """Selection attention, and with the other branches the gated sum.
 
     Args:
@@ -132,16 +131,17 @@ def select_forward(
         keep: out and lse are wanted; they are for a backward pass.
 
     Returns:
-        out (T, H * G, D), base-2 lse (T, H * G) float32, the inverted selection of each chunk of the queries, and the
-        gated sum (T, H * G, D).
+        out (T, H * G, D), base-2 lse (T, H * G) float32, `pairs_by_block` of each chunk of the queries in turn, and
+        the gated sum (T, H * G, D).
     """
     D, G, S = k.shape[2], q.shape[1] // k.shape[1], block_indices.shape[2]
     out, lse = (torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)) if keep else (None, None)
     gated_out = None if others is None else torch.empty_like(q)
     tile = FORWARD_FP32 if q.dtype == torch.float32 else FORWARD
-    chunks = []
+    pairs = []
     for chunk in _chunks(q, block_indices):
-        segments = _segments(block_indices[chunk], blocks)
+        inverted = pairs_by_block(block_indices[chunk], len(blocks))
+        segments = _segments(*inverted, blocks, S)
         partial, partial_lse = run_attention_forward(q[chunk], k, v, segments, scale, tile)
         kept = (out[chunk], lse[chunk]) if keep else (partial, partial_lse)  # the latter are not written
         gating = (
@@ -155,12 +155,12 @@ def select_forward(
             G=G, D=D, DP=triton.next_power_of_2(D), BLOCK=MERGED_ROWS, GATED=others is not None, KEEP=keep,
         )  # fmt: skip
         if keep:
-            chunks.append(segments)
-    return out, lse, chunks, gated_out
+            pairs += inverted
+    return out, lse, pairs, gated_out
 
 
 def select_backward(
-    q, k, v, block_indices, chunks: list[Segments], lse, delta, dout, scale: float, others: tuple[Tensor, ...] = ()
+    q, k, v, blocks: Runs, block_indices, pairs: list[Tensor], lse, delta, dout, scale: float, others=()
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, and dk and dv in float32, from delta (T, H * G) float32, the sums of out * dout.
 
@@ -169,7 +169,9 @@ def select_backward(
     D, G, S = k.shape[2], q.shape[1] // k.shape[1], block_indices.shape[2]
     dq, dks, dvs = torch.empty_like(q), [], []
     tiles = (DQ_FP32, DKDV_FP32) if q.dtype == torch.float32 else (DQ, DKDV)
-    for chunk, segments in zip(_chunks(q, block_indices), chunks, strict=True):
+    inverted = zip(pairs[::2], pairs[1::2], strict=True)
+    for chunk, chunk_pairs in zip(_chunks(q, block_indices), inverted, strict=True):
+        segments = _segments(*chunk_pairs, blocks, S)
         inputs = q[chunk], k, v, segments, lse[chunk], delta[chunk], dout[chunk], scale
         partial = run_attention_dq(*inputs, tiles[0])
         rows = lse[chunk].numel()
@@ -187,18 +189,18 @@ def select_backward(
 class _SelectionAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, block_offsets, block_indices, scale):
-        out, lse, ctx.chunks, _ = select_forward(q, k, v, Runs(block_offsets, len(k)), block_indices, scale)
-        ctx.save_for_backward(q, k, v, block_indices, out, lse)
-        ctx.scale = scale
+        ctx.blocks, ctx.scale = Runs(block_offsets, len(k)), scale
+        out, lse, pairs, _ = select_forward(q, k, v, ctx.blocks, block_indices, scale)
+        ctx.save_for_backward(q, k, v, block_indices, out, lse, *pairs)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        q, k, v, block_indices, out, lse = ctx.saved_tensors
+        q, k, v, block_indices, out, lse, *pairs = ctx.saved_tensors
         dout = dout.contiguous()
         delta = (out.float() * dout.float()).sum(-1)  # (T, H * G)
-        dq, dk, dv = select_backward(q, k, v, block_indices, ctx.chunks, lse, delta, dout, ctx.scale)
+        dq, dk, dv = select_backward(q, k, v, ctx.blocks, block_indices, pairs, lse, delta, dout, ctx.scale)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 

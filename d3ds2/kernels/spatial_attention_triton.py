@@ -58,42 +58,51 @@ def _tiles(q: Tensor, half: tuple[Tile, Tile, Tile]) -> tuple[Tile, Tile, Tile]:
     return FP32 if q.dtype == torch.float32 else half
 
 
+def _segments(branches: Branches) -> tuple[Segments, Segments]:
+    """Of the compression and of the window branch."""
+    return Segments(branches.samples, branches.compressed), Segments(branches.windows, branches.windows)
+
+
 class _SpatialAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, compressed_k, compressed_v, gates, branches, top_k, scale, keep):
-        over_samples, over_windows = Segments(branches.samples, branches.compressed), Segments(*[branches.windows] * 2)
+        over_samples, over_windows = _segments(branches)
         compression, compression_lse = run_attention_forward(
             q, compressed_k, compressed_v, over_samples, scale, _tiles(q, COMPRESSION)[0]
         )
         block_indices = select_blocks_triton(q, compressed_k, compression_lse, branches, top_k, scale)
         window, window_lse = run_attention_forward(q, k, v, over_windows, scale, _tiles(q, WINDOW)[0])
-        selection, selection_lse, chunks, out = select_forward(
+        selection, selection_lse, pairs, out = select_forward(
             q, k, v, branches.blocks, block_indices, scale, (compression, window, gates), keep
         )
         if keep:
             outputs, lses = (compression, selection, window), (compression_lse, selection_lse, window_lse)
-            ctx.save_for_backward(q, k, v, compressed_k, compressed_v, gates, *outputs, *lses, block_indices)
-            ctx.over_samples, ctx.over_windows, ctx.chunks, ctx.scale = over_samples, over_windows, chunks, scale
+            ctx.save_for_backward(q, k, v, compressed_k, compressed_v, gates, *outputs, *lses, block_indices, *pairs)
+            ctx.branches, ctx.scale = branches, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        q, k, v, compressed_k, compressed_v, gates, *saved, block_indices = ctx.saved_tensors
+        q, k, v, compressed_k, compressed_v, gates, *saved = ctx.saved_tensors
+        outputs, lses, (block_indices, *pairs) = saved[:3], saved[3:6], saved[6:]
+        over_samples, over_windows = _segments(ctx.branches)
         (T, HG, D), scale, dout = q.shape, ctx.scale, dout.contiguous()
         delta, gated_lse = (q.new_empty(3, T, HG, dtype=torch.float32) for _ in range(2))
         _delta_kernel[(triton.cdiv(T * HG, ROWS),)](
-            dout, *saved[:3], gates, *saved[3:], delta, gated_lse, T * HG, T * HG, HG,
+            dout, *outputs, gates, *lses, delta, gated_lse, T * HG, T * HG, HG,
             D=D, DP=triton.next_power_of_2(D), BLOCK=ROWS,
         )  # fmt: skip
         of_branch = [(gated_lse[i], delta[i], dout, scale) for i in range(3)]
         _, tile_dq, tile_dkdv = _tiles(q, COMPRESSION)
-        dq = run_attention_dq(q, compressed_k, compressed_v, ctx.over_samples, *of_branch[0], tile_dq)
-        dkc, dvc = run_attention_dkdv(q, compressed_k, compressed_v, ctx.over_samples, *of_branch[0], tile_dkdv)
+        dq = run_attention_dq(q, compressed_k, compressed_v, over_samples, *of_branch[0], tile_dq)
+        dkc, dvc = run_attention_dkdv(q, compressed_k, compressed_v, over_samples, *of_branch[0], tile_dkdv)
         _, tile_dq, tile_dkdv = _tiles(q, WINDOW)
-        dq_window = run_attention_dq(q, k, v, ctx.over_windows, *of_branch[2], tile_dq)
-        dk, dv = run_attention_dkdv(q, k, v, ctx.over_windows, *of_branch[2], tile_dkdv)
-        dq, dks, dvs = select_backward(q, k, v, block_indices, ctx.chunks, *of_branch[1], others=(dq, dq_window))
+        dq_window = run_attention_dq(q, k, v, over_windows, *of_branch[2], tile_dq)
+        dk, dv = run_attention_dkdv(q, k, v, over_windows, *of_branch[2], tile_dkdv)
+        dq, dks, dvs = select_backward(
+            q, k, v, ctx.branches.blocks, block_indices, pairs, *of_branch[1], others=(dq, dq_window)
+        )
         dgates = delta.sum(-1).t().to(gates.dtype)  # (T, 3)
         return (
             dq, (dk + dks).to(k.dtype), (dv + dvs).to(v.dtype), dkc.to(k.dtype), dvc.to(v.dtype), dgates,
