@@ -40,11 +40,6 @@ def latent_dit_bytes(config: LatentDiTConfig, tokens: int, dtype: torch.dtype) -
     return _with_margin(16 * tokens * config.hidden_size * dtype.itemsize)
 
 
-def sdf_decode_bytes(config: SDFVAEConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Of decoding the latents of T voxels, 512 T SDF voxels, in one piece."""
-    return _with_margin(512 * tokens * (100 + 0.082 * config.hidden_size * dtype.itemsize))
-
-
 def sdf_encode_bytes(config: SDFVAEConfig, voxels: int, dtype: torch.dtype) -> int:
     """Of encoding N active SDF voxels."""
     return _with_margin(voxels * (120 + 0.25 * config.hidden_size * dtype.itemsize))

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from contextvars import copy_context
+from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, TypeVar
 
 import comfy.model_management as mm
@@ -22,6 +22,8 @@ PREVIEW_SIZE = 512  # pixels, at most, of a live picture
 PREVIEW_SHARE = 0.2  # of the time may go into making pictures
 
 Result = TypeVar("Result")
+# in a thread of `run_cancellable`: whether the node has gone on without it
+_abandoned: ContextVar[threading.Event | None] = ContextVar("abandoned", default=None)
 
 
 class Progress:
@@ -57,7 +59,11 @@ class Progress:
 
 def check_cancelled() -> None:
     """A cancel point: raises ComfyUI's InterruptProcessingException when the user asked for it."""
-    mm.throw_exception_if_processing_interrupted()
+    abandoned = _abandoned.get()
+    if abandoned is None:
+        mm.throw_exception_if_processing_interrupted()
+    elif abandoned.is_set():
+        raise mm.InterruptProcessingException
 
 
 @contextmanager
@@ -76,23 +82,32 @@ def cancellable(*networks: torch.nn.Module) -> Iterator[None]:
 
 
 def run_cancellable(function: Callable[..., Result], *args, **kwargs) -> Result:
-    """Call a long function that knows nothing of cancelling, in a thread, and watch the Cancel button meanwhile.
+    """Call a long function in a thread, and watch the Cancel button meanwhile.
 
-    When cancelled, the thread works on to its end, and what it made is dropped.
+    When cancelled, the thread works on to its next cancel point or its end, and what it made is dropped.
     """
+    import torch
+
     outcome: Future[Result] = Future()
+    abandoned = threading.Event()
+    inference = torch.is_inference_mode_enabled()
 
     def work() -> None:
+        _abandoned.set(abandoned)
         try:
-            outcome.set_result(function(*args, **kwargs))
+            with torch.inference_mode(inference):
+                outcome.set_result(function(*args, **kwargs))
         except BaseException as error:
             outcome.set_exception(error)
 
     threading.Thread(target=copy_context().run, args=(work,), daemon=True).start()
-    while True:
-        check_cancelled()
-        try:
-            return outcome.result(timeout=POLL)
-        except TimeoutError:
-            if outcome.done():  # the function's own
-                raise
+    try:
+        while True:
+            check_cancelled()
+            try:
+                return outcome.result(timeout=POLL)
+            except TimeoutError:
+                if outcome.done():  # the function's own
+                    raise
+    finally:
+        abandoned.set()

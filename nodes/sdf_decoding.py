@@ -1,46 +1,74 @@
-"""Latents -> SDF on the CPU, within what memory there is."""
+"""Latents -> SDF on the CPU, in as few chunks as the memory allows."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import comfy.model_management as mm
+
 from .device_memory import GB, dtype_of, load_networks
 from .io_types import Model
-from .progress import Progress, cancellable
+from .progress import Progress, cancellable, check_cancelled, run_cancellable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..d3ds2.sdf_blocks import SDFBlocks
     from ..d3ds2.voxels import Voxels
 
+FREE_SHARE = 0.8  # of the free memory, for what nobody can foresee
 
-def decode(
-    model: Model, latents: Tensor, voxels: Voxels, memory_budget_gb: float, progress: Progress
-) -> tuple[Tensor, Voxels]:
+
+def decode(model: Model, latents: Tensor, voxels: Voxels, memory_budget_gb: float, progress: Progress) -> SDFBlocks:
     """Decode one sample.
 
     Args:
         latents: (N, E) of `voxels`, a batch of one, on the CPU.
         memory_budget_gb: what decoding may take on the device; 0: what is free.
+        progress: gets a text at every chunk.
 
     Returns:
-        sdf (512 N, 1) float32 and its voxels, on the CPU.
+        The distances, on the CPU.
 
     Raises:
         ValueError: a budget that is too small, with the least that would do.
     """
-    from ..d3ds2.activation_memory import sdf_decode_bytes
-    from ..d3ds2.voxels import Voxels
+    from ..d3ds2.chunked_decode import HALO, kept_bytes, latent_bytes
+    from ..d3ds2.sdf_blocks import SDFBlocks
 
-    vae = model.pipeline.sdf_vae
-    needed = sdf_decode_bytes(vae.config, len(voxels), dtype_of(vae))
-    if memory_budget_gb and needed > memory_budget_gb * GB:
+    vae, N = model.pipeline.sdf_vae, len(voxels)
+    size, dtype = vae.config.hidden_size, dtype_of(vae)
+    kept, each = kept_bytes(size, N, dtype), 2 * latent_bytes(size, dtype)
+    whole, least = kept + each * N, kept + each * min(N, (2 * HALO + 1) ** 3)
+    if memory_budget_gb and memory_budget_gb * GB < least:
         raise ValueError(
-            f"memory_budget_gb {memory_budget_gb:g} is too small: decoding {len(voxels):,} tokens needs "
-            f"{needed / GB:.2f} GB. Raise it, or set it to 0 for what is free."
+            f"memory_budget_gb {memory_budget_gb:g} is too small: decoding {N:,} tokens needs at least "
+            f"{least / GB:.2f} GB. Raise it, or set it to 0 for what is free."
         )
-    progress.status(f"decoding {len(voxels):,} tokens")
-    load_networks(model, ("sdf_vae",), needed, f"decoding {len(voxels):,} tokens", "use a model of lower resolution")
+    what = f"decoding {N:,} tokens"
+    load_networks(model, ("sdf_vae",), least, what, "use a model of lower resolution")
+    budget = int(memory_budget_gb * GB)
+    if not budget:
+        mm.load_models_gpu([model.patchers["sdf_vae"]], memory_required=whole, force_full_load=True)
+        budget = max(least, min(whole, int(FREE_SHARE * mm.get_free_memory(mm.get_torch_device()))))
+    progress.status(what)
+    try:
+        blocks = _decode(model, latents, voxels, budget, progress)
+    except mm.OOM_EXCEPTION:  # others may use the card too: once more, in chunks of half the size
+        mm.soft_empty_cache()
+        blocks = _decode(model, latents, voxels, max(least, budget // 2), progress)
+    return SDFBlocks(blocks.coords.cpu(), blocks.values.cpu(), blocks.resolution, blocks.batch_size)
+
+
+def _decode(model: Model, latents: Tensor, voxels: Voxels, budget: int, progress: Progress) -> SDFBlocks:
+    from ..d3ds2.chunked_decode import decode_in_chunks
+
+    def on_chunk(done: int, count: int) -> None:
+        check_cancelled()
+        progress.status(f"decoding: {done:,} of {count:,} tokens")
+
+    vae, device = model.pipeline.sdf_vae, mm.get_torch_device()
+    arguments = vae, latents.to(device), voxels.to(device), budget, None, on_chunk
     with cancellable(vae):
-        sdf, fine = model.pipeline.decode_sdf(latents, voxels)
-    return sdf.cpu(), Voxels(fine.coords.cpu(), fine.resolution, 1)
+        # a chunk takes seconds on a CPU; on a GPU it is short, and kernels must start from the thread that owns it
+        return run_cancellable(decode_in_chunks, *arguments) if device.type == "cpu" else decode_in_chunks(*arguments)

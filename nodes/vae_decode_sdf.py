@@ -79,13 +79,14 @@ class VAEDecodeSDF(io.ComfyNode):
         values, coords, meshes = [], [], []
         for index, latents in enumerate(latent.latents.split(voxels.counts)):
             with sample(index, B):
-                sdf, fine = decode(model, latents, voxels.sample(index), memory_budget_gb, progress)
+                blocks = decode(model, latents, voxels.sample(index), memory_budget_gb, progress)
                 progress.update(2 * index + 1)
-                progress.status(f"extracting the surface of {len(sdf):,} voxels")
+                progress.status(f"extracting the surface of {blocks.values.numel():,} voxels")
+                sdf, fine = blocks.to_voxels()
                 meshes += run_cancellable(pipeline.to_mesh, sdf, fine, min_component, level, keep_largest)
                 progress.update(2 * index + 2)
-            values.append(sdf.view(-1, 8, 8, 8))
-            coords.append(fine.block_coords + torch.tensor([index, 0, 0, 0], dtype=torch.int32))
+            values.append(blocks.values)
+            coords.append(blocks.coords + torch.tensor([index, 0, 0, 0], dtype=torch.int32))
         faces = " + ".join(f"{len(mesh.faces):,}" for mesh in meshes)
         progress.status(f"{faces} faces of {token_text(latent.structure)}")
         resolution = 8 * latent.structure.resolution

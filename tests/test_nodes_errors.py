@@ -120,7 +120,7 @@ def test_too_many_tokens_and_too_little_memory_are_refused_early(comfy, model, s
     with pytest.raises(ValueError, match=f"has {count} tokens, more than max_tokens {count - 1}: .* raise max_tokens"):
         comfy.run("D3DS2SSADiTSample", model=model, structure=structure, image=picture(), max_tokens=count - 1)
     latent = comfy.run("D3DS2SSADiTSample", model=model, structure=structure, image=picture(), max_tokens=count)[0]
-    with pytest.raises(ValueError, match=r"memory_budget_gb 0.001 is too small.*needs .* GB.*set it to 0"):
+    with pytest.raises(ValueError, match=r"memory_budget_gb 0.001 is too small.*needs at least .* GB.*to 0"):
         comfy.run("D3DS2VAEDecodeSDF", model=model, latent=latent, memory_budget_gb=0.001)
     monkeypatch.setattr(comfy, "total_memory", 1 << 20)
     for node_id, inputs, message in (
