@@ -1,0 +1,263 @@
+"""Spatial sparse attention beside FlashAttention-2, cuDNN and FlexAttention, in one run on one GPU.
+
+    python benchmarks/attention.py --parity ../shared/parity
+
+Queries (N, 32, 32), keys and values (N, 2, 32) in bfloat16, standard normal: neighbours choose unlike blocks, the worst
+case. SSA is timed from q, k, v and the gates to the gated sum, with the compression of keys and values; the rivals from
+q, k, v (repeated to 32 heads beforehand) to the output. Prints tables, and writes benchmarks/results/attention-*.md and
+a plot.
+"""
+
+import argparse
+import datetime
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.structures import ragged_batch, real_voxels, surface_voxels  # noqa: E402
+from d3ds2.attention import packed_attention  # noqa: E402
+from d3ds2.kernels.spatial_attention_triton import spatial_attention_triton  # noqa: E402
+from d3ds2.spatial_sparse_attention import SpatialSparseAttention, branches_of  # noqa: E402
+from d3ds2.voxels import Voxels  # noqa: E402
+
+H, HK, D = 32, 2, 32
+FORMS = [(8, False, 8), (8, False, 32), (4, True, 8), (4, True, 32)]  # compression block, pooled convolution, top-k
+MATRIX_RATE = 790e12  # bf16 operations a second of one H200, measured
+EXP_RATE = 132 * 16 * 1.98e9  # exponentials a second: 16 a cycle and multiprocessor at the clock it reaches
+BANDWIDTH = 4.3e12  # bytes a second, measured
+
+
+@dataclass
+class Timing:
+    forward: float  # ms
+    backward: float
+    memory: float  # GiB above the inputs at the peak of both passes
+
+    def __str__(self) -> str:
+        return f"{self.forward:.2f} / {self.backward:.2f}"
+
+
+def median_ms(function: Callable, budget: float = 300.0) -> float:
+    """Median over as many runs as fit in `budget` ms, 3 to 30, after one that warms up."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    times = []
+    while len(times) < 4 or (sum(times) < budget and len(times) < 31):
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[1:])
+
+
+def timed(function: Callable, inputs: list[Tensor]) -> Timing:
+    """Forward without gradients, backward alone, and the peak memory of both together."""
+    with torch.no_grad():
+        forward = median_ms(lambda: function(*inputs))
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = function(*inputs)
+    weight = torch.randn_like(out)
+    backward = median_ms(lambda: torch.autograd.grad(out, inputs, weight, retain_graph=True))
+    return Timing(forward, backward, (torch.cuda.max_memory_allocated() - before) / 2**30)
+
+
+def attempt(function: Callable, inputs: list[Tensor]) -> Timing | str:
+    """A timing, or what stands in the table where a rival cannot."""
+    try:
+        return timed(function, inputs)
+    except (torch.OutOfMemoryError, RuntimeError, NotImplementedError) as error:
+        torch.cuda.empty_cache()
+        return type(error).__name__
+
+
+def make_inputs(voxels: Voxels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    shapes = (len(voxels), H, D), (len(voxels), HK, D), (len(voxels), HK, D)
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+    return q, k, v, torch.rand(len(voxels), 3, device="cuda")
+
+
+def flash_attention_2(voxels: Voxels) -> Callable:
+    """torch's varlen kernel."""
+    arguments = voxels.cu_seqlens, voxels.cu_seqlens, voxels.counts, voxels.counts
+    return lambda q, k, v: packed_attention(q, k, v, *arguments)
+
+
+def cudnn(voxels: Voxels) -> Callable:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        samples = zip(*[x.split(voxels.counts) for x in (q, k, v)], strict=True)
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            outputs = [
+                torch.nn.functional.scaled_dot_product_attention(*[x.transpose(0, 1)[None] for x in sample])
+                for sample in samples
+            ]
+        return torch.cat([out[0].transpose(0, 1) for out in outputs])
+
+    return run
+
+
+def flex_attention_of(voxels: Voxels, top_k: int) -> Callable:
+    """FlexAttention over as many keys as SSA selects: each tile of 128 queries reads K random blocks' worth of tiles.
+
+    It can only choose whole tiles for whole tiles of queries, so it computes something coarser.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    N, M = len(voxels), sum(voxels.block_counts)
+    tiles = triton.cdiv(N, 128)
+    chosen = max(1, min(tiles, round(top_k * N / M / 128)))
+    is_chosen = torch.zeros(tiles, tiles, dtype=torch.bool, device="cuda")
+    is_chosen.scatter_(1, torch.rand(tiles, tiles, device="cuda").topk(chosen, dim=1).indices, True)
+    mask = create_block_mask(lambda b, h, i, j: is_chosen[i // 128, j // 128], 1, 1, N, N, device="cuda", _compile=True)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = compiled(*[x.transpose(0, 1)[None] for x in (q, k, v)], block_mask=mask)
+        return out[0].transpose(0, 1)
+
+    return run
+
+
+def ssa(voxels: Voxels, c: int, pooled_conv: bool, top_k: int) -> tuple[Callable, Callable]:
+    """SSA from q, k, v and gates, and its compression of keys and values alone."""
+    module = SpatialSparseAttention(H * D, H, HK, c, pooled_conv, top_k).to("cuda", torch.bfloat16)
+    branches = branches_of(voxels, c, 8, 0)
+
+    def compress(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return module.compress(k.flatten(1), v.flatten(1), voxels)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
+        return spatial_attention_triton(q, k, v, *compress(k, v), gates, branches, top_k, D**-0.5)
+
+    return run, lambda k, v: torch.cat(compress(k, v))
+
+
+def limit_ms(voxels: Voxels, c: int, top_k: int) -> tuple[float, float]:
+    """Least times of forward and backward pass by the exponentials and the matrix products they need.
+
+    With N queries of 32 heads over n keys each: forward n = compressed + selected + window keys, with 4 D operations
+    and an exponential each, and the compressed ones once more, with 2 D and one, for the scores. Backward 10 D and one.
+    """
+    compressed = sum(n * m for n, m in zip(voxels.counts, voxels.coarsen(c)[0].counts, strict=True)) * H
+    sizes = voxels.block_offsets.diff().double()
+    window = sizes.square().sum().item() * H
+    selected = (
+        sum(min(top_k, m) * n * n / max(1, m) for n, m in zip(voxels.counts, voxels.block_counts, strict=True)) * H
+    )
+    scores = compressed + selected + window
+    forward = max((scores + compressed) / EXP_RATE, (4 * scores + 2 * compressed) * D / MATRIX_RATE)
+    backward = max(scores / EXP_RATE, 10 * D * scores / MATRIX_RATE)
+    traffic = len(voxels) * H * D * 2 / BANDWIDTH
+    return 1e3 * max(forward, 2 * traffic), 1e3 * max(backward, 4 * traffic)
+
+
+def measure(name: str, voxels: Voxels, rivals: bool) -> list[list[str]]:
+    q, k, v, gates = make_inputs(voxels)
+    repeated = [q, k.repeat_interleave(H // HK, 1), v.repeat_interleave(H // HK, 1)]
+    flash = attempt(flash_attention_2(voxels), repeated)
+    rows = [[name, f"{len(voxels):,}", f"{sum(voxels.block_counts):,}", "FlashAttention-2", *cells(flash)]]
+    if rivals:
+        rows.append([name, "", "", "cuDNN", *cells(attempt(cudnn(voxels), repeated), flash)])
+        if voxels.batch_size == 1:
+            flex = attempt(flex_attention_of(voxels, 8), repeated)
+            rows.append([name, "", "", "FlexAttention, k 8", *cells(flex, flash)])
+    del repeated
+    for c, pooled_conv, top_k in FORMS:
+        run, compress = ssa(voxels, c, pooled_conv, top_k)
+        timing, part = attempt(run, [q, k, v, gates]), attempt(compress, [k, v])
+        limits = limit_ms(voxels, c, top_k)
+        label = f"SSA m_cmp {c}, k {top_k}"
+        rows.append([name, "", "", label, *cells(timing, flash, limits)])
+        rows.append([name, "", "", f"&nbsp; its compression, m_cmp {c}", *cells(part)])
+    for row in rows:
+        print(" | ".join(row), flush=True)
+    return rows
+
+
+def cells(timing: Timing | str, flash: Timing | str | None = None, limits: tuple | None = None) -> list[str]:
+    """forward, backward, ratios to FlashAttention-2, memory, share of the limit"""
+    if isinstance(timing, str):
+        return [timing, "", "", "", ""]
+    ratios = share = ""
+    if isinstance(flash, Timing):
+        ratios = f"{flash.forward / timing.forward:.1f} / {flash.backward / timing.backward:.1f}"
+    if limits:
+        share = f"{limits[0] / timing.forward:.0%} / {limits[1] / timing.backward:.0%}"
+    return [f"{timing.forward:.2f}", f"{timing.backward:.2f}", ratios, f"{timing.memory:.2f}", share]
+
+
+HEADER = ["structure", "tokens", "blocks", "what", "forward ms", "backward ms", "× FlashAttention-2", "GiB", "of limit"]
+
+
+def table(rows: list[list[str]]) -> str:
+    lines = [HEADER, ["---"] * len(HEADER), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def plot(rows: list[list[str]], path: Path) -> None:
+    """Ratios to FlashAttention-2 over the number of tokens, as Fig. 7 of the paper."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
+    for axis, place, title in zip(axes, (0, 1), ("forward", "backward"), strict=True):
+        for c, _, top_k in FORMS:
+            label = f"SSA m_cmp {c}, k {top_k}"
+            points = [(row[0], row[6]) for row in rows if row[3] == label and row[0].startswith("surface") and row[6]]
+            tokens = [int(name.split()[1]) / 1024 for name, _ in points]
+            axis.plot(tokens, [float(ratio.split(" / ")[place]) for _, ratio in points], marker="o", label=label)
+        axis.set(xscale="log", yscale="log", xlabel="tokens, thousands of 1024", title=title)
+        axis.axhline(1, color="gray", linewidth=0.8)
+        axis.grid(True, which="both", alpha=0.3)
+    axes[0].set_ylabel("times as fast as FlashAttention-2")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--parity", type=Path, default=ROOT.parent / "shared" / "parity", help="folder of the structure"
+    )
+    parser.add_argument("--sizes", type=int, nargs="*", default=[2, 4, 8, 16, 32, 64, 128, 256], help="in 1024 tokens")
+    parser.add_argument("--rivals", action="store_true", help="cuDNN and FlexAttention too")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    arguments = parser.parse_args()
+
+    device = torch.cuda.get_device_name()
+    versions = f"torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda}"
+    print(device, versions, flush=True)
+    cases = {f"surface {n * 1024}": lambda n=n: surface_voxels(n * 1024, "cuda") for n in arguments.sizes}
+    cases["real 1024³"] = lambda: real_voxels(arguments.parity, "cuda")
+    cases["real, coarsened 2×"] = lambda: real_voxels(arguments.parity, "cuda", 2)
+    cases["ragged batch of 4"] = lambda: ragged_batch([3000, 9000, 20000, 52820], "cuda")
+    rows = []
+    for name, make in cases.items():
+        rows += measure(name, make(), arguments.rivals)
+        torch.cuda.empty_cache()
+    stem = "attention-" + device.split()[-1].lower()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / f"{stem}-tables.md").write_text(
+        f"{datetime.date.today()}, {device}, {versions}.\n\n{table(rows)}\n"
+    )
+    plot(rows, arguments.out / f"{stem}.png")
+
+
+if __name__ == "__main__":
+    main()
