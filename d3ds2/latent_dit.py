@@ -159,8 +159,8 @@ class LatentDiT(nn.Module):
                 f"{image_tokens.batch_size}"
             )
         C, dtype = self.config.hidden_size, self.input_layer.weight.dtype
-        position = voxels.position_embedding(C, self.config.position_factor)
-        h = self.input_layer(x_t.to(dtype)) + position.to(dtype)  # (N, C)
+        position = voxels.position_embedding(C, self.config.position_factor, dtype)
+        h = self.input_layer(x_t.to(dtype)) + position  # (N, C)
         context = self.context_layer(image_tokens.features.to(dtype))  # (L, C or context_size)
         if self.config.sparse_context:
             context = context + absolute_position_embedding(image_tokens.coords[:, 1:], C).to(dtype)  # eq. 9

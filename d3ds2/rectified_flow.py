@@ -74,27 +74,35 @@ def noise_for(seeds: list[int], shapes: list[tuple[int, ...]]) -> Tensor:
 
 
 def guided_velocity(
-    model: LatentDiT | StructureDiT, image_tokens: ImageTokens, guidance_scale: float, voxels: Voxels | None = None
+    model: LatentDiT | StructureDiT,
+    image_tokens: ImageTokens,
+    guidance_scale: float,
+    voxels: Voxels | None = None,
+    together: bool = True,
 ) -> Velocity:
-    """Classifier-free guidance: v_u + guidance_scale (v_c - v_u), both branches in one batch.
+    """Classifier-free guidance: v_u + guidance_scale (v_c - v_u).
 
     Args:
         model: the transformer; a `LatentDiT` also needs `voxels`.
         image_tokens: the condition; without condition its features are zero.
         guidance_scale: 1 evaluates the conditional branch alone.
         voxels: the structure of the latents.
+        together: both branches in one batch; otherwise one after the other, with half the memory.
 
     Returns:
         velocity(x_t, t): x_t of the model's shape, t one time for all samples.
     """
-    branches = 1 if guidance_scale == 1 else 2
-    context = ImageTokens.cat([image_tokens, image_tokens.zeroed()]) if branches == 2 else image_tokens
-    geometry = () if voxels is None else (voxels.repeat(branches),)
+    branches = [image_tokens] if guidance_scale == 1 else [image_tokens, image_tokens.zeroed()]
+    passes = [ImageTokens.cat(branches)] if together and len(branches) > 1 else branches
+    per_pass = len(branches) // len(passes)
+    geometry = () if voxels is None else (voxels.repeat(per_pass) if per_pass > 1 else voxels,)
 
     def velocity(x_t: Tensor, t: float) -> Tensor:
-        times = torch.full((context.batch_size,), t, dtype=torch.float32, device=x_t.device)
-        outputs = model(torch.cat([x_t] * branches), times, *geometry, context).chunk(branches)
-        if branches == 1:
+        outputs = []
+        for context in passes:
+            times = torch.full((context.batch_size,), t, dtype=torch.float32, device=x_t.device)
+            outputs += model(torch.cat([x_t] * per_pass), times, *geometry, context).chunk(per_pass)
+        if len(outputs) == 1:
             return outputs[0]
         conditional, unconditional = outputs
         return unconditional + guidance_scale * (conditional - unconditional)

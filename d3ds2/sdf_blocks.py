@@ -35,11 +35,7 @@ class SDFBlocks:
 
     def to_voxels(self) -> tuple[Tensor, Voxels]:
         """The inverse of `of_voxels`: sdf (512 K, 1) and its voxels."""
-        place = torch.arange(BLOCK**3, device=self.coords.device)
-        offset = torch.stack([torch.zeros_like(place), place // BLOCK**2, place // BLOCK % BLOCK, place % BLOCK], dim=1)
-        corners = self.coords * self.coords.new_tensor([1, BLOCK, BLOCK, BLOCK])
-        coords = (corners[:, None] + offset.int()).flatten(0, 1)
-        return self.values.reshape(-1, 1), Voxels.of_sorted(coords, self.resolution, self.batch_size)
+        return self.values.reshape(-1, 1), Voxels.of_blocks(self.coords, self.resolution, self.batch_size)
 
     @cached_property
     def counts(self) -> list[int]:

@@ -20,6 +20,9 @@ from torch import Tensor
 BLOCK = 8  # voxels along the edge of a selection block: m_slc in the paper, and the SDF voxels of one latent
 
 
+EMBEDDED_ROWS = 16384  # positions embedded at a time
+
+
 def absolute_position_embedding(positions: Tensor, channels: int) -> Tensor:
     """Sine and cosine embedding of points, per axis, with `channels // 3 // 2` frequencies 10000^(-i/F).
 
@@ -108,9 +111,15 @@ class Voxels:
         return voxels
 
     @classmethod
-    def of_sorted(cls, coords: Tensor, resolution: int, batch_size: int) -> "Voxels":
-        """Voxels of coords (N, 4) int32 that are known to be in order, each once: no check, no synchronisation."""
-        return cls._trusted(coords, resolution, batch_size)
+    def of_blocks(cls, block_coords: Tensor, resolution: int, batch_size: int) -> "Voxels":
+        """All 8³ voxels of blocks (M, 4) int32 [batch, x, y, z], which must be lexicographic, each once: no check."""
+        place = torch.arange(BLOCK**3, dtype=torch.int32, device=block_coords.device)
+        offset = torch.stack([torch.zeros_like(place), place >> 6, place >> 3 & 7, place & 7], dim=1)
+        corners = block_coords * block_coords.new_tensor([1, BLOCK, BLOCK, BLOCK])
+        voxels = cls._trusted((corners[:, None] + offset).flatten(0, 1), resolution, batch_size)
+        starts = torch.arange(len(block_coords) + 1, dtype=torch.int32, device=block_coords.device) * BLOCK**3
+        voxels.__dict__.update(block_coords=block_coords, block_offsets=starts)  # where they are cached
+        return voxels
 
     def __len__(self) -> int:
         return len(self.coords)
@@ -301,12 +310,13 @@ class Voxels:
         lengths = torch.unique_consecutive(key, return_counts=True)[1]
         return Windows(order, _offsets(lengths), lengths.tolist())
 
-    def position_embedding(self, channels: int, factor: float = 1.0) -> Tensor:
-        """`absolute_position_embedding` of xyz · factor, (N, channels) float32."""
-        return self.cached(
-            ("position", channels, factor),
-            lambda: absolute_position_embedding(self.coords[:, 1:].float() * factor, channels),
-        )
+    def position_embedding(self, channels: int, factor: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`absolute_position_embedding` of xyz · factor, (N, channels), rounded to dtype."""
+        return self.cached(("position", channels, factor, dtype), lambda: self._embed(channels, factor, dtype))
+
+    def _embed(self, channels: int, factor: float, dtype: torch.dtype) -> Tensor:
+        slices = self.coords[:, 1:].split(EMBEDDED_ROWS)  # what goes into an embedding is several times as large
+        return torch.cat([absolute_position_embedding(xyz.float() * factor, channels).to(dtype) for xyz in slices])
 
     @cached_property
     def _keys(self) -> Tensor:
