@@ -4,6 +4,10 @@ import pytest
 import torch
 
 from d3ds2.kernels.block_scores import select_blocks
+from d3ds2.kernels.runs import Branches, Runs
+from d3ds2.kernels.selection_attention import HAS_TRITON
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU, conftest.py sets TRITON_INTERPRET=1
 
 
 def make_problem(counts, children, H, G, D, common=0.0):
@@ -69,6 +73,63 @@ def test_order_of_compressed_tokens_is_free():
     order = torch.randperm(len(keys))
     shuffled = select_blocks(q, keys[order], lse, block_of_compressed[order], *counts, 2)
     assert shuffled.equal(select_blocks(q, keys, lse, block_of_compressed, *counts, 2))
+
+
+def offsets(counts):
+    return torch.tensor([0, *counts], device=DEVICE).cumsum(0).int()
+
+
+def select_by_triton(q, keys, lse, block_of_compressed, counts, compressed_counts, block_counts, top_k, tile):
+    """The kernel, on keys in no order."""
+    from d3ds2.kernels.block_scores_triton import select_blocks_triton
+
+    shuffled = torch.randperm(len(keys))
+    block_of_compressed = block_of_compressed[shuffled]
+    children = torch.bincount(block_of_compressed, minlength=sum(block_counts)).tolist()
+    order = block_of_compressed.argsort(stable=True).int().to(DEVICE)
+    branches = Branches(
+        samples=Runs(offsets(counts), len(q)),
+        compressed=Runs(offsets(compressed_counts), len(keys)),
+        blocks=Runs(offsets(children), len(keys)),
+        windows=Runs(offsets(counts), len(q)),
+        children=Runs(offsets(children), len(keys), order),
+        sample_blocks=offsets(block_counts),
+        max_compressed=max(compressed_counts),
+        max_blocks=max(block_counts),
+        max_children=max(children),
+    )
+    q, keys, lse = (x.to(DEVICE) for x in (q, keys[shuffled], lse * 1.4426950408889634))
+    return select_blocks_triton(q, keys, lse, branches, top_k, q.shape[2] ** -0.5, tile).cpu()
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("keys_first", [True, False])
+@pytest.mark.parametrize(
+    ("counts", "children", "top_k", "G", "D"),
+    [
+        pytest.param([9], [[1, 3, 2, 4]], 2, 3, 8, id="one-sample"),
+        pytest.param([5, 0, 4], [[2, 1, 3], [], [1, 2]], 1, 16, 16, id="an-empty-sample"),
+        pytest.param([3, 4], [[2], [3, 1, 1]], 5, 1, 24, id="more-than-there-are-blocks"),
+        pytest.param([6], [[1] * 70], 33, 2, 16, id="many-blocks"),
+    ],
+)
+def test_kernel_matches_the_definition(counts, children, top_k, G, D, keys_first):
+    from d3ds2.kernels.block_scores_triton import Tile
+
+    problem = make_problem(counts, children, H=2, G=G, D=D)
+    actual = select_by_triton(*problem, top_k, Tile(rows=32, keys=32, scores=128, keys_first=keys_first))
+    assert actual.equal(select_blocks(*problem, top_k))
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_kernel_takes_the_first_of_equal_blocks():
+    q, keys, _, *rest = make_problem([5], [[1] * 20], H=1, G=2, D=16)
+    keys[3:] = keys[2]
+    scores = torch.einsum("tgd,kd->tgk", q, keys[:, 0]) * 16**-0.5
+    actual = select_by_triton(q, keys, scores.logsumexp(-1), *rest, 6, None)
+    for query, row in zip(scores.softmax(-1).sum(1), actual[:, 0].tolist(), strict=True):
+        best = {i for i in (0, 1) if query[i] > query[2]}
+        assert row == sorted(best | set(range(2, 8 - len(best))))
 
 
 def test_wrong_shapes_are_named():
