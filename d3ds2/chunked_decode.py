@@ -41,6 +41,7 @@ def decode_in_chunks(
     memory_budget: int | None = None,
     position_factor: float | None = None,
     on_chunk: OnChunk | None = None,
+    features_out: Tensor | None = None,
 ) -> SDFBlocks:
     """Decode without a gradient, in as few pieces as the memory allows.
 
@@ -51,6 +52,8 @@ def decode_in_chunks(
         memory_budget: bytes that this may take beside weights and latents, its result included. Default: 2 GiB.
         position_factor: as `SDFVAE.decode`.
         on_chunk: called with the finished and all latents; may raise to stop.
+        features_out: (512 L, C / 16), to be filled with the features before the output layer, in the order of
+            `SDFBlocks.to_voxels`; not counted in the budget.
 
     Returns:
         The SDF on the latents' device, float32. The chunks change it by rounding alone.
@@ -80,7 +83,8 @@ def decode_in_chunks(
     weights = [layer.dense_weights() for block in vae.decoder.up_blocks for layer in (block.conv1, block.conv2)]
     table, done = _Table(voxels), 0
     for low, high, inside in boxes:
-        done += _decode_box(vae, weights, features, table, voxels, low, high, inside, place, values, slice_bytes)
+        results = values.view(-1), features_out
+        done += _decode_box(vae, weights, features, table, voxels, low, high, inside, place, results, slice_bytes)
         if on_chunk is not None:
             on_chunk(done, L)
     return SDFBlocks(coords, values.view(-1, FACTOR, FACTOR, FACTOR), FACTOR * voxels.resolution, voxels.batch_size)
@@ -186,8 +190,8 @@ class _Table:
         return self.local[self.neighbors[:, rows].long()]
 
 
-def _decode_box(vae, weights, features, table, voxels, low, high, rows, place, values, slice_bytes) -> int:
-    """Write the values of the latents in a box; returns how many they are."""
+def _decode_box(vae, weights, features, table, voxels, low, high, rows, place, results, slice_bytes) -> int:
+    """Write the results (512 L, ...) of the latents in a box; returns how many latents they are."""
     low, high = (torch.from_numpy(corner[1:]).to(rows.device) for corner in (low, high))
     blocks, x, neighbors = vae.decoder.up_blocks, features[rows], table.of_rows(rows)
     cells = voxels.coords[rows, 1:]  # (N, 3) at this level
@@ -212,8 +216,10 @@ def _decode_box(vae, weights, features, table, voxels, low, high, rows, place, v
     size = max(MIN_SLICE, slice_bytes // (8 * (3 * x.shape[1] * x.element_size() + 40)))
     for some, to in zip(core.split(size), base.split(size), strict=True):
         h = F.silu(gather_conv(x, neighbors[:, some], weights[5], blocks[2].conv2.bias), inplace=True)
-        sdf = vae.decoder.out_layer(h).float().tanh_()  # (8 M, 1)
-        values.view(-1)[(to[:, None] + offset).view(-1)] = sdf[:, 0]
+        sdf, to = vae.decoder.out_layer(h)[:, 0].float().tanh_(), (to[:, None] + offset).view(-1)  # (8 M,)
+        for result, part in zip(results, (sdf, h), strict=True):
+            if result is not None:
+                result[to] = part
     return len(core) // 64
 
 

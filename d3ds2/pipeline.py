@@ -4,7 +4,8 @@
     mesh = pipeline.generate(load_image("chair.png"), seed=0)
 
 Each stage runs on the device and in the dtype of its own network, and moves what it is given there; noise is drawn on
-the CPU, for each sample from its own seed.
+the CPU, for each sample from its own seed. A model of two stages voxelises the mesh of the first one anew, samples
+latents for it and decodes those; `sample_latents` and the decoding know the stage by the resolution of the voxels.
 
 Sizes named in this file:
     B  images      L  image tokens, all images packed      N  latent voxels, all samples packed
@@ -18,11 +19,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .checkpoint import CheckpointError, SamplingConfig, load_model
+from .checkpoint import CheckpointError, SamplingConfig, load_model, network_names
+from .chunked_decode import OnChunk, decode_in_chunks
 from .foreground import cut_out, preprocess
+from .generation_error import EmptyResultError, GenerationError, empty_result
 from .image_encoder import ImageEncoder, ImageTokens
 from .latent_dit import LatentDiT
+from .mesh_to_sdf import normalize_mesh
+from .mesh_to_structure import mesh_to_structure
+from .offload import on_device
 from .rectified_flow import OnStep, euler_sample, guided_velocity, noise_for, time_schedule
+from .refined_blocks import OnPatch, refine_blocks
+from .refiner import Refiner, SignRefiner
+from .sdf_blocks import SDFBlocks
 from .sdf_to_mesh import DECODED, Mesh, sdf_to_mesh
 from .sdf_vae import FACTOR, SDFVAE
 from .structure_dit import StructureDiT
@@ -31,22 +40,25 @@ from .voxels import Voxels
 
 TINY = Path(__file__).parent / "weights" / "tiny"  # the shipped model
 STAGES = ("image", "structure", "latents", "sdf", "mesh")
-LATENT_STREAM = 0x5EED_0F_1A7E57  # so that the two noises of one seed have nothing in common
+FINE_STAGES = ("fine structure", "fine latents", "fine sdf", "fine mesh")  # of a model with a second stage
+LATENT_STREAM = 0x5EED_0F_1A7E57  # so that the noises of one seed have nothing in common
+FINE_LATENT_STREAM = 0x5EED_0F_F1E1A7
+TOGETHER = 32768  # tokens of a sample up to which both guidance branches are one batch
+
+__all__ = ["FINE_STAGES", "STAGES", "TINY", "EmptyResultError", "GenerationError", "Pipeline", "load_pipeline"]
 
 OnProgress = Callable[[str, int, int], None]  # stage, finished steps, all steps
 
 
-class GenerationError(ValueError):
-    """The networks ran, and made nothing that can become a mesh. The message is one line."""
-
-
-class EmptyResultError(GenerationError):
-    """A stage left nothing of some sample: no occupied voxel, or no surface."""
-
-
 @dataclass
 class Pipeline:
-    """The five networks of a model and how they are sampled.
+    """The networks of a model and how they are sampled.
+
+    Args:
+        fine_latent_dit, fine_sdf_vae: of a second stage; `sampling.fine` belongs to them.
+        refiner, fine_refiner: of the decoded SDF of the first and the second stage.
+        device: where each network is brought for its stage alone. Default: they stay where they are.
+        memory_budget: bytes that decoding may take beside weights. Default: see `decode_in_chunks`.
 
     Raises:
         CheckpointError: sizes that do not fit together.
@@ -58,21 +70,33 @@ class Pipeline:
     latent_dit: LatentDiT
     sdf_vae: SDFVAE
     sampling: SamplingConfig
+    fine_latent_dit: LatentDiT | None = None
+    fine_sdf_vae: SDFVAE | None = None
+    refiner: Refiner | None = None
+    fine_refiner: SignRefiner | None = None
+    device: torch.device | str | None = None
+    memory_budget: int | None = None
 
     def __post_init__(self):
         encoder, structure = self.image_encoder.config, self.structure_dit.config
         latent_resolution = structure.resolution * self.structure_vae.config.factor
-        for what, expected, got in (
+        sizes = [
             ("context_size of structure_dit", encoder.hidden_size, structure.context_size),
-            ("context_size of latent_dit", encoder.hidden_size, self.latent_dit.config.context_size),
             ("latent_channels of structure_dit", self.structure_vae.config.latent_channels, structure.latent_channels),
-            (
-                "latent_channels of latent_dit",
-                self.sdf_vae.config.latent_channels,
-                self.latent_dit.config.latent_channels,
-            ),
             ("sdf_resolution", FACTOR * latent_resolution, self.sampling.sdf_resolution),
-        ):
+        ]
+        stages = ("", self.latent_dit, self.sdf_vae), ("fine_", self.fine_latent_dit, self.fine_sdf_vae)
+        for prefix, dit, vae in stages:
+            if ((dit is None) != (self.sampling.fine is None) and prefix) or (dit is None) != (vae is None):
+                raise CheckpointError("expected fine_latent_dit, fine_sdf_vae and sampling.fine all together")
+            if dit is not None:
+                channels = vae.config.latent_channels, dit.config.latent_channels
+                sizes.append((f"context_size of {prefix}latent_dit", encoder.hidden_size, dit.config.context_size))
+                sizes.append((f"latent_channels of {prefix}latent_dit", *channels))
+        if self.refiner is not None:
+            features = self.sdf_vae.config.widths[0], self.refiner.config.feature_channels
+            sizes.append(("feature_channels of refiner", *features))
+        for what, expected, got in sizes:
             if expected != got:
                 raise CheckpointError(f"the networks do not fit together: expected {what} {expected}, got {got}")
 
@@ -83,9 +107,10 @@ class Pipeline:
         on_progress: OnProgress | None = None,
         structure_steps: int | None = None,
         latent_steps: int | None = None,
+        **options,
     ) -> Mesh:
-        """One mesh of one image; see `generate_batch`."""
-        return self.generate_batch([image], [seed], on_progress, structure_steps, latent_steps)[0]
+        """One mesh of one image; see `generate_batch`, also for `options`."""
+        return self.generate_batch([image], [seed], on_progress, structure_steps, latent_steps, **options)[0]
 
     def generate_batch(
         self,
@@ -94,6 +119,9 @@ class Pipeline:
         on_progress: OnProgress | None = None,
         structure_steps: int | None = None,
         latent_steps: int | None = None,
+        fine_steps: int | None = None,
+        fine: bool = True,
+        use_refiners: bool = False,
     ) -> list[Mesh]:
         """A mesh of each image, all stages in turn.
 
@@ -101,7 +129,9 @@ class Pipeline:
             images: RGB on a plain background, or RGBA as `cut_out` gives them.
             seeds: one for each image; it alone decides the noise of its sample.
             on_progress: called at the beginning of every stage, with 0 finished steps, and after every step of it.
-            structure_steps, latent_steps: default: the model's.
+            structure_steps, latent_steps, fine_steps: default: the model's.
+            fine: go through the second stage, where the model has one.
+            use_refiners: the model's refiners tell what is inside, instead of all that the outside does not reach.
 
         Returns:
             Meshes in [-1, 1]³, Y up, the object's front toward +Z.
@@ -109,39 +139,43 @@ class Pipeline:
         Raises:
             ImageError: no foreground in an image.
             GenerationError: nothing was made of an image.
+            CheckpointError: the model has no refiners.
         """
         report = on_progress or (lambda stage, step, steps: None)
+
+        def on_step(stage: str, steps: int) -> OnStep:
+            report(stage, 0, steps)
+            return lambda step, x_t, x_0: report(stage, step + 1, steps)
+
         structure_steps = structure_steps or self.sampling.structure_steps
         latent_steps = latent_steps or self.sampling.latent_steps
+        stages = [("", latent_steps)]
+        if fine and self.sampling.fine is not None:
+            stages.append(("fine ", fine_steps or self.sampling.fine.steps))
 
         report("image", 0, 1)
         image_tokens = self.encode_image(images)
         report("image", 1, 1)
 
-        report("structure", 0, structure_steps)
-        voxels = self.sample_structure(
-            image_tokens,
-            seeds,
-            structure_steps,
-            on_step=lambda step, x_t, x_0: report("structure", step + 1, structure_steps),
-        )
+        meshes = []
+        for prefix, steps in stages:
+            if not meshes:
+                told = on_step("structure", structure_steps)
+                voxels = self.sample_structure(image_tokens, seeds, structure_steps, on_step=told)
+            else:
+                report("fine structure", 0, 1)
+                voxels = self.structure_of(meshes)
+                report("fine structure", 1, 1)
 
-        report("latents", 0, latent_steps)
-        latents = self.sample_latents(
-            voxels,
-            image_tokens,
-            seeds,
-            latent_steps,
-            on_step=lambda step, x_t, x_0: report("latents", step + 1, latent_steps),
-        )
-
-        report("sdf", 0, 1)
-        sdf, fine_voxels = self.decode_sdf(latents, voxels)
-        report("sdf", 1, 1)
-
-        report("mesh", 0, 1)
-        meshes = self.to_mesh(sdf, fine_voxels)
-        report("mesh", 1, 1)
+            latents = self.sample_latents(
+                voxels, image_tokens, seeds, steps, on_step=on_step(f"{prefix}latents", steps)
+            )
+            report(f"{prefix}sdf", 0, 1)
+            blocks, level = self.decode_surface(latents, voxels, use_refiners)
+            report(f"{prefix}sdf", 1, 1)
+            report(f"{prefix}mesh", 0, 1)
+            meshes = self.blocks_to_meshes(blocks, level=level)
+            report(f"{prefix}mesh", 1, 1)
         return meshes
 
     @torch.no_grad()
@@ -149,8 +183,8 @@ class Pipeline:
         """Cut out, crop, encode: all tokens of B images. Raises ImageError as `cut_out`."""
         size = self.image_encoder.config.image_size
         pixels = torch.stack([preprocess(cut_out(image), size) for image in images])  # (B, 4, S, S)
-        weight = next(self.image_encoder.parameters())
-        return self.image_encoder(pixels.to(weight.device, weight.dtype))
+        with on_device(self.image_encoder, self.device) as device:
+            return self.image_encoder(pixels.to(device, next(self.image_encoder.parameters()).dtype))
 
     @torch.no_grad()
     def sample_structure(
@@ -176,21 +210,23 @@ class Pipeline:
             EmptyResultError: no voxel is occupied in some sample.
         """
         R, E = self.structure_dit.config.resolution, self.structure_dit.config.latent_channels
-        device = next(self.structure_dit.parameters()).device
         guidance_scale = self.sampling.structure_guidance if guidance_scale is None else guidance_scale
-        velocity = guided_velocity(self.structure_dit, image_tokens.to(device), guidance_scale)
-        noise = noise_for(list(seeds), [(1, E, R, R, R)] * image_tokens.batch_size).to(device)
+        noise = noise_for(list(seeds), [(1, E, R, R, R)] * image_tokens.batch_size)
         times = time_schedule(steps or self.sampling.structure_steps, self.sampling.structure_shift)
-        voxels = self.decode_structure(euler_sample(velocity, noise, times, on_step))
+        with on_device(self.structure_dit, self.device) as device:
+            velocity = guided_velocity(self.structure_dit, image_tokens.to(device), guidance_scale)
+            latents = euler_sample(velocity, noise.to(device), times, on_step)
+        voxels = self.decode_structure(latents)
         if 0 in voxels.counts:
-            raise _empty("structure", voxels.counts.index(0), voxels.batch_size)
+            raise empty_result("structure", voxels.counts.index(0), voxels.batch_size)
         return voxels
 
     @torch.no_grad()
     def decode_structure(self, latents: Tensor) -> Voxels:
         """What the structure DiT makes, (B, E, R, R, R) -> the voxels that it occupies, maybe none."""
-        latents = latents.to(next(self.structure_vae.parameters()).device)
-        return self.structure_vae.occupied(self.structure_vae.decode(self.structure_vae.denormalize_latents(latents)))
+        vae = self.structure_vae
+        with on_device(vae, self.device) as device:
+            return vae.occupied(vae.decode(vae.denormalize_latents(latents.to(device))))
 
     @torch.no_grad()
     def sample_latents(
@@ -203,27 +239,95 @@ class Pipeline:
         on_step: OnStep | None = None,
     ) -> Tensor:
         """The latents (N, E) of the structure's voxels, as `decode_sdf` takes them. Arguments as `sample_structure`."""
-        device = next(self.latent_dit.parameters()).device
-        context = image_tokens.select_foreground() if self.latent_dit.config.sparse_context else image_tokens  # eq. 9
-        guidance_scale = self.sampling.latent_guidance if guidance_scale is None else guidance_scale
-        velocity = guided_velocity(self.latent_dit, context.to(device), guidance_scale, voxels.to(device))
-        E = self.latent_dit.config.latent_channels
-        noise = noise_for([seed ^ LATENT_STREAM for seed in seeds], [(count, E) for count in voxels.counts]).to(device)
-        times = time_schedule(steps or self.sampling.latent_steps, self.sampling.latent_shift)
-        return self.sdf_vae.denormalize_latents(euler_sample(velocity, noise, times, on_step))
+        dit, vae, sampling = self.latent_dit, self.sdf_vae, self.sampling
+        defaults, stream = (sampling.latent_steps, sampling.latent_shift, sampling.latent_guidance), LATENT_STREAM
+        if self.is_fine(voxels):
+            dit, vae, sampling = self.fine_latent_dit, self.fine_sdf_vae, self.sampling.fine
+            defaults, stream = (sampling.steps, sampling.shift, sampling.guidance), FINE_LATENT_STREAM
+        context = image_tokens.select_foreground() if dit.config.sparse_context else image_tokens  # eq. 9
+        E, (default_steps, shift, default_guidance) = dit.config.latent_channels, defaults
+        guidance_scale = default_guidance if guidance_scale is None else guidance_scale
+        noise = noise_for([seed ^ stream for seed in seeds], [(count, E) for count in voxels.counts])
+        times = time_schedule(steps or default_steps, shift)
+        together = max(voxels.counts) <= TOGETHER
+        with on_device(dit, self.device) as device:
+            velocity = guided_velocity(dit, context.to(device), guidance_scale, voxels.to(device), together)
+            return vae.denormalize_latents(euler_sample(velocity, noise.to(device), times, on_step))
+
+    def is_fine(self, voxels: Voxels) -> bool:
+        """Whether latent voxels are those of the model's second stage, by their resolution."""
+        return self.sampling.fine is not None and FACTOR * voxels.resolution == self.sampling.fine.sdf_resolution
+
+    def structure_of(self, meshes: Sequence[Mesh]) -> Voxels:
+        """The structure of the second stage, from the meshes of the first: one sample for each.
+
+        As the released pipeline, a mesh is scaled to 0.95 of the cube, and a latent voxel within four SDF voxels of
+        its surface is occupied.
+        """
+        if self.sampling.fine is None:
+            raise CheckpointError("the model has no second stage")
+        R = self.sampling.fine.sdf_resolution
+        samples = []
+        for i, mesh in enumerate(meshes):
+            blocks = torch.from_numpy(mesh_to_structure(normalize_mesh(mesh.vertices), mesh.faces, R))
+            samples.append(torch.nn.functional.pad(blocks, (1, 0), value=i))
+        return Voxels.sort(torch.cat(samples), R // FACTOR, len(samples))[0]
 
     @torch.no_grad()
     def encode_sdf(self, sdf: Tensor, voxels: Voxels) -> tuple[Tensor, Voxels]:
         """Distances (M, 1) on active voxels -> latents (N, E) as `decode_sdf` takes them, and their voxels."""
-        device = next(self.sdf_vae.parameters()).device
-        mean, _, latent_voxels = self.sdf_vae.encode(sdf.to(device), voxels.to(device))
+        with on_device(self.sdf_vae, self.device) as device:
+            mean, _, latent_voxels = self.sdf_vae.encode(sdf.to(device), voxels.to(device))
         return mean, latent_voxels
 
+    def decode_sdf(
+        self, latents: Tensor, voxels: Voxels, memory_budget: int | None = None, on_chunk: OnChunk | None = None
+    ) -> tuple[Tensor, Voxels]:
+        """Latents (N, E) of the structure's voxels -> sdf (512 N, 1) in [-1, 1] on the voxels at 8 × the resolution.
+
+        `memory_budget` and `on_chunk` as `decode_in_chunks` takes them.
+        """
+        return self.decode_blocks(latents, voxels, memory_budget, on_chunk).to_voxels()
+
     @torch.no_grad()
-    def decode_sdf(self, latents: Tensor, voxels: Voxels) -> tuple[Tensor, Voxels]:
-        """Latents (N, E) of the structure's voxels -> sdf (512 N, 1) in [-1, 1] on the voxels at 8 × the resolution."""
-        device = next(self.sdf_vae.parameters()).device
-        return self.sdf_vae.decode(latents.to(device), voxels.to(device))
+    def decode_blocks(
+        self,
+        latents: Tensor,
+        voxels: Voxels,
+        memory_budget: int | None = None,
+        on_chunk: OnChunk | None = None,
+        features_out: Tensor | None = None,
+    ) -> SDFBlocks:
+        """`decode_sdf` without the coordinates of single voxels, which at 1024³ take more than all else."""
+        vae = self.fine_sdf_vae if self.is_fine(voxels) else self.sdf_vae
+        budget = self.memory_budget if memory_budget is None else memory_budget
+        with on_device(vae, self.device) as device:
+            latents, voxels = latents.to(device), voxels.to(device)
+            return decode_in_chunks(vae, latents, voxels, budget, on_chunk=on_chunk, features_out=features_out)
+
+    def decode_surface(
+        self, latents: Tensor, voxels: Voxels, use_refiners: bool = False, on_patch: OnPatch | None = None
+    ) -> tuple[SDFBlocks, float]:
+        """The blocks that make the mesh, and the level of the surface in them: decoded and, if asked, refined.
+
+        Raises:
+            CheckpointError: the model has no refiner of this stage.
+        """
+        level, is_fine = self.sampling.level, self.is_fine(voxels)
+        if not use_refiners:
+            return self.decode_blocks(latents, voxels), level
+        refiner = self.fine_refiner if is_fine else self.refiner
+        if refiner is None:
+            raise CheckpointError(f"the model has no {'fine_' if is_fine else ''}refiner")
+        features = None
+        if not is_fine:
+            shape = FACTOR**3 * len(voxels), refiner.config.feature_channels
+            device = self.device or next(self.sdf_vae.parameters()).device
+            features = torch.empty(shape, dtype=next(self.sdf_vae.parameters()).dtype, device=device)
+        decoded = self.decode_blocks(latents, voxels, features_out=features)
+        level = level if is_fine else 2 * level  # as the released pipeline
+        with on_device(refiner, self.device) as device:
+            return refine_blocks(refiner, decoded, features, level, device, on_patch), level
 
     def to_mesh(
         self,
@@ -233,48 +337,65 @@ class Pipeline:
         level: float = 0.0,
         keep_largest: bool = False,
     ) -> list[Mesh]:
-        """The surface sdf = level of each sample.
+        """`blocks_to_meshes` of sdf and voxels as `decode_sdf` gives them."""
+        return self.blocks_to_meshes(SDFBlocks.of_voxels(sdf, voxels), min_component, level, keep_largest)
+
+    def blocks_to_meshes(
+        self,
+        blocks: SDFBlocks,
+        min_component: float = DECODED["min_component"],
+        level: float | None = None,
+        keep_largest: bool = False,
+    ) -> list[Mesh]:
+        """The surface at a level of each sample.
 
         Args:
-            sdf, voxels: as `decode_sdf` gives them.
-            min_component, level, keep_largest: see `sdf_to_mesh`.
+            blocks: decoded.
+            min_component, keep_largest: see `sdf_to_mesh`.
+            level: default: the model's.
 
         Raises:
             EmptyResultError: a sample has no surface.
             GenerationError: values that are not finite, as half precision makes them when a network overflows it.
         """
-        if not sdf.isfinite().all():
-            raise GenerationError(f"the SDF came out with values that are not finite on {sdf.device}; try float32")
-        blocks = sdf.view(-1, FACTOR, FACTOR, FACTOR).cpu().split(voxels.block_counts)
-        coords = voxels.block_coords[:, 1:].cpu().split(voxels.block_counts)
-        meshes = []
+        level = self.sampling.level if level is None else level
+        if not blocks.values.isfinite().all():
+            where = blocks.values.device
+            raise GenerationError(f"the SDF came out with values that are not finite on {where}; try float32")
         options = DECODED | {"min_component": min_component, "level": level, "keep_largest": keep_largest}
-        for block_coords, values in zip(coords, blocks, strict=True):
+        meshes = []
+        for coords, values in blocks.samples():
             if not (values < level).any():
-                raise _empty("surface", len(meshes), len(blocks))
-            meshes.append(sdf_to_mesh(block_coords.numpy(), values.numpy(), voxels.resolution, **options))
+                raise empty_result("surface", len(meshes), blocks.batch_size)
+            meshes.append(sdf_to_mesh(coords.numpy(), values.numpy(), blocks.resolution, **options))
         return meshes
 
 
-def _empty(what: str, index: int, batch_size: int) -> EmptyResultError:
-    which = f" {index + 1} of {batch_size}" if batch_size > 1 else ""
-    return EmptyResultError(f"the {what} of image{which} came out empty; try another seed or image")
-
-
 def load_pipeline(
-    folder: str | Path | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    folder: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    offload: bool | None = None,
+    memory_budget: int | None = None,
 ) -> Pipeline:
     """Load the model of a folder; default: the shipped `tiny`.
 
     Args:
         folder: a model folder, see checkpoint.py.
-        device: of all networks.
+        device: where all networks run.
         dtype: of all networks; default: float32 on the CPU, float16 elsewhere.
+        offload: keep the networks in the computer's memory and bring each to the device for its stage alone. Default:
+            do so for a model of two stages.
+        memory_budget: bytes that decoding may take beside weights.
 
     Raises:
         CheckpointError: the folder is missing, damaged, or its networks do not fit together.
     """
+    folder, device = folder or TINY, torch.device(device)
     if dtype is None:
-        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
-    networks, sampling = load_model(folder or TINY, device, dtype)
-    return Pipeline(**networks, sampling=sampling)
+        dtype = torch.float32 if device.type == "cpu" else torch.float16
+    if offload is None:
+        offload = device.type != "cpu" and "fine_latent_dit" in network_names(folder)
+    networks, sampling = load_model(folder, "cpu" if offload else device, dtype)
+    place = {"device": device} if offload else {}
+    return Pipeline(**networks, sampling=sampling, memory_budget=memory_budget, **place)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .refiner import Refiner, SignRefiner
+from .sdf_blocks import SDFBlocks
 from .voxels import BLOCK, Voxels
 
 OVERLAP = 6  # neighbouring patches of `refine` share P / 6 voxels, over which one fades into the next
@@ -82,6 +83,38 @@ def refine_signs(refiner: SignRefiner, sdf: Tensor, voxels: Voxels, on_patch: On
         if on_patch is not None:
             on_patch(done + 1, len(starts) ** 3)
     return outside
+
+
+def refine_blocks(
+    refiner: Refiner | SignRefiner,
+    blocks: SDFBlocks,
+    features: Tensor | None,
+    level: float,
+    device: torch.device,
+    on_patch: OnPatch | None = None,
+) -> SDFBlocks:
+    """The blocks that the refined surface of each sample crosses, maybe none.
+
+    Args:
+        refiner: on `device`; a `SignRefiner` where `features` is None.
+        blocks: decoded.
+        features: (512 K, D) of the decoder, in the order of the blocks.
+        level: of the refined surface.
+    """
+    first, coords, values = 0, [], []
+    for index, count in enumerate(blocks.counts):
+        some = slice(first, first + count)
+        own = blocks.coords[some] * blocks.coords.new_tensor([0, 1, 1, 1])
+        sdf, voxels = SDFBlocks(own.to(device), blocks.values[some].to(device), blocks.resolution, 1).to_voxels()
+        if features is None:
+            crossed = signed_blocks(sdf, voxels, refine_signs(refiner, sdf, voxels, on_patch), level)
+        else:
+            rows = features[BLOCK**3 * first : BLOCK**3 * (first + count)].to(device)
+            crossed = refined_blocks(refine(refiner, sdf, rows, voxels, on_patch), level)
+        coords.append(F.pad(crossed[0].int(), (1, 0), value=index))
+        values.append(crossed[1])
+        first += count
+    return SDFBlocks(torch.cat(coords), torch.cat(values), blocks.resolution, blocks.batch_size)
 
 
 def refined_blocks(volume: Tensor, level: float) -> tuple[Tensor, Tensor]:

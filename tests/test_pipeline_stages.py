@@ -1,0 +1,203 @@
+"""The whole path of a released model of two stages, in miniature: converted, loaded, run, with and without refiners."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from d3ds2.checkpoint import CheckpointError, load_model
+from d3ds2.convert_official import convert
+from d3ds2.mesh_to_sdf import normalize_mesh
+from d3ds2.mesh_to_structure import mesh_to_structure
+from d3ds2.offload import on_device
+from d3ds2.pipeline import FINE_STAGES, STAGES, Pipeline, load_pipeline
+from d3ds2.rectified_flow import guided_velocity
+from d3ds2.sdf_blocks import SDFBlocks
+from d3ds2.sdf_to_mesh import sdf_to_mesh
+from tests.official_release import write_release
+from tests.tiny_model import draw_object
+
+STEPS = {"structure_steps": 2, "latent_steps": 2, "fine_steps": 2}
+
+
+def converted(folder, version):
+    write_release(folder / "release", version)
+    convert(folder / "release", folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return converted(tmp_path_factory.mktemp("v1.0"), "v1.0")
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    return load_pipeline(folder)
+
+
+def assert_closed(mesh):
+    edges = np.concatenate([mesh.faces[:, [0, 1]], mesh.faces[:, [1, 2]], mesh.faces[:, [2, 0]]])
+    forward, backward = (np.unique(e, axis=0, return_counts=True) for e in (edges, edges[:, ::-1]))
+    assert len(mesh.faces) > 0 and np.array_equal(forward[0], backward[0]) and np.array_equal(forward[1], backward[1])
+
+
+def test_both_stages_run_with_the_models_own_steps(pipeline):
+    calls = []
+    mesh = pipeline.generate(draw_object(), 3, lambda *call: calls.append(call))
+    assert_closed(mesh)
+    expected = [(stage, steps) for stage, steps in zip(STAGES, (1, 50, 30, 1, 1), strict=True)]
+    expected += [(stage, steps) for stage, steps in zip(FINE_STAGES, (1, 15, 1, 1), strict=True)]
+    assert calls == [(stage, step, steps) for stage, steps in expected for step in range(steps + 1)]
+
+
+def test_the_other_version_runs(tmp_path):
+    pipeline = load_pipeline(converted(tmp_path, "v1.1"))
+    assert not pipeline.fine_latent_dit.config.sparse_context
+    assert_closed(pipeline.generate(draw_object(), 3, **STEPS))
+
+
+def test_the_path_is_its_stages_in_turn(pipeline):
+    tokens = pipeline.encode_image([draw_object()])
+    voxels = pipeline.sample_structure(tokens, [4], 2)
+    latents = pipeline.sample_latents(voxels, tokens, [4], 2)
+    assert voxels.resolution == 8 and not pipeline.is_fine(voxels)
+    coarse = pipeline.blocks_to_meshes(pipeline.decode_blocks(latents, voxels))
+    alone = pipeline.generate(draw_object(), 4, fine=False, **STEPS)
+    assert coarse[0].vertices.tobytes() == alone.vertices.tobytes()
+
+    fine_voxels = pipeline.structure_of(coarse)
+    assert fine_voxels.resolution == 16 and pipeline.is_fine(fine_voxels)
+    expected = mesh_to_structure(normalize_mesh(coarse[0].vertices, 0.95), coarse[0].faces, 128)
+    assert {*map(tuple, fine_voxels.coords[:, 1:].tolist())} == {*map(tuple, expected.tolist())}
+    fine_latents = pipeline.sample_latents(fine_voxels, tokens, [4], 2)
+    sdf, decoded = pipeline.decode_sdf(fine_latents, fine_voxels)
+    assert decoded.resolution == 128
+    mesh = pipeline.to_mesh(sdf, decoded, level=pipeline.sampling.level)[0]
+    whole = pipeline.generate(draw_object(), 4, **STEPS)
+    assert mesh.vertices.tobytes() == whole.vertices.tobytes() and mesh.faces.tobytes() == whole.faces.tobytes()
+
+
+def test_the_second_stage_uses_its_own_networks_and_noise(pipeline):
+    tokens = pipeline.encode_image([draw_object()])
+    voxels = pipeline.structure_of(pipeline.generate_batch([draw_object()], [1], fine=False, **STEPS))
+    fine = pipeline.sample_latents(voxels, tokens, [1], 2)
+    swapped = dataclasses.replace(pipeline, fine_latent_dit=pipeline.latent_dit)
+    assert not torch.equal(fine, swapped.sample_latents(voxels, tokens, [1], 2))
+    decoded = pipeline.decode_blocks(fine, voxels).values
+    swapped = dataclasses.replace(pipeline, fine_sdf_vae=pipeline.sdf_vae)
+    assert not torch.equal(decoded, swapped.decode_blocks(fine, voxels).values)
+
+
+def test_a_batch_is_its_samples(pipeline):
+    images = [draw_object(), draw_object((40, 90))]
+    together = pipeline.generate_batch(images, [3, 4], **STEPS)
+    for mesh, image, seed in zip(together, images, [3, 4], strict=True):
+        alone = pipeline.generate(image, seed, **STEPS)
+        assert_closed(mesh)
+        assert abs(len(mesh.faces) - len(alone.faces)) <= 0.02 * len(alone.faces)
+
+
+def test_refiners_say_what_is_inside(pipeline):
+    mesh = pipeline.generate(draw_object(), 5, use_refiners=True, **STEPS)
+    assert_closed(mesh)
+    filled = pipeline.generate(draw_object(), 5, **STEPS)
+    assert mesh.vertices.tobytes() != filled.vertices.tobytes()
+
+
+def test_refined_surfaces_are_those_of_the_refined_volumes(pipeline):
+    """The blocks handed to the mesh against the dense volume that the refiner made of the same decoded values."""
+    from d3ds2.refined_blocks import refine
+
+    tokens = pipeline.encode_image([draw_object()])
+    voxels = pipeline.sample_structure(tokens, [6], 2)
+    latents = pipeline.sample_latents(voxels, tokens, [6], 2)
+    blocks, level = pipeline.decode_surface(latents, voxels, use_refiners=True)
+    assert level == 0.4  # 2 x 0.2, as released
+    sdf, features, fine = pipeline.sdf_vae.decode(latents, voxels, return_features=True)
+    volume = refine(pipeline.refiner, sdf, features, fine)
+    volume = volume.view(8, 8, 8, 8, 8, 8).permute(0, 2, 4, 1, 3, 5).reshape(-1, 8, 8, 8)
+    everywhere = torch.cartesian_prod(*[torch.arange(8)] * 3)
+    expected = sdf_to_mesh(everywhere.numpy(), volume.numpy(), 64, level)
+    actual = sdf_to_mesh(*(x.numpy() for x in blocks.samples()[0]), 64, level)
+    np.testing.assert_allclose(actual.vertices, expected.vertices, atol=1e-4)
+    assert np.array_equal(actual.faces, expected.faces)
+
+
+def test_offloaded_networks_make_the_same_mesh(folder, pipeline):
+    networks, sampling = load_model(folder)
+    offloaded = Pipeline(**networks, sampling=sampling, device="cpu")
+    pointers = [p.data_ptr() for network in networks.values() for p in network.parameters()]
+    expected = pipeline.generate(draw_object(), 7, **STEPS)
+    assert offloaded.generate(draw_object(), 7, **STEPS).vertices.tobytes() == expected.vertices.tobytes()
+    assert pointers == [p.data_ptr() for network in networks.values() for p in network.parameters()]
+
+
+def test_weights_come_back_also_after_an_error():
+    network = torch.nn.BatchNorm1d(3)
+    with pytest.raises(KeyboardInterrupt), on_device(network, "cpu") as device:
+        assert device.type == "cpu"
+        network.weight.data, network.running_mean.data = torch.zeros(3), torch.ones(3)
+        raise KeyboardInterrupt
+    assert network.weight.equal(torch.ones(3)) and network.running_mean.equal(torch.zeros(3))
+
+
+@pytest.mark.gpu
+def test_weights_are_on_the_gpu_for_the_block_alone(folder):
+    network = torch.nn.BatchNorm1d(3)
+    with on_device(network, "cuda"):
+        assert network.weight.is_cuda and network.running_mean.is_cuda
+    assert not network.weight.is_cuda and not network.running_mean.is_cuda
+    pipeline = load_pipeline(folder, "cuda", torch.float32)
+    assert_closed(pipeline.generate(draw_object(), 3, use_refiners=True, **STEPS))
+    assert not any(parameter.is_cuda for parameter in pipeline.fine_latent_dit.parameters())
+
+
+def test_a_memory_budget_changes_rounding_alone(pipeline):
+    tokens = pipeline.encode_image([draw_object()])
+    voxels = pipeline.structure_of(pipeline.generate_batch([draw_object()], [1], fine=False, **STEPS))
+    latents = pipeline.sample_latents(voxels, tokens, [1], 2)
+    whole, calls = pipeline.decode_blocks(latents, voxels), []
+    with pytest.raises(ValueError, match="memory budget of at least") as raised:
+        pipeline.decode_blocks(latents, voxels, 1)
+    least = int(str(raised.value).split(" bytes")[0].split()[-1])
+    chunked = pipeline.decode_blocks(latents, voxels, least, lambda *call: calls.append(call))
+    assert len(calls) > 1 and torch.equal(chunked.coords, whole.coords)
+    assert (chunked.values - whole.values).abs().max() < 1e-4
+    limited = dataclasses.replace(pipeline, memory_budget=least)
+    assert torch.equal(limited.decode_blocks(latents, voxels).values, chunked.values)
+
+
+def test_guidance_together_and_apart(pipeline):
+    tokens = pipeline.encode_image([draw_object()]).select_foreground()
+    voxels = pipeline.structure_of(pipeline.generate_batch([draw_object()], [1], fine=False, **STEPS))
+    x_t = torch.randn(len(voxels), 16)
+    velocities = [
+        guided_velocity(pipeline.fine_latent_dit, tokens, 7.0, voxels, together)(x_t, 0.5) for together in (True, False)
+    ]
+    torch.testing.assert_close(*velocities, atol=2e-3, rtol=2e-3)
+
+
+def test_models_that_do_not_fit_are_named(pipeline):
+    for change, message in (
+        ({"fine_sdf_vae": None}, "all together"),
+        ({"fine_latent_dit": None, "fine_sdf_vae": None}, "all together"),
+        ({"sampling": dataclasses.replace(pipeline.sampling, fine=None)}, "all together"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            dataclasses.replace(pipeline, **change)
+    plain = dataclasses.replace(pipeline, refiner=None, fine_refiner=None)
+    with pytest.raises(CheckpointError, match="has no refiner"):
+        plain.generate(draw_object(), use_refiners=True, **STEPS)
+    sampling = dataclasses.replace(pipeline.sampling, fine=None)
+    single = dataclasses.replace(plain, fine_latent_dit=None, fine_sdf_vae=None, sampling=sampling)
+    assert_closed(single.generate(draw_object(), 3, **STEPS))
+    with pytest.raises(CheckpointError, match="no second stage"):
+        single.structure_of([])
+
+
+def test_an_empty_sample_of_blocks_is_an_error(pipeline):
+    blocks = SDFBlocks(torch.zeros(0, 4, dtype=torch.int32), torch.zeros(0, 8, 8, 8), 64, 1)
+    with pytest.raises(ValueError, match="surface of image came out empty"):
+        pipeline.blocks_to_meshes(blocks)
