@@ -5,6 +5,7 @@ Importing this package imports no network, no numba and no transformers: a node 
 
 from comfy_api.latest import ComfyExtension, io
 
+from .example_pictures import place_example_pictures
 from .load_model import LoadD3DS2Model
 from .mesh_export import MeshExport
 from .model_folders import register_model_folder
@@ -30,6 +31,7 @@ NODES: list[type[io.ComfyNode]] = [
 class D3DS2Extension(ComfyExtension):
     async def on_load(self) -> None:
         register_model_folder()
+        place_example_pictures()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

@@ -11,7 +11,7 @@ import torch
 from .io_types import Model
 
 GB = 1 << 30
-VAES = ("structure_vae", "sdf_vae")
+SOLIDS = ("structure_vae", "sdf_vae", "fine_sdf_vae", "refiner", "fine_refiner")  # what ComfyUI means by a VAE
 
 
 def choose_dtype(network: str, precision: str) -> torch.dtype:
@@ -20,7 +20,7 @@ def choose_dtype(network: str, precision: str) -> torch.dtype:
     if chosen is not None:
         return chosen
     device = mm.get_torch_device()
-    if network in VAES:
+    if network in SOLIDS:
         return mm.vae_dtype(device, [torch.float16, torch.bfloat16])
     if mm.should_use_bf16(device):
         return torch.bfloat16

@@ -30,6 +30,16 @@ MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
 
 @dataclass(frozen=True)
+class Stage:
+    """The networks of one resolution by name, and how its latents are sampled unless a node says otherwise."""
+
+    latent_dit: str
+    sdf_vae: str
+    steps: int
+    guidance_scale: float
+
+
+@dataclass(frozen=True)
 class Model:
     """A loaded model: its networks belong to ComfyUI's memory manager, each in a ModelPatcher of its own."""
 
@@ -47,14 +57,21 @@ class Model:
         return list(self.patchers.values())
 
     @property
-    def latent_space(self) -> tuple[str, Any]:
-        """What a latent to be decoded here was made for: the model's name and its SDF VAE's configuration."""
-        return self.name, self.pipeline.sdf_vae.config
+    def stages(self) -> dict[int, Stage]:
+        """The stage for each resolution of structures: one, or two of a model with a second, finer stage."""
+        sampling = self.pipeline.sampling
+        first = Stage("latent_dit", "sdf_vae", sampling.latent_steps, sampling.latent_guidance)
+        if sampling.fine is None:
+            return {sampling.sdf_resolution // 8: first}
+        fine = Stage("fine_latent_dit", "fine_sdf_vae", sampling.fine.steps, sampling.fine.guidance)
+        return {sampling.sdf_resolution // 8: first, sampling.fine.sdf_resolution // 8: fine}
 
-    @property
-    def resolution(self) -> int:
-        """Of structures: voxels per edge."""
-        return self.pipeline.sampling.sdf_resolution // 8
+    def network(self, name: str) -> torch.nn.Module:
+        return getattr(self.pipeline, name)
+
+    def latent_space(self, resolution: int) -> tuple[str, Any]:
+        """What latents of a resolution are made for: the model's name and the configuration of its SDF VAE."""
+        return self.name, self.network(self.stages[resolution].sdf_vae).config
 
 
 @dataclass(frozen=True)

@@ -52,17 +52,25 @@ class LoadD3DS2Model(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, precision) -> io.NodeOutput:
-        from ..d3ds2.checkpoint import NETWORKS, CheckpointError, load_network, load_settings
+        from ..d3ds2.checkpoint import (
+            ALL_NETWORKS,
+            NETWORKS,
+            CheckpointError,
+            load_network,
+            load_settings,
+            network_names,
+        )
         from ..d3ds2.pipeline import Pipeline
         from .device_memory import choose_dtype, make_patcher
         from .progress import Progress, run_cancellable
 
         folder = model_folder(model)
-        progress = Progress(cls.hidden.unique_id, len(NETWORKS))
         networks = {}
         try:
             name, sampling = load_settings(folder)
-            for done, network in enumerate(NETWORKS):
+            names = [network for network in ALL_NETWORKS if network in NETWORKS or network in network_names(folder)]
+            progress = Progress(cls.hidden.unique_id, len(names))
+            for done, network in enumerate(names):
                 progress.status(f"loading {network}")
                 dtype = choose_dtype(network, precision)
                 networks[network] = run_cancellable(load_network, folder, network, dtype=dtype)
@@ -70,7 +78,8 @@ class LoadD3DS2Model(io.ComfyNode):
             pipeline = Pipeline(**networks, sampling=sampling)
         except CheckpointError as error:
             raise ValueError(f"{error}. Copy or convert the model {model!r} again, or choose another.") from None
-        progress.status(f"{name}: {sampling.sdf_resolution}³, {_dtypes(networks)}")
+        finest = sampling.sdf_resolution if sampling.fine is None else sampling.fine.sdf_resolution
+        progress.status(f"{name}: {finest}³, {_dtypes(networks)}")
         return io.NodeOutput(Model(name, pipeline, {key: make_patcher(value) for key, value in networks.items()}))
 
 

@@ -78,9 +78,10 @@ def token_text(structure: Structure) -> str:
 
 
 def check_structure(model: Model, structure: Structure) -> None:
-    """Raises ValueError if a structure is not of the model's resolution."""
-    if structure.resolution != model.resolution:
+    """Raises ValueError if a structure is of none of the model's resolutions."""
+    if structure.resolution not in model.stages:
+        resolutions = " and ".join(f"{resolution}³" for resolution in model.stages)
         raise ValueError(
             f"wrong structure for this model: it is {structure.resolution}³, and the model {model.name!r} samples at "
-            f"{model.resolution}³. Make it with the same model."
+            f"{resolutions}. Make it with the same model."
         )

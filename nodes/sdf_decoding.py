@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..d3ds2.sdf_blocks import SDFBlocks
+    from ..d3ds2.sdf_vae import SDFVAE
     from ..d3ds2.voxels import Voxels
 
 FREE_SHARE = 0.8  # of the free memory, for what nobody can foresee
@@ -36,7 +37,8 @@ def decode(model: Model, latents: Tensor, voxels: Voxels, memory_budget_gb: floa
     from ..d3ds2.chunked_decode import HALO, kept_bytes, latent_bytes
     from ..d3ds2.sdf_blocks import SDFBlocks
 
-    vae, N = model.pipeline.sdf_vae, len(voxels)
+    name, N = model.stages[voxels.resolution].sdf_vae, len(voxels)
+    vae = model.network(name)
     size, dtype = vae.config.hidden_size, dtype_of(vae)
     kept, each = kept_bytes(size, N, dtype), 2 * latent_bytes(size, dtype)
     whole, least = kept + each * N, kept + each * min(N, (2 * HALO + 1) ** 3)
@@ -46,28 +48,28 @@ def decode(model: Model, latents: Tensor, voxels: Voxels, memory_budget_gb: floa
             f"{least / GB:.2f} GB. Raise it, or set it to 0 for what is free."
         )
     what = f"decoding {N:,} tokens"
-    load_networks(model, ("sdf_vae",), least, what, "use a model of lower resolution")
+    load_networks(model, (name,), least, what, "use a model of lower resolution")
     budget = int(memory_budget_gb * GB)
     if not budget:
-        mm.load_models_gpu([model.patchers["sdf_vae"]], memory_required=whole, force_full_load=True)
+        mm.load_models_gpu([model.patchers[name]], memory_required=whole, force_full_load=True)
         budget = max(least, min(whole, int(FREE_SHARE * mm.get_free_memory(mm.get_torch_device()))))
     progress.status(what)
     try:
-        blocks = _decode(model, latents, voxels, budget, progress)
+        blocks = _decode(vae, latents, voxels, budget, progress)
     except mm.OOM_EXCEPTION:  # others may use the card too: once more, in chunks of half the size
         mm.soft_empty_cache()
-        blocks = _decode(model, latents, voxels, max(least, budget // 2), progress)
+        blocks = _decode(vae, latents, voxels, max(least, budget // 2), progress)
     return SDFBlocks(blocks.coords.cpu(), blocks.values.cpu(), blocks.resolution, blocks.batch_size)
 
 
-def _decode(model: Model, latents: Tensor, voxels: Voxels, budget: int, progress: Progress) -> SDFBlocks:
+def _decode(vae: SDFVAE, latents: Tensor, voxels: Voxels, budget: int, progress: Progress) -> SDFBlocks:
     from ..d3ds2.chunked_decode import decode_in_chunks
 
     def on_chunk(done: int, count: int) -> None:
         check_cancelled()
         progress.status(f"decoding: {done:,} of {count:,} tokens")
 
-    vae, device = model.pipeline.sdf_vae, mm.get_torch_device()
+    device = mm.get_torch_device()
     arguments = vae, latents.to(device), voxels.to(device), budget, None, on_chunk
     with cancellable(vae):
         # a chunk takes seconds on a CPU; on a GPU it is short, and kernels must start from the thread that owns it

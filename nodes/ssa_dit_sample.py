@@ -62,6 +62,7 @@ class SSADiTSample(io.ComfyNode):
         import torch
 
         from ..d3ds2.activation_memory import image_encoder_bytes, latent_dit_bytes
+        from ..d3ds2.pipeline import TOGETHER
         from ..d3ds2.voxel_picture import latent_colors, voxel_picture
         from .device_memory import dtype_of, load_networks
         from .progress import Progress, cancellable
@@ -69,7 +70,8 @@ class SSADiTSample(io.ComfyNode):
 
         check_structure(model, structure)
         pipeline, voxels = model.pipeline, structure.voxels()
-        encoder, dit = pipeline.image_encoder, pipeline.latent_dit
+        stage = model.stages[structure.resolution]
+        encoder, dit = pipeline.image_encoder, model.network(stage.latent_dit)
         largest = max(voxels.counts)
         if largest > max_tokens:
             raise ValueError(
@@ -79,19 +81,18 @@ class SSADiTSample(io.ComfyNode):
         pictures = object_pictures(image)
         if len(pictures) not in (1, structure.batch_size):
             raise ValueError(f"expected 1 image or {structure.batch_size}, one a structure, got {len(pictures)}")
-        steps = steps or pipeline.sampling.latent_steps
-        guidance_scale = guidance_scale or pipeline.sampling.latent_guidance
-        branches = 1 if guidance_scale == 1 else 2
+        steps, guidance_scale = steps or stage.steps, guidance_scale or stage.guidance_scale
+        branches = 1 if guidance_scale == 1 or largest > TOGETHER else 2
         needed = max(
             image_encoder_bytes(encoder.config, 1, dtype_of(encoder)),
             latent_dit_bytes(dit.config, branches * largest, dtype_of(dit)),
         )
         load_networks(
             model,
-            ("image_encoder", "latent_dit"),
+            ("image_encoder", stage.latent_dit),
             needed,
             f"sampling {largest:,} tokens",
-            "use a model of lower resolution, or guidance_scale 1, which needs half",
+            "use a model of lower resolution, or guidance_scale 1",
         )
         progress = Progress(cls.hidden.unique_id, steps * structure.batch_size)
         parts = []
@@ -115,4 +116,4 @@ class SSADiTSample(io.ComfyNode):
                 )
                 parts.append(latents.float().cpu())
         progress.status(token_text(structure))
-        return io.NodeOutput(Latent(torch.cat(parts), structure, model.latent_space))
+        return io.NodeOutput(Latent(torch.cat(parts), structure, model.latent_space(structure.resolution)))

@@ -44,15 +44,24 @@ class StructureFromMesh(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Model, mesh, fit, shell) -> io.NodeOutput:
+        from ..d3ds2.mesh_to_structure import mesh_to_structure
         from ..d3ds2.voxels import Voxels
-        from .mesh_distance import meshes_to_sdf, with_sample
+        from .fitted_meshes import distances, for_each_mesh, with_sample
         from .progress import Progress
         from .samples import pack_structure, token_text, voxel_grid
 
+        resolution = 8 * max(model.stages)
+
+        def blocks_of(vertices, faces):
+            if len(model.stages) == 2:  # a second stage has learned the structures of the released pipeline
+                return mesh_to_structure(vertices, faces, resolution)
+            return distances(vertices, faces, resolution, shell).block_coords
+
         progress = Progress(cls.hidden.unique_id, len(mesh.vertices))
-        parts = []
-        for sdf in meshes_to_sdf(mesh, model, fit, shell, progress):
-            parts.append(Voxels.sort(with_sample(sdf.block_coords), model.resolution)[0])
+        parts = [
+            Voxels.sort(with_sample(blocks), resolution // 8)[0]
+            for blocks in for_each_mesh(mesh, fit, resolution, progress, blocks_of)
+        ]
         structure = pack_structure(parts)
         progress.status(token_text(structure))
         return io.NodeOutput(structure, voxel_grid(structure), token_text(structure))

@@ -23,8 +23,8 @@ class VAEDecodeSDF(io.ComfyNode):
                     min=-0.9,
                     max=0.9,
                     step=0.01,
-                    tooltip="The surface is where the distance has this value, in units of the band: positive makes "
-                    "the object thicker.",
+                    tooltip="Moves the surface, in units of the band: positive makes the object thicker, negative "
+                    "thinner.",
                     advanced=True,
                 ),
                 io.Float.Input(
@@ -68,7 +68,8 @@ class VAEDecodeSDF(io.ComfyNode):
         from .samples import sample, token_text
         from .sdf_decoding import decode
 
-        if latent.made_for != model.latent_space:
+        resolution = latent.structure.resolution
+        if resolution not in model.stages or latent.made_for != model.latent_space(resolution):
             raise ValueError(
                 f"wrong latent for this model: it was made with {latent.made_for[0]!r}, and this is {model.name!r}. "
                 "Connect the model that made it."
@@ -82,12 +83,11 @@ class VAEDecodeSDF(io.ComfyNode):
                 blocks = decode(model, latents, voxels.sample(index), memory_budget_gb, progress)
                 progress.update(2 * index + 1)
                 progress.status(f"extracting the surface of {blocks.values.numel():,} voxels")
-                sdf, fine = blocks.to_voxels()
-                meshes += run_cancellable(pipeline.to_mesh, sdf, fine, min_component, level, keep_largest)
+                surface = pipeline.sampling.level + level
+                meshes += run_cancellable(pipeline.blocks_to_meshes, blocks, min_component, surface, keep_largest)
                 progress.update(2 * index + 2)
             values.append(blocks.values)
             coords.append(blocks.coords + torch.tensor([index, 0, 0, 0], dtype=torch.int32))
         faces = " + ".join(f"{len(mesh.faces):,}" for mesh in meshes)
         progress.status(f"{faces} faces of {token_text(latent.structure)}")
-        resolution = 8 * latent.structure.resolution
-        return io.NodeOutput(to_socket(meshes), SDF(torch.cat(values), torch.cat(coords), resolution, B))
+        return io.NodeOutput(to_socket(meshes), SDF(torch.cat(values), torch.cat(coords), 8 * resolution, B))

@@ -40,32 +40,35 @@ class VAEEncodeMesh(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Model, mesh, fit, shell) -> io.NodeOutput:
+        import comfy.model_management as mm
         import torch
 
         from ..d3ds2.activation_memory import sdf_encode_bytes
         from ..d3ds2.voxels import Voxels
         from .device_memory import dtype_of, load_networks
-        from .mesh_distance import meshes_to_sdf, with_sample
+        from .fitted_meshes import distances, for_each_mesh, with_sample
         from .progress import Progress, cancellable
         from .samples import pack_structure, token_text
 
-        vae = model.pipeline.sdf_vae
+        resolution = 8 * max(model.stages)
+        name = model.stages[max(model.stages)].sdf_vae
+        vae, device = model.network(name), mm.get_torch_device()
         progress = Progress(cls.hidden.unique_id, len(mesh.vertices))
         parts, latents = [], []
-        for sdf in meshes_to_sdf(mesh, model, fit, shell, progress):
+        for sdf in for_each_mesh(mesh, fit, resolution, progress, lambda v, f: distances(v, f, resolution, shell)):
             coords, values = with_sample(sdf.coords), torch.from_numpy(sdf.sdf)[:, None]
             progress.status(f"encoding {len(coords):,} voxels")
             load_networks(
                 model,
-                ("sdf_vae",),
+                (name,),
                 sdf_encode_bytes(vae.config, len(coords), dtype_of(vae)),
                 f"encoding {len(coords):,} voxels",
                 "use a model of lower resolution",
             )
             with cancellable(vae):
-                mean, own = model.pipeline.encode_sdf(values, Voxels(coords, sdf.resolution, 1))
+                mean, _, own = vae.encode(values.to(device), Voxels(coords.to(device), resolution, 1))
             latents.append(mean.float().cpu())
             parts.append(own)
         structure = pack_structure(parts)
         progress.status(token_text(structure))
-        return io.NodeOutput(Latent(torch.cat(latents), structure, model.latent_space))
+        return io.NodeOutput(Latent(torch.cat(latents), structure, model.latent_space(structure.resolution)))

@@ -9,6 +9,7 @@ ComfyUI does with the nodes is tested in tests/comfy.
 import importlib.util
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -130,17 +131,25 @@ class ModelPatcher:
 class ComfyUI:
     """The stand-ins, what they saw, and the pack loaded over them.
 
+    `real` names modules of a real ComfyUI that are imported already and stay (benchmarks/comfy_memory.py).
+
     Attributes to read: progress [(value, total, preview)], texts [(text, node id)], loads [(networks, memory)].
     Attributes to set: interrupt_at (number of the cancel point that raises), total_memory, supports, arguments.
     """
 
-    def __init__(self, folder: Path, mesh_class: type = MESH, name: str = "/ComfyUI/custom_nodes/ComfyUI-D3DS2"):
+    def __init__(
+        self,
+        folder: Path,
+        mesh_class: type = MESH,
+        name: str = "/ComfyUI/custom_nodes/ComfyUI-D3DS2",
+        real: Collection[str] = (),
+    ):
         self.folder = folder
         self.progress, self.texts, self.loads = [], [], []
         self.interrupt_at, self.cancel_points, self.interrupted_since = None, 0, None
         self.total_memory, self.supports = 64 << 30, {torch.float32}
         self.arguments = SimpleNamespace(disable_metadata=False)
-        self.modules = self._modules(mesh_class)
+        self.modules = {name: module for name, module in self._modules(mesh_class).items() if name not in real}
         self.saved = {name: sys.modules.get(name) for name in self.modules}
         sys.modules.update(self.modules)
         self.name = name  # one name in every run: numba keeps what it compiled under it
@@ -237,6 +246,7 @@ class ComfyUI:
             folder_names_and_paths=folders,
             add_model_folder_path=lambda name, path: folders.setdefault(name, ([], set()))[0].append(path),
             get_folder_paths=lambda name: folders[name][0][:],
+            get_input_directory=lambda: str(self.folder / "input"),
             get_output_directory=lambda: str(self.folder / "output"),
             get_save_image_path=self._save_path,
         )

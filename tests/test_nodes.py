@@ -7,11 +7,12 @@ import time
 import numpy as np
 import pytest
 import torch
+import trimesh
 
 from d3ds2.foreground import cut_out
 from d3ds2.pipeline import load_pipeline
 from d3ds2.sdf_to_mesh import Mesh
-from tests.comfy_stand_ins import ComfyUI, InterruptProcessingException, PaddedMESH
+from tests.comfy_stand_ins import MESH, ComfyUI, InterruptProcessingException, PaddedMESH
 from tests.tiny_model import draw_object, write_model
 
 
@@ -51,6 +52,14 @@ def latent(comfy, model, structure):
 @pytest.fixture(scope="module")
 def mesh(comfy, model, latent):
     return comfy.run("D3DS2VAEDecodeSDF", model=model, latent=latent)[0]
+
+
+@pytest.fixture(scope="module")
+def ball(comfy):
+    """A mesh from elsewhere, not centred."""
+    sphere = trimesh.creation.icosphere(3)
+    vertices = np.asarray(sphere.vertices, np.float32) * [0.2, 0.3, 0.1] + 0.5
+    return MESH(torch.from_numpy(vertices).float()[None], torch.from_numpy(np.asarray(sphere.faces))[None])
 
 
 def picture(count: int = 1, mode: str = "RGBA") -> torch.Tensor:
@@ -158,14 +167,14 @@ def test_slow_pictures_are_drawn_less_often(comfy):
     assert [preview[1] for _, _, preview in comfy.progress] == ["picture"] * 50
 
 
-def test_every_layer_of_every_loop_can_be_cancelled(comfy, model, structure, latent, mesh):
+def test_every_layer_of_every_loop_can_be_cancelled(comfy, model, structure, latent, ball):
     runs = {
         "D3DS2SparseStructureSample": {"model": model, "image": picture()},
         "D3DS2SSADiTSample": {"model": model, "structure": structure, "image": picture()},
         "D3DS2VAEDecodeSDF": {"model": model, "latent": latent},
-        "D3DS2VAEEncodeMesh": {"model": model, "mesh": mesh},
-        "D3DS2StructureFromMesh": {"model": model, "mesh": mesh},
-        "D3DS2MeshExport": {"mesh": mesh, "filename_prefix": "cancelled/mesh"},
+        "D3DS2VAEEncodeMesh": {"model": model, "mesh": ball},
+        "D3DS2StructureFromMesh": {"model": model, "mesh": ball},
+        "D3DS2MeshExport": {"mesh": ball, "filename_prefix": "cancelled/mesh"},
         "LoadD3DS2Model": {"model": "random"},
     }
     least = {"D3DS2SparseStructureSample": 100, "D3DS2SSADiTSample": 50, "D3DS2VAEDecodeSDF": 5}
@@ -203,9 +212,9 @@ def raising(error):
     raise error
 
 
-def test_inputs_are_never_changed(comfy, model, structure, latent, mesh):
+def test_inputs_are_never_changed(comfy, model, structure, latent, ball):
     image, mask = picture(2), torch.rand(2, 80, 96).round()
-    values = {"image": image, "mask": mask, "structure": structure, "latent": latent, "mesh": mesh}
+    values = {"image": image, "mask": mask, "structure": structure, "latent": latent, "mesh": ball}
     weights = {name: patcher.model.state_dict() for name, patcher in model.patchers.items()}
     before = {name: digest(value.__dict__ if name == "mesh" else value) for name, value in values.items()}
     weights_before = digest(weights)
@@ -213,9 +222,9 @@ def test_inputs_are_never_changed(comfy, model, structure, latent, mesh):
     comfy.run("D3DS2SparseStructureSample", model=model, image=image)
     comfy.run("D3DS2SSADiTSample", model=model, structure=structure, image=image[:1])
     comfy.run("D3DS2VAEDecodeSDF", model=model, latent=latent, keep_largest=True)
-    comfy.run("D3DS2VAEEncodeMesh", model=model, mesh=mesh)
-    comfy.run("D3DS2StructureFromMesh", model=model, mesh=mesh)
-    comfy.run("D3DS2MeshExport", mesh=mesh, target_faces=50, up_axis="Z")
+    comfy.run("D3DS2VAEEncodeMesh", model=model, mesh=ball)
+    comfy.run("D3DS2StructureFromMesh", model=model, mesh=ball)
+    comfy.run("D3DS2MeshExport", mesh=ball, target_faces=50, up_axis="Z")
     assert before == {name: digest(value.__dict__ if name == "mesh" else value) for name, value in values.items()}
     assert weights_before == digest(weights)
     assert set(vars(structure)) == {"coords", "resolution", "batch_size"}  # no tables gather on what ComfyUI caches
@@ -254,13 +263,13 @@ def test_precision(comfy, monkeypatch, precision, supports, networks, vaes):
     assert dtypes == dict.fromkeys(dtypes, networks) | {"structure_vae": vaes, "sdf_vae": vaes}
 
 
-def test_half_precision_runs_through_all_nodes(comfy):
+def test_half_precision_runs_through_all_nodes(comfy, ball):
     model = comfy.run("LoadD3DS2Model", model="random", precision="bf16")[0]
     structure = comfy.run("D3DS2SparseStructureSample", model=model, image=picture())[0]
     latent = comfy.run("D3DS2SSADiTSample", model=model, structure=structure, image=picture())[0]
     mesh = comfy.run("D3DS2VAEDecodeSDF", model=model, latent=latent)[0]
     assert latent.latents.dtype == torch.float32 and mesh.faces.shape[1] > 100
-    assert len(comfy.run("D3DS2VAEEncodeMesh", model=model, mesh=mesh)[0].latents) > 0
+    assert len(comfy.run("D3DS2VAEEncodeMesh", model=model, mesh=ball)[0].latents) > 0
 
 
 def test_decoding_options_reach_the_surface(comfy, model, latent, mesh):
@@ -275,14 +284,14 @@ def test_decoding_options_reach_the_surface(comfy, model, latent, mesh):
     assert torch.equal(sdf.block_coords, latent.structure.coords)  # a token is a block
 
 
-def test_a_mesh_goes_through_the_vae_and_into_a_structure(comfy, model, mesh):
-    latent = comfy.run("D3DS2VAEEncodeMesh", model=model, mesh=mesh)[0]
-    structure, voxel, text = comfy.run("D3DS2StructureFromMesh", model=model, mesh=mesh).args
+def test_a_mesh_goes_through_the_vae_and_into_a_structure(comfy, model, ball):
+    latent = comfy.run("D3DS2VAEEncodeMesh", model=model, mesh=ball)[0]
+    structure, voxel, text = comfy.run("D3DS2StructureFromMesh", model=model, mesh=ball).args
     assert torch.equal(structure.coords, latent.structure.coords) and voxel.data.sum() == len(structure.coords)
     assert text == f"{len(structure.coords):,} tokens at 8³"
     # every vertex of the surface lies in a voxel of the structure
-    low, high = mesh.vertices[0].amin(0), mesh.vertices[0].amax(0)
-    fitted = (mesh.vertices[0] - (low + high) / 2) * (1.9 / (high - low).max())
+    low, high = ball.vertices[0].amin(0), ball.vertices[0].amax(0)
+    fitted = (ball.vertices[0] - (low + high) / 2) * (1.9 / (high - low).max())
     occupied = {tuple(c) for c in structure.coords[:, 1:].tolist()}
     assert {tuple(c) for c in ((fitted + 1) * 4).int().tolist()} <= occupied
     decoded = comfy.run("D3DS2VAEDecodeSDF", model=model, latent=latent)[0]
@@ -291,13 +300,13 @@ def test_a_mesh_goes_through_the_vae_and_into_a_structure(comfy, model, mesh):
     assert refined.structure is structure
 
 
-def test_a_batch_of_meshes_in_and_out(comfy, model, mesh):
+def test_a_batch_of_meshes_in_and_out(comfy, model, ball):
     module = comfy.module("nodes.mesh_socket")
     box = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], np.float32) * 0.5
     faces = np.array([[0, 1, 3], [0, 3, 2], [4, 6, 7], [4, 7, 5], [0, 4, 5], [0, 5, 1], [2, 3, 7], [2, 7, 6]])
-    meshes = [module.from_socket(mesh)[0], Mesh(box, faces, box)]
+    meshes = [module.from_socket(ball)[0], Mesh(box, faces, box)]
     both = module.to_socket(meshes)
-    assert both.vertex_counts.tolist() == [mesh.vertices.shape[1], 8]
+    assert both.vertex_counts.tolist() == [ball.vertices.shape[1], 8]
     for before, after in zip(meshes, module.from_socket(both), strict=True):
         for name in ("vertices", "faces", "normals"):
             np.testing.assert_array_equal(getattr(before, name), getattr(after, name))

@@ -1,11 +1,10 @@
-"""MESH socket -> signed distances at a model's resolution, one mesh after the other."""
+"""MESH socket -> vertices and faces in a model's box, one mesh after the other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
-from .io_types import Model
 from .mesh_socket import from_socket
 from .progress import Progress, run_cancellable
 from .samples import sample
@@ -17,34 +16,43 @@ if TYPE_CHECKING:
 
     from ..d3ds2.mesh_to_sdf import SparseSDF
 
+Result = TypeVar("Result")
 
-def meshes_to_sdf(socket: Types.MESH, model: Model, fit: bool, shell: float, progress: Progress) -> Iterator[SparseSDF]:
-    """Voxelise each mesh of a MESH for a model.
+
+def for_each_mesh(
+    socket: Types.MESH, fit: bool, resolution: int, progress: Progress, make: Callable[..., Result]
+) -> Iterator[Result]:
+    """make(vertices (V, 3) in [-1, 1]³, faces (F, 3)) of each mesh of a MESH, watched by the Cancel button.
 
     Args:
-        fit: centre and scale it to the model's box; otherwise it must lie in [-1, 1]³.
-        shell: see `mesh_to_sdf`.
-        progress: gets a text for each mesh and counts them.
+        fit: centre it and scale it to the box; otherwise it must lie there.
+        resolution: SDF voxels per edge, for the status text.
+        progress: counts the meshes.
 
     Raises:
         ValueError: an empty or damaged mesh, or one outside the box without `fit`, with what to do.
     """
-    from ..d3ds2.mesh_to_sdf import default_band, mesh_to_sdf, normalize_mesh
+    from ..d3ds2.mesh_to_sdf import normalize_mesh
 
-    resolution = model.pipeline.sampling.sdf_resolution
     meshes = from_socket(socket)
     for index, mesh in enumerate(meshes):
         progress.status(f"mesh {index + 1}/{len(meshes)}: {len(mesh.faces):,} faces to distances at {resolution}³")
         with sample(index, len(meshes)):
             vertices = normalize_mesh(mesh.vertices) if fit else mesh.vertices
-            if not fit and abs(vertices).max() > 1:
-                reach = abs(vertices).max()
+            reach = abs(vertices).max()
+            if reach > 1:
                 raise ValueError(
                     f"the mesh reaches out of the box [-1, 1]³, to {reach:.3g}: switch fit on, or scale it."
                 )
-            band = max(default_band(resolution), 1 + shell)
-            yield run_cancellable(mesh_to_sdf, vertices, mesh.faces, resolution, band, shell)
+            yield run_cancellable(make, vertices, mesh.faces)
         progress.update(index + 1)
+
+
+def distances(vertices: np.ndarray, faces: np.ndarray, resolution: int, shell: float) -> SparseSDF:
+    """`mesh_to_sdf`, with a band wide enough for the shell."""
+    from ..d3ds2.mesh_to_sdf import default_band, mesh_to_sdf
+
+    return mesh_to_sdf(vertices, faces, resolution, max(default_band(resolution), 1 + shell), shell)
 
 
 def with_sample(coords: np.ndarray) -> torch.Tensor:

@@ -1,0 +1,94 @@
+"""Does memory grow from prompt to prompt?  The nodes over the memory manager of a real ComfyUI, without its server.
+
+    python -m benchmarks.comfy_memory PATH_TO_COMFYUI [--prompts 10] [--model tiny | --folder MODEL_FOLDER]
+
+Needs of ComfyUI's requirements only psutil, einops, comfy-aimdo, comfy-kitchen and torchvision. Each prompt is image ->
+structure -> latent -> SDF -> mesh with a new seed, and drops what it made, as ComfyUI's cache does at the next one.
+Then everything is unloaded by ComfyUI's own `unload_all_models`. Prints a line for each prompt: seconds, faces, bytes
+of torch's tensors on the device and the most during the prompt, resident memory, models loaded.
+"""
+
+import argparse
+import gc
+import importlib
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tests.comfy_stand_ins import ComfyUI  # before ComfyUI, which has `tests` of its own
+
+REAL = ("comfy", "comfy.model_management", "comfy.model_patcher", "comfy.utils", "comfy.cli_args")
+MIB = 1 << 20
+
+
+def import_comfyui(folder: Path):
+    """ComfyUI's `model_management`, on the GPU if there is one, without looking at our arguments."""
+    sys.path.append(str(folder))
+    importlib.import_module("comfy.options").enable_args_parsing(False)
+    importlib.import_module("comfy.cli_args").args.cpu = not torch.cuda.is_available()
+    for name in REAL:
+        importlib.import_module(name)
+    return sys.modules["comfy.model_management"]
+
+
+def read_picture(path: Path) -> torch.Tensor:
+    """IMAGE (1, H, W, 4) of a cut-out object."""
+    from d3ds2.foreground import cut_out, load_image
+
+    return torch.from_numpy(np.asarray(cut_out(load_image(path)))).float()[None] / 255
+
+
+def run_prompt(comfy, model, image: torch.Tensor, seed: int) -> int:
+    """All stages; returns the number of faces."""
+    structure = comfy.run("D3DS2SparseStructureSample", model=model, image=image, seed=seed)[0]
+    latent = comfy.run("D3DS2SSADiTSample", model=model, structure=structure, image=image, seed=seed)[0]
+    return comfy.run("D3DS2VAEDecodeSDF", model=model, latent=latent)[0].faces.shape[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("comfyui", type=Path)
+    parser.add_argument("--prompts", type=int, default=10)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--folder", type=Path, help="a model folder instead of a name")
+    parser.add_argument("--image", type=Path, default=Path("workflows/demo_input.png"))
+    arguments = parser.parse_args()
+    management = import_comfyui(arguments.comfyui)
+    import psutil
+
+    folder = Path(tempfile.mkdtemp())
+    if arguments.folder is not None:
+        (folder / "models" / "direct3d_s2").mkdir(parents=True)
+        (folder / "models" / "direct3d_s2" / "given").symlink_to(arguments.folder.resolve())
+    comfy = ComfyUI(folder, real=REAL)
+    image, process, device = read_picture(arguments.image), psutil.Process(), management.get_torch_device()
+    on_gpu = device.type == "cuda"
+    model = comfy.run("LoadD3DS2Model", model="given" if arguments.folder else arguments.model)[0]
+    print(f"ComfyUI on {device}, {type(model.patcher).__name__}")
+    for seed in range(arguments.prompts):
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        started = time.monotonic()
+        faces = run_prompt(comfy, model, image, seed)
+        gc.collect()
+        allocated, most = (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()) if on_gpu else (0, 0)
+        print(
+            f"prompt {seed + 1}: {time.monotonic() - started:.1f} s, {faces:,} faces, device {allocated / MIB:.1f} MiB "
+            f"(most {most / MIB:.1f}), resident {process.memory_info().rss / MIB:.0f} MiB, "
+            f"{len(management.current_loaded_models)} models loaded"
+        )
+    management.unload_all_models()
+    management.soft_empty_cache()
+    left = torch.cuda.memory_allocated() if on_gpu else 0
+    loaded = len(management.current_loaded_models)
+    print(f"after unload_all_models: device {left / MIB:.1f} MiB, {loaded} models loaded")
+    where = {next(patcher.model.parameters()).device.type for patcher in model.get_models()}
+    print(f"weights on {', '.join(sorted(where))}")
+
+
+if __name__ == "__main__":
+    main()
