@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from .atomic_file import replacing
 from .checkpoint import CheckpointError, load_settings
+from .chunked_decode import MemoryBudgetError
 from .convert_official import (
     IMAGE_ENCODER_FILE,
     OFFICIAL_REPO,
@@ -27,7 +28,7 @@ from .convert_official import (
 from .foreground import METHODS, ImageError, cut_out, load_image
 from .mesh_file import FORMATS, MeshFileError, check_mesh_path, check_writable, save_mesh
 from .official_config import OfficialError
-from .pipeline import STAGES, TINY, GenerationError, load_pipeline
+from .pipeline import FINE_STAGES, STAGES, TINY, GenerationError, load_pipeline
 from .sdf_to_mesh import Mesh
 
 PREVIEW_SIZE = 512  # pixels of one picture in the preview
@@ -45,16 +46,17 @@ class Parser(argparse.ArgumentParser):
 
 
 class ProgressBars:
-    """A bar on standard error for each stage, in turn."""
+    """A bar on standard error for each of `stages`, in turn."""
 
-    def __init__(self):
-        self.stage, self.bar = None, None
+    def __init__(self, stages: tuple[str, ...]):
+        self.stages, self.stage, self.bar = stages, None, None
 
     def __call__(self, stage: str, step: int, steps: int) -> None:
         if stage != self.stage:
             self.close()
-            title = f"{STAGES.index(stage) + 1}/{len(STAGES)} {stage}"
-            self.stage, self.bar = stage, tqdm(total=steps, desc=f"{title:13}", file=sys.stderr, leave=True)
+            title = f"{self.stages.index(stage) + 1}/{len(self.stages)} {stage}"
+            width = len(f"9/9 {max(self.stages, key=len)}")
+            self.stage, self.bar = stage, tqdm(total=steps, desc=f"{title:{width}}", file=sys.stderr, leave=True)
         self.bar.update(step - self.bar.n)
 
     def close(self) -> None:
@@ -73,7 +75,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mask", type=Path, help="picture that is white on the object, instead of finding it")
     parser.add_argument("--background", choices=METHODS, default="auto", help="how to find the object (default: auto)")
     parser.add_argument("--preview", type=Path, help="picture to write: the input beside the mesh from four sides")
+    parser.add_argument("--coarse", action="store_true", help="stop after the first stage of a model that has two")
+    parser.add_argument("--refine", action="store_true", help="let the model's refiners tell what is inside")
+    parser.add_argument("--memory", type=float, help="GiB that decoding may take (default: 2)")
     arguments = parser.parse_args(argv)
+    if arguments.memory is not None and not 0 < arguments.memory < 1e6:
+        raise UsageError(f"expected a positive number of GiB for --memory, got {arguments.memory}")
     if not 0 <= arguments.seed < 2**64:
         raise UsageError(f"expected a seed from 0 to 2^64 - 1, got {arguments.seed}")
     if arguments.steps is not None and arguments.steps < 1:
@@ -116,10 +123,15 @@ def run(argv: list[str] | None) -> None:
         raise UsageError(f"expected a mask of the image's size {image.size}, got {mask.size}")
     image = cut_out(image, mask, arguments.background)
 
-    pipeline = load_pipeline(arguments.model, arguments.device)
-    bars = ProgressBars()
+    budget = None if arguments.memory is None else int(arguments.memory * 2**30)
+    pipeline = load_pipeline(arguments.model, arguments.device, memory_budget=budget)
+    options = {"fine": not arguments.coarse, "use_refiners": arguments.refine, "fine_steps": arguments.steps}
+    has_fine = pipeline.sampling.fine is not None and not arguments.coarse
+    bars = ProgressBars((*STAGES, *FINE_STAGES) if has_fine else STAGES)
     try:
-        mesh = pipeline.generate(image, arguments.seed, bars, arguments.steps, arguments.steps)
+        mesh = pipeline.generate(image, arguments.seed, bars, arguments.steps, arguments.steps, **options)
+    except MemoryBudgetError as error:
+        raise UsageError(f"--memory: {error}") from None
     finally:
         bars.close()
 

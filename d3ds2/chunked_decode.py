@@ -33,6 +33,10 @@ MIN_SLICE = 4096  # rows of a result, or tokens, at a time
 OnChunk = Callable[[int, int], None]  # finished latents, all latents
 
 
+class MemoryBudgetError(ValueError):
+    """A budget too small for the least that can be decoded at a time. The message says how much would do."""
+
+
 @torch.no_grad()
 def decode_in_chunks(
     vae: SDFVAE,
@@ -59,7 +63,8 @@ def decode_in_chunks(
         The SDF on the latents' device, float32. The chunks change it by rounding alone.
 
     Raises:
-        ValueError: latents and voxels that do not fit together, or a budget that is too small for any chunk.
+        ValueError: latents and voxels that do not fit together.
+        MemoryBudgetError: a budget that is too small for any chunk.
     """
     config, L = vae.config, len(voxels)
     if latents.shape != (L, config.latent_channels):
@@ -72,7 +77,7 @@ def decode_in_chunks(
     boxes = chunk_boxes(voxels, max_latents(config.hidden_size, left // 2, dtype))
     if boxes is None:
         needed = budget - left + 2 * latent_bytes(config.hidden_size, dtype) * (2 * HALO + 1) ** 3
-        raise ValueError(f"expected a memory budget of at least {needed} bytes for {L} latents, got {budget}")
+        raise MemoryBudgetError(f"expected a memory budget of at least {needed} bytes for {L} latents, got {budget}")
 
     slice_bytes = left // 2
     features = transform(vae, latents, voxels, position_factor, slice_bytes)  # (L, C)

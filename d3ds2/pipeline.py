@@ -152,6 +152,8 @@ class Pipeline:
         stages = [("", latent_steps)]
         if fine and self.sampling.fine is not None:
             stages.append(("fine ", fine_steps or self.sampling.fine.steps))
+        if use_refiners and None in (self.refiner, self.fine_refiner)[: len(stages)]:
+            raise CheckpointError("the model has no refiners for this")
 
         report("image", 0, 1)
         image_tokens = self.encode_image(images)
@@ -167,9 +169,8 @@ class Pipeline:
                 voxels = self.structure_of(meshes)
                 report("fine structure", 1, 1)
 
-            latents = self.sample_latents(
-                voxels, image_tokens, seeds, steps, on_step=on_step(f"{prefix}latents", steps)
-            )
+            told = on_step(f"{prefix}latents", steps)
+            latents = self.sample_latents(voxels, image_tokens, seeds, steps, on_step=told)
             report(f"{prefix}sdf", 0, 1)
             blocks, level = self.decode_surface(latents, voxels, use_refiners)
             report(f"{prefix}sdf", 1, 1)
@@ -316,10 +317,9 @@ class Pipeline:
         level, is_fine = self.sampling.level, self.is_fine(voxels)
         if not use_refiners:
             return self.decode_blocks(latents, voxels), level
-        refiner = self.fine_refiner if is_fine else self.refiner
+        refiner, features = self.fine_refiner if is_fine else self.refiner, None
         if refiner is None:
-            raise CheckpointError(f"the model has no {'fine_' if is_fine else ''}refiner")
-        features = None
+            raise CheckpointError("the model has no refiner of this stage")
         if not is_fine:
             shape = FACTOR**3 * len(voxels), refiner.config.feature_channels
             device = self.device or next(self.sdf_vae.parameters()).device

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from d3ds2.__main__ import main
 from d3ds2.checkpoint import CheckpointError, load_model
 from d3ds2.convert_official import convert
 from d3ds2.mesh_to_sdf import normalize_mesh
@@ -201,3 +202,20 @@ def test_an_empty_sample_of_blocks_is_an_error(pipeline):
     blocks = SDFBlocks(torch.zeros(0, 4, dtype=torch.int32), torch.zeros(0, 8, 8, 8), 64, 1)
     with pytest.raises(ValueError, match="surface of image came out empty"):
         pipeline.blocks_to_meshes(blocks)
+
+
+def test_the_command_line_goes_through_both_stages(folder, tmp_path, capsys):
+    picture = tmp_path / "object.png"
+    draw_object().save(picture)
+    command = [str(picture), "--model", str(folder), "--device", "cpu", "--steps", "2", "-o"]
+    assert main([*command, str(tmp_path / "fine.glb")]) == 0
+    told = capsys.readouterr().err
+    assert "9/9 fine mesh" in told and "5/9 mesh" in told
+    assert main([*command, str(tmp_path / "coarse.glb"), "--coarse", "--memory", "0.5"]) == 0
+    assert "5/5 mesh" in capsys.readouterr().err
+    assert (tmp_path / "coarse.glb").stat().st_size < (tmp_path / "fine.glb").stat().st_size
+    assert main([*command, str(tmp_path / "no.glb"), "--coarse", "--memory", "1e-6"]) == 2
+    assert "error: --memory: expected a memory budget of at least" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "no.glb"), "--memory", "0"]) == 2
+    assert main([*command[:1], "--steps", "2", "--refine", "--device", "cpu", "-o", str(tmp_path / "no.glb")]) == 2
+    assert "the model has no refiner" in capsys.readouterr().err
