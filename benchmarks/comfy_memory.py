@@ -1,6 +1,6 @@
 """Does memory grow from prompt to prompt?  The nodes over the memory manager of a real ComfyUI, without its server.
 
-    python -m benchmarks.comfy_memory PATH_TO_COMFYUI [--prompts 10] [--model tiny | --folder MODEL_FOLDER]
+    python -m benchmarks.comfy_memory PATH_TO_COMFYUI [--prompts 10] [--model tiny | --folder MODEL_FOLDER] [--dynamic]
 
 Needs of ComfyUI's requirements only psutil, einops, comfy-aimdo, comfy-kitchen and torchvision. Each prompt is image ->
 structure -> latent -> SDF -> mesh with a new seed, and drops what it made, as ComfyUI's cache does at the next one.
@@ -35,6 +35,17 @@ def import_comfyui(folder: Path):
     return sys.modules["comfy.model_management"]
 
 
+def use_dynamic_patchers() -> None:
+    """What main.py of ComfyUI 0.30 does by default on NVIDIA: weights come and go by comfy-aimdo."""
+    control = importlib.import_module("comfy_aimdo.control")
+    control.init()
+    if not control.init_devices([(torch.cuda.current_device(), 0)]):
+        raise SystemExit("comfy-aimdo does not work here")
+    patcher = sys.modules["comfy.model_patcher"]
+    patcher.CoreModelPatcher = patcher.ModelPatcherDynamic
+    importlib.import_module("comfy.memory_management").aimdo_enabled = True
+
+
 def read_picture(path: Path) -> torch.Tensor:
     """IMAGE (1, H, W, 4) of a cut-out object."""
     from d3ds2.foreground import cut_out, load_image
@@ -55,9 +66,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=10)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--folder", type=Path, help="a model folder instead of a name")
+    parser.add_argument("--dynamic", action="store_true", help="with comfy-aimdo, as ComfyUI on NVIDIA")
     parser.add_argument("--image", type=Path, default=Path("workflows/demo_input.png"))
     arguments = parser.parse_args()
     management = import_comfyui(arguments.comfyui)
+    if arguments.dynamic:
+        use_dynamic_patchers()
     import psutil
 
     folder = Path(tempfile.mkdtemp())

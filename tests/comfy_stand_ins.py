@@ -143,8 +143,9 @@ class ComfyUI:
         mesh_class: type = MESH,
         name: str = "/ComfyUI/custom_nodes/ComfyUI-D3DS2",
         real: Collection[str] = (),
+        device: str = "cpu",
     ):
-        self.folder = folder
+        self.folder, self.device = folder, torch.device(device)
         self.progress, self.texts, self.loads = [], [], []
         self.interrupt_at, self.cancel_points, self.interrupted_since = None, 0, None
         self.total_memory, self.supports = 64 << 30, {torch.float32}
@@ -204,7 +205,6 @@ class ComfyUI:
             made.__dict__.update(content)
             return made
 
-        cpu = torch.device("cpu")
         io = SimpleNamespace(
             **{name.title(): socket_type(name) for name in ("INT", "FLOAT", "BOOLEAN", "STRING", "COMBO")},
             **{name.title(): socket_type(name) for name in ("IMAGE", "MASK", "MESH", "VOXEL")},
@@ -225,8 +225,8 @@ class ComfyUI:
             "comfy.model_management",
             InterruptProcessingException=InterruptProcessingException,
             throw_exception_if_processing_interrupted=self.check_interrupt,
-            get_torch_device=lambda: cpu,
-            unet_offload_device=lambda: cpu,
+            get_torch_device=lambda: self.device,
+            unet_offload_device=lambda: torch.device("cpu"),
             get_total_memory=lambda device: self.total_memory,
             get_free_memory=lambda device: self.total_memory,
             soft_empty_cache=lambda: None,
