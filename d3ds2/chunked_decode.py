@@ -244,13 +244,15 @@ def _child_neighbors(neighbors: Tensor, needed: Tensor) -> Tensor:
     rank = torch.full((8 * N + 8,), M, dtype=torch.int32, device=needed.device)
     rank[needed] = torch.arange(M, dtype=torch.int32, device=needed.device)
     parent, child = needed // 8, needed % 8
+    axis, bits = torch.arange(3, device=needed.device) - 1, torch.arange(2, device=needed.device)
+    offset = torch.cartesian_prod(axis, axis, axis)[:, None]  # (27, 1, 3)
+    position = torch.cartesian_prod(bits, bits, bits) + offset  # of the neighbour in the parent's cell: -1 to 2
+    coarse_offset = ((position.div(2, rounding_mode="floor") + 1) * position.new_tensor([9, 3, 1])).sum(-1)  # (27, 8)
+    neighbor_child = (position.remainder(2) * position.new_tensor([4, 2, 1])).sum(-1)
     table = torch.empty(27, M, dtype=torch.int32, device=needed.device)
-    bits = torch.stack([child // 4, child // 2 % 2, child % 2])  # (3, M)
     for k in range(27):
-        position = bits + bits.new_tensor([k // 9 - 1, k // 3 % 3 - 1, k % 3 - 1])[:, None]  # -1 to 2 in parent's cell
-        coarse = position.div(2, rounding_mode="floor") + 1
-        row = neighbors[(coarse * coarse.new_tensor([9, 3, 1])[:, None]).sum(0), parent].long()
-        table[k] = rank[row * 8 + (position.remainder(2) * position.new_tensor([4, 2, 1])[:, None]).sum(0)]
+        row = neighbors[coarse_offset[k][child], parent].long()
+        table[k] = rank[row * 8 + neighbor_child[k][child]]
     return table
 
 

@@ -74,9 +74,10 @@ def sdf_to_mesh(
         raise ValueError(f"expected min_component >= 0, got {min_component}")
     grid = resolution // 8
     if close_gaps:
-        solid = enclosed_solid_blocks(block_coords, values - level, grid)
-        block_coords = np.concatenate([block_coords, solid])
-        values = np.concatenate([values, np.full((len(solid), 8, 8, 8), -1.0, values.dtype)])
+        solid = enclosed_solid_blocks(block_coords, values, grid, level)
+        if len(solid):
+            block_coords = np.concatenate([block_coords, solid])
+            values = np.concatenate([values, np.full((len(solid), 8, 8, 8), -1.0, values.dtype)])
     rows = np.full(grid**3, -1, np.int32)
     flat = (block_coords[:, 0] * grid + block_coords[:, 1]) * grid + block_coords[:, 2]
     rows[flat] = np.arange(len(flat), dtype=np.int32)
@@ -174,6 +175,8 @@ def drop_parts(mesh: Mesh, min_component: float = 0.0, keep_largest: bool = Fals
     """Without the connected parts that are too small; `sdf_to_mesh` explains the arguments."""
     part = np.arange(len(mesh.vertices))
     label_parts(mesh.faces, part)
+    if (part == part[0]).all() and min_component <= len(mesh.faces):
+        return mesh  # one part
     part_of_face = part[mesh.faces[:, 0]]
     sizes = np.bincount(part_of_face, minlength=len(part))  # faces, at each part's first vertex
     largest = int(sizes.argmax())
