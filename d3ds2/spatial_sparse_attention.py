@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from .attention import packed_attention, packed_attention_with_lse
 from .kernels.block_scores import select_blocks
 from .kernels.runs import Branches, Runs
-from .kernels.selection_attention import selection_attention
+from .kernels.selection_attention import HAS_TRITON, selection_attention
 from .sparse_conv import PackedGroupNorm, SubmanifoldConv3d, mean_pool
 from .voxels import BLOCK, Voxels, Windows
 
@@ -113,7 +113,14 @@ class SpatialSparseAttention(nn.Module):
 
         gates = self.gate(x).sigmoid()  # (N, 3)
         geometry = voxels, self.compression_block, self.window, self.shift
-        return self.to_out(attend(q, k, v, compressed_k, compressed_v, gates, self.top_k, *geometry).flatten(1))
+        if x.is_cuda and HAS_TRITON:
+            from .kernels.spatial_attention_triton import spatial_attention_triton
+
+            inputs = q, k, v, compressed_k, compressed_v, gates
+            out = spatial_attention_triton(*inputs, branches_of(*geometry), self.top_k, self.head_dim**-0.5)
+        else:
+            out = attend(q, k, v, compressed_k, compressed_v, gates, self.top_k, *geometry)
+        return self.to_out(out.flatten(1))
 
     def compress(self, k: Tensor, v: Tensor, voxels: Voxels) -> tuple[Tensor, Tensor]:
         """k, v (N, Hk D) -> compressed keys and values (Nc, Hk, D), eq. 7."""

@@ -31,7 +31,7 @@ class Tile:
     keys_first: bool = True
 
 
-HALF, FP32 = Tile(), Tile(rows=32, keys=32)
+HALF, FP32 = Tile(rows=64, scores=1024, keys_first=False), Tile(rows=32, keys=32)
 
 
 @triton.jit
@@ -123,8 +123,10 @@ def select_blocks_triton(
 ) -> Tensor:
     """The `top_k` best blocks, ids ascending, -1 at the end, of q (T, H * G, D) and keys (Tc, H, D).
 
-    lse is that of base 2, (T, H * G) float32. Returns (T, H, top_k) int32.
+    lse is that of base 2, (T, H * G) float32. Returns (T, H, top_k) int32. Raises ValueError for too many blocks.
     """
+    if branches.max_blocks > MAX_BLOCKS:
+        raise ValueError(f"expected at most {MAX_BLOCKS} selection blocks in a sample, got {branches.max_blocks}")
     (_, H, D), T, G = keys.shape, len(q), q.shape[1] // keys.shape[1]
     children = branches.children
     tile = (FP32 if q.dtype == torch.float32 else HALF) if tile is None else tile

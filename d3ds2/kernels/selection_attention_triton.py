@@ -1,4 +1,8 @@
-"""Triton kernels of selection attention; shapes and definition are in selection_attention.py."""
+"""Selection attention block by block: a block's keys are read once for many of the queries that selected it.
+
+Every pair of a query row and a block it selected yields a partial result; those of a row are then merged, in the order
+of its blocks. Shapes and definition are in selection_attention.py; the kernels of the pairs in run_attention_triton.py.
+"""
 
 import torch
 import triton
@@ -6,188 +10,206 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .selection_attention import queries_by_block
+from .run_attention_triton import Tile, run_attention_dkdv, run_attention_dq, run_attention_forward
+from .runs import Runs, Segments
 
-LOG2_E = 1.4426950408889634
-BLOCK_T = 64  # tokens of a block at a time
-QUERY_ROWS = 64  # rows of queries times heads at a time, where a kernel takes several queries
-
-
-@triton.jit
-def _dot(a, b):
-    return tl.dot(a, b, input_precision="ieee")  # fp32 inputs are not rounded to TF32
+PARTIAL_BYTES = 1 << 29  # partial results held at once
+MERGED_ROWS = 64  # rows of tokens times heads that a merging program takes
+FORWARD, DQ, DKDV = Tile(128, 32), Tile(64, 32), Tile(128, 64, splits=8)
+FORWARD_FP32, DQ_FP32, DKDV_FP32 = Tile(32, 32), Tile(32, 32), Tile(32, 32, splits=4)
 
 
 @triton.jit
-def _forward_kernel(
-    q, k, v, block_offsets, block_indices, out, lse, scale_log2,
-    S, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr,
+def _merge_kernel(
+    partial, partial_lse, block_indices, out, lse, compression, window, gates, gated_out, ROWS, S, HG,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """One program: one query token and the G query heads that share key/value head h."""
-    t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    offs_g, offs_d = tl.arange(0, G), tl.arange(0, D)
-    q_rows = (t * H + h) * G + offs_g
-    b_q = tl.load(q + q_rows[:, None] * D + offs_d)  # [G, D]
+    """One program: BLOCK rows (token, head, head of the group); softmax over keys from softmaxes over blocks.
 
-    m = tl.full([G], float("-inf"), dtype=tl.float32)
-    denom = tl.zeros([G], dtype=tl.float32)
-    acc = tl.zeros([G, D], dtype=tl.float32)
+    GATED: with the outputs of the other branches, the gated sum of all three. KEEP: out and lse are wanted.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    offs_d = tl.arange(0, DP)
+    valid, is_d = row < ROWS, offs_d < D
+    m = tl.full([BLOCK], -1e30, dtype=tl.float32)
+    denom = tl.zeros([BLOCK], dtype=tl.float32)
+    acc = tl.zeros([BLOCK, DP], dtype=tl.float32)
     for s in range(S):
-        block = tl.load(block_indices + (t * H + h) * S + s)
-        if block >= 0:
-            start, end = tl.load(block_offsets + block), tl.load(block_offsets + block + 1)
-            for first in range(start, end, BLOCK_T):
-                offs_t = first + tl.arange(0, BLOCK_T).to(tl.int64)
-                valid = offs_t < end
-                kv = (offs_t[:, None] * H + h) * D + offs_d
-                b_k = tl.load(k + kv, mask=valid[:, None], other=0.0)  # [BLOCK_T, D]
-                b_v = tl.load(v + kv, mask=valid[:, None], other=0.0)
-                b_s = tl.where(valid, _dot(b_q, tl.trans(b_k)) * scale_log2, float("-inf"))  # [G, BLOCK_T]
-                m_new = tl.maximum(m, tl.max(b_s, 1))
-                b_p = tl.exp2(b_s - m_new[:, None])
-                decay = tl.exp2(m - m_new)
-                denom = denom * decay + tl.sum(b_p, 1)
-                acc = acc * decay[:, None] + _dot(b_p.to(b_v.dtype), b_v)
-                m = m_new
-
-    # a query without any block has denom == 0: return zeros, and an lse of +inf makes its gradients zero
+        pair = row // G * S + s
+        real = tl.load(block_indices + pair, mask=valid, other=-1) >= 0
+        at = pair * G + row % G
+        b_lse = tl.load(partial_lse + at, mask=real, other=float("-inf"))
+        b_o = tl.load(partial + at[:, None] * D + offs_d, mask=real[:, None] & is_d, other=0.0).to(tl.float32)
+        m_new = tl.maximum(m, b_lse)
+        weight, decay = tl.exp2(b_lse - m_new), tl.exp2(m - m_new)
+        denom = denom * decay + weight
+        acc = acc * decay[:, None] + b_o * weight[:, None]
+        m = m_new
+    # a query without any block: zeros, and an lse of +inf makes its gradients zero
     has_keys = denom > 0
-    tl.store(out + q_rows[:, None] * D + offs_d, acc / tl.where(has_keys, denom, 1.0)[:, None])
-    tl.store(lse + q_rows, tl.where(has_keys, m + tl.log2(denom), float("inf")))
+    acc = acc / tl.where(has_keys, denom, 1.0)[:, None]
+    here, mask = row[:, None] * D + offs_d, valid[:, None] & is_d
+    if KEEP:
+        tl.store(out + here, acc, mask=mask)
+        tl.store(lse + row, tl.where(has_keys, m + tl.log2(denom), float("inf")), mask=valid)
+    if GATED:
+        gate = gates + row // HG * 3
+        acc = acc * tl.load(gate + 1, mask=valid, other=0.0)[:, None]
+        b_o = tl.load(compression + here, mask=mask, other=0.0).to(tl.float32)
+        acc += b_o * tl.load(gate, mask=valid, other=0.0)[:, None]
+        b_o = tl.load(window + here, mask=mask, other=0.0).to(tl.float32)
+        acc += b_o * tl.load(gate + 2, mask=valid, other=0.0)[:, None]
+        tl.store(gated_out + here, acc, mask=mask)
 
 
 @triton.jit
-def _backward_dq_kernel(
-    q, k, v, block_offsets, block_indices, lse, delta, dout, dq, scale, scale_log2,
-    S, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr,
+def _sum_kernel(
+    partial, block_indices, first, second, out, ROWS, S, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_OTHERS: tl.constexpr,
 ):  # fmt: skip
-    """One program: dq of one query token and key/value head, in the order of the forward kernel."""
-    t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    offs_g, offs_d = tl.arange(0, G), tl.arange(0, D)
-    q_rows = (t * H + h) * G + offs_g
-    b_q = tl.load(q + q_rows[:, None] * D + offs_d)  # [G, D]
-    b_do = tl.load(dout + q_rows[:, None] * D + offs_d)
-    b_lse, b_delta = tl.load(lse + q_rows), tl.load(delta + q_rows)  # [G]
-
-    acc = tl.zeros([G, D], dtype=tl.float32)
+    """One program: BLOCK rows (token, head, head of the group); sum over the blocks selected and two other parts."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    offs_d = tl.arange(0, DP)
+    valid, is_d = row < ROWS, offs_d < D
+    acc = tl.zeros([BLOCK, DP], dtype=tl.float32)
+    if HAS_OTHERS:
+        here = row[:, None] * D + offs_d
+        acc += tl.load(first + here, mask=valid[:, None] & is_d, other=0.0).to(tl.float32)
+        acc += tl.load(second + here, mask=valid[:, None] & is_d, other=0.0).to(tl.float32)
     for s in range(S):
-        block = tl.load(block_indices + (t * H + h) * S + s)
-        if block >= 0:
-            start, end = tl.load(block_offsets + block), tl.load(block_offsets + block + 1)
-            for first in range(start, end, BLOCK_T):
-                offs_t = first + tl.arange(0, BLOCK_T).to(tl.int64)
-                valid = offs_t < end
-                kv = (offs_t[:, None] * H + h) * D + offs_d
-                b_k = tl.load(k + kv, mask=valid[:, None], other=0.0)  # [BLOCK_T, D]
-                b_v = tl.load(v + kv, mask=valid[:, None], other=0.0)
-                b_p = tl.exp2(_dot(b_q, tl.trans(b_k)) * scale_log2 - b_lse[:, None])  # [G, BLOCK_T]
-                b_ds = b_p * (_dot(b_do, tl.trans(b_v)) - b_delta[:, None])
-                acc += _dot(tl.where(valid, b_ds, 0.0).to(b_k.dtype), b_k)
-    tl.store(dq + q_rows[:, None] * D + offs_d, acc * scale)
+        pair = row // G * S + s
+        real = tl.load(block_indices + pair, mask=valid, other=-1) >= 0
+        at = pair * G + row % G
+        acc += tl.load(partial + at[:, None] * D + offs_d, mask=real[:, None] & is_d, other=0.0).to(tl.float32)
+    tl.store(out + row[:, None] * D + offs_d, acc, mask=valid[:, None] & is_d)
 
 
-@triton.jit
-def _backward_dkdv_kernel(
-    q, k, v, block_offsets, tile_offsets, tile_blocks, query_offsets, query_ids, lse, delta, dout, dk, dv,
-    scale, scale_log2, M, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
-    """One program: dk, dv of BLOCK_T tokens of one block and head, over the queries which selected that block.
+def pairs_by_block(block_indices: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+    """Invert the selection: for each head and block, the pairs (query, place in its list) which selected it.
 
-    It takes BLOCK_Q queries at a time, each with its G heads.
+    Returns `pair_offsets` (H * M + 1,) and `pair_ids` (T * H * S,), both int32. The pairs of head h and block m are
+    pair_ids[pair_offsets[h * M + m] : pair_offsets[h * M + m + 1]], ascending, numbered (t * H + h) * S + place; those
+    of the -1 stand at the end.
     """
-    tile, h = tl.program_id(0), tl.program_id(1)
-    block = tl.load(tile_blocks + tile)
-    if block < M:
-        offs_qg, offs_d = tl.arange(0, BLOCK_Q * G), tl.arange(0, D)
-        end = tl.load(block_offsets + block + 1)
-        first = tl.load(block_offsets + block) + (tile - tl.load(tile_offsets + block)) * BLOCK_T
-        first_query, last_query = tl.load(query_offsets + h * M + block), tl.load(query_offsets + h * M + block + 1)
-        offs_t = first + tl.arange(0, BLOCK_T).to(tl.int64)
-        valid = offs_t < end
-        kv = (offs_t[:, None] * H + h) * D + offs_d
-        b_k = tl.load(k + kv, mask=valid[:, None], other=0.0)  # [BLOCK_T, D]
-        b_v = tl.load(v + kv, mask=valid[:, None], other=0.0)
-        b_dk = tl.zeros([BLOCK_T, D], dtype=tl.float32)
-        b_dv = tl.zeros([BLOCK_T, D], dtype=tl.float32)
-        for i in range(first_query, last_query, BLOCK_Q):
-            offs_q = i + offs_qg // G
-            real = offs_q < last_query
-            t = tl.load(query_ids + offs_q, mask=real, other=0).to(tl.int64)  # [BLOCK_Q * G]
-            q_rows = (t * H + h) * G + offs_qg % G
-            b_q = tl.load(q + q_rows[:, None] * D + offs_d)  # [BLOCK_Q * G, D]
-            b_do = tl.load(dout + q_rows[:, None] * D + offs_d)
-            b_lse = tl.where(real, tl.load(lse + q_rows), float("inf"))  # no query: its weights are zero
-            b_delta = tl.load(delta + q_rows)  # [BLOCK_Q * G]
-            b_p = tl.exp2(_dot(b_k, tl.trans(b_q)) * scale_log2 - b_lse)  # [BLOCK_T, BLOCK_Q * G]
-            b_ds = b_p * (_dot(b_v, tl.trans(b_do)) - b_delta)
-            b_dv += _dot(b_p.to(b_do.dtype), b_do)
-            b_dk += _dot(b_ds.to(b_q.dtype), b_q)
-        tl.store(dk + kv, b_dk * scale, mask=valid[:, None])
-        tl.store(dv + kv, b_dv, mask=valid[:, None])
+    H, device = block_indices.shape[1], block_indices.device
+    bins = H * num_blocks
+    dtype = torch.int16 if bins < 1 << 15 else torch.int32  # radix sort: two passes instead of four
+    head = torch.arange(0, bins, num_blocks, dtype=torch.int32, device=device)[:, None] if num_blocks else 0
+    key = torch.where(block_indices < 0, bins, head + block_indices).to(dtype)  # (T, H, S)
+    key, order = key.flatten().sort(stable=True)
+    edges = torch.arange(bins + 1, dtype=dtype, device=device)
+    return torch.searchsorted(key, edges, out_int32=True), order.int()
 
 
-def _tiles(block_offsets: torch.Tensor, num_tokens: int, tile_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut every block into tiles of at most `tile_size` tokens, without asking the device how many there are.
+def _chunks(q: Tensor, block_indices: Tensor) -> list[slice]:
+    """Slices of the queries whose partial results fit in PARTIAL_BYTES."""
+    T, S = len(q), block_indices.shape[2]
+    rows = max(1, PARTIAL_BYTES // max(1, S * q[0].numel() * q.element_size()))
+    parts = triton.cdiv(T, rows)
+    rows = triton.cdiv(T, parts)  # equal ones
+    return [slice(start, min(start + rows, T)) for start in range(0, T, rows)]
 
-    Returns the first tile of each block (M + 1,) and the block of each tile, both int32; the number of tiles is an
-    upper bound, and those beyond the last have block M.
+
+def _segments(pair_offsets: Tensor, pair_ids: Tensor, blocks: Runs, S: int) -> Segments:
+    return Segments(Runs(pair_offsets, len(pair_ids), pair_ids), blocks, S)
+
+
+def select_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Runs,
+    block_indices: Tensor,
+    scale: float,
+    others: tuple[Tensor, Tensor, Tensor] | None = None,
+    keep: bool = True,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor], Tensor | None]:
+    """Selection attention, and with the other branches the gated sum.
+
+    Args:
+        others: outputs of compression and window attention (T, H * G, D) and the gates (T, 3) float32.
+        keep: out and lse are wanted; they are for a backward pass.
+
+    Returns:
+        out (T, H * G, D), base-2 lse (T, H * G) float32, `pairs_by_block` of each chunk of the queries in turn, and
+        the gated sum (T, H * G, D).
     """
-    M = block_offsets.numel() - 1
-    tiles = (block_offsets.diff() + tile_size - 1) // tile_size
-    tile_offsets = torch.nn.functional.pad(tiles.cumsum(0), (1, 0)).int()
-    numbers = torch.arange(num_tokens // tile_size + M, dtype=torch.int32, device=block_offsets.device)
-    return tile_offsets, torch.searchsorted(tile_offsets[1:], numbers, right=True, out_int32=True)
+    D, G, S = k.shape[2], q.shape[1] // k.shape[1], block_indices.shape[2]
+    out, lse = (torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)) if keep else (None, None)
+    gated_out = None if others is None else torch.empty_like(q)
+    tile = FORWARD_FP32 if q.dtype == torch.float32 else FORWARD
+    pairs = []
+    for chunk in _chunks(q, block_indices):
+        inverted = pairs_by_block(block_indices[chunk], len(blocks))
+        segments = _segments(*inverted, blocks, S)
+        partial, partial_lse = run_attention_forward(q[chunk], k, v, segments, scale, tile)
+        kept = (out[chunk], lse[chunk]) if keep else (partial, partial_lse)  # the latter are not written
+        gating = (
+            (partial, partial, partial_lse, partial)
+            if others is None
+            else (*(x[chunk] for x in others), gated_out[chunk])
+        )
+        rows = q[chunk].shape[0] * q.shape[1]
+        _merge_kernel[(triton.cdiv(rows, MERGED_ROWS),)](
+            partial, partial_lse, block_indices[chunk], *kept, *gating, rows, S, q.shape[1],
+            G=G, D=D, DP=triton.next_power_of_2(D), BLOCK=MERGED_ROWS, GATED=others is not None, KEEP=keep,
+        )  # fmt: skip
+        if keep:
+            pairs += inverted
+    return out, lse, pairs, gated_out
+
+
+def select_backward(
+    q, k, v, blocks: Runs, block_indices, pairs: list[Tensor], lse, delta, dout, scale: float, others=()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, and dk and dv in float32, from delta (T, H * G) float32, the sums of out * dout.
+
+    `others` are no or two further parts of dq, (T, H * G, D), which are added.
+    """
+    D, G, S = k.shape[2], q.shape[1] // k.shape[1], block_indices.shape[2]
+    dq, dks, dvs = torch.empty_like(q), [], []
+    tiles = (DQ_FP32, DKDV_FP32) if q.dtype == torch.float32 else (DQ, DKDV)
+    inverted = zip(pairs[::2], pairs[1::2], strict=True)
+    for chunk, chunk_pairs in zip(_chunks(q, block_indices), inverted, strict=True):
+        segments = _segments(*chunk_pairs, blocks, S)
+        inputs = q[chunk], k, v, segments, lse[chunk], delta[chunk], dout[chunk], scale
+        partial = run_attention_dq(*inputs, tiles[0])
+        rows = lse[chunk].numel()
+        _sum_kernel[(triton.cdiv(rows, MERGED_ROWS),)](
+            partial, block_indices[chunk], *([x[chunk] for x in others] or [partial] * 2), dq[chunk], rows, S,
+            HAS_OTHERS=bool(others), G=G, D=D, DP=triton.next_power_of_2(D), BLOCK=MERGED_ROWS,
+        )  # fmt: skip
+        del partial
+        dk, dv = run_attention_dkdv(*inputs, tiles[1])
+        dks.append(dk)
+        dvs.append(dv)
+    return dq, sum(dks), sum(dvs)
 
 
 class _SelectionAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, block_offsets, block_indices, scale):
-        (T, H, D), G, S = k.shape, q.shape[1] // k.shape[1], block_indices.shape[2]
-        out = torch.empty_like(q)
-        lse = torch.empty(T, H * G, dtype=torch.float32, device=q.device)
-        _forward_kernel[(T, H)](
-            q, k, v, block_offsets, block_indices, out, lse, scale * LOG2_E, S, H=H, G=G, D=D, BLOCK_T=BLOCK_T
-        )
-        ctx.save_for_backward(q, k, v, block_offsets, block_indices, out, lse)
-        ctx.scale = scale
+        ctx.blocks, ctx.scale = Runs(block_offsets, len(k)), scale
+        out, lse, pairs, _ = select_forward(q, k, v, ctx.blocks, block_indices, scale)
+        ctx.save_for_backward(q, k, v, block_indices, out, lse, *pairs)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        q, k, v, block_offsets, block_indices, out, lse = ctx.saved_tensors
-        (T, H, D), G, S, M = k.shape, q.shape[1] // k.shape[1], block_indices.shape[2], block_offsets.numel() - 1
+        q, k, v, block_indices, out, lse, *pairs = ctx.saved_tensors
         dout = dout.contiguous()
         delta = (out.float() * dout.float()).sum(-1)  # (T, H * G)
-        query_offsets, query_ids = queries_by_block(block_indices, M)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        tile_offsets, tile_blocks = _tiles(block_offsets, T, BLOCK_T)
-        sizes = {"H": H, "G": G, "D": D, "BLOCK_T": BLOCK_T}
-        scales = ctx.scale, ctx.scale * LOG2_E
-        _backward_dq_kernel[(T, H)](q, k, v, block_offsets, block_indices, lse, delta, dout, dq, *scales, S, **sizes)
-        _backward_dkdv_kernel[(len(tile_blocks), H)](
-            q, k, v, block_offsets, tile_offsets, tile_blocks, query_offsets, query_ids, lse, delta, dout, dk, dv,
-            *scales, M, **sizes, BLOCK_Q=max(1, QUERY_ROWS // G),
-        )  # fmt: skip
-        return dq, dk, dv, None, None, None
+        dq, dk, dv = select_backward(q, k, v, ctx.blocks, block_indices, pairs, lse, delta, dout, ctx.scale)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
 def selection_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, block_offsets: Tensor, block_indices: Tensor, scale: float
 ) -> Tensor:
-    """Same contract as `selection_attention_reference`, in memory linear in T. Differentiable in q, k and v.
-
-    The kernels want powers of two, at least 16, for G and D; others are padded with zeros.
-    """
-    (T, H, D), G = k.shape, q.shape[1] // k.shape[1]
-    if T == 0:
+    """Same contract as `selection_attention_reference`. Differentiable in q, k and v."""
+    if len(q) == 0:
         return torch.zeros_like(q)
-    pad_d, pad_g = (max(16, triton.next_power_of_2(size)) - size for size in (D, G))
-    if pad_d or pad_g:
-        q = torch.nn.functional.pad(q.unflatten(1, (H, G)), (0, pad_d, 0, pad_g)).flatten(1, 2)
-        k, v = (torch.nn.functional.pad(x, (0, pad_d)) for x in (k, v))
-    out = _SelectionAttention.apply(
+    return _SelectionAttention.apply(
         q.contiguous(), k.contiguous(), v.contiguous(), block_offsets, block_indices.contiguous(), scale
     )
-    return out.unflatten(1, (H, G + pad_g))[:, :, :G, :D].flatten(1, 2) if pad_d or pad_g else out

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .block_scores_triton import select_blocks_triton
-from .inverted_selection_triton import select_backward, select_forward
 from .run_attention_triton import Tile, run_attention_dkdv, run_attention_dq, run_attention_forward
 from .runs import Branches, Segments
+from .selection_attention_triton import select_backward, select_forward
 
-COMPRESSION = Tile(128, 64), Tile(128, 64), Tile(64, 64, splits=32)  # forward, dq, dk and dv
-WINDOW = Tile(128, 64), Tile(128, 64), Tile(64, 64)
+COMPRESSION = Tile(64, 64), Tile(64, 64), Tile(64, 64, stages=3, splits=32)  # forward, dq, dk and dv
+WINDOW = Tile(64, 64), Tile(64, 64), Tile(128, 64)
 FP32 = Tile(32, 32), Tile(32, 32), Tile(32, 32, splits=4)
 ROWS = 64  # rows of tokens times heads in a program of the kernels here
 
