@@ -327,3 +327,35 @@ def test_meshes_of_newer_versions_carry_their_counts_as_arguments(tmp_path):
         assert module.to_socket(meshes[:1]).face_counts is None
     finally:
         comfy.close()
+
+
+def test_a_memory_budget_changes_nothing_but_rounding(comfy, model, latent, mesh):
+    chunked = comfy.module("d3ds2.chunked_decode")
+    size, tokens = model.pipeline.sdf_vae.config.hidden_size, len(latent.latents)
+    least = chunked.kept_bytes(size, tokens, torch.float32) + 2 * 343 * chunked.latent_bytes(size, torch.float32)
+    budget = (least + 1) / (1 << 30)
+    sdf = comfy.run("D3DS2VAEDecodeSDF", model=model, latent=latent)[1]
+    again = comfy.run("D3DS2VAEDecodeSDF", model=model, latent=latent, memory_budget_gb=budget)[1]
+    torch.testing.assert_close(again.values, sdf.values, atol=1e-4, rtol=0)
+
+
+def test_a_full_device_is_tried_once_more_in_smaller_chunks(comfy, model, latent, mesh, monkeypatch):
+    chunked = comfy.module("d3ds2.chunked_decode")
+    decode, budgets = chunked.decode_in_chunks, []
+
+    def full_at_first(*arguments):
+        budgets.append(arguments[3])
+        if len(budgets) == 1:
+            raise torch.OutOfMemoryError("full")
+        return decode(*arguments)
+
+    monkeypatch.setattr(chunked, "decode_in_chunks", full_at_first)
+    made = comfy.run("D3DS2VAEDecodeSDF", model=model, latent=latent, memory_budget_gb=1.0)[0]
+    assert budgets == [1 << 30, 1 << 29] and torch.equal(made.vertices, mesh.vertices)
+
+    def always_full(*arguments):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(chunked, "decode_in_chunks", always_full)
+    with pytest.raises(torch.OutOfMemoryError):  # ComfyUI has its own words for it
+        comfy.run("D3DS2VAEDecodeSDF", model=model, latent=latent)
