@@ -86,11 +86,14 @@ def test_ids_of_core_are_not_taken(schemas):
 
 
 def test_every_node_has_a_help_page_that_names_its_inputs(schemas):
-    pages = {file.stem: file.read_text(encoding="utf-8") for file in (ROOT / "web" / "docs").glob("*.md")}
-    assert pages.keys() == schemas.keys()
-    for node_id, page in pages.items():
-        assert page.startswith(f"# {schemas[node_id].display_name}\n")
-        explained = set(re.findall(r"\w+", page))
+    docs = ROOT / "web" / "docs"  # the front end reads <id>/<language>.md where it is, else <id>.md
+    pages = [(file.stem, "en", file.read_text(encoding="utf-8")) for file in docs.glob("*.md")]
+    pages += [(file.parent.name, file.stem, file.read_text(encoding="utf-8")) for file in docs.glob("*/*.md")]
+    assert {page[:2] for page in pages} == {(node_id, language) for node_id in schemas for language in ("en", "zh")}
+    for node_id, language, page in pages:
+        texts = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+        assert page.startswith(f"# {texts[node_id]['display_name']}\n")
+        explained = set(re.findall(r"[a-z_0-9]+", page))
         own = {port.id for port in schemas[node_id].inputs if port.id not in ("model", "latent", "mesh")}
         assert own <= explained, (node_id, own - explained)
     assert (ROOT / "web").samefile(ROOT / web_directory())
