@@ -94,7 +94,7 @@ def test_every_node_has_a_help_page_that_names_its_inputs(schemas):
         texts = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
         assert page.startswith(f"# {texts[node_id]['display_name']}\n")
         explained = set(re.findall(r"[a-z_0-9]+", page))
-        own = {port.id for port in schemas[node_id].inputs if port.id not in ("model", "latent", "mesh")}
+        own = {port.id for port in schemas[node_id].inputs if port.id not in ("model", "latent", "mesh", "image")}
         assert own <= explained, (node_id, own - explained)
     assert (ROOT / "web").samefile(ROOT / web_directory())
 
