@@ -1,5 +1,7 @@
 """Decoding in chunks: the same voxels and, up to rounding, the same values as in one piece, whatever the budget."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -182,3 +184,22 @@ def test_chunks_give_the_official_values(name):
         assert len(sdf) == official.meta["unique_rows"]
         rows = rows_of(fine.coords, official.outputs["coords_every_16"])
         assert_close(sdf[rows], official.outputs["sdf_every_16"], TANH)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 2e-2)])
+def test_gpu_decodes_what_the_cpu_decodes(vae, dtype, tolerance):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    voxels = voxels_of(shapes()["touches every face of the grid"], shapes()["sphere"])
+    latents = torch.randn(len(voxels), 16)
+    expected = decode_in_chunks(vae, latents, voxels)
+    twin = copy.deepcopy(vae).to("cuda", dtype)
+    for limit in (len(voxels), 400):
+        budget = kept_bytes(64, len(voxels), dtype) + 2 * limit * latent_bytes(64, dtype)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        actual = decode_in_chunks(twin, latents.cuda(), voxels.to("cuda"), budget)
+        assert torch.cuda.max_memory_allocated() - before < budget + (64 << 20)  # rows in slices of at least 4096
+        assert torch.equal(actual.coords.cpu(), expected.coords)
+        assert (actual.values.cpu() - expected.values).abs().max() < tolerance

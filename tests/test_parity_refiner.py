@@ -112,3 +112,17 @@ def test_default_sizes_hold_the_released_weights(file, make):
         official = {key: torch.empty(shape) for key, shape in released_shapes("v1.0", file, "refiner").items()}
     expected = {key: value.shape for key, value in model.state_dict().items()}
     assert {key: value.shape for key, value in refiner_state_dict(official).items()} == expected
+
+
+@pytest.mark.gpu
+@over("refiner_xl", "refiner_xl_full")
+def test_refiner_on_a_gpu(name):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    data = golden(name)
+    model, sdf = network(data).cuda(), data.inputs["sdf"].cuda()
+    P = sdf.shape[-1]
+    features = torch.zeros(P**3, data.inputs["feat_values"].shape[1])
+    x, y, z = data.inputs["feat_index"].long().unbind(1)
+    features[(x * P + y) * P + z] = data.inputs["feat_values"]
+    out = model(sdf, model.embed_features(features.cuda()).t().reshape(1, -1, P, P, P))
+    assert_close(out.cpu(), data.outputs["out"], data.tolerance("outputs/out", TANH), "out")
