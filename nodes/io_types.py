@@ -1,7 +1,8 @@
 """The sockets of this pack, and what travels through each: frozen dataclasses with tensors on the CPU.
 
 Outputs are cached and shared between nodes, so nothing here is ever changed in place. Geometry travels as coordinates:
-each node makes its own `Voxels` of them, whose tables would otherwise stay in ComfyUI's cache.
+each node makes its own `Voxels` of them, whose tables would otherwise stay in ComfyUI's cache. Newer versions weigh
+what they cache by `_comfy_cache_tensors`.
 
 Sizes:
     N  latent voxels, all samples packed      B  samples      M  occupied 8³ blocks of the SDF grid, all samples packed
@@ -87,6 +88,9 @@ class Structure:
 
         return Voxels(self.coords, self.resolution, self.batch_size)
 
+    def _comfy_cache_tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.coords,)
+
 
 @dataclass(frozen=True)
 class Latent:
@@ -95,6 +99,9 @@ class Latent:
     latents: torch.Tensor
     structure: Structure
     made_for: tuple[str, Any]  # the model's name and the configuration of its SDF VAE
+
+    def _comfy_cache_tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.latents, self.structure.coords
 
 
 @dataclass(frozen=True)
@@ -105,3 +112,6 @@ class SDF:
     block_coords: torch.Tensor
     resolution: int
     batch_size: int
+
+    def _comfy_cache_tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.values, self.block_coords

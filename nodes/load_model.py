@@ -52,6 +52,8 @@ class LoadD3DS2Model(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, precision) -> io.NodeOutput:
+        import torch
+
         from ..d3ds2.checkpoint import (
             ALL_NETWORKS,
             NETWORKS,
@@ -73,7 +75,8 @@ class LoadD3DS2Model(io.ComfyNode):
             for done, network in enumerate(names):
                 progress.status(f"loading {network}")
                 dtype = choose_dtype(network, precision)
-                networks[network] = run_cancellable(load_network, folder, network, dtype=dtype)
+                with torch.inference_mode(False):  # else nobody could move them outside of a node, as /free does
+                    networks[network] = run_cancellable(load_network, folder, network, dtype=dtype)
                 progress.update(done + 1)
             pipeline = Pipeline(**networks, sampling=sampling)
         except CheckpointError as error:

@@ -30,7 +30,7 @@ def sample(index: int, count: int) -> Iterator[None]:
     except ValueError as error:
         if count == 1:
             raise
-        raise type(error)(f"sample {index + 1} of {count}: {error}") from error
+        raise ValueError(f"sample {index + 1} of {count}: {error}") from error
 
 
 def object_pictures(images: torch.Tensor) -> list[Image.Image]:

@@ -243,6 +243,8 @@ def test_the_memory_manager_loads_what_runs_with_room_for_its_tokens(comfy, mode
     tokens, dit = len(structure.coords), model.pipeline.latent_dit
     assert sizes[1] == bytes_of.latent_dit_bytes(dit.config, 2 * tokens, torch.float32)
     assert model.patcher.model is dit and len(model.get_models()) == 5
+    weights = [tensor for patcher in model.get_models() for tensor in patcher.model.state_dict().values()]
+    assert not any(tensor.is_inference() for tensor in weights)  # such could not be unloaded between two prompts
 
 
 @pytest.mark.parametrize(
@@ -282,6 +284,8 @@ def test_decoding_options_reach_the_surface(comfy, model, latent, mesh):
     sdf = run()[1]
     assert sdf.values.shape == (len(latent.latents), 8, 8, 8) and sdf.resolution == 64
     assert torch.equal(sdf.block_coords, latent.structure.coords)  # a token is a block
+    for value in (sdf, latent, latent.structure):  # what newer versions weigh in their cache
+        assert all(isinstance(tensor, torch.Tensor) for tensor in value._comfy_cache_tensors())
 
 
 def test_a_mesh_goes_through_the_vae_and_into_a_structure(comfy, model, ball):
