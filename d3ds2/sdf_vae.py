@@ -29,7 +29,9 @@ class SDFVAEConfig:
 
     `position_resolution` is the SDF resolution at which latent coordinates enter the position embedding as they are;
     at R they are multiplied by position_resolution / R. `latents_scale` and `latents_shift` normalise latents for the
-    diffusion model. Raises ValueError for sizes that do not fit together.
+    diffusion model. With `voxel_place` the encoder is told where in its 8³ block each voxel lies. The released networks
+    are not: there a surface whose band fits into half a block gives the same latents in both halves, since pooling and
+    submanifold convolutions do not see the place. Raises ValueError for sizes that do not fit together.
     """
 
     latent_channels: int = 16
@@ -40,6 +42,7 @@ class SDFVAEConfig:
     window: int = 8
     group_norm_groups: int = 32
     position_resolution: int = 512
+    voxel_place: bool = False
     latents_scale: float = 1.0
     latents_shift: float = 0.0
 
@@ -116,6 +119,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths, groups = config.widths, config.group_norm_groups
         self.sdf_layer = nn.Linear(1, widths[0])
+        self.voxel_place = nn.Parameter(torch.zeros(FACTOR**3, widths[0])) if config.voxel_place else None
         self.down_blocks = nn.ModuleList(DownBlock(widths[i], widths[i + 1], groups) for i in range(3))
         self.input_layer = nn.Linear(config.hidden_size, config.hidden_size)
         self.blocks = nn.ModuleList(WindowBlock(config, i) for i in range(config.encoder_depth))
@@ -124,6 +128,9 @@ class Encoder(nn.Module):
 
     def forward(self, sdf: Tensor, voxels: Voxels, position_factor: float, run) -> tuple[Tensor, Voxels]:
         x = self.sdf_layer(sdf)  # (N, C / 16)
+        if self.voxel_place is not None:
+            i, j, k = (voxels.coords[:, 1:].long() % FACTOR).unbind(1)
+            x = x + F.embedding((FACTOR * i + j) * FACTOR + k, self.voxel_place).to(x.dtype)
         for block in self.down_blocks:
             x, voxels = run(block, x, voxels)
         x = _embed(x, voxels, self.input_layer, position_factor)  # (L, C)

@@ -161,3 +161,28 @@ def test_wrong_inputs_are_named(model):
     odd = Voxels.sort(torch.tensor([[0, 1, 1, 1]]), 12)[0]
     with pytest.raises(ValueError, match="divisible by 8, got 12"):
         model.encode(torch.zeros(1, 1), odd)
+
+
+def slab(y: int) -> tuple[torch.Tensor, Voxels]:
+    """Active voxels of a wide horizontal surface in one layer of blocks: a band of four voxels that begins at y."""
+    steps = torch.arange(64)
+    coords = torch.cartesian_prod(torch.zeros(1, dtype=torch.long), steps, torch.arange(y, y + 4), steps)
+    voxels, order = Voxels.sort(coords, 64, 1)
+    return ((coords[:, 2] - y - 1.5) / 2)[order, None], voxels
+
+
+def test_place_of_voxels_tells_the_halves_of_a_block_apart():
+    """The released form cannot: pooling and submanifold convolutions do not see where in its block a surface lies."""
+    torch.manual_seed(0)
+    released = SDFVAE(CONFIG)
+    placed = SDFVAE(dataclasses.replace(CONFIG, voxel_place=True))
+    assert placed.encoder.voxel_place.abs().max() == 0  # a further stretch begins as the network was
+    placed.load_state_dict(released.state_dict() | {"encoder.voxel_place": placed.encoder.voxel_place.detach()})
+    lower, upper = slab(32), slab(36)
+    expected = released.encode(*lower)[0]
+    torch.testing.assert_close(released.encode(*upper)[0], expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(placed.encode(*lower)[0], expected)
+    placed(*lower)[0].square().mean().backward()
+    assert placed.encoder.voxel_place.grad.abs().sum(1).ne(0).view(8, 8, 8)[:, :4].all()
+    torch.nn.init.normal_(placed.encoder.voxel_place)
+    assert (placed.encode(*upper)[0] - placed.encode(*lower)[0]).abs().max() > 0.01
