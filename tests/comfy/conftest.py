@@ -1,0 +1,25 @@
+"""Real ComfyUIs with this pack in them, each started once for all tests; and a browser."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.comfy.browser import Browser
+from tests.comfy.installation import SOURCES, install
+from tests.comfy.server import ComfyServer
+from tests.tiny_model import write_model
+
+
+@pytest.fixture(scope="session", params=SOURCES, ids=[f"comfyui-{version}" for version in SOURCES])
+def comfyui(request, tmp_path_factory) -> Iterator[ComfyServer]:
+    """A running server of each version; among its models is `random`, which makes a mesh in a second."""
+    folder = tmp_path_factory.mktemp(f"comfyui-{request.param}")
+    write_model(folder / "models" / "direct3d_s2" / "random", structure_vae={"threshold": 0.65})
+    with ComfyServer(install(request.param), folder) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser

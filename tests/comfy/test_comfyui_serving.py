@@ -1,0 +1,99 @@
+"""A real ComfyUI with the pack in custom_nodes: what it serves, before any prompt."""
+
+import json
+import urllib.request
+
+import pytest
+
+from tests.comfy.installation import PACK
+from tests.comfy.server import MODULE, PACK_NAME, ComfyServer
+from tests.comfy.workflow_file import WORKFLOWS, pictures_of, read, to_prompt
+
+IDS = {
+    "LoadD3DS2Model": "Load D3DS2 Model",
+    "D3DS2RemoveBackground": "Remove Background",
+    "D3DS2SparseStructureSample": "Sparse Structure Sample",
+    "D3DS2SSADiTSample": "SSA-DiT Sample",
+    "D3DS2VAEDecodeSDF": "VAE Decode SDF",
+    "D3DS2MeshExport": "Mesh Export",
+    "D3DS2VAEEncodeMesh": "VAE Encode Mesh",
+    "D3DS2StructureFromMesh": "Structure From Mesh",
+}
+TEMPLATES = {
+    "image_to_mesh",
+    "image_to_mesh_with_background_removal",
+    "structure_preview",
+    "refine_mesh",
+    "low_memory",
+}
+
+
+@pytest.fixture(scope="module")
+def nodes(comfyui: ComfyServer) -> dict:
+    return comfyui.get("/object_info")
+
+
+def test_every_node_is_ours(nodes):
+    """A core node of the same id would win, and ours be dropped without a word."""
+    ours = {key: info for key, info in nodes.items() if info["python_module"] == MODULE}
+    assert {key: info["display_name"] for key, info in ours.items()} == IDS
+    assert {info["category"] for info in ours.values()} == {"3d/direct3d-s2"}
+
+
+@pytest.mark.parametrize("node", IDS)
+def test_every_socket_has_a_tooltip(nodes, node):
+    info = nodes[node]
+    assert len(info["description"]) > 20
+    assert len(info["output_tooltips"]) == len(info["output"]) and all(info["output_tooltips"])
+    for part in ("required", "optional"):
+        for name, (_, options) in info["input"].get(part, {}).items():
+            assert options.get("tooltip"), f"{node}.{name}"
+
+
+@pytest.mark.parametrize("node", IDS)
+def test_every_node_has_a_help_page(comfyui, node):
+    page = comfyui.get(f"/extensions/{PACK_NAME}/docs/{node}.md").decode()
+    assert page.startswith(f"# {IDS[node]}\n")
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_translations_name_every_socket(comfyui, nodes, language):
+    texts = comfyui.get("/i18n")[language]["nodeDefs"]
+    for node in IDS:
+        sockets = {*nodes[node]["input"].get("required", {}), *nodes[node]["input"].get("optional", {})}
+        assert sockets <= set(texts[node]["inputs"]), node
+        assert len(texts[node]["outputs"]) == len(nodes[node]["output"]), node
+
+
+def test_the_start_is_short_and_silent(comfyui):
+    assert comfyui.pack_seconds < 0.5
+    beginning = comfyui.log.split("Starting server")[0]
+    about_us = [line for line in beginning.splitlines() if PACK_NAME.lower() in line.lower()]
+    assert len(about_us) == 1 and "seconds" in about_us[0], about_us
+
+
+def test_templates_are_listed_with_their_pictures(comfyui):
+    assert set(comfyui.get("/workflow_templates")[PACK_NAME]) == TEMPLATES
+    for name in TEMPLATES:
+        assert json.loads((PACK / "workflows" / f"{name}.json").read_text()) == comfyui.get(
+            f"/api/workflow_templates/{PACK_NAME}/{name}.json"
+        )
+        with urllib.request.urlopen(f"{comfyui.url}/api/workflow_templates/{PACK_NAME}/{name}.jpg") as picture:
+            assert picture.headers["Content-Type"] == "image/jpeg"
+            assert picture.read(3) == b"\xff\xd8\xff"
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
+def test_templates_fit_the_nodes(nodes, file):
+    """Every node, link, choice and number of the file is one that this ComfyUI knows."""
+    prompt = to_prompt(read(file), nodes)
+    assert {"LoadD3DS2Model", "D3DS2MeshExport", "Preview3D"} <= {node["class_type"] for node in prompt.values()}
+
+
+def test_the_pictures_of_the_templates_are_there(comfyui, nodes):
+    for name in pictures_of(to_prompt(read(file), nodes) for file in WORKFLOWS):
+        assert (comfyui.input / name).read_bytes() == (PACK / "workflows" / name.removeprefix("d3ds2_")).read_bytes()
+
+
+def test_model_folders_are_listed(nodes):
+    assert nodes["LoadD3DS2Model"]["input"]["required"]["model"][1]["options"] == ["tiny", "random"]

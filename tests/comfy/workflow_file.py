@@ -1,0 +1,97 @@
+"""A workflow as the front end saves it -> the prompt that it posts when Run is pressed."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tests.comfy.installation import PACK
+from tests.comfy.server import Graph
+
+WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
+NOTES = ("Note", "MarkdownNote")
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+MUTED, BYPASSED = 2, 4
+
+
+def read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text())
+
+
+def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> Graph:
+    """The prompt of a workflow without subgraphs, reroutes or primitives.
+
+    Raises AssertionError where the file and the server's nodes differ: an unknown node, input, output or socket type,
+    a link that its two ends do not both know of, widget values too few, or of another type or outside of their range.
+    """
+    links = {link[0]: link for link in workflow["links"]}
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    prompt = {}
+    for node in nodes.values():
+        if node["type"] in NOTES:
+            continue
+        assert node["mode"] not in (MUTED, BYPASSED), f"{node['type']} is muted"
+        assert node["type"] in object_info, f"no node {node['type']} in this ComfyUI"
+        info = object_info[node["type"]]
+        assert [output["type"] for output in node["outputs"]] == info["output"], f"outputs of {node['type']}"
+        inputs = _widget_values(node, info)
+        for slot, socket in enumerate(node["inputs"]):
+            if socket["link"] is None:
+                continue
+            number, source, output, target, place, kind = links.pop(socket["link"])
+            assert (target, place) == (node["id"], slot), f"link {number} ends elsewhere"
+            out = nodes[source]["outputs"][output]
+            assert number in out["links"] and kind == out["type"], f"link {number} begins elsewhere"
+            accepted = _specs(info)[socket["name"]][0]
+            assert accepted == "*" or kind in accepted.split(","), f"{kind} into {node['type']}.{socket['name']}"
+            inputs[socket["name"]] = [str(source), output]
+        missing = set(info["input"].get("required", {})) - set(inputs)
+        assert not missing, f"{node['type']} lacks {missing}"
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    assert not links, f"links of no node: {links}"
+    return prompt
+
+
+def nodes_of(prompt: Graph, class_type: str) -> list[str]:
+    """Their ids."""
+    return [key for key, node in prompt.items() if node["class_type"] == class_type]
+
+
+def with_widgets(prompt: Graph, values: dict[str, Any]) -> Graph:
+    """A copy of the prompt in which every widget of these names has these values; links stay."""
+    copy = json.loads(json.dumps(prompt))
+    for node in copy.values():
+        inputs = node["inputs"]
+        inputs |= {name: new for name, new in values.items() if not isinstance(inputs.get(name, []), list)}
+    return copy
+
+
+def pictures_of(prompts: Iterable[Graph]) -> set[str]:
+    """The files that the prompts expect in the input folder."""
+    return {prompt[key]["inputs"]["image"] for prompt in prompts for key in nodes_of(prompt, "LoadImage")}
+
+
+def _specs(info: dict[str, Any]) -> dict[str, list]:
+    return info["input"].get("required", {}) | info["input"].get("optional", {})
+
+
+def _widget_values(node: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
+    values, inputs = list(node.get("widgets_values", [])), {}
+    for name, (kind, *more) in _specs(info).items():
+        options = more[0] if more else {}
+        is_choice = isinstance(kind, list) or kind == "COMBO"
+        if not is_choice and options.get("widgetType", kind) not in WIDGETS:
+            continue
+        assert values, f"no value for {node['type']}.{name}"
+        value = inputs[name] = values.pop(0)
+        if is_choice:
+            choices = kind if isinstance(kind, list) else options["options"]
+            assert value in choices, f"{node['type']}.{name}: {value!r} is none of {choices}"
+        elif kind in ("INT", "FLOAT"):
+            assert options["min"] <= value <= options["max"], f"{node['type']}.{name}: {value!r}"
+            assert kind == "FLOAT" or isinstance(value, int), f"{node['type']}.{name}: {value!r}"
+        else:
+            assert isinstance(value, bool if kind == "BOOLEAN" else str), f"{node['type']}.{name}: {value!r}"
+        if options.get("control_after_generate"):
+            assert values.pop(0) in ("fixed", "randomize", "increment", "decrement"), f"{node['type']}.{name}"
+    return inputs
