@@ -71,6 +71,13 @@ def over(*patterns: str, holding: str = "") -> Callable:
     return pytest.mark.parametrize("name", names) if names else lambda _test: None
 
 
+def beside(name: str, part: str) -> str:
+    """The file that goes with another: with "_grads" `ssa_v10` is `ssa_v10_grads`, `ssa_v10_b` is `ssa_v10_grads_b`."""
+    stem, _, rest = name.partition("_v1")
+    candidates = [f"{name}{part}", f"{stem}_v1{rest[:1]}{part}{rest[1:]}"]
+    return next(found for found in candidates if found in available(found))
+
+
 def golden(name: str) -> Golden:
     folder = parity_folder()
     data = Golden(name, json.loads((folder / f"{name}.json").read_text()))

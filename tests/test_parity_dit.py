@@ -14,7 +14,7 @@ from d3ds2.spatial_sparse_attention import SpatialSparseAttention, attend_window
 from d3ds2.structure_dit import StructureDiT, StructureDiTConfig
 from d3ds2.transformer import TimestepEmbedder, time_frequencies
 from d3ds2.voxels import Voxels, absolute_position_embedding
-from tests.parity import Golden, assert_close, golden, over, released_shapes
+from tests.parity import Golden, assert_close, beside, golden, over, released_shapes
 
 TOLERANCE = 1e-4  # of the largest error over the rms, as the parity README suggests
 GRADIENT_TOLERANCE = 3e-4
@@ -91,7 +91,7 @@ def record(module, results, name):
     module.register_forward_hook(lambda _module, _args, out: results.__setitem__(name, out.flatten(0, -2)))
 
 
-@over("embedders")
+@over("embedders*")
 def test_embedders(name):
     data = golden(name)
     for key, expected in data.outputs.items():
@@ -106,7 +106,7 @@ def test_embedders(name):
     assert_close(embedder(t), data.outputs["t_emb"], TOLERANCE, "t_emb")
 
 
-@over("sort_extract")
+@over("sort_extract*")
 def test_sort_and_extract(name):
     data = golden(name)
     expected = {"latent_index": "sorted_8", "latent_index_b2": "sorted_b2_8"}
@@ -132,7 +132,7 @@ def test_order_of_a_real_structure(name):
     voxels_of(torch.nn.functional.pad(coords[:, -3:].int(), (1, 0)))
 
 
-@over("window_attention")
+@over("window_attention*")
 def test_window_attention(name):
     data = golden(name)
     voxels = voxels_of(data.inputs["coords"])
@@ -186,9 +186,9 @@ def spatial_sparse_attention(config):
     )  # fmt: skip
 
 
-@over("ssa_v1?")
+@over("ssa_v1*", holding="outputs/out")
 def test_spatial_sparse_attention(name, monkeypatch):
-    data, grads = golden(name), golden(f"{name}_grads").grads
+    data, grads = golden(name), golden(beside(name, "_grads")).grads
     config, module = data.config, spatial_sparse_attention(data.config)
     voxels = voxels_of(data.inputs["coords"], config["resolution"])
     chosen = []
@@ -216,7 +216,7 @@ def test_spatial_sparse_attention(name, monkeypatch):
         assert_close(grad, expected, GRADIENT_TOLERANCE, f"{key}#{part}")
 
 
-@over("ssa_v1?", holding="outputs/out_window")
+@over("ssa_v1*", holding="outputs/out_window")
 def test_branches_of_spatial_sparse_attention(name):
     data = golden(name)
     config, outputs, module = data.config, data.outputs, spatial_sparse_attention(data.config)
@@ -280,7 +280,7 @@ def test_latent_dit(name, monkeypatch):
         assert_close(out, data.outputs["out_uncond"], data.tolerance("outputs/out_uncond", TOLERANCE), "out_uncond")
 
 
-@over("dense_dit")
+@over("dense_dit*")
 def test_structure_dit(name):
     data = golden(name)
     model, results = structure_dit(data.config, data.params), {}
@@ -297,7 +297,7 @@ def test_structure_dit(name):
             assert_close(results[key], expected.flatten(0, -2), TOLERANCE, key)
 
 
-@over("scheduler")
+@over("scheduler*")
 def test_scheduler(name):
     data = golden(name)
     for shift in data.config["shift"]:

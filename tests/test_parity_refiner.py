@@ -48,7 +48,7 @@ def compare(results: dict[str, torch.Tensor], data: Golden) -> None:
         assert_close(results[name], data.inter[name], data.tolerance(f"inter/{name}", OUTPUT), name)
 
 
-@over("refiner_xl", "refiner_xl_full")
+@over("refiner_xl*", holding="outputs/out")
 def test_refiner(name):
     data = golden(name)
     model = network(data)
@@ -65,7 +65,7 @@ def test_refiner(name):
     assert_close(out, data.outputs["out"], data.tolerance("outputs/out", TANH), "out")
 
 
-@over("refiner_sign", "refiner_sign_full")
+@over("refiner_sign*", holding="outputs/out")
 def test_sign_refiner(name):
     data = golden(name)
     model = network(data)
@@ -80,7 +80,7 @@ def decoded(data: Golden, resolution: int) -> tuple[Voxels, torch.Tensor, torch.
     return voxels, data.inputs["sdf"][order], order
 
 
-@over("refiner_xl_run")
+@over("refiner_xl*", holding="outputs/volume")
 def test_refined_volume(name):
     data = golden(name)
     expected = data.outputs["volume"]
@@ -88,7 +88,7 @@ def test_refined_volume(name):
     assert_close(refine(network(data), sdf, data.inputs["feat"][order], voxels), expected, TANH)
 
 
-@over("refiner_sign_run")
+@over("refiner_sign*", holding="outputs/volume")
 def test_signed_volume(name):
     data = golden(name)
     expected = data.outputs["volume"]
@@ -115,7 +115,7 @@ def test_default_sizes_hold_the_released_weights(file, make):
 
 
 @pytest.mark.gpu
-@over("refiner_xl", "refiner_xl_full")
+@over("refiner_xl*", holding="outputs/out")
 def test_refiner_on_a_gpu(name):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     data = golden(name)
