@@ -198,7 +198,7 @@ def _branches_of(voxels: Voxels, c: int, window: int, shift: int) -> Branches:
     return Branches(
         samples=Runs(voxels.cu_seqlens, N),
         compressed=Runs(coarse.cu_seqlens, len(coarse)),
-        blocks=Runs(voxels.block_offsets, N),
+        blocks=Runs(voxels.block_offsets, N, longest=max(voxels.windows(0).lengths, default=0)),
         windows=Runs(windows.cu_seqlens, N, None if windows.order is None else windows.order.int()),
         children=Runs(
             torch.searchsorted(blocks, edges, out_int32=True), len(coarse), None if c == BLOCK else order.int()

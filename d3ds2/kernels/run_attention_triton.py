@@ -223,7 +223,7 @@ def _dkdv_kernel(
         tl.store(dv + to, b_dv, mask=is_key[:, None] & is_d)
 
 
-def _arguments(q: Tensor, k: Tensor, segments: Segments, tile: Tile) -> tuple[tuple, dict]:
+def kernel_arguments(q: Tensor, k: Tensor, segments: Segments, tile: Tile) -> tuple[tuple, dict]:
     """The lists as the kernels take them (one that is not there is never read), and the sizes."""
     H, D = k.shape[1:]
     G = q.shape[1] // H
@@ -245,7 +245,7 @@ def run_attention_forward(
 
     With pairs, one for each pair: (T * H * P, G, D) and (T * H * P, G). All inputs contiguous.
     """
-    lists, sizes = _arguments(q, k, segments, tile)
+    lists, sizes = kernel_arguments(q, k, segments, tile)
     shape = (len(q) * sizes["H"] * segments.pairs, sizes["G"]) if segments.pairs else q.shape[:2]
     out, lse = q.new_empty(*shape, q.shape[2]), q.new_empty(shape, dtype=torch.float32)
     tiles = segments.queries.tiles(sizes["BLOCK_Q"])
@@ -266,7 +266,7 @@ def run_attention_dq(
     lse (T, H * G) is that of base 2, less log2 of a factor on dout if there is one; delta (T, H * G) float32 is the sum
     of out * dout over D, without that factor.
     """
-    lists, sizes = _arguments(q, k, segments, tile)
+    lists, sizes = kernel_arguments(q, k, segments, tile)
     pairs = len(q) * sizes["H"] * segments.pairs
     dq = q.new_empty((pairs, sizes["G"], q.shape[2]) if segments.pairs else q.shape)
     tiles = segments.queries.tiles(sizes["BLOCK_Q"])
@@ -283,7 +283,7 @@ def run_attention_dkdv(
     tile: Tile,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk and dv (Tk, H, D) float32, sums of `tile.splits` parts in a fixed order. Every key must be in one run."""
-    lists, sizes = _arguments(q, k, segments, tile)
+    lists, sizes = kernel_arguments(q, k, segments, tile)
     dk, dv = (k.new_empty(tile.splits, *k.shape, dtype=torch.float32) for _ in range(2))
     tiles = segments.keys.tiles(tile.keys)
     if len(tiles[1]):
