@@ -63,8 +63,17 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv3d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv2(_silu(self.norm2(self.conv1(_silu(self.norm1(x))))))
-        return h + self.shortcut(x)
+        return self.shortcut(x) + self.residual(_norm_silu(x, self.norm1))
+
+    def residual(self, normed: Tensor) -> Tensor:
+        return self.conv2(_norm_silu(self.conv1(normed), self.norm2, overwrite=True))
+
+    def forward_cat(self, parts: list[Tensor]) -> Tensor:
+        """`forward` of all parts side by side. Their copy is the largest thing here: it serves again, `parts` go."""
+        x = torch.cat(parts, dim=1)
+        parts.clear()
+        shortcut = self.shortcut(x)
+        return self.residual(_norm_silu(x, self.norm1, overwrite=True)) + shortcut
 
 
 class UNet(nn.Module):
@@ -111,10 +120,12 @@ class UNet(nn.Module):
             h = block(h)
         for level, blocks in enumerate(self.up_blocks):
             for block in blocks:
-                h = block(torch.cat([h, skips.pop()], dim=1))
+                parts = [h, skips.pop()]
+                del h
+                h = block.forward_cat(parts)
             if level < len(self.upsamples):
                 h = self.upsamples[level](h)
-        return _silu(self.out_norm(h))
+        return _norm_silu(h, self.out_norm, overwrite=True)
 
 
 class AdaptiveConv(nn.Module):
@@ -195,6 +206,11 @@ class SignRefiner(nn.Module):
         return self.output_conv(self.unet(self.input_conv(sdf)))
 
 
-def _silu(x: Tensor) -> Tensor:
-    """In place where no gradient is kept: a patch at full resolution is the largest thing here."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
+def _norm_silu(x: Tensor, norm: nn.GroupNorm, overwrite: bool = False) -> Tensor:
+    """SiLU of the normed x; without a gradient and with leave to overwrite x, in its memory, a group at a time."""
+    if torch.is_grad_enabled() or not overwrite:
+        return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+    parts = (tensor.chunk(norm.num_groups, dim) for tensor, dim in ((x, 1), (norm.weight, 0), (norm.bias, 0)))
+    for group, weight, bias in zip(*parts, strict=True):
+        group.copy_(F.silu(F.group_norm(group, 1, weight, bias, norm.eps), inplace=True))
+    return x
