@@ -93,11 +93,12 @@ class LatentBlock(nn.Module):
         """h (N, C), embedding (B, C) or, with a shared modulation, (B, 6 C), context (L, ·) -> (N, C)."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(embedding)
         attended = self.self_attention(modulate(self.norm1(h), shift_1, scale_1, voxels), voxels)
-        h = h + per_token(gate_1, voxels) * attended
+        h = torch.addcmul(h, per_token(gate_1, voxels), attended)
         h = h + self.cross_attention(
             self.norm2(h), context, voxels.cu_seqlens, context_cu, voxels.counts, context_lengths
         )
-        return h + per_token(gate_2, voxels) * self.feed_forward(modulate(self.norm3(h), shift_2, scale_2, voxels))
+        forwarded = self.feed_forward(modulate(self.norm3(h), shift_2, scale_2, voxels))
+        return torch.addcmul(h, per_token(gate_2, voxels), forwarded)
 
 
 class LatentDiT(nn.Module):
