@@ -8,18 +8,22 @@ surround it: solid where their mean is negative.
 G = R / 8 blocks per edge, B blocks.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from scipy import ndimage
 
 SURROUND = np.ones((3, 3, 3), bool)
 
 
-def enclosed_solid_blocks(block_coords: np.ndarray, values: np.ndarray, grid: int, level: float = 0.0) -> np.ndarray:
+def enclosed_solid_blocks(
+    block_coords: np.ndarray, face_sums: Callable[[int, int], np.ndarray], grid: int
+) -> np.ndarray:
     """Missing blocks that are inside, (S,3) integers.
 
     Args:
         block_coords: (B,3) integers in [0, G), each block once.
-        values: (B,8,8,8) floats, [x,y,z], below `level` inside.
+        face_sums: of (axis, layer), the sum (B,) of the 64 values, negative inside, in that layer of each block.
         grid: G.
     """
     rows = np.full((grid + 2,) * 3, -1, np.int64)  # one block of outside all round
@@ -35,8 +39,7 @@ def enclosed_solid_blocks(block_coords: np.ndarray, values: np.ndarray, grid: in
     total = np.zeros(count + 1)  # of the values that touch each region
     for axis in range(3):
         for layer, step in ((0, -1), (7, 1)):  # the face of a stored block toward its neighbour
-            faces = values.take(layer, axis=axis + 1).reshape(len(values), -1).sum(1) - 64 * level
             neighbor = block_coords + 1
             neighbor[:, axis] += step
-            np.add.at(total, labels[tuple(neighbor.T)], faces)
+            np.add.at(total, labels[tuple(neighbor.T)], face_sums(axis, layer))
     return np.argwhere((labels > 0) & (total < 0)[labels]) - 1

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .checkpoint import CheckpointError, SamplingConfig, load_model, network_names
 from .chunked_decode import OnChunk, decode_in_chunks
+from .device_meshing import blocks_to_mesh
 from .foreground import cut_out, preprocess
 from .generation_error import EmptyResultError, GenerationError, empty_result
 from .image_encoder import ImageEncoder, ImageTokens
@@ -32,7 +33,7 @@ from .rectified_flow import OnStep, euler_sample, guided_velocity, noise_for, ti
 from .refined_blocks import OnPatch, refine_blocks
 from .refiner import Refiner, SignRefiner
 from .sdf_blocks import SDFBlocks
-from .sdf_to_mesh import DECODED, Mesh, sdf_to_mesh
+from .sdf_to_mesh import DECODED, Mesh
 from .sdf_vae import FACTOR, SDFVAE
 from .structure_dit import StructureDiT
 from .structure_vae import StructureVAE
@@ -284,10 +285,7 @@ class Pipeline:
     def decode_sdf(
         self, latents: Tensor, voxels: Voxels, memory_budget: int | None = None, on_chunk: OnChunk | None = None
     ) -> tuple[Tensor, Voxels]:
-        """Latents (N, E) of the structure's voxels -> sdf (512 N, 1) in [-1, 1] on the voxels at 8 × the resolution.
-
-        `memory_budget` and `on_chunk` as `decode_in_chunks` takes them.
-        """
+        """Latents (N, E) of the structure's voxels -> sdf (512 N, 1) in [-1, 1] on the voxels at 8 × the resolution."""
         return self.decode_blocks(latents, voxels, memory_budget, on_chunk).to_voxels()
 
     @torch.no_grad()
@@ -299,7 +297,7 @@ class Pipeline:
         on_chunk: OnChunk | None = None,
         features_out: Tensor | None = None,
     ) -> SDFBlocks:
-        """`decode_sdf` without the coordinates of single voxels, which at 1024³ take more than all else."""
+        """`decode_sdf` without the coordinates of voxels, which would take more than all else; see `decode_in_chunks`."""
         vae = self.fine_sdf_vae if self.is_fine(voxels) else self.sdf_vae
         budget = self.memory_budget if memory_budget is None else memory_budget
         with on_device(vae, self.device) as device:
@@ -360,14 +358,14 @@ class Pipeline:
         """
         level = self.sampling.level if level is None else level
         if not blocks.values.isfinite().all():
-            where = blocks.values.device
-            raise GenerationError(f"the SDF came out with values that are not finite on {where}; try float32")
+            message = f"the SDF came out with values that are not finite on {blocks.values.device}; try float32"
+            raise GenerationError(message)
         options = DECODED | {"min_component": min_component, "level": level, "keep_largest": keep_largest}
         meshes = []
         for coords, values in blocks.samples():
             if not (values < level).any():
                 raise empty_result("surface", len(meshes), blocks.batch_size)
-            meshes.append(sdf_to_mesh(coords.numpy(), values.numpy(), blocks.resolution, **options))
+            meshes.append(blocks_to_mesh(coords, values, blocks.resolution, **options))
         return meshes
 
 

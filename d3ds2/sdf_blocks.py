@@ -43,6 +43,5 @@ class SDFBlocks:
         return torch.bincount(self.coords[:, 0].long(), minlength=self.batch_size).tolist()
 
     def samples(self) -> list[tuple[Tensor, Tensor]]:
-        """Block coordinates (K, 3) and values (K, 8, 8, 8) of each sample, on the CPU."""
-        coords, values = self.coords[:, 1:].cpu(), self.values.cpu()
-        return [*zip(coords.split(self.counts), values.split(self.counts), strict=True)]
+        """Block coordinates (K, 3) and values (K, 8, 8, 8) of each sample."""
+        return [*zip(self.coords[:, 1:].split(self.counts), self.values.split(self.counts), strict=True)]

@@ -74,19 +74,13 @@ def sdf_to_mesh(
         raise ValueError(f"expected min_component >= 0, got {min_component}")
     grid = resolution // 8
     if close_gaps:
-        solid = enclosed_solid_blocks(block_coords, values, grid, level)
+        solid = enclosed_solid_blocks(
+            block_coords, lambda axis, layer: (values.take(layer, axis=axis + 1) - level).sum((1, 2)), grid
+        )
         if len(solid):
             block_coords = np.concatenate([block_coords, solid])
             values = np.concatenate([values, np.full((len(solid), 8, 8, 8), -1.0, values.dtype)])
-    rows = np.full(grid**3, -1, np.int32)
-    flat = (block_coords[:, 0] * grid + block_coords[:, 1]) * grid + block_coords[:, 2]
-    rows[flat] = np.arange(len(flat), dtype=np.int32)
-    if (rows[flat] != np.arange(len(flat))).any():
-        raise ValueError("expected each block once, got some twice")
-
-    positive = pack_bits(values >= level)  # (B,8)
-    outside, empty = np.zeros_like(positive) if outer_only else positive.copy(), np.zeros(grid**3, bool)
-    flood_fill(grid, rows, positive, outside, empty)
+    rows, outside, empty = fill_from_outside(block_coords, pack_bits(values >= level), grid, outer_only)
 
     owners = owners_of(block_coords, grid)
     crossed, ranks = np.empty((len(owners), 24), np.uint64), np.empty((len(owners), 24), np.int16)
@@ -109,13 +103,37 @@ def sdf_to_mesh(
     numbering = (owner_rows, first, first_face, crossed, ranks)
     faces = np.empty((first_face[-1], 3), np.int64)
     for_ranges(make_faces, len(owners), threads, owners, *numbering, *signs, table, counts, faces)
-    lengths = np.linalg.norm(normals, axis=1)
+    return finish_mesh(vertices, faces, normals, min_component, keep_largest)
+
+
+def fill_from_outside(
+    block_coords: np.ndarray, positive: np.ndarray, grid: int, outer_only: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which voxels are outside: rows (G^3,) of the blocks, words (B,8) of a fill, and flags (G^3,) of missing blocks.
+
+    `positive` are the words of the voxels that are not below the level. Raises ValueError for a block given twice.
+    """
+    rows = np.full(grid**3, -1, np.int32)
+    flat = (block_coords[:, 0] * grid + block_coords[:, 1]) * grid + block_coords[:, 2]
+    rows[flat] = np.arange(len(flat), dtype=np.int32)
+    if (rows[flat] != np.arange(len(flat))).any():
+        raise ValueError("expected each block once, got some twice")
+    outside, empty = np.zeros_like(positive) if outer_only else positive.copy(), np.zeros(grid**3, bool)
+    flood_fill(grid, rows, positive, outside, empty)
+    return rows, outside, empty
+
+
+def finish_mesh(
+    vertices: np.ndarray, faces: np.ndarray, gradients: np.ndarray, min_component: float, keep_largest: bool
+) -> Mesh:
+    """Gradients (V,3) become normals, in place, and small parts go."""
+    lengths = np.linalg.norm(gradients, axis=1)
     degenerate = lengths < 1e-6
     if degenerate.any():
-        normals[degenerate] = area_weighted_normals(vertices, faces)[degenerate]
+        gradients[degenerate] = area_weighted_normals(vertices, faces)[degenerate]
         lengths[degenerate] = 1.0
-    normals /= lengths[:, None]
-    mesh = Mesh(vertices, faces, normals)
+    gradients /= lengths[:, None]
+    mesh = Mesh(vertices, faces, gradients)
     return drop_parts(mesh, min_component, keep_largest) if min_component > 0.0 or keep_largest else mesh
 
 
