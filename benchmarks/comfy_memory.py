@@ -50,7 +50,7 @@ def read_picture(path: Path) -> torch.Tensor:
     """IMAGE (1, H, W, 4) of a cut-out object."""
     from d3ds2.foreground import cut_out, load_image
 
-    return torch.from_numpy(np.asarray(cut_out(load_image(path)))).float()[None] / 255
+    return torch.from_numpy(np.array(cut_out(load_image(path)))).float()[None] / 255
 
 
 def run_prompt(comfy, model, image: torch.Tensor, seed: int) -> int:
