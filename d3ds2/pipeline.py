@@ -297,7 +297,7 @@ class Pipeline:
         on_chunk: OnChunk | None = None,
         features_out: Tensor | None = None,
     ) -> SDFBlocks:
-        """`decode_sdf` without the coordinates of voxels, which would take more than all else; see `decode_in_chunks`."""
+        """`decode_sdf` without the coordinates of voxels, which take more than all else; see `decode_in_chunks`."""
         vae = self.fine_sdf_vae if self.is_fine(voxels) else self.sdf_vae
         budget = self.memory_budget if memory_budget is None else memory_budget
         with on_device(vae, self.device) as device:
