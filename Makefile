@@ -28,5 +28,5 @@ $(VENV)/.demo: requirements.txt constraints.txt pyproject.toml
 
 $(VENV)/.test: $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
-		pytest ruff tensorboard onnx onnxruntime rembg triton
+		pytest ruff tensorboard onnx onnxruntime rembg triton websocket-client
 	touch $@

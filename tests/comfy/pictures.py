@@ -1,0 +1,55 @@
+"""Makes the pictures of the templates and of the README, in a real ComfyUI, each after a whole run as shipped.
+
+    .venv/bin/python -m tests.comfy.pictures [TEMPLATE ...]
+
+workflows/<template>.jpg is what its last 3D viewer shows; web/images/comfyui_<template>.jpg is the whole window.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from tests.comfy.browser import Browser
+from tests.comfy.installation import PACK, install
+from tests.comfy.page import open_template, press_run, viewer_boxes, wait_for_mesh
+from tests.comfy.server import ComfyServer
+from tests.comfy.workflow_file import WORKFLOWS, read
+
+VERSION = "0.30.0"
+RUN_SECONDS = 1800
+THUMBNAIL = 480  # pixels of its shorter side at most
+
+
+def main(names: list[str]) -> None:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ComfyServer(install(VERSION), Path(folder) / "comfyui") as server,
+        Browser(Path(folder)) as page,
+    ):
+        for file in WORKFLOWS:
+            if not names or file.stem in names:
+                take(page, server, file)
+
+
+def take(page: Browser, server: ComfyServer, file: Path) -> None:
+    workflow = read(file)
+    open_template(page, server, file.stem, len(workflow["nodes"]))
+    count = sum(node["type"] == "Preview3D" for node in workflow["nodes"])
+    empty = [page.picture(box) for box in viewer_boxes(page, count)]
+    press_run(page, RUN_SECONDS)
+    for index, before in enumerate(empty):
+        wait_for_mesh(page, index, before)
+    page.js("await new Promise(done => setTimeout(done, 3000))")  # until the notices are gone
+    window = Image.fromarray(page.picture())
+    window.save(PACK / "web" / "images" / f"comfyui_{file.stem}.jpg", quality=85)
+    box = viewer_boxes(page, count)[-1]
+    side = min(box["width"], box["height"])  # without the buttons at its edges
+    x, y = box["x"] + (box["width"] - side) / 2, box["y"] + (box["height"] - side) / 2
+    thumbnail = window.crop((int(x), int(y), int(x + side), int(y + side)))
+    thumbnail.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS).save(file.with_suffix(".jpg"), quality=85)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
