@@ -1,4 +1,4 @@
-"""Latents -> SDF on the CPU, in as few chunks as the memory allows."""
+"""Latents -> SDF, in as few chunks as the memory allows -> mesh."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..d3ds2.sdf_blocks import SDFBlocks
+    from ..d3ds2.sdf_to_mesh import Mesh
     from ..d3ds2.sdf_vae import SDFVAE
     from ..d3ds2.voxels import Voxels
 
@@ -29,13 +30,12 @@ def decode(model: Model, latents: Tensor, voxels: Voxels, memory_budget_gb: floa
         progress: gets a text at every chunk.
 
     Returns:
-        The distances, on the CPU.
+        The distances, on the device.
 
     Raises:
         ValueError: a budget that is too small, with the least that would do.
     """
     from ..d3ds2.chunked_decode import HALO, kept_bytes, latent_bytes
-    from ..d3ds2.sdf_blocks import SDFBlocks
 
     name, N = model.stages[voxels.resolution].sdf_vae, len(voxels)
     vae = model.network(name)
@@ -55,11 +55,24 @@ def decode(model: Model, latents: Tensor, voxels: Voxels, memory_budget_gb: floa
         budget = max(least, min(whole, int(FREE_SHARE * mm.get_free_memory(mm.get_torch_device()))))
     progress.status(what)
     try:
-        blocks = _decode(vae, latents, voxels, budget, progress)
+        return _decode(vae, latents, voxels, budget, progress)
     except mm.OOM_EXCEPTION:  # others may use the card too: once more, in chunks of half the size
         mm.soft_empty_cache()
-        blocks = _decode(vae, latents, voxels, max(least, budget // 2), progress)
-    return SDFBlocks(blocks.coords.cpu(), blocks.values.cpu(), blocks.resolution, blocks.batch_size)
+    return _decode(vae, latents, voxels, max(least, budget // 2), progress)
+
+
+def extract(model: Model, blocks: SDFBlocks, *options) -> tuple[list[Mesh], SDFBlocks]:
+    """The meshes of blocks, made where the blocks are if that has the memory, and the blocks on the CPU.
+
+    `options` and errors as `Pipeline.blocks_to_meshes`.
+    """
+    from ..d3ds2.sdf_blocks import SDFBlocks
+
+    on_cpu = SDFBlocks(blocks.coords.cpu(), blocks.values.cpu(), blocks.resolution, blocks.batch_size)
+    try:
+        return run_cancellable(model.pipeline.blocks_to_meshes, blocks, *options), on_cpu
+    except mm.OOM_EXCEPTION:
+        return run_cancellable(model.pipeline.blocks_to_meshes, on_cpu, *options), on_cpu
 
 
 def _decode(vae: SDFVAE, latents: Tensor, voxels: Voxels, budget: int, progress: Progress) -> SDFBlocks:

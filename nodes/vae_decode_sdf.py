@@ -64,9 +64,9 @@ class VAEDecodeSDF(io.ComfyNode):
         import torch
 
         from .mesh_socket import to_socket
-        from .progress import Progress, run_cancellable
+        from .progress import Progress
         from .samples import sample, token_text
-        from .sdf_decoding import decode
+        from .sdf_decoding import decode, extract
 
         resolution = latent.structure.resolution
         if resolution not in model.stages or latent.made_for != model.latent_space(resolution):
@@ -74,7 +74,7 @@ class VAEDecodeSDF(io.ComfyNode):
                 f"wrong latent for this model: it was made with {latent.made_for[0]!r}, and this is {model.name!r}. "
                 "Connect the model that made it."
             )
-        pipeline, voxels = model.pipeline, latent.structure.voxels()
+        voxels = latent.structure.voxels()
         B = voxels.batch_size
         progress = Progress(cls.hidden.unique_id, 2 * B)
         values, coords, meshes = [], [], []
@@ -83,8 +83,9 @@ class VAEDecodeSDF(io.ComfyNode):
                 blocks = decode(model, latents, voxels.sample(index), memory_budget_gb, progress)
                 progress.update(2 * index + 1)
                 progress.status(f"extracting the surface of {blocks.values.numel():,} voxels")
-                surface = pipeline.sampling.level + level
-                meshes += run_cancellable(pipeline.blocks_to_meshes, blocks, min_component, surface, keep_largest)
+                surface = model.pipeline.sampling.level + level
+                found, blocks = extract(model, blocks, min_component, surface, keep_largest)
+                meshes += found
                 progress.update(2 * index + 2)
             values.append(blocks.values)
             coords.append(blocks.coords + torch.tensor([index, 0, 0, 0], dtype=torch.int32))

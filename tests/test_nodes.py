@@ -363,3 +363,17 @@ def test_a_full_device_is_tried_once_more_in_smaller_chunks(comfy, model, latent
     monkeypatch.setattr(chunked, "decode_in_chunks", always_full)
     with pytest.raises(torch.OutOfMemoryError):  # ComfyUI has its own words for it
         comfy.run("D3DS2VAEDecodeSDF", model=model, latent=latent)
+
+
+def test_a_surface_too_large_for_the_device_is_extracted_on_the_cpu(comfy, model, latent, mesh, monkeypatch):
+    made, extract = [], model.pipeline.blocks_to_meshes
+
+    def full_at_first(blocks, *options):
+        made.append(blocks)
+        if len(made) == 1:
+            raise torch.OutOfMemoryError("full")
+        return extract(blocks, *options)
+
+    monkeypatch.setattr(model.pipeline, "blocks_to_meshes", full_at_first)
+    again = comfy.run("D3DS2VAEDecodeSDF", model=model, latent=latent)[0]
+    assert len(made) == 2 and made[1].values.device.type == "cpu" and torch.equal(again.vertices, mesh.vertices)
