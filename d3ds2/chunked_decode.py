@@ -28,7 +28,7 @@ from .voxels import Voxels, Windows, absolute_position_embedding
 HALO = 3  # latents around a box that its voxels depend on
 MARGINS = (3, 3, 2)  # cells around a box whose features are needed, at R/8, R/4 and R/2
 DEFAULT_BUDGET = 2 << 30  # bytes
-MIN_SLICE = 4096  # rows of a result, or tokens, at a time
+MIN_SLICE = 1024  # rows of a result, or tokens, at a time
 
 OnChunk = Callable[[int, int], None]  # finished latents, all latents
 
@@ -96,8 +96,9 @@ def decode_in_chunks(
 
 
 def kept_bytes(hidden_size: int, latents: int, dtype: torch.dtype) -> int:
-    """Bytes of what stays while the chunks pass: features, neighbours and the result."""
-    return latents * (hidden_size * dtype.itemsize + 27 * 4 + 4 * FACTOR**3 + 64)
+    """Bytes of what stays while the chunks pass: features, neighbours, the result, and weights as they are used."""
+    weights = 27 * 8 * sum((hidden_size // n) ** 2 for n in (4, 8, 16)) * dtype.itemsize
+    return weights + latents * (hidden_size * dtype.itemsize + 27 * 4 + 4 * FACTOR**3 + 64)
 
 
 def latent_bytes(hidden_size: int, dtype: torch.dtype) -> int:

@@ -13,6 +13,7 @@ from d3ds2.sdf_vae import SDFVAE, SDFVAEConfig
 from d3ds2.voxels import Voxels
 from tests.parity import assert_close, available, golden, over
 from tests.random_voxels import random_coords
+from tests.test_activation_memory import peak
 from tests.test_parity_vae import TANH, rows_of, sdf_vae
 
 R = 24  # latent resolution
@@ -129,6 +130,15 @@ def test_slices_of_windows_and_rows_change_nothing(vae, monkeypatch):
     assert len(slices) > 2 and sum(sum(part.lengths) for _, part in slices) == len(voxels)
     actual = decode_in_chunks(vae, latents, voxels, budget).values
     assert (actual - expected).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_the_budget_is_kept(share):
+    model = SDFVAE(SDFVAEConfig(hidden_size=128, num_heads=2, encoder_depth=1, decoder_depth=1, group_norm_groups=4))
+    voxels = Voxels.sort(torch.nn.functional.pad(shell(18, 48), (1, 0)), 48)[0]
+    latents, budget = torch.randn(len(voxels), 16), budget_for(model, voxels, int(share * len(voxels)))
+    measured = peak(lambda: decode_in_chunks(model, latents, Voxels(voxels.coords, 48, 1), budget))
+    assert 0.3 * budget < measured < budget
 
 
 def test_boxes_hold_every_latent_once_and_keep_the_limit():
