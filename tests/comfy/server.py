@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import time
@@ -178,12 +177,8 @@ class ComfyServer:
             listener.close()
 
     def free(self) -> None:
-        """Unload all models and forget all results, as the button of ComfyUI does; waits until it is done."""
+        """Press the button that unloads all models and forgets all results; it is done soon after."""
         self.post("/free", {"unload_models": True, "free_memory": True})
-        time.sleep(2)
-
-    def add_input(self, file: Path) -> str:
-        return shutil.copy(file, self.input).name
 
     def _answers(self) -> bool:
         try:

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import trimesh
 from PIL import Image
 
+from d3ds2.pipeline import TINY
 from tests.comfy.server import ComfyServer, Graph, PromptRefused, Run
 from tests.comfy.workflow_file import WORKFLOWS, nodes_of, read, to_prompt, with_widgets
 from tests.tiny_model import draw_object
@@ -249,3 +251,19 @@ def test_memory_stays_over_ten_prompts(server):
     for seed in range(200, 210):
         assert server.run(graph(seed=seed)).end == "execution_success"
     assert server.memory() - before < 32 << 20
+
+
+def test_unloading_gives_the_memory_of_the_networks_back(server):
+    """ComfyUI's own button: nothing of ours holds a network that ComfyUI let go."""
+    prompt = {key: node for key, node in graph(model="tiny", steps=1).items() if key in (MODEL, PICTURE, STRUCTURE)}
+    prompt[VIEW] = {"class_type": "PreviewAny", "inputs": {"source": [STRUCTURE, 2]}}
+    assert server.run(prompt).end == "execution_success"
+    weights = sum(file.stat().st_size for file in TINY.glob("*.safetensors"))  # half precision; twice that when loaded
+    loaded = server.memory()
+    server.free()
+    for _ in range(100):
+        if loaded - server.memory() > weights:
+            break
+        time.sleep(0.1)
+    assert loaded - server.memory() > weights
+    assert server.run(prompt).end == "execution_success"

@@ -33,7 +33,8 @@ def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> Graph:
         assert node["mode"] not in (MUTED, BYPASSED), f"{node['type']} is muted"
         assert node["type"] in object_info, f"no node {node['type']} in this ComfyUI"
         info = object_info[node["type"]]
-        assert [output["type"] for output in node["outputs"]] == info["output"], f"outputs of {node['type']}"
+        outputs = [output["type"] for output in node["outputs"]]  # newer versions of core nodes have more
+        assert outputs == info["output"][: len(outputs)], f"outputs of {node['type']}"
         inputs = _widget_values(node, info)
         for slot, socket in enumerate(node["inputs"]):
             if socket["link"] is None:
