@@ -26,7 +26,16 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.structures import ragged_batch, real_voxels, surface_voxels  # noqa: E402
 from d3ds2.attention import packed_attention  # noqa: E402
-from d3ds2.kernels.spatial_attention_triton import spatial_attention_triton  # noqa: E402
+from d3ds2.kernels.block_scores_triton import select_blocks_triton  # noqa: E402
+from d3ds2.kernels.run_attention_triton import (  # noqa: E402
+    Tile,
+    run_attention_dkdv,
+    run_attention_dq,
+    run_attention_forward,
+)
+from d3ds2.kernels.runs import Segments  # noqa: E402
+from d3ds2.kernels.selection_attention_triton import pairs_by_block, select_backward, select_forward  # noqa: E402
+from d3ds2.kernels.spatial_attention_triton import COMPRESSION, WINDOW, spatial_attention_triton  # noqa: E402
 from d3ds2.spatial_sparse_attention import SpatialSparseAttention, branches_of  # noqa: E402
 from d3ds2.voxels import Voxels  # noqa: E402
 
@@ -47,17 +56,17 @@ class Timing:
         return f"{self.forward:.2f} / {self.backward:.2f}"
 
 
-def median_ms(function: Callable, budget: float = 300.0) -> float:
-    """Median over as many runs as fit in `budget` ms, 3 to 30, after one that warms up."""
+def median_ms(function: Callable, budget: float = 100.0) -> float:
+    """Median over as many runs as fit in `budget` ms, 2 to 20, after two that warm up."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     times = []
-    while len(times) < 4 or (sum(times) < budget and len(times) < 31):
+    while len(times) < 3 or (sum(times[1:]) < budget and len(times) < 22):
         start.record()
         function()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
-    return statistics.median(times[1:])
+    return statistics.median(times[2:] or times)
 
 
 def timed(function: Callable, inputs: list[Tensor]) -> Timing:
@@ -187,6 +196,55 @@ def measure(name: str, voxels: Voxels, rivals: bool) -> list[list[str]]:
     return rows
 
 
+@torch.no_grad()
+def measure_parts(name: str, voxels: Voxels, c: int, top_k: int) -> list[str]:
+    """The kernels of SSA one by one: ms forward, and ms backward where there is one."""
+    q, k, v, _ = make_inputs(voxels)
+    compressed_k, compressed_v = (x.new_zeros(len(voxels.coarsen(c)[0]), HK, D).normal_() for x in (k, v))
+    branches, scale, dout = branches_of(voxels, c, 8, 0), D**-0.5, torch.randn_like(q)
+    cells = [name, f"{c}, {top_k}"]
+
+    def both(forward: Callable, backward: Callable) -> None:
+        cells.append(f"{median_ms(forward):.2f} / {median_ms(backward):.2f}")
+
+    def of_runs(k: Tensor, v: Tensor, segments: Segments, tiles: tuple[Tile, Tile, Tile]) -> Tensor:
+        out, lse = run_attention_forward(q, k, v, segments, scale, tiles[0])
+        arguments = segments, lse, (out.float() * dout.float()).sum(-1), dout, scale
+        both(
+            lambda: run_attention_forward(q, k, v, segments, scale, tiles[0]),
+            lambda: (
+                run_attention_dq(q, k, v, *arguments, tiles[1]),
+                run_attention_dkdv(q, k, v, *arguments, tiles[2]),
+            ),
+        )
+        return lse
+
+    lse = of_runs(compressed_k, compressed_v, Segments(branches.samples, branches.compressed), COMPRESSION)
+    block_indices = select_blocks_triton(q, compressed_k, lse, branches, top_k, scale)
+    cells.append(f"{median_ms(lambda: select_blocks_triton(q, compressed_k, lse, branches, top_k, scale)):.2f}")
+    cells.append(f"{median_ms(lambda: pairs_by_block(block_indices, len(branches.blocks))):.2f}")
+    out, lse, pairs, _ = select_forward(q, k, v, branches.blocks, block_indices, scale)
+    arguments = branches.blocks, block_indices, pairs, lse, (out.float() * dout.float()).sum(-1), dout, scale
+    both(
+        lambda: select_forward(q, k, v, branches.blocks, block_indices, scale),
+        lambda: select_backward(q, k, v, *arguments),
+    )
+    of_runs(k, v, Segments(branches.windows, branches.windows), WINDOW)
+    print(" | ".join(cells), flush=True)
+    return cells
+
+
+PARTS = [
+    "structure",
+    "m_cmp, k",
+    "compression",
+    "scores and top-k",
+    "sorting pairs",
+    "selection, with sorting",
+    "window",
+]
+
+
 def cells(timing: Timing | str, flash: Timing | str | None = None, limits: tuple | None = None) -> list[str]:
     """forward, backward, ratios to FlashAttention-2, memory, share of the limit"""
     if isinstance(timing, str):
@@ -202,8 +260,8 @@ def cells(timing: Timing | str, flash: Timing | str | None = None, limits: tuple
 HEADER = ["structure", "tokens", "blocks", "what", "forward ms", "backward ms", "× FlashAttention-2", "GiB", "of limit"]
 
 
-def table(rows: list[list[str]]) -> str:
-    lines = [HEADER, ["---"] * len(HEADER), *rows]
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -237,25 +295,31 @@ def main() -> None:
     )
     parser.add_argument("--sizes", type=int, nargs="*", default=[2, 4, 8, 16, 32, 64, 128, 256], help="in 1024 tokens")
     parser.add_argument("--rivals", action="store_true", help="cuDNN and FlexAttention too")
+    parser.add_argument("--parts", action="store_true", help="each kernel of SSA apart, too")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
 
     device = torch.cuda.get_device_name()
     versions = f"torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda}"
     print(device, versions, flush=True)
-    cases = {f"surface {n * 1024}": lambda n=n: surface_voxels(n * 1024, "cuda") for n in arguments.sizes}
-    cases["real 1024³"] = lambda: real_voxels(arguments.parity, "cuda")
-    cases["real, coarsened 2×"] = lambda: real_voxels(arguments.parity, "cuda", 2)
-    cases["ragged batch of 4"] = lambda: ragged_batch([3000, 9000, 20000, 52820], "cuda")
-    rows = []
-    for name, make in cases.items():
-        rows += measure(name, make(), arguments.rivals)
-        torch.cuda.empty_cache()
+    cases = {
+        "real 1024³": lambda: real_voxels(arguments.parity, "cuda"),
+        "real, coarsened 2×": lambda: real_voxels(arguments.parity, "cuda", 2),
+        "ragged batch of 4": lambda: ragged_batch([3000, 9000, 20000, 52820], "cuda"),
+    } | {f"surface {n * 1024}": lambda n=n: surface_voxels(n * 1024, "cuda") for n in sorted(arguments.sizes)[::-1]}
     stem = "attention-" + device.split()[-1].lower()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"{stem}-tables.md").write_text(
-        f"{datetime.date.today()}, {device}, {versions}.\n\n{table(rows)}\n"
-    )
+    rows, parts = [], []
+    for name, make in cases.items():
+        voxels = make()
+        rows += measure(name, voxels, arguments.rivals)
+        if arguments.parts:
+            parts += [measure_parts(name, voxels, c, top_k) for c, top_k in ((8, 8), (4, 8))]
+        torch.cuda.empty_cache()
+        (arguments.out / f"{stem}-tables.md").write_text(
+            f"{datetime.date.today()}, {device}, {versions}.\n\n{table(HEADER, rows)}\n"
+            f"\nThe kernels apart, ms forward / backward:\n\n{table(PARTS, parts)}\n"
+        )
     plot(rows, arguments.out / f"{stem}.png")
 
 
