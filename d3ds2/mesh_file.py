@@ -1,20 +1,22 @@
-"""A mesh -> a file: GLB, OBJ, PLY or STL, written whole or not at all."""
+"""A mesh -> a file: GLB, OBJ, PLY or STL, written whole or not at all; and a file of any common kind -> a mesh."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from .atomic_file import replacing
-from .sdf_to_mesh import Mesh
+from .sdf_to_mesh import Mesh, area_weighted_normals
 
 FORMATS = (".glb", ".obj", ".ply", ".stl")
+READABLE = (*FORMATS, ".gltf", ".off")
 GENERATOR = "ComfyUI-D3DS2"
 OBJ_LINES = 1 << 14  # formatted at once
 GREY = (0.6, 0.6, 0.6, 1.0)  # base colour of the GLB material; the format's own default is white metal
 
 
 class MeshFileError(ValueError):
-    """The file cannot be written: its extension, its folder. The message is one line."""
+    """The file cannot be written or read: its extension, its folder, its content. The message is one line."""
 
 
 def check_mesh_path(path: str | Path) -> None:
@@ -105,6 +107,32 @@ def _obj_bytes(mesh: Mesh) -> bytes:
             piece = rows[start : start + OBJ_LINES]
             parts.append(line * len(piece) % tuple(piece.ravel().tolist()))
     return "".join(parts).encode()
+
+
+def read_mesh(file: BinaryIO, kind: str) -> Mesh:
+    """The triangles of a file, all its parts in one, as its scene places them; colours and textures are left out.
+
+    Args:
+        file: open for reading; a .gltf must hold its own buffers.
+        kind: one of READABLE.
+
+    Raises:
+        MeshFileError: another kind, a damaged file, or one without triangles.
+    """
+    import trimesh
+
+    if kind not in READABLE:
+        raise MeshFileError(f"expected a mesh file of {', '.join(READABLE)}, got {kind!r}")
+    try:
+        loaded = trimesh.load(file, file_type=kind[1:], force="mesh", process=False)
+        merged = trimesh.Trimesh(loaded.vertices, loaded.faces, process=True)  # corners that lie in one point are one
+    except Exception as error:  # its readers raise whatever they stumble over
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise MeshFileError(f"the {kind[1:]} file is damaged or holds no mesh ({reason})") from error
+    if len(merged.faces) == 0:
+        raise MeshFileError(f"the {kind[1:]} file holds no triangles")
+    vertices, faces = np.asarray(merged.vertices, np.float32), np.asarray(merged.faces, np.int64)
+    return Mesh(vertices, faces, area_weighted_normals(vertices, faces))
 
 
 def turn_z_up(mesh: Mesh) -> Mesh:

@@ -1,28 +1,27 @@
-"""MESH socket -> vertices and faces in a model's box, one mesh after the other."""
+"""Meshes -> vertices and faces in a model's box, one mesh after the other."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
-from .mesh_socket import from_socket
 from .progress import Progress, run_cancellable
 from .samples import sample
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from comfy_api.latest import Types
 
     from ..d3ds2.mesh_to_sdf import SparseSDF
+    from ..d3ds2.sdf_to_mesh import Mesh
 
 Result = TypeVar("Result")
 
 
 def for_each_mesh(
-    socket: Types.MESH, fit: bool, resolution: int, progress: Progress, make: Callable[..., Result]
+    meshes: list[Mesh], fit: bool, resolution: int, progress: Progress, make: Callable[..., Result]
 ) -> Iterator[Result]:
-    """make(vertices (V, 3) in [-1, 1]³, faces (F, 3)) of each mesh of a MESH, watched by the Cancel button.
+    """make(vertices (V, 3) in [-1, 1]³, faces (F, 3)) of each mesh, watched by the Cancel button.
 
     Args:
         fit: centre it and scale it to the box; otherwise it must lie there.
@@ -30,11 +29,10 @@ def for_each_mesh(
         progress: counts the meshes.
 
     Raises:
-        ValueError: an empty or damaged mesh, or one outside the box without `fit`, with what to do.
+        ValueError: a mesh outside the box without `fit`, with what to do.
     """
     from ..d3ds2.mesh_to_sdf import normalize_mesh
 
-    meshes = from_socket(socket)
     for index, mesh in enumerate(meshes):
         progress.status(f"mesh {index + 1}/{len(meshes)}: {len(mesh.faces):,} faces to distances at {resolution}³")
         with sample(index, len(meshes)):

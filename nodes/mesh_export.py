@@ -10,6 +10,7 @@ from typing import Any
 from comfy_api.latest import Types, io
 
 from .io_types import CATEGORY
+from .mesh_socket import from_socket, mesh_input
 
 FORMATS = ("glb", "obj", "ply", "stl")
 
@@ -26,7 +27,7 @@ class MeshExport(io.ComfyNode):
             search_aliases=["save mesh", "export 3d", "glb", "obj", "ply", "stl", "decimate", "d3ds2"],
             is_output_node=True,
             inputs=[
-                io.Mesh.Input("mesh", tooltip="One mesh or a batch: a file for each."),
+                mesh_input("One mesh, a batch (a file for each), or a 3D file to convert."),
                 io.String.Input(
                     "filename_prefix",
                     default="3d/d3ds2",
@@ -70,7 +71,6 @@ class MeshExport(io.ComfyNode):
     def execute(cls, mesh, filename_prefix, format, target_faces, up_axis, embed_workflow) -> io.NodeOutput:
         from ..d3ds2.decimation_process import decimate_in_process
         from ..d3ds2.mesh_file import mesh_bytes, turn_z_up
-        from .mesh_socket import from_socket
         from .progress import Progress, check_cancelled, run_cancellable
         from .samples import sample
 

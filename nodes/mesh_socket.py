@@ -1,4 +1,4 @@
-"""Core's MESH socket <-> d3ds2 meshes, in every supported version of ComfyUI.
+"""Core's MESH and FILE_3D sockets <-> d3ds2 meshes, in every supported version of ComfyUI.
 
 A batch of unequal meshes is padded with zeros; `vertex_counts` and `face_counts` say how much is real. Versions before
 0.21 do not know them as arguments; there they are set as attributes, which our own nodes read.
@@ -11,10 +11,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from comfy_api.latest import Types
+from comfy_api.latest import Types, io
+
+from .progress import run_cancellable
 
 if TYPE_CHECKING:
     from ..d3ds2.sdf_to_mesh import Mesh
+
+
+FILES = ("FILE_3D", "FILE_3D_GLB", "FILE_3D_GLTF", "FILE_3D_OBJ", "FILE_3D_STL", "FILE_3D_PLY")
+
+
+def mesh_input(tooltip: str) -> io.Input:
+    """A socket for MESH, and for files such as Load 3D gives: the types by name, for not every version has them all."""
+    return io.MultiType.Input(io.Mesh.Input("mesh", tooltip=tooltip), types=[io.Custom(name) for name in FILES])
 
 
 def to_socket(meshes: list[Mesh]) -> Types.MESH:
@@ -32,14 +42,18 @@ def to_socket(meshes: list[Mesh]) -> Types.MESH:
     return socket
 
 
-def from_socket(socket: Types.MESH) -> list[Mesh]:
-    """The meshes of a MESH, with normals of their faces where none came along.
+def from_socket(socket: Types.MESH | Types.File3D) -> list[Mesh]:
+    """The meshes of a MESH or the one of a file, with normals of their faces where none came along.
 
     Raises:
-        ValueError: a mesh without faces, indices that point nowhere, or coordinates that are not finite.
+        ValueError: a mesh without faces, indices that point nowhere, or coordinates that are not finite; a file that
+            cannot be read.
     """
+    from ..d3ds2.mesh_file import read_mesh
     from ..d3ds2.sdf_to_mesh import Mesh, area_weighted_normals
 
+    if isinstance(socket, Types.File3D):
+        return [run_cancellable(read_mesh, socket.get_data(), f".{socket.format}")]
     meshes = []
     normals_given = getattr(socket, "normals", None)
     for i in range(len(socket.vertices)):

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from .io_types import CATEGORY, Model, ModelSocket, StructureSocket
+from .mesh_socket import from_socket, mesh_input
 
 
 class StructureFromMesh(io.ComfyNode):
@@ -17,7 +18,7 @@ class StructureFromMesh(io.ComfyNode):
             search_aliases=["refine mesh", "mesh to voxels", "detail", "remesh", "d3ds2"],
             inputs=[
                 ModelSocket.Input("model", tooltip="From Load D3DS2 Model; it sets the resolution."),
-                io.Mesh.Input("mesh", tooltip="Y up, the side that the image shows toward +Z."),
+                mesh_input("A mesh or a 3D file, Y up, the side that the image shows toward +Z."),
                 io.Boolean.Input(
                     "fit",
                     default=True,
@@ -57,10 +58,11 @@ class StructureFromMesh(io.ComfyNode):
                 return mesh_to_structure(vertices, faces, resolution)
             return distances(vertices, faces, resolution, shell).block_coords
 
-        progress = Progress(cls.hidden.unique_id, len(mesh.vertices))
+        meshes = from_socket(mesh)
+        progress = Progress(cls.hidden.unique_id, len(meshes))
         parts = [
             Voxels.sort(with_sample(blocks), resolution // 8)[0]
-            for blocks in for_each_mesh(mesh, fit, resolution, progress, blocks_of)
+            for blocks in for_each_mesh(meshes, fit, resolution, progress, blocks_of)
         ]
         structure = pack_structure(parts)
         progress.status(token_text(structure))

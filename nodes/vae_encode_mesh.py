@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from .io_types import CATEGORY, Latent, LatentSocket, Model, ModelSocket
+from .mesh_socket import from_socket, mesh_input
 
 
 class VAEEncodeMesh(io.ComfyNode):
@@ -16,7 +17,7 @@ class VAEEncodeMesh(io.ComfyNode):
             search_aliases=["remesh", "watertight", "mesh to latent", "repair mesh", "d3ds2"],
             inputs=[
                 ModelSocket.Input("model", tooltip="From Load D3DS2 Model."),
-                io.Mesh.Input("mesh", tooltip="Open, self-intersecting or many-parted meshes are fine."),
+                mesh_input("A mesh or a 3D file. Open, self-intersecting, many-parted: all are fine."),
                 io.Boolean.Input(
                     "fit",
                     default=True,
@@ -53,9 +54,10 @@ class VAEEncodeMesh(io.ComfyNode):
         resolution = 8 * max(model.stages)
         name = model.stages[max(model.stages)].sdf_vae
         vae, device = model.network(name), mm.get_torch_device()
-        progress = Progress(cls.hidden.unique_id, len(mesh.vertices))
+        meshes = from_socket(mesh)
+        progress = Progress(cls.hidden.unique_id, len(meshes))
         parts, latents = [], []
-        for sdf in for_each_mesh(mesh, fit, resolution, progress, lambda v, f: distances(v, f, resolution, shell)):
+        for sdf in for_each_mesh(meshes, fit, resolution, progress, lambda v, f: distances(v, f, resolution, shell)):
             coords, values = with_sample(sdf.coords), torch.from_numpy(sdf.sdf)[:, None]
             progress.status(f"encoding {len(coords):,} voxels")
             load_networks(

@@ -7,6 +7,7 @@ ComfyUI does with the nodes is tested in tests/comfy.
 """
 
 import importlib.util
+import io
 import sys
 import time
 from collections.abc import Collection
@@ -54,6 +55,12 @@ def socket_type(io_type: str):
         return lambda id=None, **given: kind(id, io_type, **given)
 
     return SimpleNamespace(Input=make(KEYWORDS.get(io_type, INPUT)), Output=make(OUTPUT), io_type=io_type)
+
+
+def multi_type_input(port: Port, types: list) -> Port:
+    """An input of several types: its own first, then the others."""
+    port.io_type = ",".join(dict.fromkeys([port.io_type, *(kind.io_type for kind in types)]))
+    return port
 
 
 @dataclass
@@ -112,6 +119,9 @@ class PaddedMESH:
 class File3D:
     def __init__(self, source, file_format=""):
         self.source, self.format = source, file_format
+
+    def get_data(self):
+        return io.BytesIO(Path(self.source).read_bytes())
 
 
 class InterruptProcessingException(BaseException):
@@ -205,11 +215,12 @@ class ComfyUI:
             made.__dict__.update(content)
             return made
 
-        io = SimpleNamespace(
+        api_io = SimpleNamespace(
             **{name.title(): socket_type(name) for name in ("INT", "FLOAT", "BOOLEAN", "STRING", "COMBO")},
             **{name.title(): socket_type(name) for name in ("IMAGE", "MASK", "MESH", "VOXEL")},
             File3DAny=socket_type("FILE_3D"),
             Custom=socket_type,
+            MultiType=SimpleNamespace(Input=multi_type_input),
             Schema=Schema,
             ComfyNode=ComfyNode,
             NodeOutput=NodeOutput,
@@ -217,7 +228,7 @@ class ComfyUI:
         )
         latest = module(
             "comfy_api.latest",
-            io=io,
+            io=api_io,
             ComfyExtension=object,
             Types=SimpleNamespace(MESH=mesh_class, VOXEL=VOXEL, File3D=File3D),
         )

@@ -175,6 +175,31 @@ def test_files_hold_the_mesh(comfy, extension):
     np.testing.assert_allclose(loaded.extents, [0.8, 1.0, 0.6], atol=1e-5)
 
 
+@pytest.mark.parametrize("extension", ["glb", "obj", "ply", "stl"])
+def test_files_come_back_as_meshes(comfy, extension):
+    mesh = ball()
+    out = comfy.run("D3DS2MeshExport", mesh=mesh, filename_prefix=f"back/{extension}", format=extension)
+    again = comfy.run("D3DS2MeshExport", mesh=out[1][0], filename_prefix=f"again/{extension}", target_faces=300)
+    loaded = trimesh.load(again[1][0].source, force="mesh")
+    assert len(loaded.faces) <= 300 and loaded.is_watertight and loaded.volume > 0
+    np.testing.assert_allclose(loaded.extents, [0.8, 1.0, 0.6], atol=0.05)
+
+
+def test_files_that_hold_no_mesh_are_named(comfy, tmp_path):
+    for name, content, message in (
+        ("a.glb", b"no mesh", "the glb file is damaged or holds no mesh"),
+        ("a.obj", b"v 0 0 0\n", "the obj file (is damaged or holds no mesh|holds no triangles)"),
+        ("a.stl", b"", "the stl file (is damaged or holds no mesh|holds no triangles)"),
+        ("a.fbx", b"", "expected a mesh file of .glb, .obj, .ply, .stl, .gltf, .off, got '.fbx'"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        file = type(comfy.run("D3DS2MeshExport", mesh=ball(), filename_prefix="any")[1][0])(
+            str(tmp_path / name), name[2:]
+        )
+        with pytest.raises(ValueError, match=message):
+            comfy.run("D3DS2MeshExport", mesh=file)
+
+
 def test_a_batch_is_numbered_and_nothing_is_overwritten(comfy):
     first = comfy.run("D3DS2MeshExport", mesh=ball(2), filename_prefix="many/a")
     second = comfy.run("D3DS2MeshExport", mesh=ball(), filename_prefix="many/a")

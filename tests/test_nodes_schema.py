@@ -32,12 +32,12 @@ SOCKETS = {
         "MESH D3DS2_SDF",
     ),
     "D3DS2MeshExport": (
-        "mesh:MESH filename_prefix=3d/d3ds2 format=glb target_faces=0 up_axis=Y embed_workflow=True",
+        "mesh:MESH,FILES filename_prefix=3d/d3ds2 format=glb target_faces=0 up_axis=Y embed_workflow=True",
         "STRING FILE_3D",
     ),
-    "D3DS2VAEEncodeMesh": ("model:D3DS2_MODEL mesh:MESH fit=True shell=0.55", "D3DS2_LATENT"),
+    "D3DS2VAEEncodeMesh": ("model:D3DS2_MODEL mesh:MESH,FILES fit=True shell=0.55", "D3DS2_LATENT"),
     "D3DS2StructureFromMesh": (
-        "model:D3DS2_MODEL mesh:MESH fit=True shell=0.55",
+        "model:D3DS2_MODEL mesh:MESH,FILES fit=True shell=0.55",
         "D3DS2_STRUCTURE VOXEL STRING",
     ),
 }
@@ -56,10 +56,12 @@ def schemas(comfy):
 
 
 def test_released_sockets_stay(schemas):
+    files = ",FILE_3D,FILE_3D_GLB,FILE_3D_GLTF,FILE_3D_OBJ,FILE_3D_STL,FILE_3D_PLY"
+
     def describe(port):
         if port.default is not None:
             return f"{port.id}={port.default}"
-        return f"{port.id}{'?' if port.optional else ':'}{port.io_type}"
+        return f"{port.id}{'?' if port.optional else ':'}{port.io_type.replace(files, ',FILES')}"
 
     found = {
         node_id: (" ".join(map(describe, schema.inputs)), " ".join(port.io_type for port in schema.outputs))
@@ -136,6 +138,21 @@ def test_the_node_list_for_the_manager(schemas):
 def test_only_the_v3_entry_is_exported(comfy):
     assert not hasattr(comfy.pack, "NODE_CLASS_MAPPINGS")
     assert comfy.pack.__all__ == ["WEB_DIRECTORY", "comfy_entrypoint"]
+
+
+def test_the_pictures_of_the_workflows_are_placed_once(comfy):
+    folder = comfy.folder / "input"
+    pictures = {f"d3ds2_{file.name}": file.read_bytes() for file in (ROOT / "workflows").glob("*.png")}
+    assert pictures and {file.name: file.read_bytes() for file in folder.iterdir()} == pictures
+    module, name = comfy.module("nodes.example_pictures"), min(pictures)
+    (folder / name).write_bytes(b"the user's own")
+    module.place_example_pictures()
+    assert (folder / name).read_bytes() == b"the user's own"
+
+
+def test_an_input_folder_that_cannot_be_written_stops_nothing(comfy, monkeypatch):
+    monkeypatch.setattr("folder_paths.get_input_directory", lambda: "/proc/nothing")
+    comfy.module("nodes.example_pictures").place_example_pictures()
 
 
 def test_the_model_folder_is_known_and_older_paths_stay_first(comfy):
