@@ -177,6 +177,28 @@ def test_gaps_in_a_surface_can_be_closed(removed):
     assert len(part_volumes(mesh)) == 1
 
 
+@pytest.mark.parametrize("cut", [0.45, 0.2])
+def test_large_holes_are_closed(cut):
+    """A ball without its cap: seven and more blocks wide, which only the lines of sight tell from a bowl."""
+    coords, values = band_blocks(sphere(128), 128)
+    kept = (coords[:, 1] + 0.5) / 8 - 1 < cut
+    assert kept.sum() < len(coords) - 40
+    hollow = sdf_to_mesh(coords[kept], values[kept], 128)
+    closed = sdf_to_mesh(coords[kept], values[kept], 128, close_gaps=True)
+    height = 0.7 - cut  # of the missing cap
+    volume = 4 / 3 * np.pi * 0.7**3 - np.pi * height**2 * (0.7 - height / 3)
+    assert assert_closed(hollow).volume < 0.6 * volume
+    assert assert_closed(closed).volume == pytest.approx(volume, rel=0.15)  # whole blocks are filled
+    assert len(part_volumes(closed)) == 1
+
+
+def test_bowls_stay_open():
+    bowl = np.maximum(np.maximum(sphere(128), -sphere(128, 0.5)), grid_points(128)[..., 1] - 0.35)
+    blocks = band_blocks(bowl, 128)
+    plain, closed = sdf_to_mesh(*blocks, 128), sdf_to_mesh(*blocks, 128, close_gaps=True)
+    assert np.array_equal(plain.vertices, closed.vertices)
+
+
 def test_closing_gaps_changes_nothing_where_there_are_none():
     x, y, z = grid_points(128).transpose(3, 0, 1, 2)
     box = np.maximum.reduce([abs(x), abs(y), abs(z)]) - 0.7
