@@ -64,8 +64,8 @@ class FineSamplingConfig:
 class SamplingConfig:
     """How a model is sampled. The defaults are the released pipeline's (certainty B) at 512³ and below.
 
-    `level` is the value of the SDF at the surface, 0 where the network learned a signed distance. `fine` is the second
-    stage, if the model has one.
+    `level` is the value of the SDF at the surface, 0 where the network learned a signed distance. `half_times`: the
+    transformers are told times rounded to float16. `fine` is the second stage, if the model has one.
     """
 
     sdf_resolution: int = 256  # voxels along an edge of the SDF; latents at an eighth of it
@@ -76,6 +76,7 @@ class SamplingConfig:
     latent_shift: float = 6.0
     latent_guidance: float = 7.0
     level: float = 0.0
+    half_times: bool = False
     fine: FineSamplingConfig | None = None
 
     def __post_init__(self):

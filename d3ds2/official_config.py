@@ -99,6 +99,7 @@ def read_official_config(file: Path) -> OfficialModel:
         latent_shift=section["sparse_scheduler_512"].shift(),
         latent_guidance=GUIDANCE,
         level=LEVEL,
+        half_times=True,
         fine=FineSamplingConfig(
             sdf_resolution=LATENT_FACTOR * section["sparse_vae_1024"]["resolution"],
             steps=FINE_STEPS,

@@ -216,7 +216,8 @@ class Pipeline:
         noise = noise_for(list(seeds), [(1, E, R, R, R)] * image_tokens.batch_size)
         times = time_schedule(steps or self.sampling.structure_steps, self.sampling.structure_shift)
         with on_device(self.structure_dit, self.device) as device:
-            velocity = guided_velocity(self.structure_dit, image_tokens.to(device), guidance_scale)
+            options = {"half_times": self.sampling.half_times}
+            velocity = guided_velocity(self.structure_dit, image_tokens.to(device), guidance_scale, **options)
             latents = euler_sample(velocity, noise.to(device), times, on_step)
         voxels = self.decode_structure(latents)
         if 0 in voxels.counts:
@@ -251,9 +252,9 @@ class Pipeline:
         guidance_scale = default_guidance if guidance_scale is None else guidance_scale
         noise = noise_for([seed ^ stream for seed in seeds], [(count, E) for count in voxels.counts])
         times = time_schedule(steps or default_steps, shift)
-        together = max(voxels.counts) <= TOGETHER
+        options = {"together": max(voxels.counts) <= TOGETHER, "half_times": self.sampling.half_times}
         with on_device(dit, self.device) as device:
-            velocity = guided_velocity(dit, context.to(device), guidance_scale, voxels.to(device), together)
+            velocity = guided_velocity(dit, context.to(device), guidance_scale, voxels.to(device), **options)
             return vae.denormalize_latents(euler_sample(velocity, noise.to(device), times, on_step))
 
     def is_fine(self, voxels: Voxels) -> bool:

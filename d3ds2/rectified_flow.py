@@ -79,6 +79,7 @@ def guided_velocity(
     guidance_scale: float,
     voxels: Voxels | None = None,
     together: bool = True,
+    half_times: bool = False,
 ) -> Velocity:
     """Classifier-free guidance: v_u + guidance_scale (v_c - v_u).
 
@@ -88,6 +89,7 @@ def guided_velocity(
         guidance_scale: 1 evaluates the conditional branch alone.
         voxels: the structure of the latents.
         together: both branches in one batch; otherwise one after the other, with half the memory.
+        half_times: tell the model `half_precision_time(t)`, as the released pipeline does.
 
     Returns:
         velocity(x_t, t): x_t of the model's shape, t one time for all samples.
@@ -98,7 +100,7 @@ def guided_velocity(
     geometry = () if voxels is None else (voxels.repeat(per_pass) if per_pass > 1 else voxels,)
 
     def velocity(x_t: Tensor, t: float) -> Tensor:
-        outputs = []
+        outputs, t = [], half_precision_time(t) if half_times else t
         for context in passes:
             times = torch.full((context.batch_size,), t, dtype=torch.float32, device=x_t.device)
             outputs += model(torch.cat([x_t] * per_pass), times, *geometry, context).chunk(per_pass)

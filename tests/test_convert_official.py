@@ -71,7 +71,7 @@ def test_every_tensor_arrives(releases, tmp_path, version):
             for key, tensor in expected.state_dict().items():
                 assert torch.equal(actual.state_dict()[key], tensor), f"{network} {key}"
     assert load_settings(tmp_path / "new" / "model")[0] == f"official-{version}"
-    assert (sampling.sdf_resolution, sampling.level) == (64, 0.2)
+    assert (sampling.sdf_resolution, sampling.level, sampling.half_times) == (64, 0.2, True)
     assert (sampling.structure_steps, sampling.structure_shift, sampling.structure_guidance) == (50, 6.0, 7.0)
     assert (sampling.latent_steps, sampling.latent_shift, sampling.latent_guidance) == (30, 6.0, 7.0)
     assert sampling.fine == FineSamplingConfig(128, 15, 8.0, 7.0)

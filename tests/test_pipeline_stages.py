@@ -13,7 +13,7 @@ from d3ds2.mesh_to_sdf import normalize_mesh
 from d3ds2.mesh_to_structure import mesh_to_structure
 from d3ds2.offload import on_device
 from d3ds2.pipeline import FINE_STAGES, STAGES, Pipeline, load_pipeline
-from d3ds2.rectified_flow import guided_velocity
+from d3ds2.rectified_flow import guided_velocity, time_schedule
 from d3ds2.sdf_blocks import SDFBlocks
 from d3ds2.sdf_to_mesh import sdf_to_mesh
 from tests.official_release import write_release
@@ -178,6 +178,19 @@ def test_guidance_together_and_apart(pipeline):
         guided_velocity(pipeline.fine_latent_dit, tokens, 7.0, voxels, together)(x_t, 0.5) for together in (True, False)
     ]
     torch.testing.assert_close(*velocities, atol=2e-3, rtol=2e-3)
+
+
+def test_times_are_told_in_half_precision(pipeline, monkeypatch):
+    told = []
+    for name in ("structure_dit", "latent_dit", "fine_latent_dit"):
+        embedder = getattr(pipeline, name).time_embedder
+        monkeypatch.setattr(embedder, "forward", lambda t, f=embedder.forward: told.append(t[0].item() * 1000) or f(t))
+    pipeline.generate(draw_object(), 1, **STEPS)
+    # two steps and the released shifts: 1000, and shift(shift(1 / 1000)) = 34.8 or 60.2, which float16 cannot hold
+    assert len(told) == 6 and told[0] == told[2] == told[4] == 1000
+    for t, shift in zip(told[1::2], (6, 6, 8), strict=True):
+        exact = 1000 * time_schedule(2, shift)[1].item()
+        assert t == pytest.approx(torch.tensor(exact).half().item(), abs=1e-4) and abs(t - exact) > 1e-3
 
 
 def test_models_that_do_not_fit_are_named(pipeline):
