@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .gap_closing import enclosed_solid_blocks
+from .gap_closing import border_of_solid, enclosed_solid_blocks
 from .marching_cubes import MARGIN
 from .marching_cubes_table import CORNERS, EDGES, marching_cubes_table
 from .sdf_to_mesh import Mesh, fill_from_outside, finish_mesh, owners_of, sdf_to_mesh
@@ -48,15 +48,14 @@ def device_mesh(
         ValueError: blocks given twice, or no surface at this level.
     """
     grid, coords = resolution // 8, block_coords.cpu().numpy().astype(np.int64)
+    solid = np.zeros((0, 3), np.int64)
     if close_gaps:
         solid = enclosed_solid_blocks(
             coords, lambda axis, layer: (values.select(axis + 1, layer) - level).sum((1, 2)).cpu().numpy(), grid
         )
-        if len(solid):
-            coords = np.concatenate([coords, solid])
-            values = torch.cat([values, values.new_full((len(solid), 8, 8, 8), -1.0)])
-    rows, words, empty = fill_from_outside(coords, _pack(values >= level), grid, True)
-    surface = _Surface(coords, values, level, grid, rows, _unpack(words, values.device), empty)
+    rows, words, empty = fill_from_outside(coords, _pack(values >= level), grid, True, solid)
+    owners = owners_of(np.concatenate([coords, border_of_solid(coords, solid, grid)]), grid)
+    surface = _Surface(owners, values, level, grid, rows, _unpack(words, values.device), empty)
     return finish_mesh(*surface.extract(), min_component, keep_largest)
 
 
@@ -77,7 +76,7 @@ def _unpack(words: np.ndarray, device: torch.device) -> Tensor:
 class _Surface:
     """Marching cubes on blocks whose outside is known."""
 
-    def __init__(self, coords, values, level, grid, rows, outside, empty):
+    def __init__(self, owners, values, level, grid, rows, outside, empty):
         device = values.device
         self.values, self.level, self.grid, self.device = values, level, grid, device
         # two blocks more: one all outside, one all inside, for those that are not stored
@@ -88,7 +87,7 @@ class _Surface:
         inner = np.where(rows < 0, np.where(empty, B, B + 1), rows).reshape((grid,) * 3)
         table[1:-1, 1:-1, 1:-1] = inner
         self.rows = torch.from_numpy(table).to(device)  # (G+2,G+2,G+2) row of each block, from -1 on
-        self.owners = torch.from_numpy(owners_of(coords, grid)).to(device)  # (W,)
+        self.owners = torch.from_numpy(owners).to(device)  # (W,)
         edges, counts = marching_cubes_table()
         self.edges, self.counts = (torch.from_numpy(x.astype(np.int64)).to(device) for x in (edges, counts))
 

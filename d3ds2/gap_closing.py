@@ -44,6 +44,15 @@ def enclosed_solid_blocks(block_coords: np.ndarray, face_sums: FaceSums, grid: i
     return np.argwhere(solid) - 1
 
 
+def border_of_solid(block_coords: np.ndarray, solid: np.ndarray, grid: int) -> np.ndarray:
+    """Those of the solid blocks (S,3) that touch a missing block which is not one, or the end of the grid."""
+    if not len(solid):
+        return solid
+    is_open = np.ones((grid + 2,) * 3, bool)
+    is_open[tuple(block_coords.T + 1)] = is_open[tuple(solid.T + 1)] = False
+    return solid[ndimage.binary_dilation(is_open, SURROUND)[tuple(solid.T + 1)]]
+
+
 def _sight(block_coords: np.ndarray, faces: dict[tuple[int, int], np.ndarray], stored: np.ndarray) -> np.ndarray:
     """What each block sees along the 26 lines, in the mean: (G+2,) * 3 float32, negative where that is the inside."""
     total = np.zeros(stored.shape, np.float32)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .flood_fill import flood_fill, pack_bits
-from .gap_closing import enclosed_solid_blocks
+from .gap_closing import border_of_solid, enclosed_solid_blocks
 from .manifold_mesh import separate_sheets
 from .marching_cubes import count_surface, make_faces, make_vertices
 from .marching_cubes_table import marching_cubes_table
@@ -73,16 +73,14 @@ def sdf_to_mesh(
     if not min_component >= 0.0:
         raise ValueError(f"expected min_component >= 0, got {min_component}")
     grid = resolution // 8
+    solid = np.zeros((0, 3), np.int64)
     if close_gaps:
         solid = enclosed_solid_blocks(
             block_coords, lambda axis, layer: (values.take(layer, axis=axis + 1) - level).sum((1, 2)), grid
         )
-        if len(solid):
-            block_coords = np.concatenate([block_coords, solid])
-            values = np.concatenate([values, np.full((len(solid), 8, 8, 8), -1.0, values.dtype)])
-    rows, outside, empty = fill_from_outside(block_coords, pack_bits(values >= level), grid, outer_only)
+    rows, outside, empty = fill_from_outside(block_coords, pack_bits(values >= level), grid, outer_only, solid)
 
-    owners = owners_of(block_coords, grid)
+    owners = owners_of(np.concatenate([block_coords, border_of_solid(block_coords, solid, grid)]), grid)
     crossed, ranks = np.empty((len(owners), 24), np.uint64), np.empty((len(owners), 24), np.int16)
     sizes = np.empty((len(owners), 2), np.int64)
     table, counts = marching_cubes_table()
@@ -107,20 +105,33 @@ def sdf_to_mesh(
 
 
 def fill_from_outside(
-    block_coords: np.ndarray, positive: np.ndarray, grid: int, outer_only: bool
+    block_coords: np.ndarray, positive: np.ndarray, grid: int, outer_only: bool, solid: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which voxels are outside: rows (G^3,) of the blocks, words (B,8) of a fill, and flags (G^3,) of missing blocks.
+    """Which voxels are outside.
 
-    `positive` are the words of the voxels that are not below the level. Raises ValueError for a block given twice.
+    Args:
+        block_coords: (B,3) of the stored blocks.
+        positive: the words (B,8) of their voxels that are not below the level.
+        grid, outer_only: see `sdf_to_mesh`.
+        solid: (S,3) missing blocks that the outside may not enter.
+
+    Returns:
+        rows (G^3,) of the blocks, words (B,8) of the outside, and flags (G^3,) of the missing blocks that are outside.
+
+    Raises:
+        ValueError: a block given twice.
     """
     rows = np.full(grid**3, -1, np.int32)
-    flat = (block_coords[:, 0] * grid + block_coords[:, 1]) * grid + block_coords[:, 2]
+    flat, closed = ((c[:, 0] * grid + c[:, 1]) * grid + c[:, 2] for c in (block_coords, solid))
     rows[flat] = np.arange(len(flat), dtype=np.int32)
     if (rows[flat] != np.arange(len(flat))).any():
         raise ValueError("expected each block once, got some twice")
+    rows[closed] = len(flat)  # during the fill they share one row, of which nothing may be entered
+    positive = np.concatenate([positive, np.zeros((1, 8), np.uint64)])
     outside, empty = np.zeros_like(positive) if outer_only else positive.copy(), np.zeros(grid**3, bool)
     flood_fill(grid, rows, positive, outside, empty)
-    return rows, outside, empty
+    rows[closed] = -1
+    return rows, outside[:-1], empty
 
 
 def finish_mesh(

@@ -7,6 +7,7 @@ import torch
 from d3ds2 import device_meshing
 from d3ds2.device_meshing import _pack, _unpack, device_mesh
 from d3ds2.flood_fill import pack_bits
+from d3ds2.gap_closing import border_of_solid, enclosed_solid_blocks
 from d3ds2.sdf_to_mesh import DECODED, sdf_to_mesh
 
 
@@ -81,3 +82,20 @@ def test_words_of_a_fill():
     mask = torch.rand(7, 8, 8, 8) < 0.5
     words = _pack(mask)
     assert np.array_equal(words, pack_bits(mask.numpy())) and torch.equal(_unpack(words, mask.device), mask)
+
+
+def test_solid_missing_blocks_are_as_if_stored():
+    """Blocks that gap closing makes solid cost no values, and make the mesh that values of -1 in them would make."""
+    volume = ball(96, 40.0)
+    coords, values = blocks_of(volume, torch.nn.functional.max_pool3d(1 - volume.abs()[None], 8)[0] > 0)
+    kept = ~((coords[:, 0] > 8) & ((coords[:, 1:] - 5.5).abs().amax(1) < 2))  # a hole of 4 x 4 blocks at a pole
+    coords, values = coords[kept], values[kept]
+    sums = {(a, k): values.select(a + 1, k).sum((1, 2)).numpy() for a in range(3) for k in (0, 7)}
+    solid = enclosed_solid_blocks(coords.numpy(), lambda axis, layer: sums[axis, layer], 12)
+    border = border_of_solid(coords.numpy(), solid, 12)
+    assert 0 < len(border) < len(solid)
+    stored = torch.cat([coords, torch.from_numpy(solid)]), torch.cat([values, -torch.ones(len(solid), 8, 8, 8)])
+    expected = sdf_to_mesh(stored[0].numpy(), stored[1].numpy(), 96)
+    actual = sdf_to_mesh(coords.numpy(), values.numpy(), 96, close_gaps=True)
+    assert np.array_equal(actual.vertices, expected.vertices)
+    assert {*map(tuple, actual.faces.tolist())} == {*map(tuple, expected.faces.tolist())}
