@@ -6,6 +6,8 @@ import torch
 from d3ds2.kernels.run_sums import sum_runs, take_runs
 from d3ds2.kernels.runs import Runs
 from d3ds2.kernels.selection_attention import HAS_TRITON
+from d3ds2.sparse_conv import mean_pool
+from tests.random_voxels import random_voxels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU, conftest.py sets TRITON_INTERPRET=1
 
@@ -41,3 +43,19 @@ def test_gradients(in_order):
     sums = torch.randn(4, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: sum_runs(x, runs, run_of_row), rows)
     assert torch.autograd.gradcheck(lambda x: take_runs(x, runs, run_of_row), sums)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("factor", [2, 8])
+@pytest.mark.parametrize("resolution", [16, 128])
+def test_cells_of_a_pool(factor, resolution):
+    from d3ds2.kernels.run_sums_triton import sum_runs_triton
+
+    voxels = random_voxels([30, 0, 20], resolution).to(DEVICE)
+    x = torch.randn(50, 6).to(DEVICE)
+    pooled, coarse = mean_pool(x, voxels, factor)
+    parent = voxels.coarsen(factor)[1]
+    total = torch.zeros(len(coarse), 6, device=DEVICE).index_add_(0, parent, x)
+    sums = sum_runs_triton(x, voxels.cached(("cells", factor), None))
+    torch.testing.assert_close(sums, total)
+    torch.testing.assert_close(pooled, total / (voxels.coarse_counts(factor) + 1)[:, None])

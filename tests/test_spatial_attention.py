@@ -39,6 +39,7 @@ def outputs_and_gradients(attend, inputs, weight):
         pytest.param([20, 0, 9], 16, 4, 4, 2, 2, 16, 2, id="ragged-c4"),
         pytest.param([24], 32, 8, 0, 1, 16, 16, 3, id="one-sample-c8"),
         pytest.param([15, 8], 16, 2, 0, 1, 3, 8, 9, id="more-than-all-blocks"),
+        pytest.param([20], 128, 8, 4, 1, 2, 16, 3, id="c8-where-blocks-and-cells-differ-in-order"),
         pytest.param([1], 16, 8, 4, 1, 1, 16, 1, id="one-token"),
     ],
 )

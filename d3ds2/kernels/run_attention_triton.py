@@ -34,7 +34,6 @@ class Tile:
     warps: int = 4
     stages: int = 2
     splits: int = 1  # of the queries of a run of keys, in the kernel of dk and dv
-    sum_by_dot: bool = False  # the forward kernel's sums of weights: on the matrix units, which also mask
 
 
 @triton.jit
@@ -70,12 +69,9 @@ def _forward_kernel(
     q, k, v, tile_offsets, tile_segments, query_offsets, query_ids, key_offsets, key_ids, out, lse,
     scale_log2, S, M, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
     GP: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_QUERY_IDS: tl.constexpr, HAS_KEY_IDS: tl.constexpr, SUM_BY_DOT: tl.constexpr,
+    HAS_QUERY_IDS: tl.constexpr, HAS_KEY_IDS: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_Q query rows of one segment, each with its G heads. lse is that of base 2.
-
-    SUM_BY_DOT: beyond the end of a run the last key is read again, which leaves the maximum; its weight is not summed.
-    """
+    """One program: BLOCK_Q query rows of one segment, each with its G heads. lse is that of base 2."""
     tile = tl.program_id(0)
     segment = tl.load(tile_segments + tile)
     if segment < S:
@@ -94,35 +90,20 @@ def _forward_kernel(
         start, end = tl.load(key_offsets + run), tl.load(key_offsets + run + 1)
         m = tl.full([BLOCK_Q * GP], float("-inf"), dtype=tl.float32)
         denom = tl.zeros([BLOCK_Q * GP], dtype=tl.float32)
-        sums = tl.zeros([BLOCK_Q * GP, 16], dtype=tl.float32)  # 16 equal columns, the least a product can make
         acc = tl.zeros([BLOCK_Q * GP, DP], dtype=tl.float32)
         for j in range(start, end, BLOCK_K):
             offs_j = j + tl.arange(0, BLOCK_K)
             is_key = offs_j < end
-            if SUM_BY_DOT:
-                kv = _key_rows(key_ids, tl.minimum(offs_j, end - 1), True, h, H, HAS_KEY_IDS)[:, None] * D + offs_d
-                b_k = tl.load(k + kv, mask=is_d[None, :], other=0.0)  # [BLOCK_K, DP]
-                b_v = tl.load(v + kv, mask=is_key[:, None] & is_d, other=0.0)
-                b_s = _dot(b_q, tl.trans(b_k))  # [BLOCK_Q * GP, BLOCK_K]
-                m_new = tl.maximum(m, tl.max(b_s, 1) * scale_log2)
-                b_p = tl.exp2(b_s * scale_log2 - m_new[:, None]).to(b_v.dtype)
-                decay = tl.exp2(m - m_new)
-                ones = tl.broadcast_to(is_key.to(b_v.dtype)[:, None], [BLOCK_K, 16])
-                sums = sums * decay[:, None] + _dot(b_p, ones)
-                acc = acc * decay[:, None] + _dot(b_p, b_v)
-            else:
-                kv = _key_rows(key_ids, offs_j, is_key, h, H, HAS_KEY_IDS)[:, None] * D + offs_d
-                b_k = tl.load(k + kv, mask=is_key[:, None] & is_d, other=0.0)
-                b_v = tl.load(v + kv, mask=is_key[:, None] & is_d, other=0.0)
-                b_s = tl.where(is_key, _dot(b_q, tl.trans(b_k)), float("-inf"))
-                m_new = tl.maximum(m, tl.max(b_s, 1) * scale_log2)
-                b_p = tl.exp2(b_s * scale_log2 - m_new[:, None])
-                decay = tl.exp2(m - m_new)
-                denom = denom * decay + tl.sum(b_p, 1)
-                acc = acc * decay[:, None] + _dot(b_p.to(b_v.dtype), b_v)
+            kv = _key_rows(key_ids, offs_j, is_key, h, H, HAS_KEY_IDS)[:, None] * D + offs_d
+            b_k = tl.load(k + kv, mask=is_key[:, None] & is_d, other=0.0)  # [BLOCK_K, DP]
+            b_v = tl.load(v + kv, mask=is_key[:, None] & is_d, other=0.0)
+            b_s = tl.where(is_key, _dot(b_q, tl.trans(b_k)), float("-inf"))  # [BLOCK_Q * GP, BLOCK_K]
+            m_new = tl.maximum(m, tl.max(b_s, 1) * scale_log2)
+            b_p = tl.exp2(b_s * scale_log2 - m_new[:, None])
+            decay = tl.exp2(m - m_new)
+            denom = denom * decay + tl.sum(b_p, 1)
+            acc = acc * decay[:, None] + _dot(b_p.to(b_v.dtype), b_v)
             m = m_new
-        if SUM_BY_DOT:
-            denom = tl.max(sums, 1)
 
         has_keys = denom > 0  # no keys: an output of zero
         to = out_rows * G + g
@@ -252,7 +233,7 @@ def run_attention_forward(
     if len(tiles[1]):
         _forward_kernel[len(tiles[1]), 1 if segments.pairs else sizes["H"]](
             q, k, v, *tiles, *lists, out, lse, scale * LOG2_E, len(segments.queries), len(segments.keys),
-            **sizes, SUM_BY_DOT=tile.sum_by_dot,
+            **sizes,
         )  # fmt: skip
     return out, lse
 

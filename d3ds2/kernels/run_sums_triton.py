@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .runs import Runs
 
-BLOCK_N, BLOCK_C = 32, 64  # rows and channels at a time
+MAX_BLOCK_N, MAX_BLOCK_C = 32, 64  # rows and channels at a time
 
 
 @triton.jit
@@ -33,6 +33,8 @@ def sum_runs_triton(x: Tensor, runs: Runs) -> Tensor:
     out = torch.empty(len(runs), C, dtype=torch.float32, device=x.device)
     if out.numel():
         ids = runs.offsets if runs.ids is None else runs.ids
+        BLOCK_N = MAX_BLOCK_N if runs.longest is None else min(MAX_BLOCK_N, triton.next_power_of_2(runs.longest))
+        BLOCK_C = min(MAX_BLOCK_C, triton.next_power_of_2(C))
         _sum_kernel[len(runs), triton.cdiv(C, BLOCK_C)](
             x.contiguous(), runs.offsets, ids, out, C, BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C, HAS_IDS=runs.ids is not None
         )
