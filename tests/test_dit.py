@@ -8,6 +8,7 @@ import torch
 from d3ds2.image_encoder import ImageTokens
 from d3ds2.latent_dit import LatentDiT, LatentDiTConfig
 from d3ds2.structure_dit import StructureDiT, StructureDiTConfig
+from d3ds2.transformer import FeedForward
 from tests.random_voxels import random_voxels
 
 LATENT = LatentDiTConfig(
@@ -174,3 +175,11 @@ def test_wrong_inputs_are_named(kind, index, value, message):
 def test_wrong_configs_are_named(config, change):
     with pytest.raises(ValueError, match="expected"):
         dataclasses.replace(config, **change)
+
+
+def test_feed_forward_in_slices(monkeypatch):
+    monkeypatch.setattr("d3ds2.transformer.INFERENCE_ROWS", 4)
+    layer, x = FeedForward(8), torch.randn(10, 8)
+    expected = layer(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)

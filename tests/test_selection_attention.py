@@ -126,6 +126,15 @@ def test_half_precision(form):
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_queries_in_turn_do_not_change_the_result(monkeypatch):
+    problem = make_problem([12, 1, 8], 2, 2, 16, 2, empty_query=True)
+    whole = outputs_and_gradients(triton_kernel, *problem)
+    monkeypatch.setattr("d3ds2.kernels.selection_attention_triton.PARTIAL_BYTES", 4000)  # 8 queries at a time
+    for a, e in zip(outputs_and_gradients(triton_kernel, *problem), whole, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 @pytest.mark.parametrize("chunk", [4, 64])
 def test_chunks_of_long_lists_add_up(chunk):
     """Blocks that nobody, few and many queries selected; one of them longer than a tile of keys."""

@@ -15,6 +15,7 @@ from .run_attention_triton import Tile, run_attention_dkdv, run_attention_dq, ru
 from .runs import Runs, Segments
 
 PARTIAL_BYTES = 1 << 29  # partial results held at once
+PARTIAL_BYTES_AT_INFERENCE = 1 << 28  # where weights and latents should fit beside them on a small card
 MERGED_ROWS = 64  # rows of tokens times heads that a merging program takes
 FORWARD, DQ, DKDV = Tile(128, 32), Tile(64, 32), Tile(128, 64, splits=8)
 FORWARD_FP32, DQ_FP32, DKDV_FP32 = Tile(32, 32), Tile(32, 32), Tile(32, 32, splits=4)
@@ -102,10 +103,10 @@ def pairs_by_block(block_indices: Tensor, num_blocks: int) -> tuple[Tensor, Tens
     return torch.searchsorted(key, edges, out_int32=True), order.int()
 
 
-def _chunks(q: Tensor, block_indices: Tensor) -> list[slice]:
-    """Slices of the queries whose partial results fit in PARTIAL_BYTES."""
+def _chunks(q: Tensor, block_indices: Tensor, partial_bytes: int) -> list[slice]:
+    """Slices of the queries whose partial results fit in `partial_bytes`."""
     T, S = len(q), block_indices.shape[2]
-    rows = max(1, PARTIAL_BYTES // max(1, S * q[0].numel() * q.element_size()))
+    rows = max(1, partial_bytes // max(1, S * q[0].numel() * q.element_size()))
     parts = triton.cdiv(T, rows)
     rows = triton.cdiv(T, parts)  # equal ones
     return [slice(start, min(start + rows, T)) for start in range(0, T, rows)]
@@ -140,7 +141,7 @@ def select_forward(
     gated_out = None if others is None else torch.empty_like(q)
     tile = FORWARD_FP32 if q.dtype == torch.float32 else FORWARD
     pairs = []
-    for chunk in _chunks(q, block_indices):
+    for chunk in _chunks(q, block_indices, PARTIAL_BYTES if keep else PARTIAL_BYTES_AT_INFERENCE):
         inverted = pairs_by_block(block_indices[chunk], len(blocks))
         segments = _segments(*inverted, blocks, S)
         partial, partial_lse = run_attention_forward(q[chunk], k, v, segments, scale, tile)
@@ -171,7 +172,7 @@ def select_backward(
     dq, dks, dvs = torch.empty_like(q), [], []
     tiles = (DQ_FP32, DKDV_FP32) if q.dtype == torch.float32 else (DQ, DKDV)
     inverted = zip(pairs[::2], pairs[1::2], strict=True)
-    for chunk, chunk_pairs in zip(_chunks(q, block_indices), inverted, strict=True):
+    for chunk, chunk_pairs in zip(_chunks(q, block_indices, PARTIAL_BYTES), inverted, strict=True):
         segments = _segments(*chunk_pairs, blocks, S)
         inputs = q[chunk], k, v, segments, lse[chunk], delta[chunk], dout[chunk], scale
         partial = run_attention_dq(*inputs, tiles[0])
