@@ -1,5 +1,7 @@
 """ComfyUI's page: open a template, press Run, look into the 3D viewers."""
 
+import time
+
 import numpy as np
 
 from tests.comfy.browser import Browser, PageError
@@ -11,7 +13,8 @@ VIEWERS = (
 )
 ENDS = "['execution_success', 'execution_error', 'execution_interrupted']"
 BOX = ("x", "y", "width", "height")
-DIFFERS, SHARE = 24, 0.05  # of 255; of the viewer's pixels
+SQUARE, DIFFERS, SHARE = 8, 24, 0.01  # pixels; of 255; of the squares
+SECONDS = 60  # for a viewer to load its file
 
 
 def open_template(page: Browser, server: ComfyServer, name: str, nodes: int) -> None:
@@ -24,10 +27,14 @@ def open_template(page: Browser, server: ComfyServer, name: str, nodes: int) -> 
 
 
 def viewer_boxes(page: Browser, count: int) -> list[dict[str, float]]:
-    """Where the 3D viewers are, in the order of their nodes, once there are `count`."""
-    page.wait_for(f"return {VIEWERS}.length === {count}", 60, f"{count} 3D viewers")
-    boxes = page.js(f"return {VIEWERS}")
-    return [{key: box[key] for key in BOX} for box in boxes]
+    """Where the 3D viewers are, in the order of their nodes, once there are `count` and the page has come to rest."""
+    page.wait_for(f"return {VIEWERS}.length === {count}", SECONDS, f"{count} 3D viewers")
+    same = (
+        f"const a = JSON.stringify({VIEWERS}); await new Promise(done => setTimeout(done, 1000));"
+        f"return a === JSON.stringify({VIEWERS})"
+    )
+    page.wait_for(same, SECONDS, "the page's rest")
+    return [{key: box[key] for key in BOX} for box in page.js(f"return {VIEWERS}")]
 
 
 def press_run(page: Browser, seconds: float) -> None:
@@ -45,12 +52,25 @@ def press_run(page: Browser, seconds: float) -> None:
 
 
 def wait_for_mesh(page: Browser, index: int, before: np.ndarray) -> None:
-    """Until enough of the viewer's pixels differ from those `before`, (H, W, 3) of the empty one."""
-    for _ in range(60):
+    """Until a viewer shows something solid that is not in `before`, (H, W, 3) of the empty one.
+
+    Squares of pixels are compared by their mean: the lines of the grid come and go.
+    """
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
         box = page.js(f"return {VIEWERS}[{index}]")
         if box:
-            now = page.picture({key: box[key] for key in BOX}).astype(int)
-            if now.shape == before.shape and (np.abs(now - before).max(axis=-1) > DIFFERS).mean() > SHARE:
+            now = page.picture({key: box[key] for key in BOX})
+            height, width = np.minimum(now.shape, before.shape)[:2]  # a node may grow by a pixel
+            changed = abs(_squares(now[:height, :width]) - _squares(before[:height, :width])) > DIFFERS
+            if changed.mean() > SHARE:
                 return
         page.js("await new Promise(done => setTimeout(done, 250))")
-    raise PageError(f"viewer {index + 1} stayed empty")
+    raise PageError(f"viewer {index + 1} stayed empty: {box}, before {before.shape}")
+
+
+def _squares(picture: np.ndarray) -> np.ndarray:
+    """(H, W, 3) -> the mean of each square, (H // SQUARE, W // SQUARE)."""
+    H, W = (edge // SQUARE for edge in picture.shape[:2])
+    cut = picture[: H * SQUARE, : W * SQUARE].reshape(H, SQUARE, W, SQUARE, 3)
+    return cut.mean(axis=(1, 3, 4))

@@ -19,7 +19,13 @@ from tests.comfy.workflow_file import WORKFLOWS, read
 
 VERSION = "0.30.0"
 RUN_SECONDS = 1800
-THUMBNAIL = 480  # pixels of its shorter side at most
+THUMBNAIL = 400
+EDGE = 40  # pixels of the viewer where its buttons are
+CLOSE_UP = """
+const node = app.graph._nodes.filter(n => n.type === 'Preview3D').at(-1), view = app.canvas.ds;
+for (const other of app.graph._nodes) if (other !== node) other.pos = [other.pos[0] - 9000, other.pos[1]];
+view.scale = 1; view.offset = [300 - node.pos[0], 200 - node.pos[1]]; app.canvas.setDirty(true, true);
+"""
 
 
 def main(names: list[str]) -> None:
@@ -44,10 +50,11 @@ def take(page: Browser, server: ComfyServer, file: Path) -> None:
     page.js("await new Promise(done => setTimeout(done, 3000))")  # until the notices are gone
     window = Image.fromarray(page.picture())
     window.save(PACK / "web" / "images" / f"comfyui_{file.stem}.jpg", quality=85)
-    box = viewer_boxes(page, count)[-1]
-    side = min(box["width"], box["height"])  # without the buttons at its edges
+    page.js(CLOSE_UP)
+    box = viewer_boxes(page, 1)[0]
+    side = min(box["width"], box["height"]) - 2 * EDGE
     x, y = box["x"] + (box["width"] - side) / 2, box["y"] + (box["height"] - side) / 2
-    thumbnail = window.crop((int(x), int(y), int(x + side), int(y + side)))
+    thumbnail = Image.fromarray(page.picture({"x": x, "y": y, "width": side, "height": side}))
     thumbnail.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS).save(file.with_suffix(".jpg"), quality=85)
 
 

@@ -22,7 +22,7 @@ MODULE = f"custom_nodes.{PACK_NAME}"
 START_SECONDS = 180  # on a machine with other work to do; 6 to 13 alone
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 TEXT, PICTURE = 3, 1  # kinds of binary messages
-UNUSED = ("--disable-api-nodes", "--disable-auto-launch", "--database-url", "sqlite:///:memory:")
+UNUSED = ("--disable-api-nodes", "--disable-auto-launch")
 
 Graph = dict[str, dict[str, Any]]
 
@@ -86,11 +86,12 @@ class ComfyServer:
     def __enter__(self) -> "ComfyServer":
         source = self.installation.source
         command = [self.installation.python, source / "main.py", "--cpu", "--listen", "127.0.0.1", "--port", self.port]
+        own = ("--database-url", f"sqlite:///{self.folder / 'comfyui.db'}")
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         environment |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # nothing leaves
         with self.log_file.open("w") as log:
             self.process = subprocess.Popen(
-                [str(part) for part in (*command, "--base-directory", self.folder, *UNUSED)],
+                [str(part) for part in (*command, "--base-directory", self.folder, *own, *UNUSED)],
                 cwd=source,
                 env=environment,
                 stdout=log,

@@ -30,7 +30,7 @@ def test_templates_open_run_and_show_their_meshes(comfyui, browser, file):
     assert not browser.js("return app.graph._nodes.filter(n => n.has_errors).map(n => n.type)")
 
     count = len(nodes_of(expected, "Preview3D"))
-    empty = [browser.picture(box).astype(int) for box in viewer_boxes(browser, count)]
+    empty = [browser.picture(box) for box in viewer_boxes(browser, count)]
     browser.js("app.graph._nodes.forEach(n => (n.widgets ?? []).forEach(w => {if (w.name === 'steps') w.value = 1}))")
     press_run(browser, RUN_SECONDS)
     for index, before in enumerate(empty):

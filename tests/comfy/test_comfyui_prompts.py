@@ -261,7 +261,7 @@ def test_unloading_gives_the_memory_of_the_networks_back(server):
     weights = sum(file.stat().st_size for file in TINY.glob("*.safetensors"))  # half precision; twice that when loaded
     loaded = server.memory()
     server.free()
-    for _ in range(100):
+    for _ in range(300):  # ComfyUI collects garbage every ten seconds
         if loaded - server.memory() > weights:
             break
         time.sleep(0.1)
