@@ -149,8 +149,7 @@ class Pipeline:
             return lambda step, x_t, x_0: report(stage, step + 1, steps)
 
         structure_steps = structure_steps or self.sampling.structure_steps
-        latent_steps = latent_steps or self.sampling.latent_steps
-        stages = [("", latent_steps)]
+        stages = [("", latent_steps or self.sampling.latent_steps)]
         if fine and self.sampling.fine is not None:
             stages.append(("fine ", fine_steps or self.sampling.fine.steps))
         if use_refiners and None in (self.refiner, self.fine_refiner)[: len(stages)]:
@@ -349,7 +348,6 @@ class Pipeline:
         """The surface at a level of each sample.
 
         Args:
-            blocks: decoded.
             min_component, keep_largest: see `sdf_to_mesh`.
             level: default: the model's.
 
