@@ -20,7 +20,8 @@ from tests.comfy.workflow_file import WORKFLOWS, read
 VERSION = "0.30.0"
 RUN_SECONDS = 1800
 THUMBNAIL = 400
-EDGE = 40  # pixels of the viewer where its buttons are
+EDGE = 10  # pixels of the viewer that it loses
+WINDOW = {"width": 2200, "height": 1250, "deviceScaleFactor": 1, "mobile": False}  # smaller ones leave texts out
 CLOSE_UP = """
 const node = app.graph._nodes.filter(n => n.type === 'Preview3D').at(-1), view = app.canvas.ds;
 for (const other of app.graph._nodes) if (other !== node) other.pos = [other.pos[0] - 9000, other.pos[1]];
@@ -34,6 +35,7 @@ def main(names: list[str]) -> None:
         ComfyServer(install(VERSION), Path(folder) / "comfyui") as server,
         Browser(Path(folder)) as page,
     ):
+        page.call("Emulation.setDeviceMetricsOverride", **WINDOW)
         for file in WORKFLOWS:
             if not names or file.stem in names:
                 take(page, server, file)
