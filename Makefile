@@ -26,7 +26,7 @@ $(VENV)/.demo: requirements.txt constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements.txt embreex
 	touch $@
 
-$(VENV)/.test: $(VENV)/.demo
+$(VENV)/.test: $(VENV)/.demo Makefile
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
 		pytest ruff tensorboard onnx onnxruntime rembg triton websocket-client
 	touch $@
