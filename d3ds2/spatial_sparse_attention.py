@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from .attention import packed_attention, packed_attention_with_lse
 from .kernels.block_scores import select_blocks
-from .kernels.run_sums import take_runs
 from .kernels.runs import Branches, Runs
 from .kernels.selection_attention import HAS_TRITON, selection_attention
 from .sparse_conv import PackedGroupNorm, SubmanifoldConv3d, mean_pool
@@ -126,7 +125,8 @@ class SpatialSparseAttention(nn.Module):
     def compress(self, k: Tensor, v: Tensor, voxels: Voxels) -> tuple[Tensor, Tensor]:
         """k, v (N, Hk D) -> compressed keys and values (Nc, Hk, D), eq. 7."""
         c, kv_heads = self.compression_block, (self.num_kv_heads, self.head_dim)
-        position = take_runs(self.block_position, *voxels.cached(("places", c), lambda: _places(voxels, c)))
+        x, y, z = (voxels.coords[:, 1:] % c).unbind(1)
+        position = F.embedding((x * c + y) * c + z, self.block_position)
         compressed_k = self.compress_k(k + position, voxels, c).to(k.dtype)
         compressed_v = self.compress_v(v, voxels, c).to(v.dtype)
         return compressed_k.unflatten(-1, kv_heads), compressed_v.unflatten(-1, kv_heads)
@@ -186,15 +186,6 @@ def block_of_compressed(voxels: Voxels, c: int) -> Tensor:
     return blocks.scatter_(0, parent, voxels.block_of_token)  # all children lie in one selection block
 
 
-def _places(voxels: Voxels, c: int) -> tuple[Runs, Tensor]:
-    """The voxels at each place in their cell of c³, and the place of each voxel, (N,) long."""
-    x, y, z = (voxels.coords[:, 1:].long() % c).unbind(1)
-    place = (x * c + y) * c + z
-    ordered, order = place.sort(stable=True)
-    offsets = torch.searchsorted(ordered, torch.arange(c**3 + 1, device=place.device), out_int32=True)
-    return Runs(offsets, len(place), order.int()), place
-
-
 def branches_of(voxels: Voxels, c: int, window: int, shift: int) -> Branches:
     """What the kernels must know of the voxels; kept, and shared by all layers and steps."""
     return voxels.cached(("branches", c, window, shift), lambda: _branches_of(voxels, c, window, shift))
@@ -208,7 +199,7 @@ def _branches_of(voxels: Voxels, c: int, window: int, shift: int) -> Branches:
     return Branches(
         samples=Runs(voxels.cu_seqlens, N),
         compressed=Runs(coarse.cu_seqlens, len(coarse)),
-        blocks=Runs(voxels.block_offsets, N, longest=max(voxels.windows(0).lengths, default=0)),
+        blocks=Runs(voxels.block_offsets, N),
         windows=Runs(windows.cu_seqlens, N, None if windows.order is None else windows.order.int()),
         children=Runs(
             torch.searchsorted(blocks, edges, out_int32=True), len(coarse), None if in_order else order.int()

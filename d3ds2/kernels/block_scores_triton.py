@@ -1,8 +1,8 @@
 """Triton kernel of the choice of blocks; shapes and definition are in block_scores.py.
 
 A program takes a few queries with all heads of a group. It writes their probabilities, summed over the heads, for each
-compressed key of the sample into a scratch row of its own, adds up the keys of each block, and bisects for the score
-of the K-th best. The scratch belongs to the programs that run at once, not to the tokens.
+compressed key of the sample into a scratch row of its own, adds up the keys of each block, and finds the K-th best
+score bit by bit. The scratch belongs to the programs that run at once, not to the tokens.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,6 @@ from torch import Tensor
 from .run_attention_triton import LOG2_E
 from .runs import Branches
 
-LANES = 128  # scores beside each other in a warp
 MAX_BLOCKS = 16384  # per sample: one program holds the scores of a query in registers
 
 
@@ -32,35 +31,19 @@ class Tile:
     keys_first: bool = True
 
 
-HALF, FP32 = Tile(rows=64, scores=4096), Tile(rows=32, keys=32)
-
-
-@triton.jit
-def _count(flags):
-    """Sums of flags [SUB, ·, ·], each 0 or 1: [SUB]."""
-    return tl.sum(tl.sum(flags, 1), 1)
-
-
-@triton.jit
-def _before(flags):
-    """How many of flags [SUB, ·, ·] stand before each, counting the last dimension first."""
-    totals = tl.sum(flags, 2)
-    return tl.cumsum(flags, 2) - flags + (tl.cumsum(totals, 1) - totals)[:, :, None]
+HALF, FP32 = Tile(rows=64, scores=1024, keys_first=False), Tile(rows=32, keys=32)
 
 
 @triton.jit
 def _select_kernel(
     q, keys, lse, key_ids, block_key_offsets, tile_offsets, tile_samples, query_offsets, sample_blocks,
-    block_indices, scratch, scale_log2, B, num_tiles, STRIDE, SCORES, K, H: tl.constexpr, G: tl.constexpr,
-    D: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, KP: tl.constexpr, MP: tl.constexpr, LANES: tl.constexpr,
-    SUB: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CHILDREN: tl.constexpr, HAS_KEY_IDS: tl.constexpr,
-    KEYS_FIRST: tl.constexpr,
+    block_indices, scratch, scale_log2, B, num_tiles, STRIDE, K, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    GP: tl.constexpr, DP: tl.constexpr, KP: tl.constexpr, MP: tl.constexpr, SUB: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, CHILDREN: tl.constexpr, HAS_KEY_IDS: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """One program: every so many tiles of BLOCK_Q queries and one key head."""
     offs, offs_d = tl.arange(0, BLOCK_Q * GP), tl.arange(0, DP)
-    offs_q, offs_top = tl.arange(0, BLOCK_Q), tl.arange(0, KP)
-    # LANES blocks stand beside each other in the registers of one warp, so that counting waits for no other warp
-    offs_b = (tl.arange(0, MP // LANES) * LANES)[None, :, None] + tl.arange(0, LANES)[None, None, :]
+    offs_q, offs_b, offs_top = tl.arange(0, BLOCK_Q), tl.arange(0, MP), tl.arange(0, KP)
     is_d = offs_d < D
     rows_of_scratch = scratch + (tl.program_id(0) * BLOCK_Q + offs_q).to(tl.int64) * STRIDE  # [BLOCK_Q]
     for work in range(tl.program_id(0), num_tiles * H, tl.num_programs(0)):
@@ -96,58 +79,42 @@ def _select_kernel(
                     tl.store(rows_of_scratch[:, None] + (offs_j - first_key), b_sum, mask=is_key)
             tl.debug_barrier()  # the scratch is written by other threads than read it
 
-            scores = 0  # where the scores of blocks stand in a row of the scratch: with one key each, its own places
-            if CHILDREN > 1:
-                scores = SCORES
-                for sub in range(0, BLOCK_Q, SUB):
-                    offs_s = sub + tl.arange(0, SUB)
-                    row = scratch + (tl.program_id(0) * BLOCK_Q + offs_s).to(tl.int64)[:, None] * STRIDE
-                    for start in range(0, last_block - first_block, LANES):
-                        block = start + tl.arange(0, LANES)
-                        real = first_block + block < last_block
-                        child = tl.load(block_key_offsets + first_block + block, mask=real, other=0)
-                        end = tl.load(block_key_offsets + first_block + block + 1, mask=real, other=0)
-                        score = tl.zeros([SUB, LANES], dtype=tl.float32)
-                        for i in range(CHILDREN):
-                            score += tl.load(row + (child + i - first_key), mask=child + i < end, other=0.0)
-                        tl.store(row + SCORES + block, score, mask=real)
-                tl.debug_barrier()
-
             is_block = first_block + offs_b < last_block
             for sub in range(0, BLOCK_Q, SUB):
                 offs_s = sub + tl.arange(0, SUB)
-                row = scratch + (tl.program_id(0) * BLOCK_Q + offs_s).to(tl.int64)[:, None, None] * STRIDE
-                score = tl.load(row + scores + offs_b, mask=is_block, other=0.0)  # [SUB, MP // LANES, LANES]
+                row = scratch + (tl.program_id(0) * BLOCK_Q + offs_s).to(tl.int64)[:, None] * STRIDE  # [SUB, 1]
+                if CHILDREN == 1:
+                    score = tl.load(row + offs_b, mask=is_block, other=0.0)  # [SUB, MP]
+                else:
+                    child = tl.load(block_key_offsets + first_block + offs_b, mask=is_block, other=0)
+                    end = tl.load(block_key_offsets + first_block + offs_b + 1, mask=is_block, other=0)
+                    score = tl.zeros([SUB, MP], dtype=tl.float32)
+                    for i in range(CHILDREN):
+                        score += tl.load(row + (child + i - first_key), mask=child + i < end, other=0.0)
                 bits = tl.where(is_block, score.to(tl.int32, bitcast=True), -1)  # of positive floats: in their order
 
-                # bisect for a threshold which just K blocks reach; it is at least the least of the best of K groups
-                best = tl.max(bits, 1)  # [SUB, LANES]
-                high = tl.max(best, 1)
-                low = tl.zeros([SUB], dtype=tl.int32)
-                if KP <= LANES:
-                    low = tl.maximum(tl.min(tl.max(tl.reshape(best, [SUB, KP, LANES // KP]), 2), 1), 0)
-                reached = _count((bits >= low[:, None, None]).to(tl.int32))
-                while tl.max(((reached > K) & (low < high)).to(tl.int32), 0) > 0:
-                    middle = low + (high - low + 1) // 2
-                    count = _count((bits >= middle[:, None, None]).to(tl.int32))
-                    low = tl.where(count >= K, middle, low)
-                    high = tl.where(count >= K, high, middle - 1)
+                # the largest threshold which K blocks reach, or 0 where there are no K blocks
+                threshold = tl.zeros([SUB], dtype=tl.int32)
+                reached = tl.zeros([SUB], dtype=tl.int32) + (last_block - first_block)
+                bit = 30
+                while bit >= 0:
+                    higher = threshold | (1 << bit)
+                    count = tl.sum((bits >= higher[:, None]).to(tl.int32), 1)
+                    threshold = tl.where(count >= K, higher, threshold)
                     reached = tl.where(count >= K, count, reached)
+                    bit = tl.where(tl.max(reached, 0) <= K, -1, bit - 1)
 
-                chosen = (bits >= low[:, None, None]).to(tl.int32)
-                if tl.max(reached, 0) > K:  # of those equal to the threshold, the first
-                    above = (bits > low[:, None, None]).to(tl.int32)
-                    equal = chosen - above
-                    chosen = above + tl.where(_before(equal) < (K - _count(above))[:, None, None], equal, 0)
-                place = _before(chosen)
-                to = block_indices + ((first + offs_s).to(tl.int64) * H + h) * K  # [SUB]
-                real = first + offs_s < last
-                tl.store(
-                    to[:, None, None] + place, tl.zeros_like(place) + first_block + offs_b,
-                    mask=(chosen > 0) & real[:, None, None],
-                )  # fmt: skip
-                is_left = (offs_top >= _count(chosen)[:, None]) & (offs_top < K)  # [SUB, KP]
-                tl.store(to[:, None] + offs_top, tl.full([SUB, KP], -1, tl.int32), mask=is_left & real[:, None])
+                above, equal = bits > threshold[:, None], bits == threshold[:, None]
+                needed = K - tl.sum(above.to(tl.int32), 1)[:, None]  # of those equal to the threshold, the first
+                marks = above.to(tl.int32) * 65536 + equal.to(tl.int32)
+                before = tl.cumsum(marks, 1) - marks
+                chosen = above | (equal & ((before & 65535) < needed))
+                place = (before >> 16) + tl.minimum(before & 65535, needed)
+                to = block_indices + ((first + offs_s).to(tl.int64) * H + h)[:, None] * K
+                real = (first + offs_s < last)[:, None]
+                tl.store(to + place, tl.zeros_like(place) + first_block + offs_b, mask=chosen & real)
+                is_left = offs_top[None, :] >= tl.sum(chosen.to(tl.int32), 1)[:, None]
+                tl.store(to + offs_top, tl.full([SUB, KP], -1, tl.int32), mask=is_left & real & (offs_top < K))
             tl.debug_barrier()  # nobody overwrites the scratch before all have read it
 
 
@@ -164,21 +131,20 @@ def select_blocks_triton(
     children = branches.children
     tile = (FP32 if q.dtype == torch.float32 else HALF) if tile is None else tile
     block_indices = torch.empty(T, H, top_k, dtype=torch.int32, device=q.device)
-    MP, GP = max(LANES, triton.next_power_of_2(branches.max_blocks)), triton.next_power_of_2(G)
+    MP, GP = max(16, triton.next_power_of_2(branches.max_blocks)), triton.next_power_of_2(G)
     BLOCK_Q = max(1, tile.rows // GP)
     tile_offsets, tile_samples = branches.samples.tiles(BLOCK_Q)
     units = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
     programs = min(units * tile.programs, len(tile_samples) * H)
-    first_score = triton.cdiv(max(1, branches.max_compressed), 32) * 32
-    stride = first_score + (MP if branches.max_children > 1 else 0)
+    stride = triton.cdiv(max(1, branches.max_compressed), 32) * 32
     scratch = torch.empty(programs * BLOCK_Q, stride, dtype=torch.float32, device=q.device)
     if programs:
         _select_kernel[(programs,)](
             q, keys, lse, children.offsets if children.ids is None else children.ids, children.offsets, tile_offsets,
             tile_samples, branches.samples.offsets, branches.sample_blocks, block_indices, scratch, scale * LOG2_E,
-            len(branches.samples), len(tile_samples), stride, first_score, top_k,
+            len(branches.samples), len(tile_samples), stride, top_k,
             H=H, G=G, D=D, GP=GP, DP=max(16, triton.next_power_of_2(D)), KP=triton.next_power_of_2(top_k), MP=MP,
-            LANES=LANES, SUB=max(1, min(BLOCK_Q, tile.scores // MP)), BLOCK_Q=BLOCK_Q, BLOCK_K=tile.keys,
+            SUB=max(1, min(BLOCK_Q, tile.scores // MP)), BLOCK_Q=BLOCK_Q, BLOCK_K=tile.keys,
             CHILDREN=branches.max_children, HAS_KEY_IDS=children.ids is not None, KEYS_FIRST=tile.keys_first,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

@@ -15,13 +15,12 @@ class Runs:
     """Consecutive runs of a list of rows: run i is `ids[offsets[i] : offsets[i + 1]]`.
 
     `offsets` is (S + 1,) int32, `total` bounds the length of the list from above, and `ids` (int32) is None where the
-    list is 0, 1, 2, …; `longest` is the length of the longest run, where it is known on the host.
+    list is 0, 1, 2, …
     """
 
     offsets: Tensor
     total: int
     ids: Tensor | None = None
-    longest: int | None = None
     _tiles: dict = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:

@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .pair_gradients_triton import pair_dkdv
 from .run_attention_triton import Tile, run_attention_dkdv, run_attention_dq, run_attention_forward
 from .runs import Runs, Segments
 
@@ -182,7 +181,7 @@ def select_backward(
             HAS_OTHERS=bool(others), G=G, D=D, DP=triton.next_power_of_2(D), BLOCK=MERGED_ROWS,
         )  # fmt: skip
         del partial
-        dk, dv = (run_attention_dkdv if blocks.longest is None else pair_dkdv)(*inputs, tiles[1])
+        dk, dv = run_attention_dkdv(*inputs, tiles[1])
         dks.append(dk)
         dvs.append(dv)
     return dq, sum(dks), sum(dvs)
