@@ -21,9 +21,12 @@ def open_template(page: Browser, server: ComfyServer, name: str, nodes: int) -> 
     """As from the list of templates, by a user who has been here before; it has this many nodes."""
     for setting, value in (("TutorialCompleted", True), ("Workflow.Persist", False)):
         server.post(f"/settings/Comfy.{setting}", value)
+    page.call("Page.navigate", url="about:blank")  # what an older page still has to say is not about this one
+    page.js("return await new Promise(done => setTimeout(() => done(true), 500))")
     page.errors.clear()
     page.open(f"{server.url}/?template={name}&source={PACK_NAME}")
-    page.wait_for(f"return app.canvas.graph._nodes.length === {nodes}", 60, f"the graph of {name}")
+    there = f"n.length === {nodes} && n.some(node => node.type === 'D3DS2MeshExport')"
+    page.wait_for(f"const n = app.canvas.graph._nodes; return {there}", SECONDS, f"the graph of {name}")
 
 
 def viewer_boxes(page: Browser, count: int) -> list[dict[str, float]]:
