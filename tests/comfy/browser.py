@@ -112,10 +112,15 @@ class Browser:
         ready = "return !!(app?.canvas?.graph && app.extensionManager && document.querySelector('canvas'))"
         self.wait_for(ready, 120, f"the front end of {url}")
 
+    def point_at(self, x: float, y: float) -> None:
+        """Move the mouse there, from a little beside."""
+        for beside in (3, 0):
+            self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x + beside, y=y)
+
     def click(self, x: float, y: float) -> None:
-        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
-            button = {} if kind == "mouseMoved" else {"button": "left", "clickCount": 1}
-            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
+        self.point_at(x, y)
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def press(self, key: str, code: int) -> None:
         for kind in ("keyDown", "keyUp"):
