@@ -40,4 +40,4 @@ def test_the_registry_accepts_the_pack():
     command = [str(folder / "bin" / "comfy"), "--skip-prompt", "--no-enable-telemetry", "node", "validate"]
     done = subprocess.run(command, cwd=PACK, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "All validation checks passed" in done.stdout, done.stdout + done.stderr
+    assert "All validation checks passed" in done.stdout + done.stderr
