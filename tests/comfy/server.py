@@ -89,6 +89,7 @@ class ComfyServer:
         own = ("--database-url", f"sqlite:///{self.folder / 'comfyui.db'}")
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         environment |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # nothing leaves
+        environment |= {"MALLOC_MMAP_THRESHOLD_": "131072"}  # freed tensors go back to the system, so `memory` sees it
         with self.log_file.open("w") as log:
             self.process = subprocess.Popen(
                 [str(part) for part in (*command, "--base-directory", self.folder, *own, *UNUSED)],
