@@ -21,7 +21,6 @@ from itertools import product
 import numpy as np
 from scipy import ndimage
 
-SURROUND = np.ones((3, 3, 3), bool)
 DIRECTIONS = [direction for direction in product((-1, 0, 1), repeat=3) if any(direction)]
 OPEN = 0.4  # what a line that leaves the grid counts, in values of the SDF; chosen on generated shapes of the val split
 FACE = 64  # voxels
@@ -50,7 +49,7 @@ def border_of_solid(block_coords: np.ndarray, solid: np.ndarray, grid: int) -> n
         return solid
     is_open = np.ones((grid + 2,) * 3, bool)
     is_open[tuple(block_coords.T + 1)] = is_open[tuple(solid.T + 1)] = False
-    return solid[ndimage.binary_dilation(is_open, SURROUND)[tuple(solid.T + 1)]]
+    return solid[_widened(is_open)[tuple(solid.T + 1)]]
 
 
 def _sight(block_coords: np.ndarray, faces: dict[tuple[int, int], np.ndarray], stored: np.ndarray) -> np.ndarray:
@@ -82,13 +81,23 @@ def _negative_regions(
     block_coords: np.ndarray, faces: dict[tuple[int, int], np.ndarray], stored: np.ndarray
 ) -> np.ndarray:
     """Missing blocks of nearly closed regions whose surroundings are negative in the mean, (G+2,) * 3 bool."""
-    narrowed = np.pad(~ndimage.binary_dilation(stored, SURROUND), 1, constant_values=True)
+    narrowed = np.pad(~_widened(stored), 1, constant_values=True)
     labels = ndimage.label(narrowed)[0]
-    outside = ndimage.binary_dilation(labels == labels[0, 0, 0], SURROUND)[1:-1, 1:-1, 1:-1]
+    outside = _widened(labels == labels[0, 0, 0])[1:-1, 1:-1, 1:-1]
     labels, count = ndimage.label(~stored & ~outside)
     total = np.zeros(count + 1)  # of the values that touch each region
     for (axis, layer), values in faces.items():  # the face of a stored block toward its neighbour
         neighbor = block_coords + 1
         neighbor[:, axis] += -1 if layer == 0 else 1
-        np.add.at(total, labels[tuple(neighbor.T)], values)
+        total += np.bincount(labels[tuple(neighbor.T)], values, count + 1)
     return (labels > 0) & (total < 0)[labels]
+
+
+def _widened(mask: np.ndarray) -> np.ndarray:
+    """A mask (X,Y,Z) and all the neighbours of what is in it, across faces, edges and corners."""
+    for axis in range(3):
+        before, mask = np.moveaxis(mask, axis, 0), mask.copy()
+        widened = np.moveaxis(mask, axis, 0)
+        widened[1:] |= before[:-1]
+        widened[:-1] |= before[1:]
+    return mask
