@@ -5,7 +5,9 @@
 Needs of ComfyUI's requirements only psutil, einops, comfy-aimdo, comfy-kitchen and torchvision. Each prompt is image ->
 structure -> latent -> SDF -> mesh with a new seed, and drops what it made, as ComfyUI's cache does at the next one.
 Then everything is unloaded by ComfyUI's own `unload_all_models`. Prints a line for each prompt: seconds, faces, bytes
-of torch's tensors on the device and the most during the prompt, resident memory, models loaded.
+of torch's tensors on the device and the most during the prompt, bytes that the card itself counts as taken (other
+allocators and the CUDA context too), resident memory, models loaded. Exits 1 if what is held grew over the later
+prompts, or weights stayed on the device after the unloading.
 """
 
 import argparse
@@ -23,6 +25,8 @@ from tests.comfy_stand_ins import ComfyUI  # before ComfyUI, which has `tests` o
 
 REAL = ("comfy", "comfy.model_management", "comfy.model_patcher", "comfy.utils", "comfy.cli_args")
 MIB = 1 << 20
+WARM = 3  # prompts that may fill caches and compile kernels
+ALLOWED = {"tensors": 1, "card": 64, "resident": 64}  # MiB that may be held more at the end than after those
 
 
 def import_comfyui(folder: Path):
@@ -60,6 +64,14 @@ def run_prompt(comfy, model, image: torch.Tensor, seed: int) -> int:
     return comfy.run("D3DS2VAEDecodeSDF", model=model, latent=latent)[0].faces.shape[1]
 
 
+def held(process, on_gpu: bool) -> dict[str, float]:
+    """MiB: torch's tensors on the device, what the card counts as taken, resident memory."""
+    free, total = torch.cuda.mem_get_info() if on_gpu else (0, 0)
+    tensors = torch.cuda.memory_allocated() if on_gpu else 0
+    sizes = {"tensors": tensors, "card": total - free, "resident": process.memory_info().rss}
+    return {name: size / MIB for name, size in sizes.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("comfyui", type=Path)
@@ -83,25 +95,32 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     model = comfy.run("LoadD3DS2Model", model="given" if arguments.folder else arguments.model)[0]
     print(f"ComfyUI on {device}, {type(model.patcher).__name__}")
+    history = []
     for seed in range(arguments.prompts):
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         started = time.monotonic()
         faces = run_prompt(comfy, model, image, seed)
         gc.collect()
-        allocated, most = (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()) if on_gpu else (0, 0)
+        history.append(held(process, on_gpu))
+        most = torch.cuda.max_memory_allocated() / MIB if on_gpu else 0
         print(
-            f"prompt {seed + 1}: {time.monotonic() - started:.1f} s, {faces:,} faces, device {allocated / MIB:.1f} MiB "
-            f"(most {most / MIB:.1f}), resident {process.memory_info().rss / MIB:.0f} MiB, "
-            f"{len(management.current_loaded_models)} models loaded"
+            f"prompt {seed + 1}: {time.monotonic() - started:.1f} s, {faces:,} faces, "
+            + ", ".join(f"{name} {size:.1f}" for name, size in history[-1].items())
+            + f" MiB (tensors at most {most:.1f}), {len(management.current_loaded_models)} models loaded",
+            flush=True,
         )
+    warm, last = history[min(WARM, len(history)) - 1], history[-1]
+    growth = {name: last[name] - warm[name] for name in ALLOWED}
+    print(f"growth from prompt {WARM} on: " + ", ".join(f"{name} {size:.1f}" for name, size in growth.items()) + " MiB")
     management.unload_all_models()
     management.soft_empty_cache()
-    left = torch.cuda.memory_allocated() if on_gpu else 0
     loaded = len(management.current_loaded_models)
-    print(f"after unload_all_models: device {left / MIB:.1f} MiB, {loaded} models loaded")
-    where = {next(patcher.model.parameters()).device.type for patcher in model.get_models()}
-    print(f"weights on {', '.join(sorted(where))}")
+    where = {parameter.device.type for patcher in model.get_models() for parameter in patcher.model.parameters()}
+    left = ", ".join(f"{name} {size:.1f}" for name, size in held(process, on_gpu).items())
+    print(f"after unload_all_models: {left} MiB, {loaded} models loaded, weights on {', '.join(sorted(where))}")
+    if loaded or where != {"cpu"} or any(growth[name] > most for name, most in ALLOWED.items()):
+        raise SystemExit("memory grew or was not given back")
 
 
 if __name__ == "__main__":

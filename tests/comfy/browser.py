@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import websocket
 from PIL import Image
 
 WINDOW = (1600, 1000)
@@ -57,6 +56,8 @@ class Browser:
         self._number = 0
 
     def __enter__(self) -> "Browser":
+        import websocket  # here, so that a machine without it can collect the tests; they themselves need it
+
         command = [find_chromium(), *OPTIONS, f"--user-data-dir={self.profile}", "about:blank"]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen(command, start_new_session=True, **quiet)
@@ -121,10 +122,6 @@ class Browser:
         self.point_at(x, y)
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
-
-    def press(self, key: str, code: int) -> None:
-        for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
 
     def picture(self, box: dict[str, float] | None = None) -> np.ndarray:
         """The page, or the part of it in a box (x, y, width, height): (H, W, 3) uint8."""

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import websocket
-
 from tests.comfy.installation import PACK, Installation
 
 PACK_NAME = "ComfyUI-D3DS2"
@@ -105,7 +103,6 @@ class ComfyServer:
                 self.__exit__()
                 raise RuntimeError(f"ComfyUI {self.installation.version} does not answer:\n{self.log[-4000:]}")
             time.sleep(0.1)
-        self.started_in = time.monotonic() - begin
         return self
 
     def __exit__(self, *exception) -> None:
@@ -157,6 +154,8 @@ class ComfyServer:
         Raises:
             PromptRefused: it was not queued.
         """
+        import websocket  # here, so that a machine without it can collect the tests; they themselves need it
+
         client = uuid.uuid4().hex
         listener = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={client}", timeout=timeout)
         try:
