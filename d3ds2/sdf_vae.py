@@ -131,6 +131,9 @@ class Encoder(nn.Module):
         if self.voxel_place is not None:
             i, j, k = (voxels.coords[:, 1:].long() % FACTOR).unbind(1)
             x = x + F.embedding((FACTOR * i + j) * FACTOR + k, self.voxel_place).to(x.dtype)
+        coarse = voxels
+        for _ in self.down_blocks:  # first, so that neighbours on each grid follow from the grid below it
+            coarse = coarse.coarsen(2)[0]
         for block in self.down_blocks:
             x, voxels = run(block, x, voxels)
         x = _embed(x, voxels, self.input_layer, position_factor)  # (L, C)

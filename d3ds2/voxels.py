@@ -13,11 +13,16 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 
 import torch
 from torch import Tensor
 
+from .device_constant import device_constant
+from .neighbors import child_neighbors, search_neighbors
+
 BLOCK = 8  # voxels along the edge of a selection block: m_slc in the paper, and the SDF voxels of one latent
+PLACES = tuple((0, *place) for place in product(range(BLOCK), repeat=3))  # in a block, in their order
 
 
 EMBEDDED_ROWS = 16384  # positions embedded at a time
@@ -113,9 +118,8 @@ class Voxels:
     @classmethod
     def of_blocks(cls, block_coords: Tensor, resolution: int, batch_size: int) -> "Voxels":
         """All 8³ voxels of blocks (M, 4) int32 [batch, x, y, z], which must be lexicographic, each once: no check."""
-        place = torch.arange(BLOCK**3, dtype=torch.int32, device=block_coords.device)
-        offset = torch.stack([torch.zeros_like(place), place >> 6, place >> 3 & 7, place & 7], dim=1)
-        corners = block_coords * block_coords.new_tensor([1, BLOCK, BLOCK, BLOCK])
+        offset = device_constant(PLACES, block_coords.device)  # (512, 4)
+        corners = block_coords * device_constant((1, BLOCK, BLOCK, BLOCK), block_coords.device)
         voxels = cls._trusted((corners[:, None] + offset).flatten(0, 1), resolution, batch_size)
         starts = torch.arange(len(block_coords) + 1, dtype=torch.int32, device=block_coords.device) * BLOCK**3
         voxels.__dict__.update(block_coords=block_coords, block_offsets=starts)  # where they are cached
@@ -153,7 +157,7 @@ class Voxels:
     @cached_property
     def cu_seqlens(self) -> Tensor:
         """First row of each sample and, last, N: (B+1,) int32."""
-        return _offsets(torch.bincount(self.batch_index, minlength=self.batch_size))
+        return _first_of_samples(self.coords, self.batch_size)
 
     @cached_property
     def membership(self) -> Tensor:
@@ -171,7 +175,7 @@ class Voxels:
     @cached_property
     def _blocks(self) -> tuple[Tensor, Tensor, Tensor]:
         keys, block_of_token, counts = torch.unique_consecutive(
-            self._keys // BLOCK**3, return_inverse=True, return_counts=True
+            self._keys >> 9, return_inverse=True, return_counts=True
         )
         return keys, block_of_token, counts
 
@@ -194,7 +198,7 @@ class Voxels:
     @cached_property
     def block_cu_seqlens(self) -> Tensor:
         """First block of each sample and, last, M: (B+1,) int32."""
-        return _offsets(torch.bincount(self.block_coords[:, 0].long(), minlength=self.batch_size))
+        return _first_of_samples(self.block_coords, self.batch_size)
 
     @cached_property
     def block_counts(self) -> list[int]:
@@ -209,41 +213,18 @@ class Voxels:
 
         Row k = 9 (dx+1) + 3 (dy+1) + (dz+1) holds the voxels at coords + (dx, dy, dz); row 13 is the voxel itself.
         """
-        coarse = self._cache.get("coarse", lambda: None)()
-        return self._search_neighbors() if coarse is None else coarse._child_neighbors()
+        if (whole := self._cache.get("coarse", lambda: None)()) is not None:
+            return child_neighbors(whole.neighbors, whole.child_order)
+        if ("coarsen", 2) in self._cache:
+            coarse, parent = self.coarsen(2)
+            return child_neighbors(coarse.neighbors, 8 * parent + self._child_number)
+        return search_neighbors(self.coords, self._keys, self.resolution, _sort_keys)
 
-    def _search_neighbors(self) -> Tensor:
-        N, keys = len(self), self._keys
-        table = torch.full((27, N), N, dtype=torch.int32, device=self.device)
-        rows = torch.arange(N, dtype=torch.int32, device=self.device)
-        table[13] = rows
-        if N == 0:
-            return table
-        for k in range(13):
-            offset = self.coords.new_tensor([0, k // 9 - 1, k // 3 % 3 - 1, k % 3 - 1])
-            coords = self.coords + offset
-            inside = ((coords[:, 1:] >= 0) & (coords[:, 1:] < self.resolution)).all(1)
-            wanted = _sort_keys(coords.clamp(min=0), self.resolution)
-            found = torch.searchsorted(keys, wanted, out_int32=True).clamp(max=N - 1)
-            table[k] = torch.where(inside & (keys[found] == wanted), found, N)
-            # being neighbours is mutual: the voxel found has this one at the opposite offset
-            opposite = torch.full((N + 1,), N, dtype=torch.int32, device=self.device)
-            opposite[table[k].long()] = rows
-            table[26 - k] = opposite[:N]
-        return table
-
-    def _child_neighbors(self) -> Tensor:
-        """`neighbors` of the subdivided grid (27, 8N) by look-ups in those of this one, much faster than a search."""
-        N, steps = len(self), torch.tensor([-1, 0, 1], device=self.device)
-        offset = torch.cartesian_prod(steps, steps, steps)[:, None]  # (27, 1, 3)
-        child = torch.cartesian_prod(*[torch.arange(2, device=self.device)] * 3)  # (8, 3)
-        position = child + offset  # of the neighbour, in the cell of the voxel's parent: (27, 8, 3), -1 to 2
-        coarse_offset = ((position // 2 + 1) * position.new_tensor([9, 3, 1])).sum(-1)  # (27, 8)
-        neighbor_child = (position % 2 * position.new_tensor([4, 2, 1])).sum(-1).int()  # (27, 8)
-        rows = self.neighbors[coarse_offset] * 8 + neighbor_child[..., None]  # (27, 8, N) in rows 8 n + child
-        rank = torch.full((8 * N + 8,), 8 * N, dtype=torch.int32, device=self.device)
-        rank[self.child_order] = torch.arange(8 * N, dtype=torch.int32, device=self.device)
-        return rank[rows.long()].transpose(1, 2).flatten(1).index_select(1, self.child_order)
+    @property
+    def _child_number(self) -> Tensor:
+        """4 i + 2 j + k of the place i, j, k of each voxel in its cell of 2³, (N,) int32."""
+        x, y, z = (self.coords[:, 1:] & 1).unbind(1)
+        return x * 4 + y * 2 + z
 
     def coarsen(self, factor: int) -> tuple["Voxels", Tensor]:
         """Pool `factor`³ voxels into one.
@@ -260,15 +241,23 @@ class Voxels:
 
     def _coarsen(self, factor: int) -> tuple["Voxels", Tensor]:
         resolution = self.resolution // factor
-        coords = torch.cat([self.coords[:, :1], self.coords[:, 1:] // factor], dim=1)
-        keys, parent, counts = torch.unique(_sort_keys(coords, resolution), return_inverse=True, return_counts=True)
-        self._cache["coarse counts", factor] = counts
-        return Voxels._trusted(_coords_of_keys(keys, resolution), resolution, self.batch_size), parent
+        coords = self.coords // device_constant((1, factor, factor, factor), self.device)
+        keys, order = _sort_keys(coords, resolution).sort()
+        rank = (keys.diff(prepend=keys[:1]) > 0).cumsum(0)  # of the voxel there, in sorted order
+        N = int(rank[-1]) + 1 if len(rank) else 0
+        parent = torch.empty_like(rank).scatter_(0, order, rank)
+        child = rank.new_empty(N).scatter_(0, rank, order)  # one of each voxel there
+        coarse = Voxels._trusted(coords.index_select(0, child), resolution, self.batch_size)
+        coarse.__dict__["_keys"] = rank.new_empty(N).scatter_(0, rank, keys)  # where it is cached
+        return coarse, parent
 
     def coarse_counts(self, factor: int) -> Tensor:
         """How many of these voxels lie in each voxel of `coarsen(factor)`, (rows there,) long."""
-        self.coarsen(factor)
-        return self._cache["coarse counts", factor]
+        coarse, parent = self.coarsen(factor)
+        return self.cached(
+            ("coarse counts", factor),
+            lambda: parent.new_zeros(len(coarse)).scatter_add_(0, parent, torch.ones_like(parent)),
+        )
 
     def subdivide(self) -> tuple["Voxels", Tensor]:
         """All eight children of every voxel, at twice the resolution, and `parent` (8N,) long: each one's row here."""
@@ -285,14 +274,15 @@ class Voxels:
 
         So features (8N, C) in rows 8 n + child are sorted by `x[child_order]`.
         """
-        return _sort_keys(self._children, 2 * self.resolution).argsort()
+        first = _sort_keys(self.coords * device_constant((1, 2, 2, 2), self.device), 2 * self.resolution)
+        child = device_constant(tuple(64 * i + 8 * j + k for i, j, k in product((0, 1), repeat=3)), self.device)
+        return (first[:, None] + child).flatten().argsort()  # the children of a voxel lie in one block
 
     @property
     def _children(self) -> Tensor:
         """Coordinates (8N, 4) of all children, row 8 n + child."""
-        child = torch.arange(8, dtype=torch.int32, device=self.device)
-        offset = torch.stack([torch.zeros_like(child), child // 4, child // 2 % 2, child % 2], dim=1)  # (8, 4)
-        return (self.coords[:, None] * self.coords.new_tensor([1, 2, 2, 2]) + offset).flatten(0, 1)
+        offset = device_constant(tuple((0, *child) for child in product((0, 1), repeat=3)), self.device)  # (8, 4)
+        return (self.coords[:, None] * device_constant((1, 2, 2, 2), self.device) + offset).flatten(0, 1)
 
     # --- attention windows and positions
 
@@ -376,18 +366,17 @@ def _sort_keys(coords: Tensor, resolution: int) -> Tensor:
     """One int64 a voxel (N,), which orders by sample, block and place."""
     blocks_per_edge = -(-resolution // BLOCK)
     batch, x, y, z = coords.long().unbind(1)
-    block = ((batch * blocks_per_edge + (x >> 3)) * blocks_per_edge + (y >> 3)) * blocks_per_edge + (z >> 3)
-    return (block << 9) + ((x & 7) << 6) + ((y & 7) << 3) + (z & 7)  # shifts: CPUs divide int64 slowly
+    block = batch
+    for axis in (x, y, z):
+        block = torch.add(axis >> 3, block, alpha=blocks_per_edge)  # shifts: CPUs divide int64 slowly
+    place = torch.add(torch.add(z & 7, y & 7, alpha=8), x & 7, alpha=64)
+    return torch.add(place, block, alpha=BLOCK**3)
 
 
-def _coords_of_keys(keys: Tensor, resolution: int) -> Tensor:
-    """The inverse of `_sort_keys`: (N, 4) int32."""
-    blocks_per_edge = -(-resolution // BLOCK)
-    block, place = keys // BLOCK**3, keys % BLOCK**3
-    z = block % blocks_per_edge * BLOCK + place % BLOCK
-    y = block // blocks_per_edge % blocks_per_edge * BLOCK + place // BLOCK % BLOCK
-    x = block // blocks_per_edge**2 % blocks_per_edge * BLOCK + place // BLOCK**2
-    return torch.stack([block // blocks_per_edge**3, x, y, z], dim=1).int()
+def _first_of_samples(coords: Tensor, batch_size: int) -> Tensor:
+    """First row of each sample in sorted coords and, last, their number: (B+1,) int32."""
+    samples = torch.arange(batch_size + 1, dtype=coords.dtype, device=coords.device)
+    return torch.searchsorted(coords[:, 0].contiguous(), samples, out_int32=True)
 
 
 def _offsets(counts: Tensor) -> Tensor:

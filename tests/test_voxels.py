@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from d3ds2 import neighbors
 from d3ds2.voxels import Voxels, absolute_position_embedding
 from tests.random_voxels import random_coords, random_voxels
 
@@ -133,3 +134,15 @@ def test_bad_coords_are_named(coords, message):
 def test_coarsen_wants_a_divisor(voxels):
     with pytest.raises(ValueError, match="divides the resolution"):
         voxels.coarsen(7)
+
+
+def test_neighbors_follow_from_a_coarser_grid(voxels):
+    expected = Voxels(voxels.coords, voxels.resolution, voxels.batch_size).neighbors
+    voxels.coarsen(2)[0].coarsen(2)
+    assert torch.equal(voxels.neighbors, expected)
+
+
+def test_neighbors_searched_a_few_at_a_time(voxels, monkeypatch):
+    expected = voxels.neighbors
+    monkeypatch.setattr(neighbors, "SEARCHED", 5 * len(voxels))
+    assert torch.equal(Voxels(voxels.coords, voxels.resolution, voxels.batch_size).neighbors, expected)
