@@ -22,7 +22,6 @@ from torch import Tensor
 from .runs import Segments
 
 LOG2_E = 1.4426950408889634
-LN_2 = 0.6931471805599453
 
 
 @dataclass(frozen=True)
