@@ -83,11 +83,12 @@ def timed(function: Callable, inputs: list[Tensor]) -> Timing:
     return Timing(forward, backward, (torch.cuda.max_memory_allocated() - before) / 2**30)
 
 
-def attempt(function: Callable, inputs: list[Tensor]) -> Timing | str:
-    """A timing, or what stands in the table where a rival cannot."""
+def attempt(rival: Callable, inputs: list[Tensor]) -> Timing | str:
+    """A timing, or what stands in the table where a rival cannot; the reason goes to stderr."""
     try:
-        return timed(function, inputs)
-    except (torch.OutOfMemoryError, RuntimeError, NotImplementedError) as error:
+        return timed(rival, inputs)
+    except (RuntimeError, NotImplementedError) as error:  # out of memory is a RuntimeError
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         torch.cuda.empty_cache()
         return type(error).__name__
 
@@ -186,7 +187,7 @@ def measure(name: str, voxels: Voxels, rivals: bool) -> list[list[str]]:
     del repeated
     for c, pooled_conv, top_k in FORMS:
         run, compress = ssa(voxels, c, pooled_conv, top_k)
-        timing, part = attempt(run, [q, k, v, gates]), attempt(compress, [k, v])
+        timing, part = timed(run, [q, k, v, gates]), timed(compress, [k, v])
         limits = limit_ms(voxels, c, top_k)
         label = f"SSA m_cmp {c}, k {top_k}"
         rows.append([name, "", "", label, *cells(timing, flash, limits)])

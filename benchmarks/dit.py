@@ -48,11 +48,12 @@ def image_tokens(batch_size: int, foreground: float) -> ImageTokens:
 
 def make_model(form: dict, top_k: int, dtype: torch.dtype) -> LatentDiT:
     torch.manual_seed(0)
-    model = LatentDiT(LatentDiTConfig(top_k=top_k, **form))
+    with torch.device("cuda"):
+        model = LatentDiT(LatentDiTConfig(top_k=top_k, **form))
     for module in model.modules():
         if isinstance(module, nn.Linear) and not module.weight.any():
             nn.init.normal_(module.weight, std=0.02)  # what begins as zero would skip nothing, but hide errors
-    return model.to("cuda", dtype)
+    return model.to(dtype)
 
 
 def median_ms(function: Callable, runs: int = 7) -> float:
