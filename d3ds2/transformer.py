@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from .voxels import Voxels, per_token
 
 NUM_FREQUENCIES = 128  # of the time embedding
-INFERENCE_ROWS = 1 << 14  # tokens in the hidden layer at once, without gradients
 SLICE_ROWS = 16384  # tokens at a time in a feed-forward without gradient: its hidden layer is four times as wide
 
 

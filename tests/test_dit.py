@@ -178,8 +178,10 @@ def test_wrong_configs_are_named(config, change):
 
 
 def test_feed_forward_in_slices(monkeypatch):
-    monkeypatch.setattr("d3ds2.transformer.INFERENCE_ROWS", 4)
+    monkeypatch.setattr("d3ds2.transformer.SLICE_ROWS", 4)
     layer, x = FeedForward(8), torch.randn(10, 8)
-    expected = layer(x)
+    expected, rows = layer(x), []
+    layer.up.register_forward_hook(lambda module, inputs, hidden: rows.append(len(hidden)))
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected)
+    assert rows == [4, 4, 2]
