@@ -30,6 +30,32 @@ CATEGORY = "3d/direct3d-s2"
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
 
+def sampling_inputs(seed_tooltip: str) -> list[io.Input]:
+    """What every sampling node has: seed, steps and guidance_scale; 0 steps and 0 guidance take the model's own."""
+    return [
+        io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=True, tooltip=seed_tooltip),
+        io.Int.Input("steps", default=0, min=0, max=200, tooltip="Euler steps; 0 takes the model's own number."),
+        io.Float.Input(
+            "guidance_scale",
+            default=0.0,
+            min=0.0,
+            max=20.0,
+            step=0.1,
+            tooltip="How strongly the image guides; 1 switches guidance off and halves the time; 0 takes the model's "
+            "own value.",
+        ),
+    ]
+
+
+def structure_outputs() -> list[io.Output]:
+    """What every node that makes a structure gives: the structure, core's VOXEL of it, and its size as text."""
+    return [
+        StructureSocket.Output("structure", tooltip="For SSA-DiT Sample."),
+        io.Voxel.Output("voxel", tooltip="The same as core VOXEL, for Voxel to Mesh and a look at it."),
+        io.String.Output("tokens", tooltip="How many tokens stage two will work on, as text."),
+    ]
+
+
 @dataclass(frozen=True)
 class Stage:
     """The networks of one resolution by name, and how its latents are sampled unless a node says otherwise."""

@@ -27,6 +27,19 @@ def mesh_input(tooltip: str) -> io.Input:
     return io.MultiType.Input(io.Mesh.Input("mesh", tooltip=tooltip), types=[io.Custom(name) for name in FILES])
 
 
+def fit_inputs(shell_tooltip: str) -> list[io.Input]:
+    """How a mesh is put into the model's box and made solid; `fitted_meshes` does it."""
+    return [
+        io.Boolean.Input(
+            "fit",
+            default=True,
+            tooltip="Centre the mesh and scale it to the model's box. Off: it lies in [-1, 1]³ already and stays where "
+            "it is.",
+        ),
+        io.Float.Input("shell", default=0.55, min=0.5, max=4.0, step=0.05, tooltip=shell_tooltip, advanced=True),
+    ]
+
+
 def to_socket(meshes: list[Mesh]) -> Types.MESH:
     """Meshes -> one MESH: vertices (B, V, 3) float32, faces (B, F, 3) int64, and normals where MESH takes them."""
     known = inspect.signature(Types.MESH).parameters

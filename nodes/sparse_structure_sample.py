@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .io_types import CATEGORY, MAX_SEED, Model, ModelSocket, StructureSocket
+from .io_types import CATEGORY, Model, ModelSocket, sampling_inputs, structure_outputs
 
 
 class SparseStructureSample(io.ComfyNode):
@@ -22,32 +22,9 @@ class SparseStructureSample(io.ComfyNode):
                     tooltip="The object, cut out (from Remove Background) or on a plain background. A batch makes one "
                     "structure of each picture.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=MAX_SEED,
-                    control_after_generate=True,
-                    tooltip="One seed, one structure. Picture i of a batch takes seed + i.",
-                ),
-                io.Int.Input(
-                    "steps", default=0, min=0, max=200, tooltip="Euler steps; 0 takes the model's own number."
-                ),
-                io.Float.Input(
-                    "guidance_scale",
-                    default=0.0,
-                    min=0.0,
-                    max=20.0,
-                    step=0.1,
-                    tooltip="How strongly the image guides; 1 switches guidance off and halves the time; 0 takes the "
-                    "model's own value.",
-                ),
+                *sampling_inputs("One seed, one structure. Picture i of a batch takes seed + i."),
             ],
-            outputs=[
-                StructureSocket.Output("structure", tooltip="For SSA-DiT Sample."),
-                io.Voxel.Output("voxel", tooltip="The same as core VOXEL, for Voxel to Mesh and a look at it."),
-                io.String.Output("tokens", tooltip="How many tokens stage two will work on, as text."),
-            ],
+            outputs=structure_outputs(),
             hidden=[io.Hidden.unique_id],
         )
 

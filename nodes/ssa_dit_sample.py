@@ -2,7 +2,16 @@
 
 from comfy_api.latest import io
 
-from .io_types import CATEGORY, MAX_SEED, Latent, LatentSocket, Model, ModelSocket, Structure, StructureSocket
+from .io_types import (
+    CATEGORY,
+    Latent,
+    LatentSocket,
+    Model,
+    ModelSocket,
+    Structure,
+    StructureSocket,
+    sampling_inputs,
+)
 
 
 class SSADiTSample(io.ComfyNode):
@@ -22,26 +31,7 @@ class SSADiTSample(io.ComfyNode):
                     "image",
                     tooltip="The object, cut out or on a plain background: one for all structures, or one for each.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=MAX_SEED,
-                    control_after_generate=True,
-                    tooltip="One seed, one latent. Sample i of a batch takes seed + i.",
-                ),
-                io.Int.Input(
-                    "steps", default=0, min=0, max=200, tooltip="Euler steps; 0 takes the model's own number."
-                ),
-                io.Float.Input(
-                    "guidance_scale",
-                    default=0.0,
-                    min=0.0,
-                    max=20.0,
-                    step=0.1,
-                    tooltip="How strongly the image guides; 1 switches guidance off and halves the time; 0 takes the "
-                    "model's own value.",
-                ),
+                *sampling_inputs("One seed, one latent. Sample i of a batch takes seed + i."),
                 io.Int.Input(
                     "max_tokens",
                     default=250_000,

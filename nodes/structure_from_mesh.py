@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from .io_types import CATEGORY, Model, ModelSocket, StructureSocket
-from .mesh_socket import from_socket, mesh_input
+from .io_types import CATEGORY, Model, ModelSocket, structure_outputs
+from .mesh_socket import fit_inputs, from_socket, mesh_input
 
 
 class StructureFromMesh(io.ComfyNode):
@@ -19,27 +19,9 @@ class StructureFromMesh(io.ComfyNode):
             inputs=[
                 ModelSocket.Input("model", tooltip="From Load D3DS2 Model; it sets the resolution."),
                 mesh_input("A mesh or a 3D file, Y up, the side that the image shows toward +Z."),
-                io.Boolean.Input(
-                    "fit",
-                    default=True,
-                    tooltip="Centre the mesh and scale it to the model's box. Off: it lies in [-1, 1]³ already and "
-                    "stays where it is.",
-                ),
-                io.Float.Input(
-                    "shell",
-                    default=0.55,
-                    min=0.5,
-                    max=4.0,
-                    step=0.05,
-                    tooltip="Half the thickness, in SDF voxels, that open sheets get.",
-                    advanced=True,
-                ),
+                *fit_inputs("Half the thickness, in SDF voxels, that open sheets get."),
             ],
-            outputs=[
-                StructureSocket.Output("structure", tooltip="For SSA-DiT Sample."),
-                io.Voxel.Output("voxel", tooltip="The same as core VOXEL, for Voxel to Mesh and a look at it."),
-                io.String.Output("tokens", tooltip="How many tokens stage two will work on, as text."),
-            ],
+            outputs=structure_outputs(),
             hidden=[io.Hidden.unique_id],
         )
 

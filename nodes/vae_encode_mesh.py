@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from .io_types import CATEGORY, Latent, LatentSocket, Model, ModelSocket
-from .mesh_socket import from_socket, mesh_input
+from .mesh_socket import fit_inputs, from_socket, mesh_input
 
 
 class VAEEncodeMesh(io.ComfyNode):
@@ -18,21 +18,9 @@ class VAEEncodeMesh(io.ComfyNode):
             inputs=[
                 ModelSocket.Input("model", tooltip="From Load D3DS2 Model."),
                 mesh_input("A mesh or a 3D file. Open, self-intersecting, many-parted: all are fine."),
-                io.Boolean.Input(
-                    "fit",
-                    default=True,
-                    tooltip="Centre the mesh and scale it to the model's box. Off: it lies in [-1, 1]³ already and "
-                    "stays where it is.",
-                ),
-                io.Float.Input(
-                    "shell",
-                    default=0.55,
-                    min=0.5,
-                    max=4.0,
-                    step=0.05,
-                    tooltip="Half the thickness, in SDF voxels, that open sheets get; larger values also close gaps "
-                    "of up to twice their size.",
-                    advanced=True,
+                *fit_inputs(
+                    "Half the thickness, in SDF voxels, that open sheets get; larger values also close gaps of up to "
+                    "twice their size."
                 ),
             ],
             outputs=[LatentSocket.Output("latent", tooltip="For VAE Decode SDF of the same model.")],
