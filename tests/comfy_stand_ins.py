@@ -158,7 +158,8 @@ class ComfyUI:
         self.folder, self.device = folder, torch.device(device)
         self.progress, self.texts, self.loads = [], [], []
         self.interrupt_at, self.cancel_points, self.interrupted_since = None, 0, None
-        self.total_memory, self.supports = 64 << 30, {torch.float32}
+        self.total_memory = 64 << 30
+        self.supports = {torch.float32} if device == "cpu" else {torch.bfloat16, torch.float16}
         self.arguments = SimpleNamespace(disable_metadata=False)
         self.modules = {name: module for name, module in self._modules(mesh_class).items() if name not in real}
         self.saved = {name: sys.modules.get(name) for name in self.modules}

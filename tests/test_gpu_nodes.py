@@ -5,10 +5,8 @@ import torch
 
 from d3ds2 import activation_memory as estimate
 from d3ds2.chunked_decode import kept_bytes, latent_bytes
-from tests.comfy_stand_ins import ComfyUI
 from tests.test_activation_memory import fresh, image_tokens, sphere
 from tests.test_nodes import picture
-from tests.tiny_model import write_model
 
 pytestmark = pytest.mark.gpu
 
@@ -26,13 +24,8 @@ def peak(function) -> int:
 
 
 @pytest.fixture(scope="module")
-def comfy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("comfy")
-    write_model(folder / "models" / "direct3d_s2" / "random")
-    comfy = ComfyUI(folder, device="cuda")
-    comfy.supports = {torch.bfloat16, torch.float16}
-    yield comfy
-    comfy.close()
+def comfy_device():
+    return "cuda"
 
 
 @pytest.mark.parametrize("model", ["random", "tiny"])

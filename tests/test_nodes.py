@@ -13,17 +13,7 @@ from d3ds2.foreground import cut_out
 from d3ds2.pipeline import load_pipeline
 from d3ds2.sdf_to_mesh import Mesh
 from tests.comfy_stand_ins import MESH, ComfyUI, InterruptProcessingException, PaddedMESH
-from tests.tiny_model import draw_object, write_model
-
-
-@pytest.fixture(scope="module")
-def comfy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("comfy")
-    (folder / "output").mkdir()
-    write_model(folder / "models" / "direct3d_s2" / "random")
-    comfy = ComfyUI(folder)
-    yield comfy
-    comfy.close()
+from tests.tiny_model import draw_object
 
 
 @pytest.fixture(autouse=True)

@@ -8,22 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d3ds2.checkpoint import save_settings
-from tests.comfy_stand_ins import MESH, ComfyUI
+from tests.comfy_stand_ins import MESH
 from tests.test_nodes import picture
 from tests.tiny_model import SAMPLING, make_networks, write_model
 
 TRIANGLES = torch.tensor([[[0, 2, 1], [0, 1, 3], [1, 2, 3], [2, 0, 3]]])
 TETRAHEDRON = MESH(torch.tensor([[[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]]), TRIANGLES)
-
-
-@pytest.fixture(scope="module")
-def comfy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("comfy")
-    (folder / "output").mkdir()
-    write_model(folder / "models" / "direct3d_s2" / "random")
-    comfy = ComfyUI(folder)
-    yield comfy
-    comfy.close()
 
 
 @pytest.fixture(scope="module")

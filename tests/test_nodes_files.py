@@ -9,19 +9,10 @@ import torch
 import trimesh
 from PIL import Image
 
-from tests.comfy_stand_ins import MESH, ComfyUI
+from tests.comfy_stand_ins import MESH
 from tests.test_nodes import picture
 
 OBJECT = picture()[0, :, :, 3] > 0.5  # (80, 96)
-
-
-@pytest.fixture(scope="module")
-def comfy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("comfy")
-    (folder / "output").mkdir()
-    comfy = ComfyUI(folder)
-    yield comfy
-    comfy.close()
 
 
 @pytest.fixture

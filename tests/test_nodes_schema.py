@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.comfy_stand_ins import ROOT, ComfyUI
+from tests.comfy_stand_ins import ROOT
 
 # released: names, order, types and defaults never change, or saved workflows break
 SOCKETS = {
@@ -44,10 +44,9 @@ SOCKETS = {
 
 
 @pytest.fixture(scope="module")
-def comfy(tmp_path_factory):
-    comfy = ComfyUI(tmp_path_factory.mktemp("comfy"))
-    yield comfy
-    comfy.close()
+def comfy_folder(tmp_path_factory):
+    """Without any model."""
+    return tmp_path_factory.mktemp("comfy")
 
 
 @pytest.fixture(scope="module")

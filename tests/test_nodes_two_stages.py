@@ -5,21 +5,18 @@ import torch
 
 from d3ds2.convert_official import convert
 from d3ds2.pipeline import load_pipeline
-from tests.comfy_stand_ins import ComfyUI
 from tests.official_release import write_release
 from tests.test_nodes import picture
 from tests.tiny_model import draw_object
 
 
 @pytest.fixture(scope="module")
-def comfy(tmp_path_factory):
+def comfy_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("comfy")
     write_release(folder / "release", "v1.1")
     (folder / "models" / "direct3d_s2").mkdir(parents=True)
     convert(folder / "release", folder / "models" / "direct3d_s2" / "official")
-    comfy = ComfyUI(folder)
-    yield comfy
-    comfy.close()
+    return folder
 
 
 def test_the_nodes_make_what_the_pipeline_makes(comfy):
