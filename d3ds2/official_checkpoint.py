@@ -3,7 +3,7 @@
 Nothing but tensors is ever unpickled, and every byte is checked against the archive's checksums first.
 """
 
-import pickle
+import pickle  # for the name of its error alone
 import re
 import zipfile
 from pathlib import Path

@@ -275,13 +275,6 @@ class Pipeline:
             samples.append(torch.nn.functional.pad(blocks, (1, 0), value=i))
         return Voxels.sort(torch.cat(samples), R // FACTOR, len(samples))[0]
 
-    @torch.no_grad()
-    def encode_sdf(self, sdf: Tensor, voxels: Voxels) -> tuple[Tensor, Voxels]:
-        """Distances (M, 1) on active voxels -> latents (N, E) as `decode_sdf` takes them, and their voxels."""
-        with on_device(self.sdf_vae, self.device) as device:
-            mean, _, latent_voxels = self.sdf_vae.encode(sdf.to(device), voxels.to(device))
-        return mean, latent_voxels
-
     def decode_sdf(
         self, latents: Tensor, voxels: Voxels, memory_budget: int | None = None, on_chunk: OnChunk | None = None
     ) -> tuple[Tensor, Voxels]:

@@ -27,8 +27,6 @@ from training.run import RunConfig, autocast, find_device
 from training.shape_files import latent_path, list_shapes, load_shape, shape_path, write_arrays
 from training.train_vae import active_voxels
 
-WRITERS = 4  # threads that write files while the next batch is encoded
-
 
 @dataclass(frozen=True)
 class EncodeLatentsConfig:
