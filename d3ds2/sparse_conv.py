@@ -12,11 +12,13 @@ Sizes named in this file:
 
 import math
 from importlib.util import find_spec
+from itertools import product
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .device_constant import device_constant
 from .voxels import Voxels, per_token, sample_means
 
 HAS_TRITON = find_spec("triton") is not None
@@ -68,22 +70,48 @@ def _children_weight(weight: Tensor) -> Tensor:
 
     Per axis, child 0 finds its fine offsets (-1, 0, 1) at the coarse offsets (-1, 0, 0), child 1 at (0, 0, 1).
     """
-    weight = weight.unflatten(0, (3, 3, 3))  # (x, y, z, Cin, Cout)
-    for _ in range(3):  # axis z, then y, then x: each moves to place 2 when a child axis comes in front
-        before, centre, after = weight.unbind(2)
-        child_0 = torch.stack([before, centre + after], dim=2)
-        child_1 = torch.stack([before + centre, after], dim=2)
-        weight = torch.stack([child_0, child_1])
-    return weight.flatten(0, 5)
+    return _ChildrenWeight.apply(weight)
+
+
+class _ChildrenWeight(torch.autograd.Function):
+    """Along an axis, the taps are before and centre + after (of child 0), before + centre and after (of child 1)."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        first, second = (device_constant(rows, weight.device) for rows in ((0, 1, 0, 2), (2, 1)))
+        ctx.shape = weight.shape
+        weight = weight.unflatten(0, (3, 3, 3))  # (x, y, z, Cin, Cout)
+        for axis in (2, 1, 0):
+            taps = weight.index_select(axis, first)
+            taps.narrow(axis, 1, 2).add_(weight.index_select(axis, second))
+            weight = taps
+        channels = weight.shape[3:]
+        return weight.view(2, 2, 2, 2, 2, 2, *channels).permute(0, 2, 4, 1, 3, 5, 6, 7).reshape(64, *channels)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dtaps):
+        first, second = (device_constant(rows, dtaps.device) for rows in ((0, 1, 1), (2, 2, 3)))
+        dtaps = dtaps.unflatten(0, (2, 2, 2, 2, 2, 2)).permute(0, 3, 1, 4, 2, 5, 6, 7)
+        dtaps = dtaps.reshape(4, 4, 4, *ctx.shape[1:])
+        for axis in (0, 1, 2):
+            dtaps = dtaps.index_select(axis, first).add_(dtaps.index_select(axis, second))
+        return dtaps.flatten(0, 2)
 
 
 def _taps(children: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Coarse offset (J,) and child (J,) which each weight joins: 27 of a single child, or 8 for each of 8 children."""
-    if children == 1:
-        return torch.arange(27, device=device), torch.zeros(27, dtype=torch.long, device=device)
-    child, tap = torch.arange(64, device=device) // 8, torch.arange(64, device=device) % 8
-    x, y, z = (((child >> bit) & 1) + ((tap >> bit) & 1) for bit in (2, 1, 0))  # 0, 1, 2: offsets -1, 0, 1
-    return 9 * x + 3 * y + z, child
+    offset, child = CHILDREN_TAPS if children == 8 else (tuple(range(27)), (0,) * 27)
+    return device_constant(offset, device, torch.long), device_constant(child, device, torch.long)
+
+
+def _children_taps() -> tuple[tuple, tuple]:
+    pairs = list(product(product((0, 1), repeat=3), repeat=2))  # child and tap, per axis: together 0, 1, 2 are -1, 0, 1
+    offset = tuple(sum(9 // 3**i * (c + t) for i, (c, t) in enumerate(zip(*pair, strict=True))) for pair in pairs)
+    return offset, tuple(4 * i + 2 * j + k for (i, j, k), _ in pairs)
+
+
+CHILDREN_TAPS = _children_taps()  # (64,) each
 
 
 def _convolve(x: Tensor, voxels: Voxels, weight: Tensor, bias: Tensor, children: int) -> Tensor:
@@ -148,6 +176,8 @@ def gather_conv(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Tensor) -> T
 
 def _dense_weight(weight: Tensor, children: int) -> Tensor:
     """Weights of the taps (J, Cin, Cout) -> (27, Cin, children · Cout): a child has none at what are not its taps."""
+    if children == 1:
+        return weight
     offset, child = _taps(children, weight.device)
     dense = weight.new_zeros(27, children, *weight.shape[1:])
     dense[offset, child] = weight
@@ -159,11 +189,12 @@ def _triton_backward(x: Tensor, neighbors: Tensor, weight: Tensor, dout: Tensor,
     from .kernels.gather_conv_triton import gather_conv_dweight_triton, gather_conv_triton
 
     rows = dout.reshape(len(x), -1)  # (N, children Cout)
-    dx = gather_conv_triton(rows, neighbors, _dense_weight(weight, children).flip(0).transpose(1, 2))
+    opposite = device_constant(tuple(range(26, -1, -1)), x.device)
+    dx = gather_conv_triton(rows, neighbors, _dense_weight(weight, children).transpose(1, 2).index_select(0, opposite))
     dweight = gather_conv_dweight_triton(x, neighbors, rows)  # (27, Cin, children Cout)
-    offset, child = _taps(children, x.device)
-    dweight = dweight.unflatten(2, (children, -1)).transpose(1, 2)[offset, child].to(weight.dtype)
-    return dx, None, dweight, dout.sum(0), None
+    if children > 1:
+        dweight = dweight.unflatten(2, (children, -1)).transpose(1, 2)[_taps(children, x.device)]
+    return dx, None, dweight.to(weight.dtype), dout.sum(0), None
 
 
 def permute_rows(x: Tensor, order: Tensor) -> Tensor:
@@ -264,13 +295,14 @@ class _PackedGroupNorm(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, mean, rstd = ctx.saved_tensors
         voxels, drows = ctx.voxels, dy.to(mean.dtype)
-        normed = (x.to(mean.dtype) - per_token(mean, voxels)) * per_token(rstd, voxels)
+        mean_of_token, rstd_of_token = per_token(torch.cat([mean, rstd], dim=1), voxels).chunk(2, dim=1)
+        normed = (x.to(mean.dtype) - mean_of_token) * rstd_of_token
         means = sample_means(drows, voxels), sample_means(drows * normed, voxels)  # (B, C) of dy and of dy · normed
         counts = voxels.cu_seqlens.diff()[:, None]
         dbias, dweight = ((m * counts).sum(0) for m in means)
-        mean_dy, mean_dy_normed = (_group_mean(m * weight, ctx.num_groups) for m in means)
-        dx = drows * weight - per_token(mean_dy, voxels) - normed * per_token(mean_dy_normed, voxels)
-        dx = (dx * per_token(rstd, voxels)).to(x.dtype)
+        both = torch.cat([_group_mean(m * weight, ctx.num_groups) for m in means], dim=1)
+        mean_dy, mean_dy_normed = per_token(both, voxels).chunk(2, dim=1)
+        dx = ((drows * weight - mean_dy - normed * mean_dy_normed) * rstd_of_token).to(x.dtype)
         return dx, dweight.to(weight.dtype), dbias.to(weight.dtype), None, None, None
 
 

@@ -334,7 +334,7 @@ def sample_sums(x: Tensor, voxels: Voxels) -> Tensor:
 
 def sample_means(x: Tensor, voxels: Voxels) -> Tensor:
     """Mean over the tokens of each sample, (N, C) -> (B, C); 0 for an empty sample."""
-    return sample_sums(x, voxels) / voxels.cu_seqlens.diff().clamp(min=1)[:, None]
+    return sample_sums(x, voxels) / voxels.cached("divisors", lambda: voxels.cu_seqlens.diff().clamp(min=1)[:, None])
 
 
 class _PerToken(torch.autograd.Function):
