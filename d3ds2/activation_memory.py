@@ -41,8 +41,9 @@ def latent_dit_bytes(config: LatentDiTConfig, tokens: int, dtype: torch.dtype) -
 
 
 def sdf_encode_bytes(config: SDFVAEConfig, voxels: int, dtype: torch.dtype) -> int:
-    """Of encoding N active SDF voxels."""
-    return _with_margin(voxels * (120 + 0.25 * config.hidden_size * dtype.itemsize))
+    """Of encoding N active SDF voxels: the first group norm, with what it takes apart in float32."""
+    in_float = 8 if dtype.itemsize == 4 else 12
+    return _with_margin(voxels * (120 + config.widths[0] * (dtype.itemsize + in_float)))
 
 
 def _with_margin(size: float) -> int:

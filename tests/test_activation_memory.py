@@ -81,7 +81,7 @@ def test_structure_vae(dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("hidden_size", [128, 256])
+@pytest.mark.parametrize("hidden_size", [128, 512])
 def test_sdf_encoder(dtype, hidden_size):
     sizes = {"num_heads": 4, "encoder_depth": 1, "decoder_depth": 1, "group_norm_groups": 2}
     config = SDFVAEConfig(hidden_size=hidden_size, **sizes)
