@@ -219,6 +219,34 @@ def test_a_name_outside_the_output_folder_is_refused(server):
     assert not list(server.folder.parent.glob("stolen*"))
 
 
+@pytest.fixture
+def read_only_output(server):
+    """Meanwhile `output` is a folder that not even root can write into, whom permissions do not stop: the kernel's."""
+    away = server.output.rename(server.output.with_name("writable"))
+    server.output.symlink_to("/sys")
+    yield
+    server.output.unlink()
+    away.rename(server.output)
+
+
+@pytest.mark.parametrize(("prefix", "message"), [("mesh", "cannot write"), ("new/mesh", "cannot make the folder")])
+def test_an_output_folder_that_cannot_be_written_is_named(server, read_only_output, prefix, message):
+    run = server.run(graph(filename_prefix=prefix))
+    assert run.end == "execution_error" and run.all("execution_error")[0]["node_id"] == EXPORT
+    assert message in run.error and "Make the folder writable" in run.error
+
+
+def test_a_latent_of_another_model_is_refused(server):
+    prompt = graph()
+    prompt["8"] = {"class_type": "LoadD3DS2Model", "inputs": {"model": "tiny", "precision": "auto"}}
+    prompt[DECODE]["inputs"]["model"] = ["8", 0]
+    assert "wrong latent for this model" in server.run(prompt).error
+
+
+def test_a_memory_budget_that_holds_nothing_is_refused(server):
+    assert "Raise it, or set it to 0" in server.run(graph(memory_budget_gb=0.0001)).error
+
+
 def test_an_empty_mask_says_what_to_do(server):
     Image.new("RGBA", (64, 48), (200, 90, 10, 0)).save(server.input / "nothing.png")
     prompt = graph()
