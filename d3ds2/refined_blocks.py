@@ -75,8 +75,9 @@ def refine_signs(refiner: SignRefiner, sdf: Tensor, voxels: Voxels, on_patch: On
     R, P = voxels.resolution, refiner.config.patch_size
     starts = _starts(R // 2, P, P // 2)
     dtype = refiner.input_conv.weight.dtype
-    coarse = _mean_of_cells(sdf, voxels).to(dtype)  # (R/2, R/2, R/2)
-    outside = torch.empty(R // 2, R // 2, R // 2, dtype=torch.bool, device=sdf.device)
+    coarse = _mean_of_cells(sdf, voxels, dtype)  # (R/2, R/2, R/2)
+    del sdf, voxels
+    outside = torch.empty(R // 2, R // 2, R // 2, dtype=torch.bool, device=coarse.device)
     for done, corner in enumerate(product(starts, repeat=3)):
         x, y, z = (slice(start, start + P) for start in corner)
         outside[x, y, z] = refiner(coarse[x, y, z][None, None])[0, 0] >= 0
@@ -105,12 +106,16 @@ def refine_blocks(
     for index, count in enumerate(blocks.counts):
         some = slice(first, first + count)
         own = blocks.coords[some] * blocks.coords.new_tensor([0, 1, 1, 1])
-        sdf, voxels = SDFBlocks(own.to(device), blocks.values[some].to(device), blocks.resolution, 1).to_voxels()
+        sample = SDFBlocks(own.to(device), blocks.values[some].to(device), blocks.resolution, 1)
         if features is None:
-            crossed = signed_blocks(sdf, voxels, refine_signs(refiner, sdf, voxels, on_patch), level)
+            outside = refine_signs(refiner, *sample.to_voxels(), on_patch)
+            crossed = signed_blocks(*sample.to_voxels(), outside, level)  # made again: coordinates are the largest
+            del outside
         else:
             rows = features[BLOCK**3 * first : BLOCK**3 * (first + count)].to(device)
-            crossed = refined_blocks(refine(refiner, sdf, rows, voxels, on_patch), level)
+            crossed = refined_blocks(
+                refine(refiner, sample.values.reshape(-1, 1), rows, sample.to_voxels()[1], on_patch), level
+            )
         coords.append(F.pad(crossed[0].int(), (1, 0), value=index))
         values.append(crossed[1])
         first += count
@@ -180,17 +185,17 @@ def _in_layers(voxels: Voxels, first: int, last: int) -> tuple[Tensor, Tensor]:
     return kept + begin, (((x - first) * R + y) * R + z)[kept]
 
 
-def _mean_of_cells(sdf: Tensor, voxels: Voxels) -> Tensor:
-    """`mean_pool` by 2 as a volume (R/2, R/2, R/2) float32, 1 in cells without voxels: sum / (count + 1)."""
+def _mean_of_cells(sdf: Tensor, voxels: Voxels, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`mean_pool` by 2 as a volume (R/2, R/2, R/2), 1 in cells without voxels: sum / (count + 1)."""
     R = voxels.resolution
-    layers = []
+    means = torch.empty(R // 2, R // 2, R // 2, dtype=dtype, device=sdf.device)
     for first in range(0, R, BLOCK):
         rows, place = _in_layers(voxels, first, first + BLOCK)
         slab = torch.zeros(2, BLOCK * R * R, device=sdf.device)  # values, and one for each voxel
         slab[0, place], slab[1, place] = sdf[rows, 0].float(), 1.0
         total, count = F.avg_pool3d(slab.view(2, 1, BLOCK, R, R), 2)[:, 0] * 8
-        layers.append(torch.where(count > 0.5, total / (count + 1), 1.0))
-    return torch.cat(layers)
+        means[first // 2 : (first + BLOCK) // 2] = torch.where(count > 0.5, total / (count + 1), 1.0)
+    return means
 
 
 def _crossed_blocks(slab: Callable[[int, int], Tensor], resolution: int, level: float) -> tuple[Tensor, Tensor]:

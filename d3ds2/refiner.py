@@ -17,6 +17,7 @@ from torch.nn import functional as F
 GROUPS = 4  # of every group norm
 KERNEL = 27  # weights of an adaptive convolution at each voxel
 ADAPTIVE_STEPS = 3  # times that it is applied
+SLAB_BYTES = 64 << 20  # of a convolution's input and output at a time, without gradients: cuDNN copies what it is given
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,30 @@ class ResBlock(nn.Module):
         return self.shortcut(x) + self.residual(_norm_silu(x, self.norm1))
 
     def residual(self, normed: Tensor) -> Tensor:
-        return self.conv2(_norm_silu(self.conv1(normed), self.norm2, overwrite=True))
+        return self.finish(_conv(normed, self.conv1))
 
-    def forward_cat(self, parts: list[Tensor]) -> Tensor:
-        """`forward` of all parts side by side. Their copy is the largest thing here: it serves again, `parts` go."""
-        x = torch.cat(parts, dim=1)
-        parts.clear()
-        shortcut = self.shortcut(x)
-        return self.residual(_norm_silu(x, self.norm1, overwrite=True)) + shortcut
+    def finish(self, h: Tensor) -> Tensor:
+        """What follows the first convolution; overwrites h."""
+        return _conv(_norm_silu(h, self.norm2, overwrite=True), self.conv2)
+
+    def forward_cat(self, h: Tensor, skip: Tensor, upsample: nn.ConvTranspose3d | None) -> Tensor:
+        """`forward` of the upsampled h and of skip side by side.
+
+        Both together would be the largest thing here. Without a gradient they are made one group of the norm at a time,
+        and the convolutions are sums over the groups.
+        """
+        if torch.is_grad_enabled():
+            return self(torch.cat([h if upsample is None else upsample(h), skip], dim=1))
+        size = self.norm1.num_channels // GROUPS
+        hidden = shortcut = None
+        for first in range(0, self.norm1.num_channels, size):
+            some = slice(first, first + size)
+            x = _channels(h, skip, upsample, first, first + size)
+            shortcut = _conv(x, self.shortcut, some, shortcut)
+            x = F.group_norm(x, 1, self.norm1.weight[some], self.norm1.bias[some], self.norm1.eps)
+            hidden = _conv(F.silu(x, inplace=True), self.conv1, some, hidden)
+            del x
+        return self.finish(hidden).add_(shortcut)
 
 
 class UNet(nn.Module):
@@ -107,7 +124,7 @@ class UNet(nn.Module):
         self.out_norm = nn.GroupNorm(GROUPS, widths[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.input_conv(x)
+        h = _conv(x, self.input_conv)
         skips = [h]
         for level, blocks in enumerate(self.down_blocks):
             for block in blocks:
@@ -118,13 +135,12 @@ class UNet(nn.Module):
                 skips.append(h)
         for block in self.middle_blocks:
             h = block(h)
-        for level, blocks in enumerate(self.up_blocks):
+        upsample = None
+        for blocks, after in zip(self.up_blocks, [*self.upsamples, None], strict=True):
             for block in blocks:
-                parts = [h, skips.pop()]
-                del h
-                h = block.forward_cat(parts)
-            if level < len(self.upsamples):
-                h = self.upsamples[level](h)
+                h = block.forward_cat(h, skips.pop(), upsample)
+                upsample = None
+            upsample = after
         return _norm_silu(h, self.out_norm, overwrite=True)
 
 
@@ -140,7 +156,7 @@ class AdaptiveConv(nn.Module):
         self.weight_conv = nn.Conv3d(channels, KERNEL, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor, guide: Tensor) -> Tensor:
-        weights = self.weight_conv(F.relu(self.hidden_conv(guide)))
+        weights = _conv(F.relu(_conv(guide, self.hidden_conv)), self.weight_conv)
         weights = F.normalize(weights, p=1.0, dim=1)  # (B, 27, P, P, P)
         X, Y, Z = x.shape[2:]
         for _ in range(ADAPTIVE_STEPS):
@@ -179,9 +195,9 @@ class Refiner(nn.Module):
         Returns:
             (B, 1, P, P, P) in (-1, 1), negative inside.
         """
-        h = self.unet(torch.cat([self.input_conv(sdf), embedded], dim=1))
+        h = self.unet(torch.cat([_conv(sdf, self.input_conv), embedded], dim=1))
         h = self.adaptive1(h, h)
-        h = self.middle_conv(h)
+        h = _conv(h, self.middle_conv)
         h = self.adaptive2(h, h)
         return self.adaptive3(self.output_conv(h), h).tanh()
 
@@ -203,7 +219,7 @@ class SignRefiner(nn.Module):
 
     def forward(self, sdf: Tensor) -> Tensor:
         """Logits (B, 1, P, P, P), outside where they are at least 0; `sdf` as `Refiner` reads it."""
-        return self.output_conv(self.unet(self.input_conv(sdf)))
+        return self.output_conv(self.unet(_conv(sdf, self.input_conv)))
 
 
 def _norm_silu(x: Tensor, norm: nn.GroupNorm, overwrite: bool = False) -> Tensor:
@@ -214,3 +230,46 @@ def _norm_silu(x: Tensor, norm: nn.GroupNorm, overwrite: bool = False) -> Tensor
     for group, weight, bias in zip(*parts, strict=True):
         group.copy_(F.silu(F.group_norm(group, 1, weight, bias, norm.eps), inplace=True))
     return x
+
+
+def _channels(h: Tensor, skip: Tensor, upsample: nn.ConvTranspose3d | None, first: int, last: int) -> Tensor:
+    """Channels first <= c < last of the upsampled h and of skip side by side."""
+    C = h.shape[1] if upsample is None else upsample.out_channels
+    parts = []
+    if first < C:
+        some = slice(first, min(last, C))
+        if upsample is None:
+            parts.append(h[:, some])
+        else:
+            parts.append(_double(h, upsample.weight[:, some], upsample.bias[some]))
+    if last > C:
+        parts.append(skip[:, max(first - C, 0) : last - C])
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _conv(x: Tensor, conv: nn.Conv3d, some: slice = slice(None), total: Tensor | None = None) -> Tensor:
+    """A convolution of stride 1 that keeps the size, of `some` of its input channels, onto the sum `total` of others.
+
+    Without a gradient some layers of x at a time. The bias comes with the first sum.
+    """
+    weight, bias, margin = conv.weight[:, some], conv.bias if total is None else None, conv.padding[0]
+    if torch.is_grad_enabled():
+        return F.conv3d(x, weight, bias, padding=margin)
+    X, layer_bytes = x.shape[2], (x[:, :, 0].numel() // x.shape[1] * (x.shape[1] + len(weight))) * x.element_size()
+    size = max(4, SLAB_BYTES // layer_bytes)
+    if size >= X and total is None:
+        return F.conv3d(x, weight, bias, padding=margin)
+    out = x.new_zeros(len(x), len(weight), *x.shape[2:]) if total is None else total
+    for first in range(0, X, size):
+        last = min(first + size, X)
+        low, high = max(first - margin, 0), min(last + margin, X)
+        slab = F.pad(x[:, :, low:high], (0, 0, 0, 0, low - first + margin, last + margin - high))
+        out[:, :, first:last] += F.conv3d(slab, weight, bias, padding=(0, margin, margin))
+    return out
+
+
+def _double(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`conv_transpose3d` of stride 2, with weights (in, out, 2, 2, 2): every voxel makes its eight children alone."""
+    x = F.conv3d(h, weight.flatten(1).t()[:, :, None, None, None], bias.repeat_interleave(8))  # (B, 8 out, X, Y, Z)
+    x = x.unflatten(1, (-1, 2, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)

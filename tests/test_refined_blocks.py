@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from d3ds2 import refiner as refiner_module
 from d3ds2.refined_blocks import _mean_of_cells, refine, refine_signs, refined_blocks, signed_blocks, signed_slab
 from d3ds2.refiner import Refiner, RefinerConfig, SignRefiner, SignRefinerConfig
 from d3ds2.sdf_to_mesh import sdf_to_mesh
@@ -106,3 +107,18 @@ def test_gradients_flow_through_a_refiner():
     embedded = model.embed_features(torch.rand(512, 3)).t().reshape(1, 4, 8, 8, 8)
     model(torch.rand(1, 1, 8, 8, 8), embedded).sum().backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_pieces_of_a_patch_give_what_the_whole_gives(layers, monkeypatch):
+    """Without a gradient the widest layers are made in groups of channels, convolutions in layers of the patch."""
+    torch.manual_seed(0)
+    sizes = {"widths": (8, 16, 32), "layers": layers, "middle_layers": 1, "patch_size": 24}
+    signs, refiner = SignRefiner(SignRefinerConfig(**sizes)), Refiner(RefinerConfig(**sizes, feature_channels=4))
+    sdf, seen = torch.randn(1, 1, 24, 24, 24), torch.randn(1, 8, 24, 24, 24)
+    expected = signs(sdf).detach(), refiner(sdf, seen).detach()
+    for size in (1 << 30, 1):
+        monkeypatch.setattr(refiner_module, "SLAB_BYTES", size)
+        with torch.no_grad():
+            torch.testing.assert_close(signs(sdf), expected[0], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(refiner(sdf, seen), expected[1], rtol=1e-4, atol=1e-4)
