@@ -7,13 +7,13 @@ Sizes named in this file:
     N  voxels      Nc  voxels of the grid of half the resolution      K  offsets at a time
 """
 
-from collections.abc import Callable
 from itertools import product
 
 import torch
 from torch import Tensor
 
 from .device_constant import device_constant
+from .voxel_keys import sort_keys
 
 SEARCHED = 1 << 22  # neighbours searched at a time: what one takes is some 150 bytes
 OFFSETS = tuple(product((-1, 0, 1), repeat=3))
@@ -32,7 +32,7 @@ def _child_tables() -> tuple[tuple, tuple]:
 CELL_OFFSET, CHILD = _child_tables()  # (27, 8) each
 
 
-def search_neighbors(coords: Tensor, keys: Tensor, resolution: int, sort_keys: Callable) -> Tensor:
+def search_neighbors(coords: Tensor, keys: Tensor, resolution: int) -> Tensor:
     """By binary search among the `sort_keys` (N,) of coords (N, 4): (27, N) int32."""
     N = len(coords)
     table = torch.full((27, N), N, dtype=torch.int32, device=coords.device)

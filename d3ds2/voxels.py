@@ -20,48 +20,12 @@ from torch import Tensor
 
 from .device_constant import device_constant
 from .neighbors import child_neighbors, search_neighbors
+from .position_embedding import absolute_position_embedding
+from .voxel_keys import BLOCK, sort_keys
+from .windows import Windows
 
-BLOCK = 8  # voxels along the edge of a selection block: m_slc in the paper, and the SDF voxels of one latent
 PLACES = tuple((0, *place) for place in product(range(BLOCK), repeat=3))  # in a block, in their order
-
-
 EMBEDDED_ROWS = 16384  # positions embedded at a time
-
-
-def absolute_position_embedding(positions: Tensor, channels: int) -> Tensor:
-    """Sine and cosine embedding of points, per axis, with `channels // 3 // 2` frequencies 10000^(-i/F).
-
-    Args:
-        positions: coordinates (..., 3).
-        channels: width C; what three axes cannot fill evenly stays zero at the end.
-
-    Returns:
-        Embeddings (..., C), float32: per axis all sines, then all cosines; axes x, y, z one after the other.
-    """
-    num_frequencies = channels // 3 // 2
-    exponent = torch.arange(num_frequencies, dtype=torch.float64, device=positions.device) / num_frequencies
-    frequencies = torch.pow(10000.0, -exponent).float()
-    angles = positions.float()[..., None] * frequencies  # (..., 3, F)
-    embedding = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)  # (..., 6 F)
-    return torch.nn.functional.pad(embedding, (0, channels - embedding.shape[-1]))
-
-
-@dataclass(frozen=True, eq=False)
-class Windows:
-    """A partition of the voxels into attention windows.
-
-    `order` (N,) long lists the rows window by window, or is None where the rows already stand so;
-    `cu_seqlens` (W+1,) int32 says where each window begins in that order, `lengths` the same on the host.
-    """
-
-    order: Tensor | None
-    cu_seqlens: Tensor
-    lengths: list[int]
-
-    @cached_property
-    def inverse(self) -> Tensor | None:
-        """Rows of the ordered tokens in the original order (N,) long: `x[order][inverse] == x`."""
-        return None if self.order is None else self.order.argsort()
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +58,7 @@ class Voxels:
         if batch_size is None:
             batch_size = int(coords[:, 0].max()) + 1 if len(coords) else 1
         _check_coords(coords, resolution, batch_size)
-        keys, order = _sort_keys(coords, resolution).sort()
+        keys, order = sort_keys(coords, resolution).sort()
         if (keys.diff() == 0).any():
             raise ValueError("expected every voxel once, got duplicate coords")
         return cls._trusted(coords[order], resolution, batch_size), order
@@ -124,6 +88,43 @@ class Voxels:
         starts = torch.arange(len(block_coords) + 1, dtype=torch.int32, device=block_coords.device) * BLOCK**3
         voxels.__dict__.update(block_coords=block_coords, block_offsets=starts)  # where they are cached
         return voxels
+
+    @classmethod
+    def above(cls, coords: Tensor, counts: list[list[int]], coarsest: "Voxels") -> "Voxels":
+        """Voxels over a known grid: no check, and coarsening them by 2 again and again never waits for the device.
+
+        Args:
+            coords: (N, 4) int32, sorted, each once.
+            counts: voxels of each sample, in this grid and in those between it and `coarsest`, finest first.
+            coarsest: the grid `len(counts)` times coarsened by 2; each of its voxels has some of these.
+        """
+        voxels = cls._trusted(coords, coarsest.resolution << len(counts), coarsest.batch_size)
+        voxels.__dict__["counts"] = counts[0]  # where they are cached
+        voxels._cache["coarser"] = counts[1:], coarsest
+        return voxels
+
+    def prepared(self) -> "Voxels":
+        """These voxels with what layers ask for that is made best on a CPU, before `map` moves all of it to a device.
+
+        That is the neighbours, and the windows of 8 voxels with shifts 0 and 4, whose lengths belong to the host.
+        """
+        windows = {("windows", shift, BLOCK): self.windows(shift) for shift in (0, BLOCK // 2)}
+        names = ("counts", "cu_seqlens", "block_offsets", "neighbors", "_keys")
+        voxels = Voxels._trusted(self.coords, self.resolution, self.batch_size)
+        voxels.__dict__.update({name: getattr(self, name) for name in names}, _cache=windows)
+        return voxels
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> "Voxels":
+        """Prepared voxels with all tensors moved."""
+        voxels = object.__new__(Voxels)
+        parts = {name: move(part) if isinstance(part, Tensor) else part for name, part in self.__dict__.items()}
+        windows = {key: windows.map(move) for key, windows in self._cache.items()}
+        voxels.__dict__.update(parts, _cache=windows)
+        return voxels
+
+    def pin_memory(self) -> "Voxels":
+        """What a DataLoader calls."""
+        return self.map(Tensor.pin_memory)
 
     def __len__(self) -> int:
         return len(self.coords)
@@ -218,7 +219,7 @@ class Voxels:
         if ("coarsen", 2) in self._cache:
             coarse, parent = self.coarsen(2)
             return child_neighbors(coarse.neighbors, 8 * parent + self._child_number)
-        return search_neighbors(self.coords, self._keys, self.resolution, _sort_keys)
+        return search_neighbors(self.coords, self._keys, self.resolution)
 
     @property
     def _child_number(self) -> Tensor:
@@ -242,12 +243,21 @@ class Voxels:
     def _coarsen(self, factor: int) -> tuple["Voxels", Tensor]:
         resolution = self.resolution // factor
         coords = self.coords // device_constant((1, factor, factor, factor), self.device)
-        keys, order = _sort_keys(coords, resolution).sort()
+        keys = sort_keys(coords, resolution)
+        counts, coarsest = self._cache.get("coarser", (None, None)) if factor == 2 else (None, None)
+        if counts == []:
+            return coarsest, torch.searchsorted(coarsest._keys, keys)
+        keys, order = keys.sort()
         rank = (keys.diff(prepend=keys[:1]) > 0).cumsum(0)  # of the voxel there, in sorted order
-        N = int(rank[-1]) + 1 if len(rank) else 0
+        known = None if counts is None else sum(counts[0])
+        N = known if known is not None else int(rank[-1]) + 1 if len(rank) else 0
         parent = torch.empty_like(rank).scatter_(0, order, rank)
         child = rank.new_empty(N).scatter_(0, rank, order)  # one of each voxel there
-        coarse = Voxels._trusted(coords.index_select(0, child), resolution, self.batch_size)
+        coords = coords.index_select(0, child)
+        if counts is not None:
+            coarse = Voxels.above(coords, counts, coarsest)
+        else:
+            coarse = Voxels._trusted(coords, resolution, self.batch_size)
         coarse.__dict__["_keys"] = rank.new_empty(N).scatter_(0, rank, keys)  # where it is cached
         return coarse, parent
 
@@ -274,7 +284,7 @@ class Voxels:
 
         So features (8N, C) in rows 8 n + child are sorted by `x[child_order]`.
         """
-        first = _sort_keys(self.coords * device_constant((1, 2, 2, 2), self.device), 2 * self.resolution)
+        first = sort_keys(self.coords * device_constant((1, 2, 2, 2), self.device), 2 * self.resolution)
         child = device_constant(tuple(64 * i + 8 * j + k for i, j, k in product((0, 1), repeat=3)), self.device)
         return (first[:, None] + child).flatten().argsort()  # the children of a voxel lie in one block
 
@@ -310,7 +320,7 @@ class Voxels:
 
     @cached_property
     def _keys(self) -> Tensor:
-        return _sort_keys(self.coords, self.resolution)
+        return sort_keys(self.coords, self.resolution)
 
     def cached(self, key: tuple, make: Callable):
         """What `make` returns, made once: for what follows from the coordinates alone."""
@@ -360,17 +370,6 @@ def _check_coords(coords: Tensor, resolution: int, batch_size: int) -> None:
                 f"expected coords [batch, x, y, z] below [{batch_size}, {resolution}, {resolution}, {resolution}], "
                 f"got a range of {low} to {high}"
             )
-
-
-def _sort_keys(coords: Tensor, resolution: int) -> Tensor:
-    """One int64 a voxel (N,), which orders by sample, block and place."""
-    blocks_per_edge = -(-resolution // BLOCK)
-    batch, x, y, z = coords.long().unbind(1)
-    block = batch
-    for axis in (x, y, z):
-        block = torch.add(axis >> 3, block, alpha=blocks_per_edge)  # shifts: CPUs divide int64 slowly
-    place = torch.add(torch.add(z & 7, y & 7, alpha=8), x & 7, alpha=64)
-    return torch.add(place, block, alpha=BLOCK**3)
 
 
 def _first_of_samples(coords: Tensor, batch_size: int) -> Tensor:

@@ -13,7 +13,16 @@ from d3ds2.foreground import preprocess
 from d3ds2.mesh_to_sdf import SparseSDF
 from d3ds2.voxels import Voxels
 from tests.training_data import R, prepared
-from training.datasets import BatchPlan, ResolutionPlan, Shapes, Structures, StructureViews, draw, load_batches
+from training.datasets import (
+    BatchPlan,
+    ResolutionPlan,
+    Shapes,
+    Structures,
+    StructureViews,
+    draw,
+    load_batches,
+    pack_shapes,
+)
 from training.shape_files import list_shapes, load_shape, save_shape, shape_path
 from training.symmetry import facing, transform_grid
 from training.views import Views
@@ -99,7 +108,8 @@ def test_batches_do_not_depend_on_workers_or_on_the_first_step(data_dir, workers
     loaded = dict(zip(range(2, 6), load_batches(shapes, 2, 6, workers, CPU), strict=True))
     for step, batch in loaded.items():
         for a, b in zip(batch, expected[step], strict=True):
-            assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+            for x, y in [(a.coords, b.coords), (a.neighbors, b.neighbors)] if isinstance(a, Voxels) else [(a, b)]:
+                assert torch.equal(torch.as_tensor(x), torch.as_tensor(y))
     assert not torch.equal(expected[0].block_coords, expected[1].block_coords)
 
 
@@ -172,3 +182,18 @@ def test_missing_data_is_named(tmp_path, data_dir):
         list_shapes(data_dir, "trian", R)
     with pytest.raises(FileNotFoundError, match=r"make them with python -m training\.render_views"):
         Views(str(tmp_path), ["box"], 28)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "sdf", "message"),
+    [
+        pytest.param([[0, 0, 1], [0, 0, 0]], 0.5, "lexicographic", id="out-of-order"),
+        pytest.param([[0, 0, 1], [0, 0, 1]], 0.5, "each once", id="twice"),
+        pytest.param([[0, 0, 1], [0, 0, 4]], 0.5, "invalid entry", id="outside-the-grid"),
+        pytest.param([[0, 0, 1], [0, 0, 2]], -1.0, "active voxel", id="nothing-in-the-band"),
+    ],
+)
+def test_bad_blocks_are_named(blocks, sdf, message):
+    values = np.full((2, 8, 8, 8), sdf, dtype=np.float16)
+    with pytest.raises(ValueError, match=message):
+        pack_shapes([(np.array(blocks, dtype=np.int16), values, values > 0)], 32)

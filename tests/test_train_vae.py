@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from d3ds2.checkpoint import load_network, save_network
-from d3ds2.sdf_vae import SDFVAEConfig
+from d3ds2.sdf_vae import SDFVAE, SDFVAEConfig
+from d3ds2.voxels import Voxels
 from tests.training_data import COARSE, R, prepared, write_toml
-from training.datasets import Shapes
+from training.datasets import Shapes, to_device
 from training.latent_moments import LatentMoments, set_latent_scale
+from training.losses import SDFLossConfig
 from training.run import RunConfig, read_metrics
-from training.train_vae import TrainVAEConfig, active_voxels, train
+from training.train_vae import TrainVAEConfig, active_voxels, train, vae_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = SDFVAEConfig(
@@ -60,6 +62,38 @@ def test_encoder_input_and_decoder_output_are_the_blocks_of_the_batch(data_dir):
     place = voxels.coords[:, 1:].long() % 8
     assert torch.equal(batch.sdf[voxels.block_of_token, *place.T].float(), sdf[:, 0])
     assert len(sdf) == (batch.sdf.abs() < 1).sum()
+
+
+def test_grids_of_a_batch_are_those_that_the_voxels_themselves_give(data_dir):
+    batch = Shapes(data_dir, "train", (R,), batch_size=2, max_tokens=10_000, seed=0)[0]
+    known = active_voxels(batch)[1]
+    found = Voxels(known.coords, R, 2)  # checks them, and knows nothing else
+    for _ in range(3):
+        assert torch.equal(known.coords, found.coords) and known.counts == found.counts
+        assert torch.equal(known.cu_seqlens, found.cu_seqlens)
+        assert torch.equal(known.coarse_counts(2), found.coarse_counts(2))
+        (known, parent), (found, expected) = known.coarsen(2), found.coarsen(2)
+        assert torch.equal(parent, expected)
+    assert known is batch.latent_voxels and torch.equal(known.coords, found.coords)
+    again = to_device(batch, torch.device("cpu")).latent_voxels
+    for voxels in (known, again):
+        assert torch.equal(voxels.neighbors, found.neighbors) and voxels.counts == found.counts
+        for shift in (0, 4):
+            windows, expected = voxels.windows(shift), found.windows(shift)
+            assert windows.lengths == expected.lengths and torch.equal(windows.cu_seqlens, expected.cu_seqlens)
+            assert windows.order is expected.order is None or torch.equal(windows.inverse, expected.inverse)
+
+
+def test_step_asks_the_device_for_nothing(data_dir, monkeypatch):
+    """What the host reads makes it wait, and so does what has a size that follows from values."""
+    batch = Shapes(data_dir, "train", (R,), batch_size=2, max_tokens=10_000, seed=0)[0]
+    model, generator = SDFVAE(MODEL), torch.Generator().manual_seed(0)
+    names = ("tolist", "item", "nonzero", "unique", "unique_consecutive", "bincount", "cpu", "new_tensor")
+    for name in (*names, "__bool__", "__int__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name, **__: pytest.fail(f"the step calls {name}"))
+    monkeypatch.setattr(torch, "bincount", lambda *_, **__: pytest.fail("the step calls bincount"))
+    vae_loss(model, batch, SDFLossConfig(), generator)["loss"].backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 DIE_AFTER_STEP_6 = """

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from d3ds2.voxels import BLOCK, Voxels
 from training.shape_files import latent_path, list_shapes, load_shape, read_arrays, shape_path
 from training.symmetry import transform_voxels
 from training.views import Views
@@ -31,6 +32,9 @@ class ShapeBatch(NamedTuple):
     block_coords: Tensor  # (M, 4) int32 [batch, x, y, z] at R/8
     sdf: Tensor  # (M, 8, 8, 8) fp16 in [-1, 1]
     sharp: Tensor  # (M, 8, 8, 8) bool
+    active: Tensor  # (N,) int32: which of the 512 M voxels lie inside the band, |sdf| < 1
+    counts: list[list[int]]  # active voxels of each sample, and voxels of R/2 and R/4 that hold one
+    latent_voxels: Voxels  # those of block_coords, in their own order, prepared
     resolution: int  # R
     batch_size: int
 
@@ -120,9 +124,32 @@ class ResolutionPlan:
 
 
 def pack_shapes(shapes: list[tuple[np.ndarray, np.ndarray, np.ndarray]], resolution: int) -> ShapeBatch:
-    """A batch of what `load_shape` gives."""
+    """A batch of what `load_shape` gives.
+
+    Raises:
+        ValueError: blocks out of order, given twice, outside the grid or without any active voxel.
+    """
     blocks, sdf, sharp = zip(*shapes, strict=True)
-    return ShapeBatch(_with_batch(blocks), _cat(sdf), _cat(sharp), resolution, len(shapes))
+    B, coords = len(shapes), _with_batch(blocks)
+    place = np.ravel_multi_index(coords.numpy().T, (B, *[resolution // BLOCK] * 3))  # ValueError outside the grid
+    if not (np.diff(place) > 0).all():
+        raise ValueError("expected blocks in lexicographic order, each once")
+    latent_voxels = Voxels.sort(coords, resolution // BLOCK, B)[0]
+    values = np.concatenate(sdf)
+    occupied = values.view(np.uint16) & 0x7FFF < 0x3C00  # |sdf| < 1 in fp16, without numpy's slow conversion
+    active = torch.from_numpy(np.flatnonzero(occupied).astype(np.int32))
+    counts = []
+    for _ in range(3):
+        per_block = occupied.reshape(len(coords), -1).sum(1)
+        counts.append(np.bincount(coords[:, 0], per_block, minlength=B).astype(int).tolist())
+        for axis in (1, 2, 3):
+            even, odd = (occupied[(slice(None),) * axis + (slice(i, None, 2),)] for i in (0, 1))
+            occupied = even | odd
+    if not occupied.all():
+        raise ValueError("expected an active voxel in every block")
+    return ShapeBatch(
+        coords, torch.from_numpy(values), _cat(sharp), active, counts, latent_voxels.prepared(), resolution, B
+    )
 
 
 class Shapes(Dataset):
@@ -298,6 +325,9 @@ def _start_worker(_: int) -> None:
 
 
 def to_device(batch, device: torch.device):
+    """A batch or a tensor, as `load_batches` moves it."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
-    return type(batch)(*(to_device(b, device) if isinstance(b, Tensor) else b for b in batch))
+    if isinstance(batch, Voxels):
+        return batch.map(lambda tensor: to_device(tensor, device))
+    return type(batch)(*(to_device(b, device) if isinstance(b, Tensor | Voxels) else b for b in batch))

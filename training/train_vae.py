@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from d3ds2.checkpoint import load_network, save_network
+from d3ds2.device_constant import device_constant
 from d3ds2.sdf_vae import SDFVAE, SDFVAEConfig
-from d3ds2.voxels import Voxels
+from d3ds2.voxels import BLOCK, PLACES, Voxels
 from training.config import load_config
 from training.datasets import ShapeBatch, Shapes, load_batches
 from training.losses import SDFLossConfig, sdf_loss
@@ -59,11 +60,13 @@ class TrainVAEConfig:
 
 def active_voxels(batch: ShapeBatch) -> tuple[Tensor, Voxels]:
     """What the encoder reads: the SDF (N, 1) of the voxels inside the band, and these voxels at R (eq. 1)."""
-    active = batch.sdf.abs() < 1  # (M, 8, 8, 8)
-    block, *place = active.nonzero(as_tuple=True)
-    xyz = 8 * batch.block_coords[block, 1:] + torch.stack(place, dim=1).int()
-    coords = torch.cat([batch.block_coords[block, :1], xyz], dim=1)
-    return batch.sdf[active].float()[:, None], Voxels(coords, batch.resolution, batch.batch_size)
+    block, place = batch.active >> 9, batch.active & 511
+    corners = batch.block_coords * device_constant((1, BLOCK, BLOCK, BLOCK), block.device)
+    places = device_constant(PLACES, block.device)  # (512, 4)
+    # gathered as columns: torch's gather of rows as narrow as these is slow on a GPU
+    coords = (corners.t().index_select(1, block) + places.t().index_select(1, place)).t()  # (N, 4)
+    sdf = batch.sdf.flatten().index_select(0, batch.active).float()[:, None]
+    return sdf, Voxels.above(coords, batch.counts, batch.latent_voxels)
 
 
 def vae_loss(model: SDFVAE, batch: ShapeBatch, loss: SDFLossConfig, generator: torch.Generator) -> dict[str, Tensor]:

@@ -1,0 +1,22 @@
+"""Sines and cosines that tell a transformer where a token lies."""
+
+import torch
+from torch import Tensor
+
+
+def absolute_position_embedding(positions: Tensor, channels: int) -> Tensor:
+    """Sine and cosine embedding of points, per axis, with `channels // 3 // 2` frequencies 10000^(-i/F).
+
+    Args:
+        positions: coordinates (..., 3).
+        channels: width C; what three axes cannot fill evenly stays zero at the end.
+
+    Returns:
+        Embeddings (..., C), float32: per axis all sines, then all cosines; axes x, y, z one after the other.
+    """
+    num_frequencies = channels // 3 // 2
+    exponent = torch.arange(num_frequencies, dtype=torch.float64, device=positions.device) / num_frequencies
+    frequencies = torch.pow(10000.0, -exponent).float()
+    angles = positions.float()[..., None] * frequencies  # (..., 3, F)
+    embedding = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)  # (..., 6 F)
+    return torch.nn.functional.pad(embedding, (0, channels - embedding.shape[-1]))
