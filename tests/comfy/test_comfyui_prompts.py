@@ -179,6 +179,14 @@ def test_other_formats(server, extension):
     assert file.suffix == f".{extension}" and len(geometry(file)[1]) > 100
 
 
+def run_and_cancel(server: ComfyServer, prompt: Graph, node: str) -> None:
+    """Press Cancel while a node works; the run ends there, in time."""
+    run = server.run(prompt, cancel_at=node)
+    assert run.end == "execution_interrupted" and run.all("execution_interrupted")[0]["node_id"] == node
+    (pressed,) = (when for when, kind, _ in run.messages if kind == "cancel")
+    assert run.seconds - pressed < CANCEL_SECONDS
+
+
 @pytest.mark.parametrize("stage", ["D3DS2SparseStructureSample", "D3DS2SSADiTSample", "D3DS2VAEDecodeSDF"])
 def test_cancel_ends_a_stage_within_a_second(server, stage):
     workflow = next(file for file in WORKFLOWS if file.stem == "image_to_mesh")
@@ -186,12 +194,22 @@ def test_cancel_ends_a_stage_within_a_second(server, stage):
     (node,) = nodes_of(prompt, stage)
     if "steps" in prompt[node]["inputs"]:
         prompt[node]["inputs"]["steps"] = 200
-    run = server.run(prompt, cancel_at=node)
-    assert run.end == "execution_interrupted"
-    assert run.all("execution_interrupted")[0]["node_id"] == node
-    (pressed,) = (when for when, kind, _ in run.messages if kind == "cancel")
-    assert run.seconds - pressed < CANCEL_SECONDS
+    run_and_cancel(server, prompt, node)
     assert server.run(graph(seed=1)).end == "execution_success"
+
+
+@pytest.mark.parametrize("stage", ["D3DS2VAEEncodeMesh", "D3DS2StructureFromMesh"])
+def test_cancel_ends_work_on_meshes_within_a_second(server, stage):
+    prompt = graph(model="tiny", steps=1, seed=99)
+    from_voxels = {"voxel": [STRUCTURE, 1], "algorithm": "surface net", "threshold": 0.5}
+    prompt["8"] = {"class_type": "VoxelToMesh", "inputs": from_voxels}
+    from_mesh = {"model": [MODEL, 0], "mesh": ["8", 0], "fit": True, "shell": 0.55}
+    prompt["9"] = {"class_type": stage, "inputs": from_mesh}
+    if stage == "D3DS2StructureFromMesh":
+        prompt[LATENT]["inputs"]["structure"] = ["9", 0]
+    else:
+        prompt[DECODE]["inputs"]["latent"] = ["9", 0]
+    run_and_cancel(server, prompt, "9")
 
 
 def test_an_unknown_model_is_refused(server):
