@@ -7,6 +7,7 @@ from typing import Any
 import comfy.model_management as mm
 import comfy.model_patcher
 import torch
+from comfy.patcher_extension import CallbacksMP
 
 from .io_types import Model
 
@@ -33,8 +34,16 @@ def dtype_of(network: torch.nn.Module) -> torch.dtype:
 
 def make_patcher(network: torch.nn.Module) -> Any:
     """Hand a network to ComfyUI, which moves it from now on."""
-    patcher = comfy.model_patcher.CoreModelPatcher  # looked up here: ComfyUI may exchange it at its start
-    return patcher(network, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
+    kind = comfy.model_patcher.CoreModelPatcher  # looked up here: ComfyUI may exchange it at its start
+    patcher = kind(network, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
+    patcher.add_callback(CallbacksMP.ON_DETACH, _take_back)
+    return patcher
+
+
+def _take_back(patcher: Any, unpatch_all: bool) -> None:
+    """All of an unloaded network leaves the device; ComfyUI's dynamic patcher forgets what lies beside submodules."""
+    if unpatch_all:
+        patcher.model.to(patcher.offload_device)
 
 
 def load_networks(model: Model, names: tuple[str, ...], memory_required: int, what: str, advice: str) -> None:

@@ -133,6 +133,15 @@ class ModelPatcher:
 
     def __init__(self, model, load_device, offload_device):
         self.model, self.load_device, self.offload_device = model, load_device, offload_device
+        self.callbacks = {}
+
+    def add_callback(self, call_type, callback):
+        self.callbacks.setdefault(call_type, []).append(callback)
+
+    def detach(self, unpatch_all=True):
+        """Leaves everything where it is, as ModelPatcherDynamic does with parameters beside submodules."""
+        for callback in self.callbacks.get("on_detach_after", []):
+            callback(self, unpatch_all)
 
     def model_size(self):
         return sum(p.nbytes for p in self.model.parameters()) + sum(b.nbytes for b in self.model.buffers())
@@ -249,6 +258,7 @@ class ComfyUI:
             load_models_gpu=self._load,
         )
         patcher = module("comfy.model_patcher", CoreModelPatcher=ModelPatcher)
+        extension = module("comfy.patcher_extension", CallbacksMP=SimpleNamespace(ON_DETACH="on_detach_after"))
         utils = module("comfy.utils", ProgressBar=self._progress_bar)
         cli_args = module("comfy.cli_args", args=self.arguments)
         folders = {"direct3d_s2": ([str(self.folder / "elsewhere" / "direct3d_s2")], set())}  # extra_model_paths.yaml
@@ -270,6 +280,7 @@ class ComfyUI:
             "comfy": comfy,
             "comfy.model_management": management,
             "comfy.model_patcher": patcher,
+            "comfy.patcher_extension": extension,
             "comfy.utils": utils,
             "comfy.cli_args": cli_args,
             "folder_paths": paths,

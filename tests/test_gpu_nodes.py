@@ -40,6 +40,12 @@ def test_the_nodes_run_and_leave_their_values_on_the_cpu(comfy, model):
     assert {value.device.type for value in values} == {"cpu"} and latent.latents.dtype == torch.float32
     assert next(model.pipeline.latent_dit.parameters()).device.type == "cuda"
     assert mesh.faces.shape[1] > 100 and again.voxels().counts[0] > 10
+    for patcher in model.get_models():
+        patcher.detach(unpatch_all=False)
+    assert next(model.pipeline.latent_dit.parameters()).device.type == "cuda"
+    for patcher in model.get_models():
+        patcher.detach()
+    assert {p.device.type for patcher in model.get_models() for p in patcher.model.parameters()} == {"cpu"}
     assert comfy.run("D3DS2SSADiTSample", model=model, structure=structure, image=picture())[0].latents.isfinite().all()
 
 
