@@ -1,13 +1,17 @@
 """The parity files themselves: those that must be here, and parameters that follow from their recipe."""
 
 import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from tests.parity import ROOT, golden, keys_of, over, parity_folder, recipe_parameters
+from tests.parity import ROOT, SMALL, golden, keys_of, over, parity_folder, recipe_parameters
+from tests.parity_like import write_collection
 
-SMALL = ROOT / "tests" / "data" / "parity"
 FAMILIES = (  # of names in @over of test_parity_*.py, test_mesh_to_structure.py and here
     "block_score_", "dense_dit", "dense_vae", "embedders", "latent_index_", "mesh_index", "preprocess_image",
     "refiner_sign", "refiner_xl", "sampler_", "scheduler", "sort_extract", "sparse_dit_", "sparse_spatial",
@@ -53,3 +57,29 @@ def test_recipe_gives_the_sums_of_parameters_that_are_not_stored(name):
     parameters = [parameter.double() for parameter in data.params.values()]
     assert sum(p.sum().item() for p in parameters) == pytest.approx(data.meta["param_sum_f64"], rel=1e-12)
     assert sum(p.abs().sum().item() for p in parameters) == pytest.approx(data.meta["param_abs_sum_f64"], rel=1e-12)
+
+
+def run_parity_tests(folder, chosen="not another_collection and not small_folder and not released"):
+    """The parity tests over another folder in a process of their own, and how many of them had each outcome."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu"]
+    files = [str(path) for path in sorted((ROOT / "tests").glob("test_parity_*.py"))]
+    environment = os.environ | {"D3DS2_PARITY": str(folder), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "-k", chosen, *files], env=environment, cwd=ROOT, capture_output=True, text=True)
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout)}
+    return done, counts
+
+
+def test_the_files_of_another_collection_pass(tmp_path):
+    """Other sizes, seeds, names and numbers of samples than any file here; and then one value is not what it was."""
+    write_collection(tmp_path)
+    done, counts = run_parity_tests(tmp_path)
+    assert done.returncode == 0 and counts.keys() == {"passed"} and counts["passed"] > 30, done.stdout
+    changed = {"sparse_vae_b": "outputs/mean", "refiner_xl_run_b": "outputs/volume", "ssa_v10_grads_b": "grads/x"}
+    for name, key in changed.items():
+        tensors = load_file(tmp_path / f"{name}.safetensors")
+        tensors[key] = tensors[key] * 1.001
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    done, counts = run_parity_tests(tmp_path, " or ".join(["sparse_vae_b", "refiner_xl_run_b", "ssa_v10_b"]))
+    assert counts["failed"] == 3 and {*re.findall(r"FAILED \S+\[(\w+)\]", done.stdout)} == {
+        "sparse_vae_b", "refiner_xl_run_b", "ssa_v10_b"
+    }, done.stdout  # fmt: skip
