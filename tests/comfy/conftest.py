@@ -12,10 +12,12 @@ from tests.tiny_model import write_model
 
 @pytest.fixture(scope="session", params=SOURCES, ids=[f"comfyui-{version}" for version in SOURCES])
 def comfyui(request, tmp_path_factory) -> Iterator[ComfyServer]:
-    """A running server of each version; among its models is `random`, which makes a mesh in a second."""
+    """A running server of each version; its models `random`, and `other` elsewhere, make a mesh in a second."""
     folder = tmp_path_factory.mktemp(f"comfyui-{request.param}")
     write_model(folder / "models" / "direct3d_s2" / "random", structure_vae={"threshold": 0.65})
-    with ComfyServer(install(request.param), folder) as server:
+    server = ComfyServer(install(request.param), folder)
+    write_model(server.elsewhere / "other", structure_vae={"threshold": 0.65})
+    with server:
         yield server
 
 

@@ -68,7 +68,10 @@ class PromptRefused(Exception):
 
 
 class ComfyServer:
-    """`with ComfyServer(installation, folder) as server:` - `folder` gets custom_nodes, models, input and output."""
+    """`with ComfyServer(installation, folder) as server:` - `folder` gets custom_nodes, models, input and output.
+
+    `elsewhere` is a second place for models, by extra_model_paths.yaml.
+    """
 
     def __init__(self, installation: Installation, folder: Path, with_pack: bool = True):
         self.installation, self.folder = installation, folder
@@ -77,6 +80,10 @@ class ComfyServer:
             (folder / name).mkdir(parents=True, exist_ok=True)
         if with_pack:
             (folder / "custom_nodes" / PACK_NAME).symlink_to(PACK)
+        self.elsewhere = folder / "elsewhere"
+        self.elsewhere.mkdir(exist_ok=True)
+        self.paths_file = folder / "extra_model_paths.yaml"
+        self.paths_file.write_text(f"elsewhere:\n  base_path: {self.elsewhere}\n  direct3d_s2: ./\n")
         self.log_file = folder / "server.log"
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -85,6 +92,7 @@ class ComfyServer:
         source = self.installation.source
         command = [self.installation.python, source / "main.py", "--cpu", "--listen", "127.0.0.1", "--port", self.port]
         own = ("--database-url", f"sqlite:///{self.folder / 'comfyui.db'}")
+        own += ("--extra-model-paths-config", self.paths_file)
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         environment |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # nothing leaves
         environment |= {"MALLOC_MMAP_THRESHOLD_": "131072"}  # freed tensors go back to the system, so `memory` sees it

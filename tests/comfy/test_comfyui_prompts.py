@@ -212,6 +212,10 @@ def test_cancel_ends_work_on_meshes_within_a_second(server, stage):
     run_and_cancel(server, prompt, "9")
 
 
+def test_a_model_of_extra_model_paths_runs(server):
+    assert files_of(server, server.run(graph(model="other", seed=7)))
+
+
 def test_an_unknown_model_is_refused(server):
     with pytest.raises(PromptRefused, match="no model folder"):
         server.run(graph(model="gone"))

@@ -95,5 +95,5 @@ def test_the_pictures_of_the_templates_are_there(comfyui, nodes):
         assert (comfyui.input / name).read_bytes() == (PACK / "workflows" / name.removeprefix("d3ds2_")).read_bytes()
 
 
-def test_model_folders_are_listed(nodes):
-    assert nodes["LoadD3DS2Model"]["input"]["required"]["model"][1]["options"] == ["tiny", "random"]
+def test_model_folders_of_both_places_are_listed(nodes):
+    assert nodes["LoadD3DS2Model"]["input"]["required"]["model"][1]["options"] == ["tiny", "other", "random"]
