@@ -16,6 +16,7 @@ from torch import Tensor
 from .plain_background import remove_plain_background
 
 METHODS = ("auto", "alpha", "plain", "rembg")
+SIZE, MARGIN = 518, 16  # pixels per edge of the picture that the encoder reads, and around the object in it
 MIN_FOREGROUND = 1e-3  # of the pixels; less is no foreground
 REMBG_MODELS = ("birefnet-general", "isnet-general-use", "u2net", "u2netp", "silueta", "bria-rmbg")  # best first
 
@@ -166,13 +167,13 @@ def _rembg_file(session: type, name: str) -> Path:
     return Path(session.resolve_existing(file) or Path(session.model_dir()) / file)
 
 
-def preprocess(image: Image.Image, size: int = 518, margin: float = 16) -> Tensor:
+def preprocess(image: Image.Image, size: int = SIZE, margin: float = MARGIN) -> Tensor:
     """Crop to the object, lay it on white, centre it in a square with a margin as the released pipeline does.
 
     Args:
         image: RGBA, as `cut_out` gives it.
         size: pixels per edge.
-        margin: pixels at 518, in proportion elsewhere; training varies it.
+        margin: pixels at `SIZE`, in proportion elsewhere; training varies it.
 
     Returns:
         (4, size, size) float32 in [0, 1]: red, green, blue, mask.
@@ -189,7 +190,7 @@ def preprocess(image: Image.Image, size: int = 518, margin: float = 16) -> Tenso
     rgb = Image.fromarray(np.stack(on_white, axis=-1))
     mask = Image.fromarray((a * 255).astype(np.uint8))
 
-    margin = round(margin * size / 518)
+    margin = round(margin * size / SIZE)
     rgb = _square(rgb, size, margin, "white", Image.Resampling.BILINEAR)
     mask = _square(mask, size, margin, "black", Image.Resampling.NEAREST)
     return torch.from_numpy(np.dstack([rgb, mask])).permute(2, 0, 1).contiguous().float() / 255

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from d3ds2.foreground import MARGIN, SIZE
 from training.datasets import draw, load_batches, plan_shapes, shapes_per_batch
 from training.nearest_view import Pictures, View
 from training.views import CROP_PROBABILITY, MAX_MARGIN, MAX_ROTATION, MIN_CROP, ROTATE_PROBABILITY, Views
 
 READ_AT_ONCE = 64  # pictures
-MARGIN, SIZE = 16, 518  # pixels around the object of a picture as at inference, of pixels per edge
 
 
 class Choice(NamedTuple):
@@ -82,8 +82,6 @@ class PictureChoices(Dataset):
     def __getitem__(self, step: int) -> Choice:
         shapes, mirrored = np.divmod(self.plan[step].repeat(self.views_per_shape), 2)
         rng = draw(self.seed, step, 2)
-        chosen = [int(rng.integers(len(self.views.files[shape]))) for shape in shapes]
-        turns = [self.views.turns[shape][view] for shape, view in zip(shapes, chosen, strict=True)]
-        symmetries = np.array(turns) + 4 * mirrored
-        rows = self.rows[shapes] + np.array(chosen)
-        return Choice(*map(torch.from_numpy, (shapes, symmetries, rows, mirrored.astype(bool))))
+        chosen = [self.views.choose(shape, flip, rng) for shape, flip in zip(shapes, mirrored, strict=True)]
+        view, symmetries = np.array(chosen).T
+        return Choice(*map(torch.from_numpy, (shapes, symmetries, self.rows[shapes] + view, mirrored.astype(bool))))

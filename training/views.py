@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from d3ds2.foreground import preprocess
+from d3ds2.foreground import MARGIN, preprocess
 from training.symmetry import facing
 
 ROTATE_PROBABILITY, MAX_ROTATION = 0.1, 10.0  # degrees
 CROP_PROBABILITY, MIN_CROP = 0.1, 0.9
-MAX_MARGIN = 32  # pixels of 518
+MAX_MARGIN = 32  # pixels of 518, as `MARGIN` at inference
 
 
 class Views:
@@ -72,6 +72,11 @@ class Views:
         """The symmetries in which `draw` may give a shape."""
         return sorted({turns + 4 * mirrored for turns in self.turns[shape] for mirrored in (0, 1)})
 
+    def choose(self, shape: int, mirrored: int, rng: np.random.Generator) -> tuple[int, int]:
+        """The number of a random view of a shape, and the symmetry in which its picture, mirrored or not, shows it."""
+        view = int(rng.integers(len(self.files[shape])))
+        return view, self.turns[shape][view] + 4 * mirrored
+
     def draw(self, shapes: np.ndarray, mirrored: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Tensor]:
         """A random picture of each shape (B,), mirrored or not (B,).
 
@@ -80,8 +85,8 @@ class Views:
         """
         symmetries, pictures = [], []
         for shape, flip in zip(shapes.tolist(), mirrored.tolist(), strict=True):
-            view = int(rng.integers(len(self.files[shape])))
-            symmetries.append(self.turns[shape][view] + 4 * flip)
+            view, symmetry = self.choose(shape, flip, rng)
+            symmetries.append(symmetry)
             pictures.append(self._picture(shape, view, flip, rng))
         return np.array(symmetries), torch.stack(pictures)
 
@@ -92,7 +97,7 @@ class Views:
             image = Image.open(self.files[shape][view]).convert("RGBA")
         if flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        margin = 16.0  # as at inference
+        margin = MARGIN  # as at inference
         if self.augment:
             image, margin = rotate_and_crop(image, rng), rng.uniform(0, MAX_MARGIN)
         return (preprocess(image, self.image_size, margin) * 255).round().byte()
