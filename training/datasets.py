@@ -8,6 +8,7 @@ Shapes are also seen turned and mirrored, see `training.symmetry`; the view of a
 Sizes: M blocks = tokens of a batch, B samples, G = R/8 blocks per edge, C latent channels, S pixels per edge.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -307,7 +308,7 @@ def load_batches(dataset: Dataset, first_step: int, last_step: int, workers: int
         dataset,
         sampler=range(first_step, last_step),
         batch_size=None,
-        num_workers=workers,
+        num_workers=min(workers, os.cpu_count() or 1),
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
         # forked workers share the parent's caches without copying them

@@ -5,12 +5,16 @@
 Writes `data_dir/latents/<R>/<name>@<symmetry>.safetensors` (coords, mean, logvar of the posterior), measures the
 latents of the first split, and writes their shift and scale into the sdf_vae's entry of `model_dir`/config.json and,
 per channel, into `data_dir/latents/<R>/moments.json`. Run it again whenever the VAE changes: files are overwritten.
+Where all files are there already, made by this very encoder of these very shapes, nothing is encoded.
 """
 
+import dataclasses
+import hashlib
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -46,8 +50,10 @@ class AllShapes(Dataset):
 
     def __init__(self, config: EncodeLatentsConfig, split: str):
         self.config, self.batches = config, [[]]
+        names, tokens_of_shapes = list_shapes(config.data_dir, split, config.resolution)
+        self.shapes = list(zip(names, tokens_of_shapes.tolist(), strict=True))
         size = 0
-        for name, tokens in zip(*list_shapes(config.data_dir, split, config.resolution), strict=True):
+        for name, tokens in self.shapes:
             for symmetry in config.symmetries:
                 if self.batches[-1] and size + tokens > config.max_tokens:
                     self.batches.append([])
@@ -61,6 +67,28 @@ class AllShapes(Dataset):
     def __getitem__(self, index: int) -> ShapeBatch:
         R = self.config.resolution
         return pack_shapes([load_shape(shape_path(self.config.data_dir, R, n), s) for n, s in self.batches[index]], R)
+
+
+def fingerprint(vae: SDFVAE, splits: list[AllShapes]) -> str:
+    """A hash of what latents depend on: the encoder, and the shapes in their symmetries."""
+    config = splits[0].config
+    encoder = dataclasses.replace(vae.config, latents_shift=0.0, latents_scale=1.0)
+    made_of = [config.symmetries, config.precision, [shapes.shapes for shapes in splits], dataclasses.asdict(encoder)]
+    digest = hashlib.sha256(json.dumps(made_of).encode())
+    for tensor in vae.encoder.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def existing_moments(folder: Path, made_of: str, vae: SDFVAE, splits: list[AllShapes]) -> dict | None:
+    """moments.json, if the latents beside it are all there, are of this fingerprint, and the VAE knows their scale."""
+    file, config = folder / "moments.json", splits[0].config
+    summary = json.loads(file.read_text()) if file.is_file() else {}
+    items = [item for shapes in splits for batch in shapes.batches for item in batch]
+    known = summary.get("latents_shift"), summary.get("latents_scale"), summary.get("made_of")
+    if known != (vae.config.latents_shift, vae.config.latents_scale, made_of):
+        return None
+    return summary if all(latent_path(config.data_dir, config.resolution, *i).is_file() for i in items) else None
 
 
 @torch.no_grad()
@@ -81,9 +109,16 @@ def main(config: EncodeLatentsConfig) -> dict:
     run = RunConfig(precision=config.precision)
     folder = latent_path(config.data_dir, config.resolution, "", 0).parent
     folder.mkdir(parents=True, exist_ok=True)
+    splits = [AllShapes(config, split) for split in config.splits]
+    made_of = fingerprint(vae, splits)
+    summary = existing_moments(folder, made_of, vae, splits)
+    if summary is not None:
+        print(f"the latents in {folder} are those of this VAE already")
+        return summary
+    (folder / "moments.json").unlink(missing_ok=True)  # a stopped run leaves files of two VAEs
     all_moments = []
-    for split in config.splits:
-        shapes, moments = AllShapes(config, split), LatentMoments(vae.config.latent_channels, device)
+    for split, shapes in zip(config.splits, splits, strict=True):
+        moments = LatentMoments(vae.config.latent_channels, device)
         batches = load_batches(shapes, 0, len(shapes), config.workers, device)
         written = []
         with ThreadPoolExecutor() as pool:  # files of one batch are written while the next is encoded
@@ -98,7 +133,7 @@ def main(config: EncodeLatentsConfig) -> dict:
                 file.result()
         all_moments.append(moments)
 
-    summary = all_moments[0].summary()
+    summary = all_moments[0].summary() | {"made_of": made_of}
     set_latent_scale(vae, all_moments[0])
     save_network(config.model_dir, "sdf_vae", vae, torch.float16)
     with replacing(folder / "moments.json") as temporary:

@@ -59,13 +59,30 @@ class RunConfig:
 
 
 def start(config: RunConfig, whole_config) -> torch.device:
-    """Make the run folder, seed the initialisation, and return the device. `whole_config` is what config.json keeps."""
+    """Make the run folder, seed the initialisation, and return the device. `whole_config` is what config.json keeps.
+
+    Raises as `check_run`.
+    """
     out_dir = Path(config.out_dir)
+    check_run(out_dir, whole_config.model_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "config.json").write_text(json.dumps(asdict(whole_config), indent=2))
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
     return find_device(config.device)
+
+
+def check_run(out_dir: str | Path, model_dir: str | Path) -> None:
+    """A run goes on for the model that it began with.
+
+    Raises:
+        ValueError: the run folder has a checkpoint that was made for another model folder.
+    """
+    if newest_checkpoint(out_dir) is None:
+        return
+    owner = json.loads((Path(out_dir) / "config.json").read_text())["model_dir"]
+    if Path(owner).resolve() != Path(model_dir).resolve():
+        raise ValueError(f"{out_dir} is a run of the model {owner}, not of {model_dir}: give another run.out_dir")
 
 
 def find_device(name: str) -> torch.device:
@@ -159,23 +176,33 @@ def save_checkpoint(
         old.unlink()
 
 
+def newest_checkpoint(out_dir: str | Path) -> Path | None:
+    return max(Path(out_dir).glob("step_*.pt"), default=None)
+
+
+def last_step(out_dir: str | Path) -> int:
+    """Steps that a run has behind it, 0 where it has no checkpoint."""
+    newest = newest_checkpoint(out_dir)
+    return 0 if newest is None else int(newest.stem.removeprefix("step_"))
+
+
 def load_checkpoint(out_dir: str | Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Restore the newest checkpoint of a run, if it has one; returns the step at which the run goes on.
 
     Raises:
         ValueError: the checkpoint belongs to a network of other sizes.
     """
-    checkpoints = sorted(Path(out_dir).glob("step_*.pt"))
-    if not checkpoints:
+    newest = newest_checkpoint(out_dir)
+    if newest is None:
         return 0
     device = next(model.parameters()).device
-    state = torch.load(checkpoints[-1], weights_only=True, map_location=device)
+    state = torch.load(newest, weights_only=True, map_location=device)
     try:
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{checkpoints[-1]} is not of this network; use another run.out_dir: {error}") from error
+        raise ValueError(f"{newest} is not of this network; use another run.out_dir: {error}") from error
     return state["step"]
 
 
