@@ -1,10 +1,14 @@
 """Released checkpoints -> model folder: every tensor arrives; what is wrong is refused in one line, without a trace."""
 
+import hashlib
+import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -280,3 +284,79 @@ def test_download_reads_the_cache_and_says_when_it_cannot(release, tmp_path):
         done = subprocess.run(arguments, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == code and words in done.stderr.splitlines()[-1], done.stderr
     assert not (tmp_path / "2").exists()
+
+
+COMMIT = "1" * 40
+
+
+def hash_of(contents: bytes) -> str:
+    return hashlib.sha1(contents, usedforsecurity=False).hexdigest()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What the hub's client asks of huggingface.co for one repository, whose files lie in `folder`."""
+
+    folder: Path
+    asked: list
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        self.asked.append((self.command, path))
+        files = [file for file in sorted(self.folder.rglob("*")) if file.is_file()]
+        names = [str(file.relative_to(self.folder)) for file in files]
+        answers = {
+            "revision": {"id": OFFICIAL_REPO, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]},
+            "tree": [
+                {"type": "file", "path": name, "size": file.stat().st_size, "oid": hash_of(file.read_bytes())}
+                for name, file in zip(names, files, strict=True)
+            ],
+        }
+        for kind, found in answers.items():
+            if path.startswith(f"/api/models/{OFFICIAL_REPO}/{kind}/"):
+                return self.answer(json.dumps(found).encode(), "application/json")
+        file = self.folder / path.removeprefix(f"/{OFFICIAL_REPO}/resolve/{COMMIT}/")
+        if path.startswith(f"/{OFFICIAL_REPO}/resolve/") and file.is_file():
+            return self.answer(file.read_bytes(), "application/octet-stream")
+        return self.send_error(404, "Entry not found")
+
+    do_HEAD = do_GET
+
+    def answer(self, body: bytes, kind: str) -> None:
+        self.send_response(200)
+        for name, value in (
+            ("Content-Type", kind), ("Content-Length", str(len(body))), ("X-Repo-Commit", COMMIT),
+            ("ETag", f'"{hash_of(body)}"'),
+        ):  # fmt: skip
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_arguments) -> None:
+        pass
+
+
+def test_download_fetches_the_release_from_a_hub(release, tmp_path):
+    """With the hub's own client, from a server that answers as the hub does: what is needed, and nothing else."""
+    (tmp_path / "served").mkdir()
+    shutil.copytree(release, tmp_path / "served" / OFFICIAL_SUBFOLDER)
+    (tmp_path / "served" / "other.bin").write_bytes(b"not asked for")
+    handler = type("Served", (Hub,), {"folder": tmp_path / "served", "asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    environment |= {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+    environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    encoder = release / "dinov2_vitl14_reg4_pretrain.pth"
+    command = [sys.executable, "-m", "d3ds2", "convert", "--download", "--image-encoder", str(encoder), OFFICIAL_REPO]
+    try:
+        done = subprocess.run(
+            [*command, str(tmp_path / "model")], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0 and "model: Direct3D-S2 v1.1" in done.stderr.splitlines()[-1], done.stderr
+    fetched = {path.rpartition("/")[2] for command, path in handler.asked if command == "GET" and "/resolve/" in path}
+    assert fetched == {"config.yaml", *FILES}
+    assert load_settings(tmp_path / "model")[0] == "official-v1.1"
