@@ -87,17 +87,22 @@ def smooth_fields():
     yield "gyroid", np.maximum(np.sin(x) * np.cos(y) + np.sin(y) * np.cos(z) + np.sin(z) * np.cos(x), sphere(32, 0.9))
 
 
-@pytest.mark.parametrize(("field", "level"), [(f, level) for _, f in smooth_fields() for level in (0.0, 0.05)])
-def test_same_surface_as_skimage(field, level):
+@pytest.mark.parametrize("method", ["lewiner", "lorensen"])
+@pytest.mark.parametrize("level", [0.0, 0.05])
+@pytest.mark.parametrize(("name", "field"), smooth_fields())
+def test_same_surface_as_skimage(name, field, level, method):
+    """The same vertices as both, and the same topology; but lewiner joins some faces of a cube that may go two ways."""
     field = field.astype(np.float32)
     mesh = sdf_to_mesh(*to_blocks(field), 32, level, outer_only=False)
-    vertices, faces, *_ = skimage.measure.marching_cubes(field, level, method="lorensen")
+    vertices, faces, *_ = skimage.measure.marching_cubes(field, level, method=method)
     vertices = (vertices + 0.5) / 32 * 2 - 1
-    assert len(mesh.vertices) == len(vertices) and len(mesh.faces) == len(faces)
+    assert len(mesh.vertices) == len(vertices)
     distance, index = cKDTree(vertices).query(mesh.vertices)
     assert distance.max() < 2e-3 / 16 and len(np.unique(index)) == len(vertices)  # 2e-3 voxels: the margin
-    theirs = trimesh.Trimesh(vertices, faces, process=False)
-    assert assert_closed(mesh).volume == pytest.approx(abs(theirs.volume), rel=1e-3)
+    ours, theirs = assert_closed(mesh), trimesh.Trimesh(vertices, faces, process=False)
+    assert ours.volume == pytest.approx(abs(theirs.volume), rel=1e-3)
+    if (name, method) != ("gyroid", "lewiner"):
+        assert len(mesh.faces) == len(faces) and ours.euler_number == theirs.euler_number
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.9])
