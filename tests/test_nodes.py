@@ -264,6 +264,16 @@ def test_half_precision_runs_through_all_nodes(comfy, ball):
     assert len(comfy.run("D3DS2VAEEncodeMesh", model=model, mesh=ball)[0].latents) > 0
 
 
+def test_an_unloaded_network_leaves_the_device_whole(comfy):
+    """Parameters beside submodules too, which ComfyUI's dynamic patcher leaves behind."""
+    for patcher in comfy.run("LoadD3DS2Model", model="random")[0].get_models():
+        patcher.offload_device = torch.device("meta")
+        patcher.detach(unpatch_all=False)
+        assert {p.device.type for p in patcher.model.parameters()} == {"cpu"}
+        patcher.detach()
+        assert {p.device.type for p in patcher.model.parameters()} == {"meta"}
+
+
 def test_decoding_options_reach_the_surface(comfy, model, latent, mesh):
     def run(**inputs):
         return comfy.run("D3DS2VAEDecodeSDF", model=model, latent=latent, **inputs)
