@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .device_constant import device_constant
-from .voxels import Voxels, per_token, sample_means
+from .kernels.run_sums import sum_runs
+from .kernels.runs import Runs
+from .voxels import BLOCK, Voxels, per_token, sample_means
 
 HAS_TRITON = find_spec("triton") is not None
 CPU_CHUNK_BYTES = 4 << 20  # neighbours gathered at a time: what stays in a core's cache
@@ -252,9 +254,16 @@ def mean_pool(x: Tensor, voxels: Voxels, factor: int) -> tuple[Tensor, Voxels]:
         Pooled features, dtype of x, summed in at least float32; and their voxels, `voxels.coarsen(factor)[0]`.
     """
     coarse, parent = voxels.coarsen(factor)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    total = torch.zeros(len(coarse), x.shape[1], dtype=dtype, device=x.device).index_add(0, parent, x.to(dtype))
+    total = sum_runs(x, voxels.cached(("cells", factor), lambda: _cells(voxels, factor)), parent)
     return (total / (voxels.coarse_counts(factor) + 1)[:, None]).to(x.dtype), coarse
+
+
+def _cells(voxels: Voxels, factor: int) -> Runs:
+    """The voxels of each voxel of `coarsen(factor)`."""
+    in_order = factor == BLOCK and voxels.resolution <= BLOCK**2  # one block of coarse voxels: lexicographic as blocks
+    order = None if in_order else voxels.coarsen(factor)[1].argsort(stable=True).int()
+    offsets = nn.functional.pad(voxels.coarse_counts(factor).cumsum(0), (1, 0)).int()
+    return Runs(offsets, len(voxels), order, longest=factor**3)
 
 
 class PackedGroupNorm(nn.Module):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from .attention import packed_attention, packed_attention_with_lse
 from .kernels.block_scores import select_blocks
+from .kernels.run_sums import take_runs
 from .kernels.runs import Branches, Runs
 from .kernels.selection_attention import HAS_TRITON, selection_attention
 from .sparse_conv import PackedGroupNorm, SubmanifoldConv3d, mean_pool
@@ -125,8 +126,7 @@ class SpatialSparseAttention(nn.Module):
     def compress(self, k: Tensor, v: Tensor, voxels: Voxels) -> tuple[Tensor, Tensor]:
         """k, v (N, Hk D) -> compressed keys and values (Nc, Hk, D), eq. 7."""
         c, kv_heads = self.compression_block, (self.num_kv_heads, self.head_dim)
-        x, y, z = (voxels.coords[:, 1:] % c).unbind(1)
-        position = F.embedding((x * c + y) * c + z, self.block_position)
+        position = take_runs(self.block_position, *voxels.cached(("places", c), lambda: _places(voxels, c)))
         compressed_k = self.compress_k(k + position, voxels, c).to(k.dtype)
         compressed_v = self.compress_v(v, voxels, c).to(v.dtype)
         return compressed_k.unflatten(-1, kv_heads), compressed_v.unflatten(-1, kv_heads)
@@ -186,6 +186,15 @@ def block_of_compressed(voxels: Voxels, c: int) -> Tensor:
     return blocks.scatter_(0, parent, voxels.block_of_token)  # all children lie in one selection block
 
 
+def _places(voxels: Voxels, c: int) -> tuple[Runs, Tensor]:
+    """The voxels at each place in their cell of c³, and the place of each voxel, (N,) long."""
+    x, y, z = (voxels.coords[:, 1:].long() % c).unbind(1)
+    place = (x * c + y) * c + z
+    ordered, order = place.sort(stable=True)
+    offsets = torch.searchsorted(ordered, torch.arange(c**3 + 1, device=place.device), out_int32=True)
+    return Runs(offsets, len(place), order.int()), place
+
+
 def branches_of(voxels: Voxels, c: int, window: int, shift: int) -> Branches:
     """What the kernels must know of the voxels; kept, and shared by all layers and steps."""
     return voxels.cached(("branches", c, window, shift), lambda: _branches_of(voxels, c, window, shift))
@@ -199,13 +208,22 @@ def _branches_of(voxels: Voxels, c: int, window: int, shift: int) -> Branches:
     return Branches(
         samples=Runs(voxels.cu_seqlens, N),
         compressed=Runs(coarse.cu_seqlens, len(coarse)),
-        blocks=Runs(voxels.block_offsets, N),
+        blocks=Runs(voxels.block_offsets, N, longest=max(voxels.windows(0).lengths, default=0)),
         windows=Runs(windows.cu_seqlens, N, None if windows.order is None else windows.order.int()),
         children=Runs(
             torch.searchsorted(blocks, edges, out_int32=True), len(coarse), None if in_order else order.int()
         ),
         sample_blocks=voxels.block_cu_seqlens,
-        max_compressed=max(coarse.counts, default=0),
         max_blocks=max(voxels.block_counts, default=0),
-        max_children=(BLOCK // c) ** 3,
+        block_order=None if c == BLOCK else _most_children_first(voxels, blocks),
     )
+
+
+def _most_children_first(voxels: Voxels, block_of_child: Tensor) -> Tensor:
+    """Blocks by sample and then by how many of `block_of_child` they hold, (M,) int32."""
+    M = voxels.block_offsets.numel() - 1
+    children = torch.zeros(M, dtype=torch.long, device=voxels.device)
+    children.scatter_add_(0, block_of_child, torch.ones_like(block_of_child))
+    blocks = torch.arange(M, device=voxels.device)
+    sample = torch.searchsorted(voxels.block_cu_seqlens[1:], blocks, right=True)
+    return (sample * (BLOCK**3 + 1) - children).sort(stable=True).indices.int()

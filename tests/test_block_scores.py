@@ -79,6 +79,13 @@ def offsets(counts):
     return torch.tensor([0, *counts], device=DEVICE).cumsum(0).int()
 
 
+def in_order_of_children(children, block_counts):
+    """Blocks by sample, first those with most children."""
+    samples = [i for i, count in enumerate(block_counts) for _ in range(count)]
+    order = sorted(range(len(children)), key=lambda i: (samples[i], -children[i]))
+    return torch.tensor(order, dtype=torch.int32, device=DEVICE)
+
+
 def select_by_triton(q, keys, lse, block_of_compressed, counts, compressed_counts, block_counts, top_k, tile):
     """The kernel, on keys in no order."""
     from d3ds2.kernels.block_scores_triton import select_blocks_triton
@@ -94,16 +101,15 @@ def select_by_triton(q, keys, lse, block_of_compressed, counts, compressed_count
         windows=Runs(offsets(counts), len(q)),
         children=Runs(offsets(children), len(keys), order),
         sample_blocks=offsets(block_counts),
-        max_compressed=max(compressed_counts),
         max_blocks=max(block_counts),
-        max_children=max(children),
+        block_order=None if set(children) == {1} else in_order_of_children(children, block_counts),
     )
     q, keys, lse = (x.to(DEVICE) for x in (q, keys[shuffled], lse * 1.4426950408889634))
     return select_blocks_triton(q, keys, lse, branches, top_k, q.shape[2] ** -0.5, tile).cpu()
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-@pytest.mark.parametrize("keys_first", [True, False])
+@pytest.mark.parametrize("rows", [32, 64])
 @pytest.mark.parametrize(
     ("counts", "children", "top_k", "G", "D"),
     [
@@ -111,13 +117,15 @@ def select_by_triton(q, keys, lse, block_of_compressed, counts, compressed_count
         pytest.param([5, 0, 4], [[2, 1, 3], [], [1, 2]], 1, 16, 16, id="an-empty-sample"),
         pytest.param([3, 4], [[2], [3, 1, 1]], 5, 1, 24, id="more-than-there-are-blocks"),
         pytest.param([6], [[1] * 70], 33, 2, 16, id="many-blocks"),
+        pytest.param([5], [[1, 2, 3, 1, 5] * 29], 8, 16, 32, id="more-blocks-than-lanes"),
+        pytest.param([2], [[1] * 150], 64, 16, 16, id="64-blocks-selected"),
     ],
 )
-def test_kernel_matches_the_definition(counts, children, top_k, G, D, keys_first):
+def test_kernel_matches_the_definition(counts, children, top_k, G, D, rows):
     from d3ds2.kernels.block_scores_triton import Tile
 
     problem = make_problem(counts, children, H=2, G=G, D=D)
-    actual = select_by_triton(*problem, top_k, Tile(rows=32, keys=32, scores=128, keys_first=keys_first))
+    actual = select_by_triton(*problem, top_k, Tile(rows=rows, blocks=16))
     assert actual.equal(select_blocks(*problem, top_k))
 
 

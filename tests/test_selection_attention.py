@@ -134,6 +134,28 @@ def test_queries_in_turn_do_not_change_the_result(monkeypatch):
         torch.testing.assert_close(a, e)
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_chunks_of_long_lists_add_up(chunk):
+    """Blocks that nobody, few and many queries selected; one of them longer than a tile of keys."""
+    from d3ds2.kernels.pair_gradients_triton import pair_dkdv
+    from d3ds2.kernels.run_attention_triton import Tile, run_attention_dkdv
+    from d3ds2.kernels.runs import Runs, Segments
+    from d3ds2.kernels.selection_attention_triton import pairs_by_block, select_forward
+
+    sizes = [21, 1, 4]
+    q, k, v, block_offsets, block_indices = (x.detach() for x in make_problem(sizes, 2, 3, 24, 2))
+    block_indices[block_indices == 1] = -1
+    blocks, scale = Runs(block_offsets, len(k), longest=max(sizes)), 24**-0.5
+    out, lse, _, _ = select_forward(q, k, v, blocks, block_indices, scale)
+    dout = torch.randn(out.shape).to(out)
+    pair_offsets, pair_ids = pairs_by_block(block_indices, len(sizes))
+    segments = Segments(Runs(pair_offsets, len(pair_ids), pair_ids), blocks, 2)
+    arguments = q, k, v, segments, lse, (out * dout).sum(-1), dout, scale, Tile(32, 16)
+    for a, e in zip(pair_dkdv(*arguments, chunk), run_attention_dkdv(*arguments), strict=True):
+        torch.testing.assert_close(a, e)
+
+
 def test_an_empty_batch():
     q, k = torch.zeros(0, 4, 16), torch.zeros(0, 2, 16)
     out = selection_attention(q, k, k, torch.zeros(1, dtype=torch.int32), torch.zeros(0, 2, 3, dtype=torch.int32))

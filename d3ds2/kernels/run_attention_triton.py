@@ -64,6 +64,52 @@ def _key_rows(key_ids, offs_j, valid, h, H: tl.constexpr, HAS_KEY_IDS: tl.conste
 
 
 @triton.jit
+def _load_keys(
+    k, v, key_ids, j, end, h, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_KEY_IDS: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Keys and values [BLOCK_K, DP] from place j on; zero beyond the end, which only the TAIL of a run reaches."""
+    offs_j, offs_d = j + tl.arange(0, BLOCK_K), tl.arange(0, DP)
+    is_key = offs_j < end
+    at = _key_rows(key_ids, offs_j, is_key, h, H, HAS_KEY_IDS)[:, None] * D + offs_d[None, :]
+    mask = (offs_d < D)[None, :]
+    if TAIL:
+        mask = mask & is_key[:, None]
+    b_k, b_v = tl.load(k + at, mask=mask, other=0.0), tl.load(v + at, mask=mask, other=0.0)
+    return b_k, b_v
+
+
+@triton.jit
+def _forward_step(
+    b_q, k, v, key_ids, j, end, h, m, denom, acc, scale_log2, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BLOCK_K: tl.constexpr, HAS_KEY_IDS: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Softmax over BLOCK_K more keys: the maximum m, the denominator and the numerator acc of each row."""
+    b_k, b_v = _load_keys(k, v, key_ids, j, end, h, H, D, DP, BLOCK_K, HAS_KEY_IDS, TAIL)
+    b_s = _dot(b_q, tl.trans(b_k))  # [BLOCK_Q * GP, BLOCK_K]
+    if TAIL:
+        b_s = tl.where((j + tl.arange(0, BLOCK_K) < end)[None, :], b_s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(b_s, 1) * scale_log2)
+    b_p = tl.exp2(b_s * scale_log2 - m_new[:, None])
+    decay = tl.exp2(m - m_new)
+    return m_new, denom * decay + tl.sum(b_p, 1), acc * decay[:, None] + _dot(b_p.to(b_v.dtype), b_v)
+
+
+@triton.jit
+def _dq_step(
+    b_q, b_do, b_lse, b_delta, k, v, key_ids, j, end, h, acc, scale_log2, H: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, BLOCK_K: tl.constexpr, HAS_KEY_IDS: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """acc, and what BLOCK_K more keys add to dq."""
+    b_k, b_v = _load_keys(k, v, key_ids, j, end, h, H, D, DP, BLOCK_K, HAS_KEY_IDS, TAIL)
+    b_p = tl.exp2(_dot(b_q, tl.trans(b_k)) * scale_log2 - b_lse[:, None])  # [BLOCK_Q * GP, BLOCK_K]
+    if TAIL:
+        b_p = tl.where((j + tl.arange(0, BLOCK_K) < end)[None, :], b_p, 0.0)  # exp2(-lse) may overflow
+    b_ds = b_p * (_dot(b_do, tl.trans(b_v)) - b_delta[:, None])
+    return acc + _dot(b_ds.to(b_k.dtype), b_k)
+
+
+@triton.jit
 def _forward_kernel(
     q, k, v, tile_offsets, tile_segments, query_offsets, query_ids, key_offsets, key_ids, out, lse,
     scale_log2, S, M, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
@@ -90,19 +136,15 @@ def _forward_kernel(
         m = tl.full([BLOCK_Q * GP], float("-inf"), dtype=tl.float32)
         denom = tl.zeros([BLOCK_Q * GP], dtype=tl.float32)
         acc = tl.zeros([BLOCK_Q * GP, DP], dtype=tl.float32)
-        for j in range(start, end, BLOCK_K):
-            offs_j = j + tl.arange(0, BLOCK_K)
-            is_key = offs_j < end
-            kv = _key_rows(key_ids, offs_j, is_key, h, H, HAS_KEY_IDS)[:, None] * D + offs_d
-            b_k = tl.load(k + kv, mask=is_key[:, None] & is_d, other=0.0)  # [BLOCK_K, DP]
-            b_v = tl.load(v + kv, mask=is_key[:, None] & is_d, other=0.0)
-            b_s = tl.where(is_key, _dot(b_q, tl.trans(b_k)), float("-inf"))  # [BLOCK_Q * GP, BLOCK_K]
-            m_new = tl.maximum(m, tl.max(b_s, 1) * scale_log2)
-            b_p = tl.exp2(b_s * scale_log2 - m_new[:, None])
-            decay = tl.exp2(m - m_new)
-            denom = denom * decay + tl.sum(b_p, 1)
-            acc = acc * decay[:, None] + _dot(b_p.to(b_v.dtype), b_v)
-            m = m_new
+        full = start + (end - start) // BLOCK_K * BLOCK_K
+        for j in range(start, full, BLOCK_K):
+            m, denom, acc = _forward_step(
+                b_q, k, v, key_ids, j, end, h, m, denom, acc, scale_log2, H, D, DP, BLOCK_K, HAS_KEY_IDS, False
+            )
+        if full < end:
+            m, denom, acc = _forward_step(
+                b_q, k, v, key_ids, full, end, h, m, denom, acc, scale_log2, H, D, DP, BLOCK_K, HAS_KEY_IDS, True
+            )
 
         has_keys = denom > 0  # no keys: an output of zero
         to = out_rows * G + g
@@ -139,16 +181,17 @@ def _dq_kernel(
 
         start, end = tl.load(key_offsets + run), tl.load(key_offsets + run + 1)
         acc = tl.zeros([BLOCK_Q * GP, DP], dtype=tl.float32)
-        for j in range(start, end, BLOCK_K):
-            offs_j = j + tl.arange(0, BLOCK_K)
-            is_key = offs_j < end
-            kv = _key_rows(key_ids, offs_j, is_key, h, H, HAS_KEY_IDS)[:, None] * D + offs_d
-            b_k = tl.load(k + kv, mask=is_key[:, None] & is_d, other=0.0)  # [BLOCK_K, DP]; zero beyond the end,
-            b_v = tl.load(v + kv, mask=is_key[:, None] & is_d, other=0.0)  # so that nothing else needs a mask
-            b_p = tl.exp2(_dot(b_q, tl.trans(b_k)) * scale_log2 - b_lse[:, None])  # [BLOCK_Q * GP, BLOCK_K]
-            b_p = tl.where(is_key, b_p, 0.0)  # exp2(-lse) may overflow
-            b_ds = b_p * (_dot(b_do, tl.trans(b_v)) - b_delta[:, None])
-            acc += _dot(b_ds.to(b_k.dtype), b_k)
+        full = start + (end - start) // BLOCK_K * BLOCK_K
+        for j in range(start, full, BLOCK_K):
+            acc = _dq_step(
+                b_q, b_do, b_lse, b_delta, k, v, key_ids, j, end, h, acc, scale_log2, H, D, DP, BLOCK_K, HAS_KEY_IDS,
+                False,
+            )  # fmt: skip
+        if full < end:
+            acc = _dq_step(
+                b_q, b_do, b_lse, b_delta, k, v, key_ids, full, end, h, acc, scale_log2, H, D, DP, BLOCK_K,
+                HAS_KEY_IDS, True,
+            )  # fmt: skip
         tl.store(dq + (out_rows * G + g)[:, None] * D + offs_d, acc * scale, mask=valid[:, None] & is_d)
 
 

@@ -15,12 +15,13 @@ class Runs:
     """Consecutive runs of a list of rows: run i is `ids[offsets[i] : offsets[i + 1]]`.
 
     `offsets` is (S + 1,) int32, `total` bounds the length of the list from above, and `ids` (int32) is None where the
-    list is 0, 1, 2, …
+    list is 0, 1, 2, …; `longest` is the length of the longest run, where it is known on the host.
     """
 
     offsets: Tensor
     total: int
     ids: Tensor | None = None
+    longest: int | None = None
     _tiles: dict = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -63,8 +64,9 @@ class Branches:
         windows: tokens of each window.
         children: compressed tokens of each selection block.
         sample_blocks: first block of each sample and, last, their number, (B + 1,) int32.
-        max_compressed, max_blocks: most compressed tokens and most blocks in a sample.
-        max_children: bounds the compressed tokens of a block.
+        max_blocks: most blocks in a sample.
+        block_order: the blocks of each sample, first those with most compressed tokens, (M,) int32; None where every
+            block has one.
     """
 
     samples: Runs
@@ -73,6 +75,5 @@ class Branches:
     windows: Runs
     children: Runs
     sample_blocks: Tensor
-    max_compressed: int
     max_blocks: int
-    max_children: int
+    block_order: Tensor | None = None

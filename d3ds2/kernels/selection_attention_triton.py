@@ -10,13 +10,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .pair_gradients_triton import pair_dkdv
 from .run_attention_triton import Tile, run_attention_dkdv, run_attention_dq, run_attention_forward
 from .runs import Runs, Segments
 
 PARTIAL_BYTES = 1 << 29  # partial results held at once
 PARTIAL_BYTES_AT_INFERENCE = 1 << 28  # where weights and latents should fit beside them on a small card
 MERGED_ROWS = 64  # rows of tokens times heads that a merging program takes
-FORWARD, DQ, DKDV = Tile(128, 32), Tile(64, 32), Tile(128, 64, splits=8)
+FORWARD, DQ, DKDV = Tile(128, 32, stages=3), Tile(64, 32, stages=3), Tile(128, 64, splits=8)
 FORWARD_FP32, DQ_FP32, DKDV_FP32 = Tile(32, 32), Tile(32, 32), Tile(32, 32, splits=4)
 
 
@@ -137,7 +138,7 @@ def select_forward(
     """
     D, G, S = k.shape[2], q.shape[1] // k.shape[1], block_indices.shape[2]
     out, lse = (torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)) if keep else (None, None)
-    gated_out = None if others is None else torch.empty_like(q)
+    gated_out = None if others is None else torch.empty_like(q) if keep else others[0]  # each row is read first
     tile = FORWARD_FP32 if q.dtype == torch.float32 else FORWARD
     pairs = []
     for chunk in _chunks(q, block_indices, PARTIAL_BYTES if keep else PARTIAL_BYTES_AT_INFERENCE):
@@ -181,7 +182,7 @@ def select_backward(
             HAS_OTHERS=bool(others), G=G, D=D, DP=triton.next_power_of_2(D), BLOCK=MERGED_ROWS,
         )  # fmt: skip
         del partial
-        dk, dv = run_attention_dkdv(*inputs, tiles[1])
+        dk, dv = (run_attention_dkdv if blocks.longest is None else pair_dkdv)(*inputs, tiles[1])
         dks.append(dk)
         dvs.append(dv)
     return dq, sum(dks), sum(dvs)

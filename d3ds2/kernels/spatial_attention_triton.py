@@ -14,7 +14,7 @@ from .run_attention_triton import Tile, run_attention_dkdv, run_attention_dq, ru
 from .runs import Branches, Segments
 from .selection_attention_triton import select_backward, select_forward
 
-COMPRESSION = Tile(64, 64), Tile(64, 64), Tile(64, 64, stages=3, splits=32)  # forward, dq, dk and dv
+COMPRESSION = Tile(64, 64, stages=3), Tile(64, 64, stages=3), Tile(64, 64, stages=3, splits=32)  # forward, dq, dkdv
 WINDOW = Tile(64, 64), Tile(64, 64), Tile(128, 64)
 FP32 = Tile(32, 32), Tile(32, 32), Tile(32, 32, splits=4)
 ROWS = 64  # rows of tokens times heads in a program of the kernels here
