@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLD_TRITON := $(VENV)/triton-3.1.0
 
 .PHONY: demo test lint bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m d3ds2 workflows/demo_input.png -o demo.glb --preview demo.png
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(OLD_TRITON)/.done
 	$(BIN)/python -m pytest tests
 
 lint: $(VENV)/.test
@@ -29,4 +30,10 @@ $(VENV)/.demo: requirements.txt constraints.txt pyproject.toml
 $(VENV)/.test: $(VENV)/.demo Makefile
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
 		pytest ruff tensorboard onnx onnxruntime rembg triton websocket-client
+	touch $@
+
+# the oldest Triton whose interpreter the kernels support; its interpreter was built for NumPy 1
+$(OLD_TRITON)/.done: | $(VENV)/.demo
+	rm -rf $(OLD_TRITON)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OLD_TRITON) triton==3.1.0 numpy==1.26.4
 	touch $@
