@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .attention import WindowAttention
-from .sparse_conv import PackedGroupNorm, SubdivideConv3d, SubmanifoldConv3d, mean_pool, permute_rows
+from .sparse_conv import PackedGroupNorm, SubdivideConv3d, SubmanifoldConv3d, mean_pool, permute_rows, side_by_side
 from .transformer import FeedForward, LayerNorm32, initialize_linear
 from .voxels import Voxels
 
@@ -29,8 +29,9 @@ class SDFVAEConfig:
 
     `position_resolution` is the SDF resolution at which latent coordinates enter the position embedding as they are;
     at R they are multiplied by position_resolution / R. `latents_scale` and `latents_shift` normalise latents for the
-    diffusion model. With `voxel_place` the encoder is told where in its 8³ block each voxel lies. The released networks
-    are not: there a surface whose band fits into half a block gives the same latents in both halves, since pooling and
+    diffusion model. With `voxel_place` the eight children of a voxel are told apart by their place, each with a weight
+    of its own, in the encoder's pooling and in the decoder's subdivision. In the released networks they are not: there
+    a surface whose band fits into half a block gives the same latents in both halves, since mean pooling and
     submanifold convolutions do not see the place. Raises ValueError for sizes that do not fit together.
     """
 
@@ -83,20 +84,24 @@ class WindowBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Residual block from resolution R to R / 2."""
+    """Residual block from resolution R to R / 2. With `voxel_place` also a weight for each of the 2³ children."""
 
-    def __init__(self, in_channels: int, out_channels: int, num_groups: int):
+    def __init__(self, in_channels: int, out_channels: int, num_groups: int, voxel_place: bool):
         super().__init__()
         self.norm1 = PackedGroupNorm(num_groups, in_channels)
         self.conv1 = SubmanifoldConv3d(in_channels, out_channels)
         self.norm2 = PackedGroupNorm(num_groups, out_channels)
         self.conv2 = SubmanifoldConv3d(out_channels, out_channels)
         self.skip = nn.Linear(in_channels, out_channels)
+        self.place = nn.Linear(8 * in_channels, out_channels, bias=False) if voxel_place else None
 
     def forward(self, x: Tensor, voxels: Voxels) -> tuple[Tensor, Voxels]:
         """(N, in_channels) -> (coarse N, out_channels) and the coarse voxels."""
-        h, coarse = mean_pool(F.silu(self.norm1(x, voxels)), voxels, 2)
+        fine = F.silu(self.norm1(x, voxels))
+        h, coarse = mean_pool(fine, voxels, 2)
         h = self.conv1(h, coarse)
+        if self.place is not None:
+            h = h + self.place(side_by_side(fine, voxels))
         h = self.conv2(F.silu(self.norm2(h, coarse)), coarse)
         return h + self.skip(mean_pool(x, voxels, 2)[0]), coarse
 
@@ -104,10 +109,10 @@ class DownBlock(nn.Module):
 class UpBlock(nn.Module):
     """From resolution R to 2 R, all eight children of every voxel."""
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, voxel_place: bool):
         super().__init__()
         self.conv1 = SubmanifoldConv3d(in_channels, out_channels)
-        self.conv2 = SubdivideConv3d(out_channels, out_channels)
+        self.conv2 = SubdivideConv3d(out_channels, out_channels, voxel_place)
 
     def forward(self, x: Tensor, voxels: Voxels) -> Tensor:
         """(N, in_channels) -> (8 N, out_channels), children in the order that `Voxels.child_order` sorts."""
@@ -119,8 +124,9 @@ class Encoder(nn.Module):
         super().__init__()
         widths, groups = config.widths, config.group_norm_groups
         self.sdf_layer = nn.Linear(1, widths[0])
-        self.voxel_place = nn.Parameter(torch.zeros(FACTOR**3, widths[0])) if config.voxel_place else None
-        self.down_blocks = nn.ModuleList(DownBlock(widths[i], widths[i + 1], groups) for i in range(3))
+        self.down_blocks = nn.ModuleList(
+            DownBlock(widths[i], widths[i + 1], groups, config.voxel_place) for i in range(3)
+        )
         self.input_layer = nn.Linear(config.hidden_size, config.hidden_size)
         self.blocks = nn.ModuleList(WindowBlock(config, i) for i in range(config.encoder_depth))
         self.norm = LayerNorm32(config.hidden_size, eps=1e-5)
@@ -128,9 +134,6 @@ class Encoder(nn.Module):
 
     def forward(self, sdf: Tensor, voxels: Voxels, position_factor: float, run) -> tuple[Tensor, Voxels]:
         x = self.sdf_layer(sdf)  # (N, C / 16)
-        if self.voxel_place is not None:
-            i, j, k = (voxels.coords[:, 1:].long() % FACTOR).unbind(1)
-            x = x + F.embedding((FACTOR * i + j) * FACTOR + k, self.voxel_place).to(x.dtype)
         coarse = voxels
         for _ in self.down_blocks:  # first, so that neighbours on each grid follow from the grid below it
             coarse = coarse.coarsen(2)[0]
@@ -148,7 +151,9 @@ class Decoder(nn.Module):
         widths = config.widths
         self.input_layer = nn.Linear(config.latent_channels, config.hidden_size)
         self.blocks = nn.ModuleList(WindowBlock(config, i) for i in range(config.decoder_depth))
-        self.up_blocks = nn.ModuleList(UpBlock(widths[i + 1], widths[i]) for i in reversed(range(3)))
+        self.up_blocks = nn.ModuleList(
+            UpBlock(widths[i + 1], widths[i], config.voxel_place) for i in reversed(range(3))
+        )
         self.out_layer = nn.Linear(widths[0], 1)
 
     def forward(self, latents: Tensor, voxels: Voxels, position_factor: float, run):
@@ -172,6 +177,9 @@ class SDFVAE(nn.Module):
         self.decoder = Decoder(config)
         self.gradient_checkpointing = False
         self.apply(initialize_linear)
+        for block in self.encoder.down_blocks:
+            if block.place is not None:
+                nn.init.zeros_(block.place.weight)
 
     def encode(
         self, sdf: Tensor, voxels: Voxels, position_factor: float | None = None

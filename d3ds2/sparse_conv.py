@@ -56,15 +56,30 @@ class SubdivideConv3d(SubmanifoldConv3d):
     The 27 neighbours of a child lie in 2³ of its parent's 27 neighbours, and those with one parent share features. So
     the same sum is a convolution of the coarse voxels with 8 Cout output channels, whose weights are sums of `weight`:
     an eighth of the gathered rows, and neither features nor neighbours of the fine grid are needed.
+
+    With `place` every child also has a weight of its own for its parent, `place` (8, Cin, Cout), zeros at first: so it
+    costs nothing more.
     """
+
+    def __init__(self, in_channels: int, out_channels: int, place: bool = False):
+        super().__init__(in_channels, out_channels)
+        self.place = nn.Parameter(torch.zeros(8, in_channels, out_channels)) if place else None
 
     def forward(self, x: Tensor, voxels: Voxels) -> Tensor:
         """(N, Cin) -> (8 N, Cout), child i, j, k of voxel n in row 8 n + 4 i + 2 j + k: `Voxels.child_order` sorts."""
-        return _convolve(x, voxels, _children_weight(self.weight), self.bias, children=8)
+        return _convolve(x, voxels, self._tap_weights(), self.bias, children=8)
 
     def dense_weights(self) -> Tensor:
         """What `gather_conv` takes, (27, Cin, 8 Cout)."""
-        return _dense_weight(_children_weight(self.weight), 8)
+        return _dense_weight(self._tap_weights(), 8)
+
+    def _tap_weights(self) -> Tensor:
+        """Weights of the 8 taps of each child, (64, Cin, Cout)."""
+        weight = _children_weight(self.weight)
+        if self.place is None:
+            return weight
+        at_parent = torch.eye(8, device=weight.device).flip(1)[:, :, None, None]  # tap 7 - c of child c is its parent
+        return (weight.unflatten(0, (8, 8)) + at_parent * self.place[:, None]).flatten(0, 1)
 
 
 def _children_weight(weight: Tensor) -> Tensor:
@@ -264,6 +279,15 @@ def _cells(voxels: Voxels, factor: int) -> Runs:
     order = None if in_order else voxels.coarsen(factor)[1].argsort(stable=True).int()
     offsets = nn.functional.pad(voxels.coarse_counts(factor).cumsum(0), (1, 0)).int()
     return Runs(offsets, len(voxels), order, longest=factor**3)
+
+
+def side_by_side(x: Tensor, voxels: Voxels) -> Tensor:
+    """Features (N, C) of the 2³ children of every coarse voxel in one row, zero where there is no child.
+
+    Returns (coarse N, 8 C) in the order of `voxels.coarsen(2)[0]`, child i, j, k in columns from (4 i + 2 j + k) C.
+    """
+    coarse = voxels.coarsen(2)[0]
+    return x.new_zeros(8 * len(coarse), x.shape[1]).index_copy(0, voxels.slots, x).view(len(coarse), -1)
 
 
 class PackedGroupNorm(nn.Module):

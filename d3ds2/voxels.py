@@ -217,15 +217,14 @@ class Voxels:
         if (whole := self._cache.get("coarse", lambda: None)()) is not None:
             return child_neighbors(whole.neighbors, whole.child_order)
         if ("coarsen", 2) in self._cache:
-            coarse, parent = self.coarsen(2)
-            return child_neighbors(coarse.neighbors, 8 * parent + self._child_number)
+            return child_neighbors(self.coarsen(2)[0].neighbors, self.slots)
         return search_neighbors(self.coords, self._keys, self.resolution)
 
-    @property
-    def _child_number(self) -> Tensor:
-        """4 i + 2 j + k of the place i, j, k of each voxel in its cell of 2³, (N,) int32."""
+    @cached_property
+    def slots(self) -> Tensor:
+        """8 n + 4 i + 2 j + k of each voxel, the child i, j, k of voxel n of `coarsen(2)`, (N,) long."""
         x, y, z = (self.coords[:, 1:] & 1).unbind(1)
-        return x * 4 + y * 2 + z
+        return 8 * self.coarsen(2)[1] + (x * 4 + y * 2 + z)
 
     def coarsen(self, factor: int) -> tuple["Voxels", Tensor]:
         """Pool `factor`³ voxels into one.

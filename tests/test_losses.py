@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from torch.distributions import Bernoulli, kl
 
 from training.losses import (
     SDFLossConfig,
     StructureLossConfig,
     kl_divergence,
     sdf_loss,
+    sign_divergence,
     structure_loss,
     velocity_loss,
 )
@@ -21,8 +23,18 @@ def test_sdf_loss_is_equation_3():
     terms = sdf_loss(sdf[:, None], target, sharp, mean, logvar, SDFLossConfig())
     inside, exterior, sharp_error = (0.16 + 0.04 + 0.0) / 3, (0.04 + 0.09 + 0.0) / 3, (0.16 + 0.0) / 2
     expected = {"inside": inside, "exterior": exterior, "sharp": sharp_error, "kl": 0.125}
+    expected["sign"] = sign_divergence(sdf, target).mean().item()
     expected["loss"] = 1.0 * inside + 0.1 * exterior + 1.0 * sharp_error + 1e-3 * 0.125
     assert {name: pytest.approx(value.item()) for name, value in terms.items()} == expected
+
+
+def test_sign_divergence_is_that_of_two_coins():
+    target, sdf = torch.tensor([-0.3, 0.02, 1.0]), torch.tensor([0.1, 0.02, -1.0])
+    wanted, got = (Bernoulli(logits=-s / 0.1) for s in (target, sdf))
+    torch.testing.assert_close(sign_divergence(sdf, target), kl.kl_divergence(wanted, got))
+    weighted = sdf_loss(sdf, target, sdf > 2, sdf[None], sdf[None], SDFLossConfig(sign=2.0))
+    plain = sdf_loss(sdf, target, sdf > 2, sdf[None], sdf[None], SDFLossConfig())
+    assert (weighted["loss"] - plain["loss"]).item() == pytest.approx(2 * plain["sign"].item(), rel=1e-4)
 
 
 def test_sdf_loss_without_sharp_or_exterior_voxels_is_finite():

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from d3ds2 import sparse_conv
-from d3ds2.sparse_conv import PackedGroupNorm, SubdivideConv3d, SubmanifoldConv3d, mean_pool
+from d3ds2.sparse_conv import PackedGroupNorm, SubdivideConv3d, SubmanifoldConv3d, mean_pool, side_by_side
 from tests.random_voxels import random_voxels
 
 CASES = [
@@ -72,6 +72,34 @@ def test_subdivided_convolution_is_convolution_of_the_children(counts, resolutio
     inputs = (x, conv.weight, conv.bias)
     actual = outputs_and_gradients(lambda: conv(x, voxels)[voxels.child_order], *inputs)
     assert_all_close(actual, outputs_and_gradients(direct, *inputs))
+
+
+def test_place_adds_a_linear_layer_of_each_child():
+    voxels = random_voxels([70, 0, 333], 16)
+    conv = SubdivideConv3d(3, 5, place=True).double()
+    x = torch.randn(len(voxels), 3, dtype=torch.float64, requires_grad=True)
+    plain = conv(x, voxels)
+    torch.nn.init.normal_(conv.place)
+    children = torch.einsum("ni,cio->nco", x, conv.place).flatten(0, 1)
+    torch.testing.assert_close(conv(x, voxels), plain + children)
+    inputs = (x, conv.weight, conv.place)
+    actual = outputs_and_gradients(lambda: conv(x, voxels), *inputs)
+    neighbors = voxels.neighbors
+    again = sparse_conv.gather_conv(x.detach(), neighbors, conv.dense_weights().detach(), conv.bias.detach())
+    torch.testing.assert_close(actual[0], again)
+    expected = torch.autograd.grad(torch.einsum("ni,cio->nco", x, conv.place).flatten(0, 1).sum(), conv.place)
+    torch.testing.assert_close(torch.autograd.grad(conv(x, voxels).sum(), conv.place), expected)
+
+
+def test_side_by_side_puts_every_child_in_its_place():
+    voxels = random_voxels([70, 0, 333], 16)
+    x = torch.randn(len(voxels), 3, dtype=torch.float64, requires_grad=True)
+    rows, coarse = side_by_side(x, voxels), voxels.coarsen(2)[0]
+    dense = to_dense(x, voxels)  # (B, 3, R, R, R)
+    b, i, j, k = coarse.coords.long().unbind(1)
+    children = [dense[b, :, 2 * i + di, 2 * j + dj, 2 * k + dk] for di in (0, 1) for dj in (0, 1) for dk in (0, 1)]
+    torch.testing.assert_close(rows, torch.cat(children, dim=1))
+    assert torch.autograd.gradcheck(lambda x: side_by_side(x, voxels), x, fast_mode=True)
 
 
 @pytest.mark.parametrize("layer", [SubmanifoldConv3d, SubdivideConv3d])

@@ -14,12 +14,13 @@ from d3ds2.rectified_flow import sample_t, velocity_target
 
 @dataclass(frozen=True)
 class SDFLossConfig:
-    """Weights of eq. 3."""
+    """Weights of eq. 3, and of one term more, which looks at the sign alone: thin parts live by it [D]."""
 
     inside: float = 1.0  # lambda_in: active voxels, |s| < 1 [A]
     exterior: float = 0.1  # lambda_ext: the other voxels of the decoded blocks [A]
     sharp: float = 1.0  # lambda_sharp: active voxels near sharp edges [A]
     kl: float = 1e-3  # lambda_KL [A]
+    sign: float = 0.0  # all voxels: cross-entropy of inside and outside, see `sign_divergence`
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,16 @@ def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 
+def sign_divergence(sdf: Tensor, target: Tensor, width: float = 0.1) -> Tensor:
+    """KL divergence of "inside" probabilities sigmoid(-s / width), elementwise: (N,) and (N,) -> (N,).
+
+    A squared error is content with a thin wall that vanished: its few voxels are hardly below zero. Here what counts is
+    the side of the surface, within about `width` of the band.
+    """
+    logits, wanted = sdf / width, target / width
+    return F.softplus(-logits) - F.softplus(-wanted) + torch.sigmoid(-wanted) * (logits - wanted)
+
+
 def sdf_loss(
     sdf: Tensor, target: Tensor, sharp: Tensor, mean: Tensor, logvar: Tensor, config: SDFLossConfig
 ) -> dict[str, Tensor]:
@@ -65,8 +76,8 @@ def sdf_loss(
         mean, logvar: the posterior, (L, C).
 
     Returns:
-        "loss" and its unweighted terms "inside", "exterior", "sharp", "kl", each a scalar float32. A set without any
-        voxel has error 0.
+        "loss" and its unweighted terms "inside", "exterior", "sharp", "sign", "kl", each a scalar float32. A set
+        without any voxel has error 0.
     """
     if sdf.numel() != target.numel() or sharp.numel() != target.numel():
         raise ValueError(
@@ -74,12 +85,14 @@ def sdf_loss(
             f"sharp {tuple(sharp.shape)}"
         )
     target = target.flatten().float()
-    error = (sdf.flatten().float() - target).square()  # (N,)
+    sdf = sdf.flatten().float()
+    error = (sdf - target).square()  # (N,)
     active = target.abs() < 1
     terms = {
         "inside": _mean_over(error, active),  # eq. 2
         "exterior": _mean_over(error, ~active),
         "sharp": _mean_over(error, active & sharp.flatten()),
+        "sign": sign_divergence(sdf, target).mean(),
         "kl": kl_divergence(mean, logvar),
     }
     return {"loss": sum(getattr(config, name) * term for name, term in terms.items()), **terms}  # eq. 3
