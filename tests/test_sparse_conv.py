@@ -76,6 +76,7 @@ def test_subdivided_convolution_is_convolution_of_the_children(counts, resolutio
 
 def test_place_adds_a_linear_layer_of_each_child():
     voxels = random_voxels([70, 0, 333], 16)
+    assert SubdivideConv3d(3, 5, place=True).half().dense_weights().dtype == torch.float16
     conv = SubdivideConv3d(3, 5, place=True).double()
     x = torch.randn(len(voxels), 3, dtype=torch.float64, requires_grad=True)
     plain = conv(x, voxels)
