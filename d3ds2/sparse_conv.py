@@ -78,7 +78,8 @@ class SubdivideConv3d(SubmanifoldConv3d):
         weight = _children_weight(self.weight)
         if self.place is None:
             return weight
-        at_parent = torch.eye(8, dtype=weight.dtype, device=weight.device).flip(1)[:, :, None, None]  # tap 7 - c of child c is its parent
+        # the parent is at tap 7 - c of child c
+        at_parent = torch.eye(8, dtype=weight.dtype, device=weight.device).flip(1)[:, :, None, None]
         return (weight.unflatten(0, (8, 8)) + at_parent * self.place[:, None]).flatten(0, 1)
 
 
