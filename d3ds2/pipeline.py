@@ -325,7 +325,7 @@ class Pipeline:
         sdf: Tensor,
         voxels: Voxels,
         min_component: float = DECODED["min_component"],
-        level: float = 0.0,
+        level: float | None = None,
         keep_largest: bool = False,
     ) -> list[Mesh]:
         """`blocks_to_meshes` of sdf and voxels as `decode_sdf` gives them."""

@@ -76,7 +76,7 @@ def main(config: EvaluateConfig) -> dict:
     records = json.loads((Path(config.data_dir) / "index.json").read_text())
     source_of = {record["name"]: record["source"] for record in records}
     sources = {name: source_of[name] for name in names}
-    scoring = ScoreConfig(config.data_dir, R, config.num_points, config.cells, config.seed)
+    scoring = ScoreConfig(config.data_dir, R, config.num_points, config.cells, config.seed, sampling.level)
     result = {"model": name, "config": dataclasses.asdict(config), "sampling": dataclasses.asdict(sampling)}
     text = f"# Evaluation of {name}\n\nSplit {config.split}, {len(names)} shapes, SDF at {R}³, seed {config.seed}.\n\n"
 

@@ -22,6 +22,7 @@ class ScoreConfig:
     num_points: int = 20_000  # sampled on each surface
     cells: int = 128  # per edge of the grid on which the volume IoU is counted
     seed: int = 0
+    level: float = 0.0  # of the surface in decoded SDFs: the model's
 
 
 class Shape:
@@ -35,9 +36,9 @@ class Shape:
     @classmethod
     def of_blocks(cls, block_coords: np.ndarray, values: np.ndarray, config: ScoreConfig, decoded=False) -> "Shape":
         """Of SDF blocks (M,3), (M,8,8,8) at `config.resolution`; `decoded` ones are meshed as the pipeline does."""
-        if not (values < 0).any():
+        options = DECODED | {"level": config.level} if decoded else {"level": 0.0}
+        if not (values < options["level"]).any():
             return cls(np.zeros((0, 3)), np.zeros((0, 3)), config)
-        options = DECODED if decoded else {}
         mesh = sdf_to_mesh(
             block_coords.astype(np.int64), values.astype(np.float32), config.resolution, threads=1, **options
         )
