@@ -41,9 +41,9 @@ def latent_dit_bytes(config: LatentDiTConfig, tokens: int, dtype: torch.dtype) -
 
 
 def sdf_encode_bytes(config: SDFVAEConfig, voxels: int, dtype: torch.dtype) -> int:
-    """Of encoding N active SDF voxels: the first group norm, with what it takes apart in float32."""
-    in_float = 8 if dtype.itemsize == 4 else 12
-    return _with_margin(voxels * (120 + config.widths[0] * (dtype.itemsize + in_float)))
+    """Of encoding N active SDF voxels: the first group norm and pooling, with what they take apart in float32."""
+    side_by_side = 3 * dtype.itemsize if config.voxel_place else 0  # of 8 children's places about 2.5 are taken
+    return _with_margin(voxels * (120 + config.widths[0] * (dtype.itemsize + 12 + side_by_side)))
 
 
 def _with_margin(size: float) -> int:

@@ -81,10 +81,10 @@ def test_structure_vae(dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("hidden_size", [128, 512])
-def test_sdf_encoder(dtype, hidden_size):
+@pytest.mark.parametrize(("hidden_size", "voxel_place"), [(128, True), (512, True), (512, False)])
+def test_sdf_encoder(dtype, hidden_size, voxel_place):
     sizes = {"num_heads": 4, "encoder_depth": 1, "decoder_depth": 1, "group_norm_groups": 2}
-    config = SDFVAEConfig(hidden_size=hidden_size, **sizes)
+    config = SDFVAEConfig(hidden_size=hidden_size, voxel_place=voxel_place, **sizes)
     vae, coarse = SDFVAE(config).to(dtype), sphere(12)
     coords = fresh(coarse).subdivide()[0].subdivide()[0].subdivide()[0].coords
     active = Voxels.sort(coords[torch.rand(len(coords)) < 0.4], 96)[0]
