@@ -81,6 +81,14 @@ def cancellable(*networks: torch.nn.Module) -> Iterator[None]:
             hook.remove()
 
 
+def run_networks(device: torch.device, function: Callable[..., Result], *args) -> Result:
+    """Call a function that runs networks within `cancellable`, wherever a layer takes long.
+
+    On a CPU a layer may take seconds; on a GPU it is short, and kernels must start from the thread that owns it.
+    """
+    return run_cancellable(function, *args) if device.type == "cpu" else function(*args)
+
+
 def run_cancellable(function: Callable[..., Result], *args, **kwargs) -> Result:
     """Call a long function in a thread, and watch the Cancel button meanwhile.
 

@@ -8,7 +8,7 @@ import comfy.model_management as mm
 
 from .device_memory import GB, dtype_of, load_networks
 from .io_types import Model
-from .progress import Progress, cancellable, check_cancelled, run_cancellable
+from .progress import Progress, cancellable, check_cancelled, run_cancellable, run_networks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,5 +85,4 @@ def _decode(vae: SDFVAE, latents: Tensor, voxels: Voxels, budget: int, progress:
     device = mm.get_torch_device()
     arguments = vae, latents.to(device), voxels.to(device), budget, None, on_chunk
     with cancellable(vae):
-        # a chunk takes seconds on a CPU; on a GPU it is short, and kernels must start from the thread that owns it
-        return run_cancellable(decode_in_chunks, *arguments) if device.type == "cpu" else decode_in_chunks(*arguments)
+        return run_networks(device, decode_in_chunks, *arguments)

@@ -36,7 +36,7 @@ class VAEEncodeMesh(io.ComfyNode):
         from ..d3ds2.voxels import Voxels
         from .device_memory import dtype_of, load_networks
         from .fitted_meshes import distances, for_each_mesh, with_sample
-        from .progress import Progress, cancellable
+        from .progress import Progress, cancellable, run_networks
         from .samples import pack_structure, token_text
 
         resolution = 8 * max(model.stages)
@@ -56,7 +56,8 @@ class VAEEncodeMesh(io.ComfyNode):
                 "use a model of lower resolution",
             )
             with cancellable(vae):
-                mean, _, own = vae.encode(values.to(device), Voxels(coords.to(device), resolution, 1))
+                voxels = Voxels(coords.to(device), resolution, 1)
+                mean, _, own = run_networks(device, vae.encode, values.to(device), voxels)
             latents.append(mean.float().cpu())
             parts.append(own)
         structure = pack_structure(parts)
