@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .device_constant import device_constant
+from .neighbors import CELL_OFFSET, CHILD
 from .sdf_blocks import SDFBlocks
 from .sdf_vae import FACTOR, SDFVAE
 from .sparse_conv import gather_conv
@@ -239,17 +241,14 @@ def _children(cells: Tensor) -> Tensor:
 def _child_neighbors(neighbors: Tensor, needed: Tensor) -> Tensor:
     """Neighbours (27, M) among the children in rows `needed` (M,) of 8 n + child, from those of their parents (27, N).
 
-    A child's neighbour at an offset is a child of its parent's neighbour at a coarser offset, or of its parent.
+    As `child_neighbors`, one offset at a time: what it takes must fit the budget.
     """
     N, M = neighbors.shape[1], len(needed)
     rank = torch.full((8 * N + 8,), M, dtype=torch.int32, device=needed.device)
     rank[needed] = torch.arange(M, dtype=torch.int32, device=needed.device)
     parent, child = needed // 8, needed % 8
-    axis, bits = torch.arange(3, device=needed.device) - 1, torch.arange(2, device=needed.device)
-    offset = torch.cartesian_prod(axis, axis, axis)[:, None]  # (27, 1, 3)
-    position = torch.cartesian_prod(bits, bits, bits) + offset  # of the neighbour in the parent's cell: -1 to 2
-    coarse_offset = ((position.div(2, rounding_mode="floor") + 1) * position.new_tensor([9, 3, 1])).sum(-1)  # (27, 8)
-    neighbor_child = (position.remainder(2) * position.new_tensor([4, 2, 1])).sum(-1)
+    tables = (device_constant(table, needed.device, torch.long) for table in (CELL_OFFSET, CHILD))
+    coarse_offset, neighbor_child = tables  # (27, 8) each
     table = torch.empty(27, M, dtype=torch.int32, device=needed.device)
     for k in range(27):
         row = neighbors[coarse_offset[k][child], parent].long()
