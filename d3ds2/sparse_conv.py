@@ -78,9 +78,8 @@ class SubdivideConv3d(SubmanifoldConv3d):
         weight = _children_weight(self.weight)
         if self.place is None:
             return weight
-        # the parent is at tap 7 - c of child c
-        at_parent = torch.eye(8, dtype=weight.dtype, device=weight.device).flip(1)[:, :, None, None]
-        return (weight.unflatten(0, (8, 8)) + at_parent * self.place[:, None]).flatten(0, 1)
+        at_parent = device_constant(tuple(8 * c + 7 - c for c in range(8)), weight.device)  # tap 7 - c of child c
+        return weight.index_add(0, at_parent, self.place)
 
 
 def _children_weight(weight: Tensor) -> Tensor:
