@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .kernels.selection_attention import HAS_TRITON
 from .voxels import Windows
 
 _LSE_ELEMENTS = 1 << 24  # logits held at once where no kernel returns the logsumexp
@@ -45,6 +46,11 @@ def packed_attention(
     """
     _check(q, k, v, lengths_q, lengths_k)
     if _has_varlen_kernel(q):
+        if HAS_TRITON and q.shape[2] <= 32:
+            from .kernels.packed_attention_triton import packed_attention_triton
+
+            scale = q.shape[2] ** -0.5 if scale is None else scale
+            return packed_attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
         return _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, lengths_q, lengths_k, scale)[0]
     outputs = [
         _segment(*segment, scale)

@@ -28,7 +28,7 @@ LISTS = [  # of queries with ids, keys with ids, pairs: samples, shifted windows
 SCALARS = {"scale": "fp32", "scale_log2": "fp32"} | dict.fromkeys(
     ["S", "M", "SIZE", "ROWS", "HG", "B", "K", "num_tiles", "STRIDE", "LONGEST"], "i32"
 )
-FLOATS = {"lse", "delta", "dk", "dv", "partial_dk", "partial_dv", "gates", "gated_lse", "partial_lse", "scratch"}
+FLOATS = {"lse", "stats", "key_norms", "dk", "dv", "partial_dk", "partial_dv", "gates", "partial_lse", "scratch"}
 FLOATS |= {"compression_lse", "selection_lse", "window_lse"}
 VALUES = {"q", "k", "v", "keys", "out", "dout", "dq", "partial", "compression", "selection", "window", "gated_out"}
 VALUES |= {"first", "second"}
@@ -50,7 +50,11 @@ def compile_kernel(kernel, constants: dict, num_warps: int, num_stages: int = 2)
 
 
 def of_tile(tile) -> dict:
-    return SIZES | {"BLOCK_Q": tile.rows // 16, "BLOCK_K": tile.keys, "SPLITS": tile.splits}
+    return (
+        SIZES
+        | {"LIMIT": 100.0, "FLOOR": 2.0**-100, "SHIFT": run_attention.SHIFT}
+        | {"BLOCK_Q": tile.rows // 16, "BLOCK_K": tile.keys, "SPLITS": tile.splits}
+    )
 
 
 def main() -> None:
@@ -62,12 +66,11 @@ def main() -> None:
     compile_kernel(kernel, named(kernel, of_tile(tile) | {"P": 8, "CHUNK": pair_gradients.CHUNK}), tile.warps)
     kernel = pair_gradients._add_chunks_kernel
     compile_kernel(kernel, named(kernel, of_tile(tile)), 4)
-    for has_order in (False, True):
-        for tile, places in ((block_scores.HALF, 1024), (block_scores.MANY, 2048)):
-            kernel = block_scores._select_kernel
-            constants = SIZES | {"KP": 8, "MP": places, "LANES": block_scores.LANES, "BLOCK_Q": tile.rows // 16}
-            constants |= {"BLOCK_B": tile.blocks, "HAS_KEY_IDS": True, "HAS_ORDER": has_order, "INTERLEAVED": True}
-            compile_kernel(kernel, constants, tile.warps, tile.stages)
+    for has_order, tile in ((False, block_scores.HALF), (True, block_scores.SEVERAL)):
+        kernel = block_scores._select_kernel
+        constants = SIZES | {"KP": 8, "LANES": block_scores.LANES, "STEPS": block_scores.BOUND_STEPS}
+        constants |= {"BLOCK_Q": tile.rows // 16, "BLOCK_B": tile.blocks, "RANKED": tile.ranked}
+        compile_kernel(kernel, constants | {"HAS_ORDER": has_order, "INTERLEAVED": True}, tile.warps, tile.stages)
     merging = SIZES | {"BLOCK": selection.MERGED_ROWS, "GATED": True, "KEEP": True, "HAS_OTHERS": True}
     for kernel in (selection._merge_kernel, selection._sum_kernel, spatial._delta_kernel):
         compile_kernel(kernel, named(kernel, merging), 4)

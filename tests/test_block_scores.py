@@ -109,7 +109,7 @@ def select_by_triton(q, keys, lse, block_of_compressed, counts, compressed_count
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-@pytest.mark.parametrize("rows", [32, 64])
+@pytest.mark.parametrize(("rows", "ranked"), [(32, 1), (64, 4)])
 @pytest.mark.parametrize(
     ("counts", "children", "top_k", "G", "D"),
     [
@@ -121,11 +121,11 @@ def select_by_triton(q, keys, lse, block_of_compressed, counts, compressed_count
         pytest.param([2], [[1] * 150], 64, 16, 16, id="64-blocks-selected"),
     ],
 )
-def test_kernel_matches_the_definition(counts, children, top_k, G, D, rows):
+def test_kernel_matches_the_definition(counts, children, top_k, G, D, rows, ranked):
     from d3ds2.kernels.block_scores_triton import Tile
 
     problem = make_problem(counts, children, H=2, G=G, D=D)
-    actual = select_by_triton(*problem, top_k, Tile(rows=rows, blocks=16))
+    actual = select_by_triton(*problem, top_k, Tile(rows=rows, blocks=16, ranked=ranked))
     assert actual.equal(select_blocks(*problem, top_k))
 
 

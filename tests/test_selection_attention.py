@@ -151,7 +151,8 @@ def test_chunks_of_long_lists_add_up(chunk):
     dout = torch.randn(out.shape).to(out)
     pair_offsets, pair_ids = pairs_by_block(block_indices, len(sizes))
     segments = Segments(Runs(pair_offsets, len(pair_ids), pair_ids), blocks, 2)
-    arguments = q, k, v, segments, lse, (out * dout).sum(-1), dout, scale, Tile(32, 16)
+    stats = torch.stack([lse, (out * dout).sum(-1)], dim=-1)
+    arguments = q, k, v, segments, stats, dout, scale, Tile(32, 16)
     for a, e in zip(pair_dkdv(*arguments, chunk), run_attention_dkdv(*arguments), strict=True):
         torch.testing.assert_close(a, e)
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .run_attention_triton import LOG2_E, Tile, _dot, kernel_arguments
+from .run_attention_triton import LOG2_E, Tile, _dot, _load_stats, kernel_arguments
 from .runs import Segments
 
 CHUNK = 512  # pairs
@@ -18,7 +18,7 @@ CHUNK = 512  # pairs
 
 @triton.jit
 def _dkdv_chunk_kernel(
-    q, k, v, chunk_offsets, chunk_segments, slots, query_offsets, query_ids, key_offsets, lse, delta, dout, dk, dv,
+    q, k, v, chunk_offsets, chunk_segments, slots, query_offsets, query_ids, key_offsets, stats, dout, dk, dv,
     partial_dk, partial_dv, scale, scale_log2, S, M, LONGEST, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     P: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -49,8 +49,7 @@ def _dkdv_chunk_kernel(
                 valid = valid & (g < G)
                 b_q = tl.load(q + at[:, None] * D + offs_d, mask=valid[:, None] & is_d, other=0.0)
                 b_do = tl.load(dout + at[:, None] * D + offs_d, mask=valid[:, None] & is_d, other=0.0)
-                b_lse = tl.load(lse + at, mask=valid, other=float("inf"))  # no query: its weights are zero
-                b_delta = tl.load(delta + at, mask=valid, other=0.0)
+                b_lse, b_delta = _load_stats(stats, at, valid)  # no query: q, dout and delta are zero
                 b_p = tl.exp2(_dot(b_k, tl.trans(b_q)) * scale_log2 - b_lse)  # [BLOCK_K, BLOCK_Q * GP]
                 b_ds = b_p * (_dot(b_v, tl.trans(b_do)) - b_delta)
                 b_dv += _dot(b_p.to(b_do.dtype), b_do)
@@ -94,7 +93,7 @@ def _add_chunks_kernel(
 
 
 def pair_dkdv(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, lse: Tensor, delta: Tensor, dout: Tensor, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, stats: Tensor, dout: Tensor, scale: float,
     tile: Tile, chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk and dv (Tk, H, D) float32 of segments with pairs, whose longest run of keys is known. Arguments: as of
@@ -111,7 +110,7 @@ def pair_dkdv(
     dk, dv = (k.new_empty(k.shape, dtype=torch.float32) for _ in range(2))
     partial = k.new_empty(2, capacity, keys.longest, D, dtype=torch.float32)
     _dkdv_chunk_kernel[len(chunk_segments), triton.cdiv(keys.longest, tile.keys)](
-        q, k, v, chunk_offsets, chunk_segments, slots, query_offsets, query_ids, key_offsets, lse, delta, dout, dk, dv,
+        q, k, v, chunk_offsets, chunk_segments, slots, query_offsets, query_ids, key_offsets, stats, dout, dk, dv,
         partial[0], partial[1], scale, scale * LOG2_E, len(segments.queries), len(keys), keys.longest,
         **sizes, CHUNK=chunk,
     )  # fmt: skip

@@ -22,6 +22,11 @@ from torch import Tensor
 from .runs import Segments
 
 LOG2_E = 1.4426950408889634
+# Softmax weights exp2(s + SHIFT - bound) of scores s <= bound need no running maximum, as long as their mean is at
+# least FLOOR: then half precision keeps its digits. Bounds beyond LIMIT are hardly ever close enough
+SHIFT = 15.0
+LIMIT = {torch.float16: 28.0, torch.bfloat16: 100.0, torch.float32: 100.0}
+FLOOR = {torch.float16: 2.0**-13, torch.bfloat16: 2.0**-100, torch.float32: 2.0**-100}
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Tile:
     warps: int = 4
     stages: int = 2
     splits: int = 1  # of the queries of a run of keys, in the kernel of dk and dv
+    registers: int | None = None  # of a thread, at most
 
 
 @triton.jit
@@ -80,6 +86,12 @@ def _load_keys(
 
 
 @triton.jit
+def _load_stats(stats, at, valid):
+    """The pairs (lse, delta) of rows: two vectors. One load of both is spread over the threads; two were repeated."""
+    return tl.split(tl.load(stats + at[:, None] * 2 + tl.arange(0, 2)[None, :], mask=valid[:, None], other=0.0))
+
+
+@triton.jit
 def _forward_step(
     b_q, k, v, key_ids, j, end, h, m, denom, acc, scale_log2, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK_K: tl.constexpr, HAS_KEY_IDS: tl.constexpr, TAIL: tl.constexpr,
@@ -93,6 +105,19 @@ def _forward_step(
     b_p = tl.exp2(b_s * scale_log2 - m_new[:, None])
     decay = tl.exp2(m - m_new)
     return m_new, denom * decay + tl.sum(b_p, 1), acc * decay[:, None] + _dot(b_p.to(b_v.dtype), b_v)
+
+
+@triton.jit
+def _bounded_step(
+    b_q, k, v, key_ids, j, end, h, m, denom, acc, scale_log2, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BLOCK_K: tl.constexpr, HAS_KEY_IDS: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """The same where m is known to bound what is to come closely enough."""
+    b_k, b_v = _load_keys(k, v, key_ids, j, end, h, H, D, DP, BLOCK_K, HAS_KEY_IDS, TAIL)
+    b_p = tl.exp2(_dot(b_q, tl.trans(b_k)) * scale_log2 - m[:, None])  # [BLOCK_Q * GP, BLOCK_K]
+    if TAIL:
+        b_p = tl.where((j + tl.arange(0, BLOCK_K) < end)[None, :], b_p, 0.0)
+    return denom + tl.sum(b_p, 1), acc + _dot(b_p.to(b_v.dtype), b_v)
 
 
 @triton.jit
@@ -111,12 +136,16 @@ def _dq_step(
 
 @triton.jit
 def _forward_kernel(
-    q, k, v, tile_offsets, tile_segments, query_offsets, query_ids, key_offsets, key_ids, out, lse,
+    q, k, v, tile_offsets, tile_segments, query_offsets, query_ids, key_offsets, key_ids, key_norms, out, lse,
     scale_log2, S, M, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
     GP: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_QUERY_IDS: tl.constexpr, HAS_KEY_IDS: tl.constexpr,
+    HAS_QUERY_IDS: tl.constexpr, HAS_KEY_IDS: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
+    SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_Q query rows of one segment, each with its G heads. lse is that of base 2."""
+    """One program: BLOCK_Q query rows of one segment, each with its G heads. lse is that of base 2.
+
+    Scores are at most |q| |k|; where that is close enough, there is no need to follow their maximum.
+    """
     tile = tl.program_id(0)
     segment = tl.load(tile_segments + tile)
     if segment < S:
@@ -133,18 +162,33 @@ def _forward_kernel(
         b_q = tl.load(q + (rows * G + g)[:, None] * D + offs_d, mask=valid[:, None] & is_d, other=0.0)
 
         start, end = tl.load(key_offsets + run), tl.load(key_offsets + run + 1)
-        m = tl.full([BLOCK_Q * GP], float("-inf"), dtype=tl.float32)
         denom = tl.zeros([BLOCK_Q * GP], dtype=tl.float32)
         acc = tl.zeros([BLOCK_Q * GP, DP], dtype=tl.float32)
         full = start + (end - start) // BLOCK_K * BLOCK_K
-        for j in range(start, full, BLOCK_K):
-            m, denom, acc = _forward_step(
-                b_q, k, v, key_ids, j, end, h, m, denom, acc, scale_log2, H, D, DP, BLOCK_K, HAS_KEY_IDS, False
-            )
-        if full < end:
-            m, denom, acc = _forward_step(
-                b_q, k, v, key_ids, full, end, h, m, denom, acc, scale_log2, H, D, DP, BLOCK_K, HAS_KEY_IDS, True
-            )
+        b_square = b_q.to(tl.float32)
+        m = tl.sqrt(tl.sum(b_square * b_square, 1)) * tl.load(key_norms + h) * scale_log2
+        if tl.max(m, 0) <= LIMIT:
+            m -= SHIFT
+            for j in range(start, full, BLOCK_K):
+                denom, acc = _bounded_step(
+                    b_q, k, v, key_ids, j, end, h, m, denom, acc, scale_log2, H, D, DP, BLOCK_K, HAS_KEY_IDS, False
+                )
+            if full < end:
+                denom, acc = _bounded_step(
+                    b_q, k, v, key_ids, full, end, h, m, denom, acc, scale_log2, H, D, DP, BLOCK_K, HAS_KEY_IDS, True
+                )
+        if tl.min(tl.where(valid, denom, float("inf")), 0) < (end - start) * FLOOR:
+            m = tl.full([BLOCK_Q * GP], float("-inf"), dtype=tl.float32)
+            denom = tl.zeros([BLOCK_Q * GP], dtype=tl.float32)
+            acc = tl.zeros([BLOCK_Q * GP, DP], dtype=tl.float32)
+            for j in range(start, full, BLOCK_K):
+                m, denom, acc = _forward_step(
+                    b_q, k, v, key_ids, j, end, h, m, denom, acc, scale_log2, H, D, DP, BLOCK_K, HAS_KEY_IDS, False
+                )
+            if full < end:
+                m, denom, acc = _forward_step(
+                    b_q, k, v, key_ids, full, end, h, m, denom, acc, scale_log2, H, D, DP, BLOCK_K, HAS_KEY_IDS, True
+                )
 
         has_keys = denom > 0  # no keys: an output of zero
         to = out_rows * G + g
@@ -154,7 +198,7 @@ def _forward_kernel(
 
 @triton.jit
 def _dq_kernel(
-    q, k, v, tile_offsets, tile_segments, query_offsets, query_ids, key_offsets, key_ids, lse, delta, dout, dq,
+    q, k, v, tile_offsets, tile_segments, query_offsets, query_ids, key_offsets, key_ids, stats, dout, dq,
     scale, scale_log2, S, M, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
     GP: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_QUERY_IDS: tl.constexpr, HAS_KEY_IDS: tl.constexpr,
@@ -176,8 +220,7 @@ def _dq_kernel(
         at = rows * G + g
         b_q = tl.load(q + at[:, None] * D + offs_d, mask=valid[:, None] & is_d, other=0.0)
         b_do = tl.load(dout + at[:, None] * D + offs_d, mask=valid[:, None] & is_d, other=0.0)
-        b_lse = tl.load(lse + at, mask=valid, other=float("inf"))
-        b_delta = tl.load(delta + at, mask=valid, other=0.0)
+        b_lse, b_delta = _load_stats(stats, at, valid)
 
         start, end = tl.load(key_offsets + run), tl.load(key_offsets + run + 1)
         acc = tl.zeros([BLOCK_Q * GP, DP], dtype=tl.float32)
@@ -197,7 +240,7 @@ def _dq_kernel(
 
 @triton.jit
 def _dkdv_kernel(
-    q, k, v, tile_offsets, tile_runs, query_offsets, query_ids, key_offsets, key_ids, lse, delta, dout, dk, dv,
+    q, k, v, tile_offsets, tile_runs, query_offsets, query_ids, key_offsets, key_ids, stats, dout, dk, dv,
     scale, scale_log2, M, SIZE, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
     GP: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
     HAS_QUERY_IDS: tl.constexpr, HAS_KEY_IDS: tl.constexpr,
@@ -234,8 +277,7 @@ def _dkdv_kernel(
             at = rows * G + g
             b_q = tl.load(q + at[:, None] * D + offs_d, mask=valid[:, None] & is_d, other=0.0)  # [BLOCK_Q * GP, DP]
             b_do = tl.load(dout + at[:, None] * D + offs_d, mask=valid[:, None] & is_d, other=0.0)
-            b_lse = tl.load(lse + at, mask=valid, other=float("inf"))  # no query: its weights are zero
-            b_delta = tl.load(delta + at, mask=valid, other=0.0)
+            b_lse, b_delta = _load_stats(stats, at, valid)  # no query: q, dout and delta are zero
             b_p = tl.exp2(_dot(b_k, tl.trans(b_q)) * scale_log2 - b_lse)  # [BLOCK_K, BLOCK_Q * GP]; rows beyond the
             # end hold anything: they reach only themselves
             b_ds = b_p * (_dot(b_v, tl.trans(b_do)) - b_delta)
@@ -258,15 +300,23 @@ def kernel_arguments(q: Tensor, k: Tensor, segments: Segments, tile: Tile) -> tu
         "BLOCK_Q": max(1, tile.rows // GP), "BLOCK_K": tile.keys,
         "HAS_QUERY_IDS": queries.ids is not None, "HAS_KEY_IDS": keys.ids is not None,
         "num_warps": tile.warps, "num_stages": tile.stages,
+        **({} if tile.registers is None else {"maxnreg": tile.registers}),
     }  # fmt: skip
 
 
+def key_norms(k: Tensor) -> Tensor:
+    """The length of the longest key of each head of k (Tk, H, D): (H,) float32."""
+    if len(k) == 0:
+        return k.new_zeros(k.shape[1], dtype=torch.float32)
+    return k.float().square().sum(-1).amax(0).sqrt()
+
+
 def run_attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, tile: Tile
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, tile: Tile, norms: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """out and base-2 lse of q (T, H * G, D), k and v (Tk, H, D): (T, H * G, D) and (T, H * G) float32.
 
-    With pairs, one for each pair: (T * H * P, G, D) and (T * H * P, G). All inputs contiguous.
+    With pairs, one for each pair: (T * H * P, G, D) and (T * H * P, G). All inputs contiguous; `norms`: `key_norms(k)`.
     """
     lists, sizes = kernel_arguments(q, k, segments, tile)
     shape = (len(q) * sizes["H"] * segments.pairs, sizes["G"]) if segments.pairs else q.shape[:2]
@@ -274,20 +324,20 @@ def run_attention_forward(
     tiles = segments.queries.tiles(sizes["BLOCK_Q"])
     if len(tiles[1]):
         _forward_kernel[len(tiles[1]), 1 if segments.pairs else sizes["H"]](
-            q, k, v, *tiles, *lists, out, lse, scale * LOG2_E, len(segments.queries), len(segments.keys),
-            **sizes,
+            q, k, v, *tiles, *lists, key_norms(k) if norms is None else norms, out, lse, scale * LOG2_E,
+            len(segments.queries), len(segments.keys), **sizes, LIMIT=LIMIT[q.dtype],
+            FLOOR=FLOOR[q.dtype], SHIFT=SHIFT,
         )  # fmt: skip
     return out, lse
 
 
 def run_attention_dq(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, lse: Tensor, delta: Tensor, dout: Tensor, scale: float,
-    tile: Tile,
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, stats: Tensor, dout: Tensor, scale: float, tile: Tile,
 ) -> Tensor:  # fmt: skip
     """dq (T, H * G, D), or with pairs one for each pair (T * H * P, G, D).
 
-    lse (T, H * G) is that of base 2, less log2 of a factor on dout if there is one; delta (T, H * G) float32 is the sum
-    of out * dout over D, without that factor.
+    stats (T, H * G, 2) float32: the lse of base 2, less log2 of a factor on dout if there is one; and delta, the sum of
+    out * dout over D, without that factor.
     """
     lists, sizes = kernel_arguments(q, k, segments, tile)
     pairs = len(q) * sizes["H"] * segments.pairs
@@ -295,15 +345,14 @@ def run_attention_dq(
     tiles = segments.queries.tiles(sizes["BLOCK_Q"])
     if len(tiles[1]):
         _dq_kernel[len(tiles[1]), 1 if segments.pairs else sizes["H"]](
-            q, k, v, *tiles, *lists, lse, delta, dout, dq, scale, scale * LOG2_E,
+            q, k, v, *tiles, *lists, stats, dout, dq, scale, scale * LOG2_E,
             len(segments.queries), len(segments.keys), **sizes,
         )  # fmt: skip
     return dq
 
 
 def run_attention_dkdv(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, lse: Tensor, delta: Tensor, dout: Tensor, scale: float,
-    tile: Tile,
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, stats: Tensor, dout: Tensor, scale: float, tile: Tile,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk and dv (Tk, H, D) float32, sums of `tile.splits` parts in a fixed order. Every key must be in one run."""
     lists, sizes = kernel_arguments(q, k, segments, tile)
@@ -311,7 +360,7 @@ def run_attention_dkdv(
     tiles = segments.keys.tiles(tile.keys)
     if len(tiles[1]):
         _dkdv_kernel[len(tiles[1]), sizes["H"], tile.splits](
-            q, k, v, *tiles, *lists, lse, delta, dout, dk, dv, scale, scale * LOG2_E,
+            q, k, v, *tiles, *lists, stats, dout, dk, dv, scale, scale * LOG2_E,
             len(segments.keys), k.numel(), **sizes, SPLITS=tile.splits,
         )  # fmt: skip
     return (dk[0], dv[0]) if tile.splits == 1 else (dk.sum(0), dv.sum(0))

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .pair_gradients_triton import pair_dkdv
-from .run_attention_triton import Tile, run_attention_dkdv, run_attention_dq, run_attention_forward
+from .run_attention_triton import Tile, key_norms, run_attention_dkdv, run_attention_dq, run_attention_forward
 from .runs import Runs, Segments
 
 PARTIAL_BYTES = 1 << 29  # partial results held at once
 PARTIAL_BYTES_AT_INFERENCE = 1 << 28  # where weights and latents should fit beside them on a small card
 MERGED_ROWS = 64  # rows of tokens times heads that a merging program takes
-FORWARD, DQ, DKDV = Tile(128, 32, stages=3), Tile(64, 32, stages=3), Tile(128, 64, splits=8)
+FORWARD, DQ, DKDV = Tile(128, 32, stages=3), Tile(64, 32, stages=3), Tile(64, 64, splits=8)
 FORWARD_FP32, DQ_FP32, DKDV_FP32 = Tile(32, 32), Tile(32, 32), Tile(32, 32, splits=4)
 
 
@@ -125,12 +125,14 @@ def select_forward(
     scale: float,
     others: tuple[Tensor, Tensor, Tensor] | None = None,
     keep: bool = True,
+    norms: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor], Tensor | None]:
     """Selection attention, and with the other branches the gated sum.
 
     Args:
         others: outputs of compression and window attention (T, H * G, D) and the gates (T, 3) float32.
         keep: out and lse are wanted; they are for a backward pass.
+        norms: `key_norms(k)`, if it is known.
 
     Returns:
         out (T, H * G, D), base-2 lse (T, H * G) float32, `pairs_by_block` of each chunk of the queries in turn, and
@@ -140,11 +142,11 @@ def select_forward(
     out, lse = (torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)) if keep else (None, None)
     gated_out = None if others is None else torch.empty_like(q) if keep else others[0]  # each row is read first
     tile = FORWARD_FP32 if q.dtype == torch.float32 else FORWARD
-    pairs = []
+    pairs, norms = [], key_norms(k) if norms is None else norms
     for chunk in _chunks(q, block_indices, PARTIAL_BYTES if keep else PARTIAL_BYTES_AT_INFERENCE):
         inverted = pairs_by_block(block_indices[chunk], len(blocks))
         segments = _segments(*inverted, blocks, S)
-        partial, partial_lse = run_attention_forward(q[chunk], k, v, segments, scale, tile)
+        partial, partial_lse = run_attention_forward(q[chunk], k, v, segments, scale, tile, norms)
         kept = (out[chunk], lse[chunk]) if keep else (partial, partial_lse)  # the latter are not written
         gating = (
             (partial, partial, partial_lse, partial)
@@ -162,9 +164,9 @@ def select_forward(
 
 
 def select_backward(
-    q, k, v, blocks: Runs, block_indices, pairs: list[Tensor], lse, delta, dout, scale: float, others=()
+    q, k, v, blocks: Runs, block_indices, pairs: list[Tensor], stats, dout, scale: float, others=()
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, and dk and dv in float32, from delta (T, H * G) float32, the sums of out * dout.
+    """dq, and dk and dv in float32, from stats (T, H * G, 2) float32: base-2 lse, and the sums of out * dout.
 
     `others` are no or two further parts of dq, (T, H * G, D), which are added.
     """
@@ -174,9 +176,9 @@ def select_backward(
     inverted = zip(pairs[::2], pairs[1::2], strict=True)
     for chunk, chunk_pairs in zip(_chunks(q, block_indices, PARTIAL_BYTES), inverted, strict=True):
         segments = _segments(*chunk_pairs, blocks, S)
-        inputs = q[chunk], k, v, segments, lse[chunk], delta[chunk], dout[chunk], scale
+        inputs = q[chunk], k, v, segments, stats[chunk], dout[chunk], scale
         partial = run_attention_dq(*inputs, tiles[0])
-        rows = lse[chunk].numel()
+        rows = stats[chunk].numel() // 2
         _sum_kernel[(triton.cdiv(rows, MERGED_ROWS),)](
             partial, block_indices[chunk], *([x[chunk] for x in others] or [partial] * 2), dq[chunk], rows, S,
             HAS_OTHERS=bool(others), G=G, D=D, DP=triton.next_power_of_2(D), BLOCK=MERGED_ROWS,
@@ -201,8 +203,8 @@ class _SelectionAttention(torch.autograd.Function):
     def backward(ctx, dout):
         q, k, v, block_indices, out, lse, *pairs = ctx.saved_tensors
         dout = dout.contiguous()
-        delta = (out.float() * dout.float()).sum(-1)  # (T, H * G)
-        dq, dk, dv = select_backward(q, k, v, ctx.blocks, block_indices, pairs, lse, delta, dout, ctx.scale)
+        stats = torch.stack([lse, (out.float() * dout.float()).sum(-1)], dim=-1)  # (T, H * G, 2)
+        dq, dk, dv = select_backward(q, k, v, ctx.blocks, block_indices, pairs, stats, dout, ctx.scale)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 

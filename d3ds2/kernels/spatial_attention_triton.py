@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .block_scores_triton import select_blocks_triton
-from .run_attention_triton import Tile, run_attention_dkdv, run_attention_dq, run_attention_forward
+from .run_attention_triton import Tile, key_norms, run_attention_dkdv, run_attention_dq, run_attention_forward
 from .runs import Branches, Segments
 from .selection_attention_triton import select_backward, select_forward
 
-COMPRESSION = Tile(64, 64, stages=3), Tile(64, 64, stages=3), Tile(64, 64, stages=3, splits=32)  # forward, dq, dkdv
+COMPRESSION = Tile(64, 64, stages=3), Tile(64, 64, stages=3), Tile(64, 64, splits=32)  # forward, dq, dk and dv
 WINDOW = Tile(64, 64), Tile(64, 64), Tile(128, 64)
 FP32 = Tile(32, 32), Tile(32, 32), Tile(32, 32, splits=4)
 ROWS = 64  # rows of tokens times heads in a program of the kernels here
@@ -30,12 +30,12 @@ def _gated(lse, gate, valid):
 @triton.jit
 def _delta_kernel(
     dout, compression, selection, window, gates, compression_lse, selection_lse, window_lse,
-    delta, gated_lse, SIZE, ROWS, HG,
+    stats, SIZE, ROWS, HG,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program, of BLOCK rows (token, query head): for each branch the sum of out * dout, and lse - log2(gate).
+    """One program, of BLOCK rows (token, query head): for each branch lse - log2(gate), and the sum of out * dout.
 
-    delta and gated_lse hold the three branches SIZE numbers apart.
+    stats holds such pairs, those of the three branches SIZE numbers apart.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     offs_d = tl.arange(0, DP)
@@ -44,14 +44,14 @@ def _delta_kernel(
     b_do = tl.load(dout + at, mask=mask, other=0.0).to(tl.float32)
     token = gates + row // HG * 3
     b_o = tl.load(compression + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(delta + row, tl.sum(b_o * b_do, 1), mask=valid)
-    tl.store(gated_lse + row, _gated(compression_lse + row, token, valid), mask=valid)
+    tl.store(stats + row * 2, _gated(compression_lse + row, token, valid), mask=valid)
+    tl.store(stats + row * 2 + 1, tl.sum(b_o * b_do, 1), mask=valid)
     b_o = tl.load(selection + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(delta + SIZE + row, tl.sum(b_o * b_do, 1), mask=valid)
-    tl.store(gated_lse + SIZE + row, _gated(selection_lse + row, token + 1, valid), mask=valid)
+    tl.store(stats + SIZE + row * 2, _gated(selection_lse + row, token + 1, valid), mask=valid)
+    tl.store(stats + SIZE + row * 2 + 1, tl.sum(b_o * b_do, 1), mask=valid)
     b_o = tl.load(window + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(delta + 2 * SIZE + row, tl.sum(b_o * b_do, 1), mask=valid)
-    tl.store(gated_lse + 2 * SIZE + row, _gated(window_lse + row, token + 2, valid), mask=valid)
+    tl.store(stats + 2 * SIZE + row * 2, _gated(window_lse + row, token + 2, valid), mask=valid)
+    tl.store(stats + 2 * SIZE + row * 2 + 1, tl.sum(b_o * b_do, 1), mask=valid)
 
 
 def _tiles(q: Tensor, half: tuple[Tile, Tile, Tile]) -> tuple[Tile, Tile, Tile]:
@@ -71,9 +71,10 @@ class _SpatialAttention(torch.autograd.Function):
             q, compressed_k, compressed_v, over_samples, scale, _tiles(q, COMPRESSION)[0]
         )
         block_indices = select_blocks_triton(q, compressed_k, compression_lse, branches, top_k, scale)
-        window, window_lse = run_attention_forward(q, k, v, over_windows, scale, _tiles(q, WINDOW)[0])
+        norms = key_norms(k)
+        window, window_lse = run_attention_forward(q, k, v, over_windows, scale, _tiles(q, WINDOW)[0], norms)
         selection, selection_lse, pairs, out = select_forward(
-            q, k, v, branches.blocks, block_indices, scale, (compression, window, gates), keep
+            q, k, v, branches.blocks, block_indices, scale, (compression, window, gates), keep, norms
         )
         if keep:
             outputs, lses = (compression, selection, window), (compression_lse, selection_lse, window_lse)
@@ -88,12 +89,12 @@ class _SpatialAttention(torch.autograd.Function):
         outputs, lses, (block_indices, *pairs) = saved[:3], saved[3:6], saved[6:]
         over_samples, over_windows = _segments(ctx.branches)
         (T, HG, D), scale, dout = q.shape, ctx.scale, dout.contiguous()
-        delta, gated_lse = (q.new_empty(3, T, HG, dtype=torch.float32) for _ in range(2))
+        stats = q.new_empty(3, T, HG, 2, dtype=torch.float32)
         _delta_kernel[(triton.cdiv(T * HG, ROWS),)](
-            dout, *outputs, gates, *lses, delta, gated_lse, T * HG, T * HG, HG,
+            dout, *outputs, gates, *lses, stats, 2 * T * HG, T * HG, HG,
             D=D, DP=triton.next_power_of_2(D), BLOCK=ROWS,
         )  # fmt: skip
-        of_branch = [(gated_lse[i], delta[i], dout, scale) for i in range(3)]
+        of_branch = [(stats[i], dout, scale) for i in range(3)]
         _, tile_dq, tile_dkdv = _tiles(q, COMPRESSION)
         dq = run_attention_dq(q, compressed_k, compressed_v, over_samples, *of_branch[0], tile_dq)
         dkc, dvc = run_attention_dkdv(q, compressed_k, compressed_v, over_samples, *of_branch[0], tile_dkdv)
@@ -103,7 +104,7 @@ class _SpatialAttention(torch.autograd.Function):
         dq, dks, dvs = select_backward(
             q, k, v, ctx.branches.blocks, block_indices, pairs, *of_branch[1], others=(dq, dq_window)
         )
-        dgates = delta.sum(-1).t().to(gates.dtype)  # (T, 3)
+        dgates = stats[..., 1].sum(-1).t().to(gates.dtype)  # (T, 3)
         return (
             dq, (dk + dks).to(k.dtype), (dv + dvs).to(v.dtype), dkc.to(k.dtype), dvc.to(v.dtype), dgates,
             None, None, None, None,

@@ -1,0 +1,39 @@
+"""Softmax attention over packed samples by the kernels of run_attention_triton.py; definition: ../attention.py."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .run_attention_triton import Tile, run_attention_dkdv, run_attention_dq, run_attention_forward
+from .runs import Runs, Segments
+
+TILES = Tile(64, 64, stages=3), Tile(64, 64, stages=3), Tile(64, 64, splits=4)  # forward, dq, dk and dv
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, scale):
+        ctx.segments = Segments(Runs(cu_seqlens_q, len(q)), Runs(cu_seqlens_k, len(k)))
+        ctx.scale = scale
+        out, lse = run_attention_forward(q, k, v, ctx.segments, scale, TILES[0])
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        q, k, v, out, lse = ctx.saved_tensors
+        dout = dout.contiguous()
+        stats = torch.stack([lse, (out.float() * dout.float()).sum(-1)], dim=-1)  # (Tq, H, 2)
+        dq = run_attention_dq(q, k, v, ctx.segments, stats, dout, ctx.scale, TILES[1])
+        dk, dv = run_attention_dkdv(q, k, v, ctx.segments, stats, dout, ctx.scale, TILES[2])
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def packed_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
+) -> Tensor:
+    """Same contract as `packed_attention` of ../attention.py, for half precision."""
+    if len(q) == 0:
+        return torch.zeros_like(q)
+    return _PackedAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens_q, cu_seqlens_k, scale)
