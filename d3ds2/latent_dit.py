@@ -13,18 +13,19 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import CrossAttention
 from .image_encoder import ImageTokens
+from .kernels.modulation import gated_sum
 from .spatial_sparse_attention import SpatialSparseAttention
 from .transformer import (
     FeedForward,
     LayerNorm32,
+    ModulatedNorm,
     Modulation,
     TimestepEmbedder,
     initialize_linear,
-    modulate,
     modulation_projection,
     zero_linear,
 )
-from .voxels import BLOCK, Voxels, absolute_position_embedding, per_token
+from .voxels import BLOCK, Voxels, absolute_position_embedding
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class LatentBlock(nn.Module):
         super().__init__()
         C = config.hidden_size
         self.modulation = Modulation(C, config.share_modulation)
-        self.norm1 = LayerNorm32(C)
+        self.norm1 = ModulatedNorm(C)
         self.self_attention = SpatialSparseAttention(
             C,
             config.num_heads,
@@ -84,7 +85,7 @@ class LatentBlock(nn.Module):
         )
         self.norm2 = LayerNorm32(C, affine=True)
         self.cross_attention = CrossAttention(C, C if config.sparse_context else config.context_size, config.num_heads)
-        self.norm3 = LayerNorm32(C)
+        self.norm3 = ModulatedNorm(C)
         self.feed_forward = FeedForward(C, config.mlp_ratio)
 
     def forward(
@@ -92,13 +93,13 @@ class LatentBlock(nn.Module):
     ) -> Tensor:
         """h (N, C), embedding (B, C) or, with a shared modulation, (B, 6 C), context (L, ·) -> (N, C)."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(embedding)
-        attended = self.self_attention(modulate(self.norm1(h), shift_1, scale_1, voxels), voxels)
-        h = torch.addcmul(h, per_token(gate_1, voxels), attended)
+        attended = self.self_attention(self.norm1(h, shift_1, scale_1, voxels), voxels)
+        h = gated_sum(h, gate_1, attended, voxels)
         h = h + self.cross_attention(
             self.norm2(h), context, voxels.cu_seqlens, context_cu, voxels.counts, context_lengths
         )
-        forwarded = self.feed_forward(modulate(self.norm3(h), shift_2, scale_2, voxels))
-        return torch.addcmul(h, per_token(gate_2, voxels), forwarded)
+        forwarded = self.feed_forward(self.norm3(h, shift_2, scale_2, voxels))
+        return gated_sum(h, gate_2, forwarded, voxels)
 
 
 class LatentDiT(nn.Module):

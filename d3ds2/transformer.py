@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .voxels import Voxels, per_token
+from .kernels.modulation import affine_norm, modulated_norm
+from .voxels import Voxels
 
 NUM_FREQUENCIES = 128  # of the time embedding
 SLICE_ROWS = 16384  # tokens at a time in a feed-forward without gradient: its hidden layer is four times as wide
@@ -22,9 +23,17 @@ class LayerNorm32(nn.LayerNorm):
         super().__init__(hidden_size, eps=eps, elementwise_affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = None if self.weight is None else self.weight.to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        if self.weight is None:
+            return F.layer_norm(x, self.normalized_shape, eps=self.eps)
+        return affine_norm(x, self.weight, self.bias, self.eps)
+
+
+class ModulatedNorm(LayerNorm32):
+    """Layer norm without affine, then x (1 + scale) + shift."""
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, voxels: Voxels) -> Tensor:
+        """x (N, C), shift and scale (B, C) of the samples of its voxels -> (N, C)."""
+        return modulated_norm(x, shift, scale, voxels, self.eps)
 
 
 class FeedForward(nn.Module):
@@ -37,8 +46,19 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled() and x.ndim == 2 and len(x) > SLICE_ROWS:
-            return torch.cat([self.forward(rows) for rows in x.split(SLICE_ROWS)])
+            return self._in_slices(x)
         return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+    def _in_slices(self, x: Tensor) -> Tensor:
+        """The same without a gradient, `SLICE_ROWS` tokens at a time, written where they stay."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        weight, bias = self.down.weight.to(dtype), self.down.bias.to(dtype)
+        out = x.new_empty(len(x), len(weight), dtype=dtype)
+        for rows, result in zip(x.split(SLICE_ROWS), out.split(SLICE_ROWS), strict=True):
+            hidden = torch.ops.aten.gelu_(self.up(rows), approximate="tanh")
+            torch.addmm(bias, hidden, weight.t(), out=result)
+        return out
 
 
 def time_frequencies(t: Tensor) -> Tensor:
@@ -88,11 +108,6 @@ def modulation_projection(hidden_size: int) -> nn.Sequential:
     nn.init.zeros_(projection[1].weight)
     nn.init.zeros_(projection[1].bias)
     return projection
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, voxels: Voxels) -> Tensor:
-    """x (1 + scale) + shift: x (N, C), shift and scale (B, C) of the samples of its voxels."""
-    return torch.addcmul(per_token(shift, voxels), x, 1 + per_token(scale, voxels))
 
 
 def initialize_linear(module: nn.Module) -> None:

@@ -15,7 +15,15 @@ from d3ds2.kernels.selection_attention import HAS_TRITON
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = "3.1.0"  # Makefile names it too
-NAMES = ["block_scores", "selection_attention", "spatial_attention", "gather_conv", "run_sums", "run_attention"]
+NAMES = [
+    "block_scores",
+    "selection_attention",
+    "spatial_attention",
+    "gather_conv",
+    "run_sums",
+    "modulation",
+    "run_attention",
+]
 RUN = """
 import sys, pytest, triton
 if triton.__version__ != sys.argv[1]:

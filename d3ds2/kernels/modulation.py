@@ -1,0 +1,79 @@
+"""Layer norm with adaptive modulation and the gated residual, around the blocks of a diffusion transformer.
+
+On CUDA each is one pass over the tokens, forward and backward (modulation_triton.py); elsewhere, and in float64, the
+definition is what runs.
+
+Sizes named in this file:
+    N  tokens, all samples packed      B  samples      C  hidden size
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..voxels import Voxels, per_token
+from .runs import Runs
+from .selection_attention import HAS_TRITON
+
+
+def modulated_norm(h: Tensor, shift: Tensor, scale: Tensor, voxels: Voxels, eps: float) -> Tensor:
+    """norm(h) (1 + scale) + shift: h (N, C), rows of `voxels`, shift and scale (B, C) of their samples -> (N, C).
+
+    Under autocast the result is float32, as of torch's layer norm.
+    """
+    if not _on_triton(h):
+        return modulated_norm_reference(h, shift, scale, voxels, eps)
+    from .modulation_triton import modulated_norm_triton
+
+    dtype = torch.promote_types(_norm_dtype(h), torch.promote_types(shift.dtype, scale.dtype))
+    return modulated_norm_triton(h, shift, scale, samples_of(voxels), eps, dtype)
+
+
+def affine_norm(h: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """norm(h) weight + bias: h (..., C), weight and bias (C,) -> the shape of h."""
+    if not _on_triton(h) or torch.compiler.is_compiling():  # the compiler fuses its own
+        return affine_norm_reference(h, weight, bias, eps)
+    from .modulation_triton import affine_norm_triton
+
+    return affine_norm_triton(h, weight, bias, eps, _norm_dtype(h))
+
+
+def gated_sum(h: Tensor, gate: Tensor, x: Tensor, voxels: Voxels) -> Tensor:
+    """h + gate x: h and x (N, C), rows of `voxels`, gate (B, C) of their samples -> (N, C), in the widest dtype."""
+    if not _on_triton(h):
+        return gated_sum_reference(h, gate, x, voxels)
+    from .modulation_triton import gated_sum_triton
+
+    dtype = torch.promote_types(h.dtype, torch.promote_types(gate.dtype, x.dtype))
+    return gated_sum_triton(h, gate, x, samples_of(voxels), dtype)
+
+
+def modulated_norm_reference(h: Tensor, shift: Tensor, scale: Tensor, voxels: Voxels, eps: float) -> Tensor:
+    """Definition of `modulated_norm`."""
+    normed = F.layer_norm(h, h.shape[-1:], eps=eps)  # statistics in float32
+    return torch.addcmul(per_token(shift, voxels), normed, 1 + per_token(scale, voxels))
+
+
+def affine_norm_reference(h: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Definition of `affine_norm`."""
+    return F.layer_norm(h, h.shape[-1:], weight.to(h.dtype), bias.to(h.dtype), eps)
+
+
+def gated_sum_reference(h: Tensor, gate: Tensor, x: Tensor, voxels: Voxels) -> Tensor:
+    """Definition of `gated_sum`."""
+    return torch.addcmul(h, per_token(gate, voxels), x)
+
+
+def samples_of(voxels: Voxels) -> Runs | None:
+    """The rows of each sample; None where there is one sample."""
+    if voxels.batch_size == 1:
+        return None
+    return voxels.cached("samples", lambda: Runs(voxels.cu_seqlens, len(voxels)))
+
+
+def _on_triton(h: Tensor) -> bool:
+    return h.is_cuda and HAS_TRITON and h.dtype != torch.float64
+
+
+def _norm_dtype(h: Tensor) -> torch.dtype:
+    return torch.float32 if torch.is_autocast_enabled("cuda") else h.dtype
