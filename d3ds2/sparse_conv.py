@@ -290,6 +290,11 @@ def side_by_side(x: Tensor, voxels: Voxels) -> Tensor:
     return x.new_zeros(8 * len(coarse), x.shape[1]).index_copy(0, voxels.slots, x).view(len(coarse), -1)
 
 
+def samples_of(voxels: Voxels) -> Runs:
+    """The voxels of each sample."""
+    return voxels.cached(("samples",), lambda: Runs(voxels.cu_seqlens, len(voxels)))
+
+
 class PackedGroupNorm(nn.Module):
     """Group norm of each sample over its tokens and the channels of a group; statistics in at least float32.
 
@@ -306,6 +311,10 @@ class PackedGroupNorm(nn.Module):
 
     def forward(self, x: Tensor, voxels: Voxels) -> Tensor:
         """(N, C) -> (N, C), dtype of x."""
+        if x.is_cuda and HAS_TRITON and x.dtype != torch.float64:
+            from .kernels.group_norm_triton import group_norm_triton
+
+            return group_norm_triton(x, self.weight, self.bias, samples_of(voxels), self.num_groups, self.eps)
         return _PackedGroupNorm.apply(x, self.weight, self.bias, voxels, self.num_groups, self.eps)
 
 
