@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .kernels.selection_attention import HAS_TRITON
+from .kernels.runs import HAS_TRITON
 from .voxels import Windows
 
 _LSE_ELEMENTS = 1 << 24  # logits held at once where no kernel returns the logsumexp

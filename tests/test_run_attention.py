@@ -65,3 +65,26 @@ def test_forward_matches_softmax(case, dtype, monkeypatch):
     torch.testing.assert_close(
         lse.double().cpu(), expected_lse, rtol=1e-5, atol=1e-3 if dtype == torch.float16 else 1e-5
     )
+
+
+@pytest.mark.parametrize("count", [0, 1, 300])
+def test_key_norms(count):
+    from d3ds2.kernels.run_attention_triton import key_norms
+
+    k = torch.randn(count, H, 32, device=DEVICE, dtype=torch.bfloat16)
+    expected = k.float().norm(dim=-1).amax(0) if count else torch.zeros(H, device=DEVICE)
+    torch.testing.assert_close(key_norms(k), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 4, 64])
+@pytest.mark.parametrize("lengths", [[], [0], [1], [5, 0, 300, 64, 0], [3] * 1500])
+def test_runs_are_cut_into_tiles(lengths, size):
+    from d3ds2.kernels.runs import cut
+    from d3ds2.kernels.tiles_triton import cut_triton
+
+    offsets = torch.tensor([0, *lengths], dtype=torch.int32, device=DEVICE).cumsum(0).int()
+    capacity = sum(lengths) // size + len(lengths) + 3
+    expected_offsets, expected_runs = cut(offsets, size, capacity)
+    tile_offsets, tile_runs = cut_triton(offsets, size, capacity)
+    assert torch.equal(tile_offsets, expected_offsets) and torch.equal(tile_runs, expected_runs)
+    assert tile_offsets.dtype == tile_runs.dtype == torch.int32

@@ -1,13 +1,18 @@
 """Softmax attention over packed samples by the kernels of run_attention_triton.py; definition: ../attention.py."""
 
+from dataclasses import replace
+
 import torch
+import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .run_attention_triton import Tile, run_attention_dkdv, run_attention_dq, run_attention_forward
 from .runs import Runs, Segments
 
-TILES = Tile(64, 64, stages=3), Tile(64, 64, stages=3), Tile(64, 64, splits=4)  # forward, dq, dk and dv
+TILES = Tile(64, 64, stages=3), Tile(64, 64, stages=3), Tile(64, 64)  # forward, dq, dk and dv
+ENOUGH_PROGRAMS = 6000  # of dk and dv: of few keys, the queries are split
+MAX_SPLITS = 16
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -26,7 +31,9 @@ class _PackedAttention(torch.autograd.Function):
         dout = dout.contiguous()
         stats = torch.stack([lse, (out.float() * dout.float()).sum(-1)], dim=-1)  # (Tq, H, 2)
         dq = run_attention_dq(q, k, v, ctx.segments, stats, dout, ctx.scale, TILES[1])
-        dk, dv = run_attention_dkdv(q, k, v, ctx.segments, stats, dout, ctx.scale, TILES[2])
+        programs = triton.cdiv(len(k), TILES[2].keys) * k.shape[1]
+        tile = replace(TILES[2], splits=min(MAX_SPLITS, max(1, ENOUGH_PROGRAMS // max(1, programs))))
+        dk, dv = run_attention_dkdv(q, k, v, ctx.segments, stats, dout, ctx.scale, tile)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 

@@ -27,6 +27,7 @@ LOG2_E = 1.4426950408889634
 SHIFT = 15.0
 LIMIT = {torch.float16: 28.0, torch.bfloat16: 100.0, torch.float32: 100.0}
 FLOOR = {torch.float16: 2.0**-13, torch.bfloat16: 2.0**-100, torch.float32: 2.0**-100}
+NORM_ELEMENTS = 8192  # of keys at a time where their lengths are compared
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,16 @@ def _forward_kernel(
 
 
 @triton.jit
+def _key_norm_kernel(k, norm_bits, Tk, H, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: the longest of BLOCK keys of one head. Bits of positive floats stand in their order."""
+    offs_j, h, offs_d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1), tl.arange(0, DP)
+    at = (offs_j.to(tl.int64) * H + h)[:, None] * D + offs_d
+    b_k = tl.load(k + at, mask=(offs_j < Tk)[:, None] & (offs_d < D), other=0.0).to(tl.float32)
+    norm = tl.sqrt(tl.max(tl.sum(b_k * b_k, 1), 0))
+    tl.atomic_max(norm_bits + h, norm.to(tl.int32, bitcast=True))
+
+
+@triton.jit
 def _dq_kernel(
     q, k, v, tile_offsets, tile_segments, query_offsets, query_ids, key_offsets, key_ids, stats, dout, dq,
     scale, scale_log2, S, M, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
@@ -306,9 +317,12 @@ def kernel_arguments(q: Tensor, k: Tensor, segments: Segments, tile: Tile) -> tu
 
 def key_norms(k: Tensor) -> Tensor:
     """The length of the longest key of each head of k (Tk, H, D): (H,) float32."""
-    if len(k) == 0:
-        return k.new_zeros(k.shape[1], dtype=torch.float32)
-    return k.float().square().sum(-1).amax(0).sqrt()
+    (Tk, H, D), DP = k.shape, triton.next_power_of_2(k.shape[2])
+    norms = k.new_zeros(H, dtype=torch.float32)
+    if Tk:
+        BLOCK = max(1, NORM_ELEMENTS // DP)
+        _key_norm_kernel[triton.cdiv(Tk, BLOCK), H](k, norms.view(torch.int32), Tk, H, D=D, DP=DP, BLOCK=BLOCK)
+    return norms
 
 
 def run_attention_forward(

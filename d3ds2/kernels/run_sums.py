@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .runs import Runs
-from .selection_attention import HAS_TRITON
+from .runs import HAS_TRITON, Runs
 
 
 def sum_runs(x: Tensor, runs: Runs, run_of_row: Tensor) -> Tensor:

@@ -5,9 +5,12 @@ Sizes named in this file:
 """
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+
+HAS_TRITON = find_spec("triton") is not None  # torch for Windows or macOS comes without
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +37,22 @@ class Runs:
         there may be at most, and those beyond the last have run S.
         """
         if size not in self._tiles:
-            tiles = (self.offsets.diff() + (size - 1)) // size
-            tile_offsets = torch.nn.functional.pad(tiles.cumsum(0), (1, 0)).int()
-            numbers = torch.arange(self.total // size + len(self), dtype=torch.int32, device=self.offsets.device)
-            self._tiles[size] = tile_offsets, torch.searchsorted(tile_offsets[1:], numbers, right=True, out_int32=True)
+            capacity = self.total // size + len(self)
+            if self.offsets.is_cuda and HAS_TRITON:
+                from .tiles_triton import cut_triton
+
+                self._tiles[size] = cut_triton(self.offsets, size, capacity)
+            else:
+                self._tiles[size] = cut(self.offsets, size, capacity)
         return self._tiles[size]
+
+
+def cut(offsets: Tensor, size: int, capacity: int) -> tuple[Tensor, Tensor]:
+    """Definition of `Runs.tiles`: first tile of each run (S + 1,), run of each of `capacity` tiles, both int32."""
+    tiles = (offsets.diff() + (size - 1)) // size
+    tile_offsets = torch.nn.functional.pad(tiles.cumsum(0), (1, 0)).int()
+    numbers = torch.arange(capacity, dtype=torch.int32, device=offsets.device)
+    return tile_offsets, torch.searchsorted(tile_offsets[1:], numbers, right=True, out_int32=True)
 
 
 @dataclass(frozen=True, eq=False)

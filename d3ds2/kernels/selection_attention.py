@@ -15,14 +15,14 @@ The kernels: selection_attention_triton.py.
 """
 
 import math
-from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-HAS_TRITON = find_spec("triton") is not None  # torch for Windows or macOS comes without
+from .runs import HAS_TRITON
+
 _SCORE_ELEMENTS = 1 << 19  # scores held at once by the form that goes block by block: 2 MiB, what stays in the cache
 
 

@@ -168,10 +168,10 @@ def select_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, and dk and dv in float32, from stats (T, H * G, 2) float32: base-2 lse, and the sums of out * dout.
 
-    `others` are no or two further parts of dq, (T, H * G, D), which are added.
+    `others` are no or two further parts of dq, (T, H * G, D), which are added; the first gets the sum.
     """
     D, G, S = k.shape[2], q.shape[1] // k.shape[1], block_indices.shape[2]
-    dq, dks, dvs = torch.empty_like(q), [], []
+    dq, dks, dvs = others[0] if others else torch.empty_like(q), [], []  # each row is read first
     tiles = (DQ_FP32, DKDV_FP32) if q.dtype == torch.float32 else (DQ, DKDV)
     inverted = zip(pairs[::2], pairs[1::2], strict=True)
     for chunk, chunk_pairs in zip(_chunks(q, block_indices, PARTIAL_BYTES), inverted, strict=True):
