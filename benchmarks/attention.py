@@ -25,8 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.structures import ragged_batch, real_voxels, surface_voxels  # noqa: E402
-from d3ds2.attention import packed_attention  # noqa: E402
+from d3ds2.attention import _varlen  # noqa: E402
 from d3ds2.kernels.block_scores_triton import select_blocks_triton  # noqa: E402
+from d3ds2.kernels.packed_attention_triton import packed_attention_triton  # noqa: E402
 from d3ds2.kernels.run_attention_triton import (  # noqa: E402
     Tile,
     run_attention_dkdv,
@@ -108,7 +109,12 @@ def make_inputs(voxels: Voxels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def flash_attention_2(voxels: Voxels) -> Callable:
     """torch's varlen kernel."""
     arguments = voxels.cu_seqlens, voxels.cu_seqlens, voxels.counts, voxels.counts
-    return lambda q, k, v: packed_attention(q, k, v, *arguments)
+    return lambda q, k, v: _varlen(q, k, v, *arguments, None)[0]
+
+
+def dense(voxels: Voxels) -> Callable:
+    """The same softmax over all keys by the kernels that SSA is made of."""
+    return lambda q, k, v: packed_attention_triton(q, k, v, voxels.cu_seqlens, voxels.cu_seqlens, D**-0.5)
 
 
 def cudnn(voxels: Voxels) -> Callable:
@@ -129,8 +135,10 @@ def flex_attention_of(voxels: Voxels, top_k: int) -> Callable:
 
     It can only choose whole tiles for whole tiles of queries, so it computes something coarser.
     """
+    from torch._functorch import config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    config.donated_buffer = False  # the backward pass is timed several times
     N, M = len(voxels), sum(voxels.block_counts)
     tiles = triton.cdiv(N, 128)
     chosen = max(1, min(tiles, round(top_k * N / M / 128)))
@@ -186,6 +194,7 @@ def measure(name: str, voxels: Voxels, rivals: bool) -> list[list[str]]:
     rows = [[name, f"{len(voxels):,}", f"{sum(voxels.block_counts):,}", "FlashAttention-2", *cells(flash)]]
     if rivals:
         rows.append([name, "", "", "cuDNN", *cells(attempt(cudnn(voxels), repeated), flash)])
+        rows.append([name, "", "", "dense, this project", *cells(attempt(dense(voxels), repeated), flash)])
         if voxels.batch_size == 1:
             flex = attempt(flex_attention_of(voxels, 8), repeated)
             rows.append([name, "", "", "FlexAttention, k 8", *cells(flex, flash)])
