@@ -184,7 +184,7 @@ def gather_conv(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Tensor) -> T
     if x.is_cuda and HAS_TRITON:
         from .kernels.gather_conv_triton import gather_conv_triton
 
-        return gather_conv_triton(x, neighbors, weight).view(-1, Cout).add_(bias)
+        return gather_conv_triton(x, neighbors, weight, bias).view(-1, Cout)
     out = x.new_empty(M, channels)
     for rows, columns in _gathered(x, neighbors):
         torch.addmm(bias.repeat(channels // Cout), columns, weight.flatten(0, 1), out=out[rows])
@@ -203,15 +203,16 @@ def _dense_weight(weight: Tensor, children: int) -> Tensor:
 
 def _triton_backward(x: Tensor, neighbors: Tensor, weight: Tensor, dout: Tensor, children: int) -> tuple:
     """Gradients of `_GatherConv.forward`, in its order."""
-    from .kernels.gather_conv_triton import gather_conv_dweight_triton, gather_conv_triton
+    from .kernels.gather_conv_triton import gather_convs, gather_convs_gradients
 
-    rows = dout.reshape(len(x), -1)  # (N, children Cout)
-    opposite = device_constant(tuple(range(26, -1, -1)), x.device)
-    dx = gather_conv_triton(rows, neighbors, _dense_weight(weight, children).transpose(1, 2).index_select(0, opposite))
-    dweight = gather_conv_dweight_triton(x, neighbors, rows)  # (27, Cin, children Cout)
+    rows = dout.reshape(1, len(x), -1)  # (1, N, children Cout)
+    dx = gather_convs(rows, neighbors, _dense_weight(weight, children)[None], transposed=True)[0]
+    dtype = weight.dtype if children == 1 else torch.float32
+    (dweight,), (dbias,) = gather_convs_gradients(x[None], neighbors, rows, dtype)  # (27, Cin, children Cout)
     if children > 1:
         dweight = dweight.unflatten(2, (children, -1)).transpose(1, 2)[_taps(children, x.device)]
-    return dx, None, dweight.to(weight.dtype), dout.sum(0), None
+        dbias = dbias.unflatten(0, (children, -1)).sum(0)
+    return dx, None, dweight.to(weight.dtype), dbias.to(weight.dtype), None
 
 
 def permute_rows(x: Tensor, order: Tensor) -> Tensor:

@@ -3,9 +3,11 @@
 The 27 neighbours are gathered inside the matrix product, so no gathered copy is ever stored. torch's own gather takes
 one thread block per row, which wastes most of it on the narrow rows (16-64 bytes) of the finest grids.
 
+One launch serves several convolutions over the same neighbours.
+
 Sizes named in this file:
     N  voxels      K  offsets, 27      Cin, Cout  channels in and out      S  slices of the voxels
-    M  rows of the result
+    M  rows of the result      G  convolutions
 """
 
 import torch
@@ -14,20 +16,30 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_N = 128  # voxels at a time
+MIN_BLOCK_N = 16  # of a small result, so that all of a GPU works on it
 MAX_BLOCK_C = 64  # channels at a time
-SLICE = 16384  # voxels summed into one partial weight gradient
+SLICE, MIN_SLICE = 16384, 128  # voxels summed into one partial weight gradient
+CONV_PROGRAMS, DWEIGHT_PROGRAMS = 264, 1024  # aimed at
+BLOCK_S, SUMMED = 8, 512  # slices, and numbers of each, summed at a time
 
 
 @triton.jit
 def _conv_kernel(
-    x, neighbors, weight, out, N, M,
-    K: tl.constexpr, CIN: tl.constexpr, COUT: tl.constexpr,
+    x, neighbors, weight, bias, added, out, N, M,
+    K: tl.constexpr, CIN: tl.constexpr, COUT: tl.constexpr, CB: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr, TRANSPOSED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N rows of the result and BLOCK_O output channels."""
+    """One program: BLOCK_N rows of the result and BLOCK_O output channels of one convolution.
+
+    The bias has CB channels, and is repeated. TRANSPOSED is the gradient: weight (G, K, Cout, Cin), offsets reversed.
+    """
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_i, offs_o = tl.arange(0, BLOCK_I), tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    conv = tl.program_id(2).to(tl.int64)
     valid, is_out = offs_n < M, offs_o < COUT
+    x += conv * N * CIN
+    weight += conv * K * CIN * COUT
     acc = tl.zeros([BLOCK_N, BLOCK_O], dtype=tl.float32)
     for k in range(K):
         row = tl.load(neighbors + k * M + offs_n, mask=valid, other=N).to(tl.int64)
@@ -35,35 +47,70 @@ def _conv_kernel(
         for first in range(0, CIN, BLOCK_I):
             is_in = first + offs_i < CIN
             b_x = tl.load(x + row[:, None] * CIN + first + offs_i, mask=found[:, None] & is_in, other=0.0)
-            b_w = tl.load(
-                weight + (k * CIN + first + offs_i)[:, None] * COUT + offs_o, mask=is_in[:, None] & is_out, other=0.0
-            )
+            if TRANSPOSED:
+                at = ((K - 1 - k) * COUT + offs_o)[None, :] * CIN + (first + offs_i)[:, None]
+            else:
+                at = (k * CIN + first + offs_i)[:, None] * COUT + offs_o
+            b_w = tl.load(weight + at, mask=is_in[:, None] & is_out, other=0.0)
             acc += tl.dot(b_x, b_w, input_precision="ieee")  # [BLOCK_N, BLOCK_O]
-    tl.store(out + offs_n[:, None] * COUT + offs_o, acc, mask=valid[:, None] & is_out)
+    to = (conv * M + offs_n[:, None]) * COUT + offs_o
+    mask = valid[:, None] & is_out
+    if HAS_BIAS:
+        acc += tl.load(bias + conv * CB + offs_o % CB, mask=is_out, other=0.0).to(tl.float32)
+    if HAS_ADDED:
+        acc += tl.load(added + to, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + to, acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _dweight_kernel(
-    x, neighbors, dout, partial, N,
-    K: tl.constexpr, CIN: tl.constexpr, COUT: tl.constexpr, SLICE: tl.constexpr,
+    x, neighbors, dout, partial, N, SLICE,
+    K: tl.constexpr, CIN: tl.constexpr, COUT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """One program: the sum over one slice of voxels, for one offset and one tile of channels."""
-    s, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """One program: the sum over one slice of voxels, for one offset and one tile of channels of one convolution.
+
+    Behind the offsets comes the bias: partial is (S, G, K CIN + 1, COUT).
+    """
+    s, k = tl.program_id(0).to(tl.int64), tl.program_id(1) % (K + 1)
+    conv, convs = (tl.program_id(1) // (K + 1)).to(tl.int64), tl.num_programs(1) // (K + 1)
     tiles_o: tl.constexpr = (COUT + BLOCK_O - 1) // BLOCK_O
     offs_i = tl.program_id(2) // tiles_o * BLOCK_I + tl.arange(0, BLOCK_I)
     offs_o = tl.program_id(2) % tiles_o * BLOCK_O + tl.arange(0, BLOCK_O)
     is_in, is_out = offs_i < CIN, offs_o < COUT
-    acc = tl.zeros([BLOCK_I, BLOCK_O], dtype=tl.float32)
-    for first in range(0, SLICE, BLOCK_N):
-        offs_n = s * SLICE + first + tl.arange(0, BLOCK_N)
-        valid = offs_n < N
-        row = tl.load(neighbors + k * N + offs_n, mask=valid, other=N).to(tl.int64)
-        b_x = tl.load(x + row[:, None] * CIN + offs_i, mask=(row < N)[:, None] & is_in, other=0.0)
-        b_dout = tl.load(dout + offs_n[:, None] * COUT + offs_o, mask=valid[:, None] & is_out, other=0.0)
-        acc += tl.dot(tl.trans(b_x), b_dout, input_precision="ieee")  # [BLOCK_I, BLOCK_O]
-    to = ((s * K + k) * CIN + offs_i[:, None]) * COUT + offs_o
-    tl.store(partial + to, acc, mask=is_in[:, None] & is_out)
+    x += conv * N * CIN
+    dout += conv * N * COUT
+    partial += (s * convs + conv) * (K * CIN + 1) * COUT
+    begin = s * SLICE
+    end = tl.minimum(begin + SLICE, N)
+    if k < K:
+        acc = tl.zeros([BLOCK_I, BLOCK_O], dtype=tl.float32)
+        for first in range(begin, end, BLOCK_N):
+            offs_n = first + tl.arange(0, BLOCK_N)
+            valid = offs_n < end
+            row = tl.load(neighbors + k.to(tl.int64) * N + offs_n, mask=valid, other=N).to(tl.int64)
+            b_x = tl.load(x + row[:, None] * CIN + offs_i, mask=(row < N)[:, None] & is_in, other=0.0)
+            b_dout = tl.load(dout + offs_n[:, None] * COUT + offs_o, mask=valid[:, None] & is_out, other=0.0)
+            acc += tl.dot(tl.trans(b_x), b_dout, input_precision="ieee")  # [BLOCK_I, BLOCK_O]
+        tl.store(partial + (k * CIN + offs_i[:, None]) * COUT + offs_o, acc, mask=is_in[:, None] & is_out)
+    else:
+        total = tl.zeros([BLOCK_N, BLOCK_O], dtype=tl.float32)
+        for first in range(begin, end, BLOCK_N):
+            offs_n = first + tl.arange(0, BLOCK_N)
+            mask = (offs_n < end)[:, None] & is_out
+            total += tl.load(dout + offs_n[:, None] * COUT + offs_o, mask=mask, other=0.0).to(tl.float32)
+        tl.store(partial + K * CIN * COUT + offs_o, tl.sum(total, 0), mask=is_out)
+
+
+@triton.jit
+def _sum_slices_kernel(partial, out, S, SIZE, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: BLOCK numbers of out (SIZE,), the sum of partial (S, SIZE)."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK_S, BLOCK], dtype=tl.float32)
+    for first in range(0, S, BLOCK_S):
+        s = (first + tl.arange(0, BLOCK_S)).to(tl.int64)
+        acc += tl.load(partial + s[:, None] * SIZE + offs, mask=(s < S)[:, None] & (offs < SIZE), other=0.0)
+    tl.store(out + offs, tl.sum(acc, 0).to(out.dtype.element_ty), mask=offs < SIZE)
 
 
 @triton.jit
@@ -79,36 +126,84 @@ def _block(channels: int) -> int:
     return max(16, min(MAX_BLOCK_C, triton.next_power_of_2(channels)))
 
 
-def gather_conv_triton(x: Tensor, neighbors: Tensor, weight: Tensor) -> Tensor:
-    """out[m] = Σ_k x[neighbors[k, m]] @ weight[k]: x (N, Cin), neighbors (K, M), weight (K, Cin, Cout) -> (M, Cout).
+def gather_convs(
+    x: Tensor,
+    neighbors: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    added: Tensor | None = None,
+    transposed: bool = False,
+) -> Tensor:
+    """out[g, m] = bias[g] + added[g, m] + Σ_k x[g, neighbors[k, m]] @ weight[g, k]; sums in fp32, result as x.
 
-    Sums in fp32, result in the dtype of x; a neighbour N is none.
+    Args:
+        x: (G, N, Cin).
+        neighbors: (K, M) int32, N where there is none.
+        weight: (G, K, Cin, Cout); with `transposed` (G, K, Cout, Cin), and weight[g, K - 1 - k]ᵀ takes part.
+        bias: (G, channels) that repeat over Cout.
+        added: (G, M, Cout).
+
+    Returns:
+        (G, M, Cout), dtype of x.
     """
-    N, M, (K, Cin, Cout) = len(x), neighbors.shape[1], weight.shape
-    out = x.new_empty(M, Cout)
+    (G, N, Cin), (K, M) = x.shape, neighbors.shape
+    Cout = weight.shape[2 if transposed else 3]
+    out = x.new_empty(G, M, Cout)
     if M:
-        blocks = {"BLOCK_N": BLOCK_N, "BLOCK_I": _block(Cin), "BLOCK_O": _block(Cout)}
-        grid = triton.cdiv(M, BLOCK_N), triton.cdiv(Cout, blocks["BLOCK_O"])
-        arguments = x.contiguous(), neighbors.contiguous(), weight.contiguous(), out, N, M
-        _conv_kernel[grid](*arguments, K=K, CIN=Cin, COUT=Cout, **blocks)
+        blocks = {"BLOCK_I": _block(Cin), "BLOCK_O": _block(Cout)}
+        columns = triton.cdiv(Cout, blocks["BLOCK_O"])
+        rows = triton.next_power_of_2(triton.cdiv(M * columns * G, CONV_PROGRAMS))
+        rows = max(MIN_BLOCK_N, min(BLOCK_N, rows))
+        _conv_kernel[triton.cdiv(M, rows), columns, G](
+            x.contiguous(), neighbors.contiguous(), weight.contiguous(),
+            out if bias is None else bias, out if added is None else added, out, N, M,
+            K=K, CIN=Cin, COUT=Cout, CB=Cout if bias is None else bias.shape[1], HAS_BIAS=bias is not None,
+            HAS_ADDED=added is not None, TRANSPOSED=transposed, BLOCK_N=rows, **blocks,
+        )  # fmt: skip
     return out
 
 
-def gather_conv_dweight_triton(x: Tensor, neighbors: Tensor, dout: Tensor) -> Tensor:
-    """Σ_n x[neighbors[k, n]]ᵀ dout[n]: x (N, Cin), neighbors (K, N), dout (N, Cout) -> (K, Cin, Cout) float32.
+def gather_conv_triton(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`gather_convs` of one convolution, without the leading G."""
+    return gather_convs(x[None], neighbors, weight[None], None if bias is None else bias[None])[0]
+
+
+def gather_convs_gradients(x: Tensor, neighbors: Tensor, dout: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Σ_n x[g, neighbors[k, n]]ᵀ dout[g, n] and Σ_n dout[g, n].
 
     Slices of the voxels are summed apart, then together, in a fixed order: deterministic.
+
+    Args:
+        x, dout: (G, N, Cin) and (G, N, Cout).
+        neighbors: (K, N) int32, N where there is none.
+        dtype: of the results; sums are in fp32.
+
+    Returns:
+        Gradients of weight (G, K, Cin, Cout) and bias (G, Cout).
     """
-    (N, Cin), Cout, K = x.shape, dout.shape[1], len(neighbors)
-    slices = triton.cdiv(N, SLICE)
-    partial = torch.empty(slices, K, Cin, Cout, dtype=torch.float32, device=x.device)
+    (G, N, Cin), Cout, K = x.shape, dout.shape[2], len(neighbors)
+    blocks = {"BLOCK_I": _block(Cin), "BLOCK_O": _block(Cout)}
+    tiles = triton.cdiv(Cin, blocks["BLOCK_I"]) * triton.cdiv(Cout, blocks["BLOCK_O"])
+    size = triton.next_power_of_2(triton.cdiv(N * tiles * G * K, DWEIGHT_PROGRAMS))
+    size = max(MIN_SLICE, min(SLICE, size))
+    S = triton.cdiv(N, size)
+    out = torch.empty(G, K * Cin + 1, Cout, dtype=dtype, device=x.device)
+    partial = torch.empty(S, *out.shape, dtype=torch.float32, device=x.device)
     if N:
-        blocks = {"BLOCK_N": BLOCK_N, "BLOCK_I": _block(Cin), "BLOCK_O": _block(Cout)}
-        tiles = triton.cdiv(Cin, blocks["BLOCK_I"]) * triton.cdiv(Cout, blocks["BLOCK_O"])
-        _dweight_kernel[(slices, K, tiles)](
-            x.contiguous(), neighbors, dout.contiguous(), partial, N, K=K, CIN=Cin, COUT=Cout, SLICE=SLICE, **blocks
+        _dweight_kernel[S, G * (K + 1), tiles](
+            x.contiguous(), neighbors.contiguous(), dout.contiguous(), partial, N, size,
+            K=K, CIN=Cin, COUT=Cout, BLOCK_N=BLOCK_N, **blocks,
+        )  # fmt: skip
+    if out.numel():
+        _sum_slices_kernel[(triton.cdiv(out.numel(), SUMMED),)](
+            partial, out, S, out.numel(), BLOCK_S=BLOCK_S, BLOCK=SUMMED
         )
-    return partial.sum(0)
+    return out[:, :-1].unflatten(1, (K, Cin)), out[:, -1]
+
+
+def gather_conv_dweight_triton(x: Tensor, neighbors: Tensor, dout: Tensor) -> Tensor:
+    """Σ_n x[neighbors[k, n]]ᵀ dout[n]: x (N, Cin), neighbors (K, N), dout (N, Cout) -> (K, Cin, Cout) float32."""
+    return gather_convs_gradients(x[None], neighbors, dout[None], torch.float32)[0][0]
 
 
 def take_rows_triton(x: Tensor, order: Tensor) -> Tensor:
