@@ -184,4 +184,7 @@ def test_feed_forward_in_slices(monkeypatch):
     layer.up.register_forward_hook(lambda module, inputs, hidden: rows.append(len(hidden)))
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected)
-    assert rows == [4, 4, 2]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+            torch.testing.assert_close(layer(x).float(), expected, atol=0.02, rtol=0.02)
+    assert rows == 3 * [4, 4, 2]

@@ -194,21 +194,20 @@ def test_dtypes_are_those_of_torch(autocast):
 @pytest.mark.gpu
 @pytest.mark.parametrize("counts", [[3000], [1000, 0, 2000]])
 def test_equal_bits_again_and_from_a_graph(counts):
-    voxels, h, shift, scale, gate, x, dout = on_gpu(counts, 1024, torch.float16)
-    inputs = [t.requires_grad_() for t in (h, shift, scale, gate, x)]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        voxels, h, shift, scale, gate, x, dout = on_gpu(counts, 1024, torch.float16)
+        inputs = [t.detach().requires_grad_() for t in (h, shift, scale, gate, x)]
+        h, shift, scale, gate, x = inputs
 
-    def step():
-        out = gated_sum(modulated_norm(h, shift, scale, voxels, EPS), gate, x, voxels)
-        return out, *torch.autograd.grad(out, inputs, dout)
+        def step():
+            out = gated_sum(modulated_norm(h, shift, scale, voxels, EPS), gate, x, voxels)
+            return out.detach(), *torch.autograd.grad(out, inputs, dout)
 
-    expected = [t.clone() for t in step()]
-    assert all(torch.equal(a, b) for a, b in zip(step(), expected, strict=True))
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        results = step()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+        expected = step()
+        assert all(torch.equal(a, b) for a, b in zip(step(), expected, strict=True))
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            results = step()
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
