@@ -8,11 +8,14 @@ Sizes named in this file:
     B  patches      P  voxels along the edge of a patch      C  channels      D  channels of the decoder's features
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .sparse_conv import HAS_TRITON
 
 GROUPS = 4  # of every group norm
 KERNEL = 27  # weights of an adaptive convolution at each voxel
@@ -195,11 +198,23 @@ class Refiner(nn.Module):
         Returns:
             (B, 1, P, P, P) in (-1, 1), negative inside.
         """
+        if _by_rows(sdf):
+            return _volumes(sdf, embedded, run=self._forward_rows)
         h = self.unet(torch.cat([_conv(sdf, self.input_conv), embedded], dim=1))
         h = self.adaptive1(h, h)
         h = _conv(h, self.middle_conv)
         h = self.adaptive2(h, h)
         return self.adaptive3(self.output_conv(h), h).tanh()
+
+    def _forward_rows(self, size: tuple[int, int, int], sdf: Tensor, embedded: Tensor) -> Tensor:
+        """`forward` of one patch: (V, 1) and (V, C) -> (V, 1)."""
+        from .refiner_rows import adaptive_rows, conv_rows, unet_rows
+
+        h = unet_rows(self.unet, conv_rows(sdf, size, self.input_conv), embedded, size)
+        h = adaptive_rows(self.adaptive1, h, h, size, ADAPTIVE_STEPS)
+        h = conv_rows(h, size, self.middle_conv)
+        h = adaptive_rows(self.adaptive2, h, h, size, ADAPTIVE_STEPS)
+        return adaptive_rows(self.adaptive3, conv_rows(h, size, self.output_conv), h, size, ADAPTIVE_STEPS).tanh_()
 
     def embed_features(self, features: Tensor) -> Tensor:
         """The decoder's features of single voxels, (N, D) -> (N, C). What a voxel without any has is that of zeros."""
@@ -219,7 +234,30 @@ class SignRefiner(nn.Module):
 
     def forward(self, sdf: Tensor) -> Tensor:
         """Logits (B, 1, P, P, P), outside where they are at least 0; `sdf` as `Refiner` reads it."""
+        if _by_rows(sdf):
+            return _volumes(sdf, run=self._forward_rows)
         return self.output_conv(self.unet(_conv(sdf, self.input_conv)))
+
+    def _forward_rows(self, size: tuple[int, int, int], sdf: Tensor) -> Tensor:
+        """`forward` of one patch: (V, 1) -> (V, 1)."""
+        from .refiner_rows import conv_rows, unet_rows
+
+        return conv_rows(
+            unet_rows(self.unet, conv_rows(sdf, size, self.input_conv), None, size), size, self.output_conv
+        )
+
+
+def _by_rows(x: Tensor) -> bool:
+    """Whether Triton does the work: on a GPU without a gradient."""
+    return x.is_cuda and HAS_TRITON and not torch.is_grad_enabled()
+
+
+def _volumes(*volumes: Tensor, run: Callable) -> Tensor:
+    """run(size, rows of each volume (V, C)) for each patch of volumes (B, C, X, Y, Z) -> (B, 1, X, Y, Z)."""
+    size = tuple(volumes[0].shape[2:])
+    patches = zip(*volumes, strict=True)
+    made = [run(size, *(x.flatten(1).t().contiguous() for x in patch)).view(1, *size) for patch in patches]
+    return torch.stack(made)
 
 
 def _norm_silu(x: Tensor, norm: nn.GroupNorm, overwrite: bool = False) -> Tensor:
