@@ -9,6 +9,7 @@ and backward. Prints a table and writes it to benchmarks/results/dit-*.md.
 
 import argparse
 import datetime
+import gc
 import statistics
 import sys
 from collections.abc import Callable
@@ -68,23 +69,31 @@ def median_ms(function: Callable, runs: int = 7) -> float:
     return statistics.median(times[2:])
 
 
-def peak_gib() -> float:
-    return torch.cuda.max_memory_allocated() / 2**30
+def start_of_memory() -> int:
+    """Bytes that are allocated before a case: structures and what earlier cases left."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def peak_gib(start: int) -> float:
+    return (torch.cuda.max_memory_allocated() - start) / 2**30
 
 
 @torch.no_grad()
 def time_forward(voxels: Voxels, form: dict, top_k: int) -> list[str]:
     """One condition; the same from a CUDA graph; both guidance branches; peak memory with the weights."""
+    start = start_of_memory()
     model = make_model(form, top_k, torch.float16).eval()
     cells = []
     for copies in (1, 2):
         batch = voxels.repeat(copies)
         context = image_tokens(copies, 0.5 if form["sparse_context"] else 1.0)
         x, t = torch.randn(len(batch), 16, device="cuda").half(), torch.full((copies,), 0.5, device="cuda")
-        torch.cuda.reset_peak_memory_stats()
         cells.append(f"{median_ms(lambda: model(x, t, batch, context)):.1f}")  # noqa: B023
         if copies == 1:
-            memory = peak_gib()
+            memory = peak_gib(start)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 model(x, t, batch, context)
@@ -94,6 +103,7 @@ def time_forward(voxels: Voxels, form: dict, top_k: int) -> list[str]:
 
 
 def time_training(voxels: Voxels, form: dict, top_k: int) -> list[str]:
+    start = start_of_memory()
     model = make_model(form, top_k, torch.float32)
     model.gradient_checkpointing = True
     context = image_tokens(1, 0.5 if form["sparse_context"] else 1.0)
@@ -104,8 +114,7 @@ def time_training(voxels: Voxels, form: dict, top_k: int) -> list[str]:
             loss = model(x, t, voxels, context).float().square().mean()
         loss.backward()
 
-    torch.cuda.reset_peak_memory_stats()
-    return [f"{median_ms(step, 3):.1f}", f"{peak_gib():.2f}"]
+    return [f"{median_ms(step, 3):.1f}", f"{peak_gib(start):.2f}"]
 
 
 def main() -> None:
@@ -114,6 +123,7 @@ def main() -> None:
         "--parity", type=Path, default=ROOT.parent / "shared" / "parity", help="folder of the structure"
     )
     parser.add_argument("--real", action="store_true", help="only the real structure and its coarsening")
+    parser.add_argument("--forward", action="store_true", help="no training step")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
 
@@ -126,9 +136,15 @@ def main() -> None:
     for name, voxels, top_k in cases:
         for label, form, k in (("m_cmp 8, k 8", V11, 8), (f"m_cmp 4, k {top_k}", V10, top_k)):
             timed = time_forward(voxels, form, k)
-            torch.cuda.empty_cache()
-            lines.append([name, f"{len(voxels):,}", label, *timed, *time_training(voxels, form, k)])
-            torch.cuda.empty_cache()
+            lines.append(
+                [
+                    name,
+                    f"{len(voxels):,}",
+                    label,
+                    *timed,
+                    *(["", ""] if arguments.forward else time_training(voxels, form, k)),
+                ]
+            )
             print(" | ".join(lines[-1]), flush=True)
     device = torch.cuda.get_device_name()
     versions = f"torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda}"
