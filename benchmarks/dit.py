@@ -136,15 +136,8 @@ def main() -> None:
     for name, voxels, top_k in cases:
         for label, form, k in (("m_cmp 8, k 8", V11, 8), (f"m_cmp 4, k {top_k}", V10, top_k)):
             timed = time_forward(voxels, form, k)
-            lines.append(
-                [
-                    name,
-                    f"{len(voxels):,}",
-                    label,
-                    *timed,
-                    *(["", ""] if arguments.forward else time_training(voxels, form, k)),
-                ]
-            )
+            step = ["", ""] if arguments.forward else time_training(voxels, form, k)
+            lines.append([name, f"{len(voxels):,}", label, *timed, *step])
             print(" | ".join(lines[-1]), flush=True)
     device = torch.cuda.get_device_name()
     versions = f"torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda}"
