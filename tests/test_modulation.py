@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from d3ds2.kernels.modulation import (
     affine_norm,
@@ -13,6 +14,7 @@ from d3ds2.kernels.modulation import (
     samples_of,
 )
 from d3ds2.kernels.selection_attention import HAS_TRITON
+from d3ds2.latent_dit import LatentBlock, LatentDiTConfig
 from tests.random_voxels import random_voxels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU, conftest.py sets TRITON_INTERPRET=1
@@ -150,6 +152,44 @@ def test_mixed_dtypes():
             assert gradient.dtype == of.dtype
             tolerance = {"atol": 1e-5, "rtol": 1e-5} if of.dtype == torch.float32 else {"atol": 0.05, "rtol": 0.02}
             torch.testing.assert_close(gradient, of_definition, **tolerance)
+
+
+@pytest.mark.parametrize("counts", [[20], [12, 0, 9]])
+@pytest.mark.parametrize("share_modulation", [False, True])
+def test_a_block_with_its_kernels(counts, share_modulation, monkeypatch):
+    """Output, and through a checkpoint every gradient, of a block that takes the kernels and of one that does not."""
+    config = LatentDiTConfig(
+        hidden_size=32,
+        depth=1,
+        num_heads=4,
+        num_kv_heads=2,
+        context_size=12,
+        top_k=2,
+        share_modulation=share_modulation,
+    )
+    block, voxels = LatentBlock(config, 0).to(DEVICE), random_voxels(counts, 16).to(DEVICE)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    h, dout = (torch.randn(len(voxels), 32, device=DEVICE) for _ in range(2))
+    embedding = torch.randn(len(counts), 192 if share_modulation else 32, device=DEVICE)
+    context, lengths = torch.randn(4 * len(counts), 32, device=DEVICE), [4] * len(counts)
+    context_cu = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    arguments = h.requires_grad_(), embedding.requires_grad_(), voxels, context, context_cu, lengths
+    inputs = [h, embedding, *block.parameters()]
+
+    def step():
+        out = checkpoint(block, *arguments, use_reentrant=False)
+        return out, *torch.autograd.grad(out, inputs, dout)
+
+    monkeypatch.setattr("d3ds2.kernels.modulation._on_triton", lambda h: False)
+    expected = step()
+    monkeypatch.setattr("d3ds2.kernels.modulation._on_triton", lambda h: True)
+    actual = step()
+    assert "_GatedSum" in type(actual[0].grad_fn).__name__
+    tolerance = 1e-6 if DEVICE == "cpu" else 1e-3  # where the kernels of attention multiply in TF32
+    largest = max(e.abs().max() for e in expected).item()
+    for a, e in zip(actual, expected, strict=True):  # some vanish but for rounding, as that of the keys' bias
+        torch.testing.assert_close(a, e, atol=tolerance * largest, rtol=100 * tolerance)
 
 
 def on_gpu(counts, C, dtype):
