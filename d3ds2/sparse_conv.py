@@ -270,12 +270,16 @@ def mean_pool(x: Tensor, voxels: Voxels, factor: int) -> tuple[Tensor, Voxels]:
         Pooled features, dtype of x, summed in at least float32; and their voxels, `voxels.coarsen(factor)[0]`.
     """
     coarse, parent = voxels.coarsen(factor)
-    total = sum_runs(x, voxels.cached(("cells", factor), lambda: _cells(voxels, factor)), parent)
+    total = sum_runs(x, tokens_of_cells(voxels, factor), parent)
     return (total / (voxels.coarse_counts(factor) + 1)[:, None]).to(x.dtype), coarse
 
 
-def _cells(voxels: Voxels, factor: int) -> Runs:
+def tokens_of_cells(voxels: Voxels, factor: int) -> Runs:
     """The voxels of each voxel of `coarsen(factor)`."""
+    return voxels.cached(("cells", factor), lambda: _cells(voxels, factor))
+
+
+def _cells(voxels: Voxels, factor: int) -> Runs:
     in_order = factor == BLOCK and voxels.resolution <= BLOCK**2  # one block of coarse voxels: lexicographic as blocks
     order = None if in_order else voxels.coarsen(factor)[1].argsort(stable=True).int()
     offsets = nn.functional.pad(voxels.coarse_counts(factor).cumsum(0), (1, 0)).int()

@@ -17,7 +17,7 @@ from .kernels.block_scores import select_blocks
 from .kernels.run_sums import take_runs
 from .kernels.runs import Branches, Runs
 from .kernels.selection_attention import HAS_TRITON, selection_attention
-from .sparse_conv import PackedGroupNorm, SubmanifoldConv3d, mean_pool
+from .sparse_conv import PackedGroupNorm, SubmanifoldConv3d, mean_pool, samples_of, tokens_of_cells
 from .voxels import BLOCK, Voxels, Windows
 
 MAX_NORM_GROUPS = 32
@@ -40,6 +40,12 @@ class PooledConvCompression(nn.Module):
         hidden = self.conv_in(activated, coarse)
         hidden = self.conv_out(F.silu(self.norm_out(hidden, coarse)), coarse)
         return hidden + mean_pool(x, voxels, c)[0]
+
+    def parts(self) -> list[Tensor]:
+        """The parameters, in the order of the kernels."""
+        norms, convolutions = (self.norm_in, self.norm_out), (self.conv_in, self.conv_out)
+        vectors = [vector for norm in norms for vector in (norm.weight, norm.bias)]
+        return vectors + [conv.bias for conv in convolutions] + [conv.weight for conv in convolutions]
 
 
 class PointwiseCompression(nn.Module):
@@ -126,10 +132,27 @@ class SpatialSparseAttention(nn.Module):
     def compress(self, k: Tensor, v: Tensor, voxels: Voxels) -> tuple[Tensor, Tensor]:
         """k, v (N, Hk D) -> compressed keys and values (Nc, Hk, D), eq. 7."""
         c, kv_heads = self.compression_block, (self.num_kv_heads, self.head_dim)
-        position = take_runs(self.block_position, *voxels.cached(("places", c), lambda: _places(voxels, c)))
-        compressed_k = self.compress_k(k + position, voxels, c).to(k.dtype)
-        compressed_v = self.compress_v(v, voxels, c).to(v.dtype)
-        return compressed_k.unflatten(-1, kv_heads), compressed_v.unflatten(-1, kv_heads)
+        is_pooled_conv = isinstance(self.compress_k, PooledConvCompression)
+        if is_pooled_conv and k.is_cuda and HAS_TRITON and k.dtype != torch.float64 and len(k):
+            compressed_k, compressed_v = self.compress_in_triton(k, v, voxels)
+        else:
+            position = take_runs(self.block_position, *_places_of(voxels, c))
+            compressed_k = self.compress_k(k + position, voxels, c)
+            compressed_v = self.compress_v(v, voxels, c)
+        return compressed_k.to(k.dtype).unflatten(-1, kv_heads), compressed_v.to(v.dtype).unflatten(-1, kv_heads)
+
+    def compress_in_triton(self, k: Tensor, v: Tensor, voxels: Voxels) -> tuple[Tensor, Tensor]:
+        """Both (Nc, Hk D), in few launches."""
+        from .kernels.compression_triton import pooled_conv_compression_triton
+
+        parts = zip(self.compress_k.parts(), self.compress_v.parts(), strict=True)
+        parameters = [parameter for pair in parts for parameter in pair]
+        device = k.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameters[-1].dtype
+        norm, cells = self.compress_k.norm_in, cells_of(voxels, self.compression_block)
+        return pooled_conv_compression_triton(
+            k, v, self.block_position, parameters, cells, norm.num_groups, norm.eps, dtype
+        )
 
 
 def attend(
@@ -184,6 +207,30 @@ def block_of_compressed(voxels: Voxels, c: int) -> Tensor:
     coarse, parent = voxels.coarsen(c)
     blocks = torch.empty(len(coarse), dtype=torch.long, device=voxels.device)
     return blocks.scatter_(0, parent, voxels.block_of_token)  # all children lie in one selection block
+
+
+def cells_of(voxels: Voxels, c: int):
+    """What the kernels of compression must know of the voxels: `Cells`; kept, and shared by all layers and steps."""
+    return voxels.cached(("compression", c), lambda: _cells_of(voxels, c))
+
+
+def _cells_of(voxels: Voxels, c: int):
+    from .kernels.compression_triton import Cells
+
+    coarse, parent = voxels.coarsen(c)
+    return Cells(
+        samples_of(voxels),
+        samples_of(coarse),
+        tokens_of_cells(voxels, c),
+        parent,
+        coarse.coords,
+        coarse.neighbors,
+        *_places_of(voxels, c),
+    )
+
+
+def _places_of(voxels: Voxels, c: int) -> tuple[Runs, Tensor]:
+    return voxels.cached(("places", c), lambda: _places(voxels, c))
 
 
 def _places(voxels: Voxels, c: int) -> tuple[Runs, Tensor]:

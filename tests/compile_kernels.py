@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from d3ds2.kernels import block_scores_triton as block_scores
+from d3ds2.kernels import compression_triton as compression
 from d3ds2.kernels import gather_conv_triton as gather_conv
 from d3ds2.kernels import group_norm_triton as group_norm
 from d3ds2.kernels import modulation_triton as modulation
@@ -39,7 +40,7 @@ VALUES |= {"first", "second"}
 
 
 NORMED = ["x", "keys", "values", "position", "weight", "bias", "dy", "skip", "dx", "dweight", "dbias", "out"]
-NORMED += ["added", "dout"]
+NORMED += ["added", "dout", "pooled"]
 COMPRESSION = dict.fromkeys(NORMED, "*bf16") | dict.fromkeys(["partial", "statistics", "group_means"], "*fp32")
 COMPRESSION |= dict.fromkeys(["place", "parent"], "*i64") | {"eps": "fp32"}
 COMPRESSION |= dict.fromkeys(["N", "M", "B", "S", "SIZE", "SLICE"], "i32")
@@ -116,6 +117,8 @@ def compile_compression() -> None:
             convolution = {"K": 27, "CIN": 64, "COUT": 64, "CB": 64, "BLOCK_N": rows, "BLOCK_I": 64, "BLOCK_O": 64}
             kinds = {"HAS_BIAS": not flag, "HAS_ADDED": not flag, "TRANSPOSED": flag}
             compile_kernel(gather_conv._conv_kernel, convolution | kinds, 4, 3, types=COMPRESSION)
+        kernel, pooling = compression._pool_kernel, {"C": 64, "G": 32, "BLOCK_N": 32, "BLOCK_C": 64, "HAS_IDS": flag}
+        compile_kernel(kernel, pooling, 4, types=COMPRESSION | {"skip": "*fp32"})
     kernel = gather_conv._dweight_kernel
     compile_kernel(kernel, named(kernel, convolution), 4, 3, types=COMPRESSION)
     summing = {"BLOCK_S": gather_conv.BLOCK_S, "BLOCK": gather_conv.SUMMED}

@@ -22,6 +22,8 @@ NAMES = [
     "gather_conv",
     "run_sums",
     "modulation",
+    "group_norm",
+    "compression",
     "run_attention",
 ]
 RUN = """

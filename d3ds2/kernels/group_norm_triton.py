@@ -75,11 +75,12 @@ def _statistics_kernel(
         mask = valid[:, None] & is_c
         at = row[:, None] * C + offs_c
         if JOIN:
-            is_key = mask & (tensor == 0)
-            b_place = tl.load(place + row, mask=valid, other=0)
-            b_x = tl.load(keys + at, mask=is_key, other=0.0).to(tl.float32)
-            b_x += tl.load(position + b_place[:, None] * C + offs_c, mask=is_key, other=0.0).to(tl.float32)
-            b_x += tl.load(values + at, mask=mask & (tensor == 1), other=0.0).to(tl.float32)
+            if tensor == 0:
+                b_place = tl.load(place + row, mask=valid, other=0)
+                b_x = tl.load(keys + at, mask=mask, other=0.0).to(tl.float32)
+                b_x += tl.load(position + b_place[:, None] * C + offs_c, mask=mask, other=0.0).to(tl.float32)
+            else:
+                b_x = tl.load(values + at, mask=mask, other=0.0).to(tl.float32)
             rounded = b_x.to(x.dtype.element_ty)
             tl.store(x + tensor * N * C + at, rounded, mask=mask)
             b_x = rounded.to(tl.float32)

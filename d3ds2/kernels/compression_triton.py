@@ -1,0 +1,159 @@
+"""Compression of keys and values together, in Triton; the definition is `compress` in ../spatial_sparse_attention.py.
+
+Keys and values are two tensors of one launch. What the definition rounds between two operations of one launch stays
+fp32 here.
+
+Sizes named in this file:
+    N  tokens      C  channels of the keys and of the values, Hk D      c  edge of a cell
+    Nc  cells      G  groups of channels
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .gather_conv_triton import gather_convs, gather_convs_gradients
+from .group_norm_triton import Pooled, group_norm_apply, group_norm_backward, group_norm_statistics
+from .run_sums_triton import sum_runs_triton
+from .runs import Runs
+
+MAX_BLOCK_N, MAX_BLOCK_C = 32, 64  # rows and channels at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """What compression must know of the voxels.
+
+    Args:
+        samples, coarse_samples: tokens and cells of each sample.
+        tokens: tokens of each cell.
+        parent: cell of each token, (N,) long.
+        coords: of the cells, (Nc, 4) int32 [batch, x, y, z].
+        neighbors: of the cells, (27, Nc) int32.
+        places, place: tokens at each of the c³ places in a cell, and the place of each token, (N,) long.
+    """
+
+    samples: Runs
+    coarse_samples: Runs
+    tokens: Runs
+    parent: Tensor
+    coords: Tensor
+    neighbors: Tensor
+    places: Runs
+    place: Tensor
+
+
+@triton.jit
+def _pool_kernel(
+    x, statistics, weight, bias, coords, offsets, ids, pooled, skip, B, N,
+    C: tl.constexpr, G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, HAS_IDS: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_C channels of one cell; the SiLU of the normed x, and x, pooled: sum / (count + 1)."""
+    cell, tensor = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_c = offs_c < C
+    begin, end = tl.load(offsets + cell), tl.load(offsets + cell + 1)
+    group = statistics + (tensor * B + tl.load(coords + cell * 4)) * G + offs_c // (C // G)
+    mean = tl.load(group, mask=is_c, other=0.0)
+    rstd = tl.load(group + tl.num_programs(2) * B * G, mask=is_c, other=0.0)
+    scale = tl.load(weight + tensor * C + offs_c, mask=is_c, other=0.0).to(tl.float32) * rstd
+    shift = tl.load(bias + tensor * C + offs_c, mask=is_c, other=0.0).to(tl.float32)
+    sum_activated = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float32)
+    sum_x = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float32)
+    for first in range(begin, end, BLOCK_N):
+        at = first + tl.arange(0, BLOCK_N)
+        valid = at < end
+        row = at.to(tl.int64)
+        if HAS_IDS:
+            row = tl.load(ids + at, mask=valid, other=0).to(tl.int64)
+        mask = valid[:, None] & is_c
+        b_x = tl.load(x + (tensor * N + row)[:, None] * C + offs_c, mask=mask, other=0.0).to(tl.float32)
+        normed = (b_x - mean) * scale + shift
+        sum_x += b_x
+        sum_activated += tl.where(mask, normed * tl.sigmoid(normed), 0.0)
+    count = (end - begin + 1).to(tl.float32)
+    to = (tensor * tl.num_programs(0) + cell) * C + offs_c
+    tl.store(pooled + to, (tl.sum(sum_activated, 0) / count).to(pooled.dtype.element_ty), mask=is_c)
+    tl.store(skip + to, tl.sum(sum_x, 0) / count, mask=is_c)
+
+
+def _pool(x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor, cells: Cells, pooled: Tensor) -> Tensor:
+    """SiLU of the normed x (2, N, C), pooled into `pooled` (2, Nc, C); returns x pooled, (2, Nc, C) float32."""
+    (T, N, C), Nc, tokens = x.shape, pooled.shape[1], cells.tokens
+    skip = torch.empty(T, Nc, C, dtype=torch.float32, device=x.device)
+    BLOCK_C = min(MAX_BLOCK_C, triton.next_power_of_2(C))
+    BLOCK_N = min(MAX_BLOCK_N, triton.next_power_of_2(tokens.longest))
+    ids = tokens.offsets if tokens.ids is None else tokens.ids
+    _pool_kernel[Nc, triton.cdiv(C, BLOCK_C), T](
+        x, statistics, weight, bias, cells.coords, tokens.offsets, ids, pooled, skip, len(cells.samples), N,
+        C=C, G=statistics.shape[3], BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C, HAS_IDS=tokens.ids is not None,
+    )  # fmt: skip
+    return skip
+
+
+class _PooledConvCompression(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, k, v, position, cells, num_groups, eps, dtype, *parameters):
+        (N, C), Nc = k.shape, len(cells.coords)
+        vectors = torch.stack(parameters[:12]).view(6, 2, C)  # norm in: weight, bias; norm out; convolutions in, out
+        weights = torch.stack(parameters[12:]).to(dtype)  # (4, 27, C, C): in for keys and values, out
+        x = k.new_empty(2, N, C, dtype=torch.promote_types(k.dtype, position.dtype))
+        features = k.new_empty(4, Nc, C, dtype=dtype)  # what the convolutions read
+        joined = k.contiguous(), v.contiguous(), position.contiguous(), cells.place
+        statistics_in = group_norm_statistics(x, cells.samples, num_groups, eps, joined)
+        skip = _pool(x, statistics_in, vectors[0], vectors[1], cells, features[:2])
+        hidden = gather_convs(features[:2], cells.neighbors, weights[:2], vectors[4])
+        statistics_out = group_norm_statistics(hidden, cells.coarse_samples, num_groups, eps)
+        group_norm_apply(hidden, cells.coarse_samples, statistics_out, vectors[2], vectors[3], True, features[2:])
+        out = gather_convs(features[2:], cells.neighbors, weights[2:], vectors[5], added=skip)
+        ctx.save_for_backward(x, features, hidden, statistics_in, statistics_out, vectors, weights)
+        ctx.cells, ctx.dtypes = cells, (k.dtype, v.dtype, position.dtype, parameters[12].dtype)
+        return out[0], out[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dk, dv):
+        x, features, hidden, statistics_in, statistics_out, vectors, weights = ctx.saved_tensors
+        cells, (k_dtype, v_dtype, position_dtype, weight_dtype) = ctx.cells, ctx.dtypes
+        gradients = torch.empty_like(features)  # of what the convolutions make
+        torch.stack((dk, dv), out=gradients[2:])
+        dvectors, dx = torch.empty_like(vectors[:4]), torch.empty_like(x)
+        dactivated = gather_convs(gradients[2:], cells.neighbors, weights[2:], transposed=True)
+        group_norm_backward(
+            dactivated, hidden, cells.coarse_samples, statistics_out, vectors[2], vectors[3], True,
+            gradients[:2], dvectors[2], dvectors[3],
+        )  # fmt: skip
+        dpooled = gather_convs(gradients[:2], cells.neighbors, weights[:2], transposed=True)
+        dweights, dbiases = gather_convs_gradients(features, cells.neighbors, gradients, weight_dtype)
+        pooled = Pooled(cells.parent, cells.tokens, skip=gradients[2:])
+        group_norm_backward(
+            dpooled, x, cells.samples, statistics_in, vectors[0], vectors[1], True, dx, dvectors[0], dvectors[1], pooled
+        )
+        dposition = sum_runs_triton(dx[0], cells.places).to(position_dtype)
+        dvectors = *dvectors.flatten(0, 1).unbind(), *dbiases.to(vectors.dtype).unbind()
+        return dx[0].to(k_dtype), dx[1].to(v_dtype), dposition, None, None, None, None, *dvectors, *dweights.unbind()
+
+
+def pooled_conv_compression_triton(
+    k: Tensor, v: Tensor, position: Tensor, parameters: list[Tensor], cells: Cells, num_groups: int, eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`PooledConvCompression` of k + position[place] and of v.
+
+    Args:
+        k, v: (N, C), N > 0.
+        position: (c³, C).
+        parameters: for keys and values in turn: weight and bias of the first norm and of the second, biases of the
+            first and of the second convolution, (C,) each; then their weights (27, C, C).
+        cells: geometry.
+        num_groups, eps: of the norms.
+        dtype: of the convolutions and of the results.
+
+    Returns:
+        Two (Nc, C). Differentiable in k, v, position and the parameters.
+    """
+    return _PooledConvCompression.apply(k, v, position, cells, num_groups, eps, dtype, *parameters)
