@@ -17,6 +17,7 @@ from .runs import Runs, Segments
 PARTIAL_BYTES = 1 << 29  # partial results held at once
 PARTIAL_BYTES_AT_INFERENCE = 1 << 28  # where weights and latents should fit beside them on a small card
 MERGED_ROWS = 64  # rows of tokens times heads that a merging program takes
+PAIRS = 1024  # that a program numbers
 FORWARD, DQ, DKDV = Tile(128, 32, stages=3), Tile(64, 32, stages=3), Tile(64, 64, splits=8)
 FORWARD_FP32, DQ_FP32, DKDV_FP32 = Tile(32, 32), Tile(32, 32), Tile(32, 32, splits=4)
 
@@ -86,6 +87,14 @@ def _sum_kernel(
     tl.store(out + row[:, None] * D + offs_d, acc, mask=valid[:, None] & is_d)
 
 
+@triton.jit
+def _pair_keys_kernel(block_indices, keys, PAIRS, H, S, M, BLOCK: tl.constexpr):
+    """One program: head * M + block of BLOCK pairs (query, head, place), H * M of those without a block."""
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block = tl.load(block_indices + pair, mask=pair < PAIRS, other=-1)
+    tl.store(keys + pair, tl.where(block < 0, H * M, pair // S % H * M + block), mask=pair < PAIRS)
+
+
 def pairs_by_block(block_indices: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
     """Invert the selection: for each head and block, the pairs (query, place in its list) which selected it.
 
@@ -93,13 +102,14 @@ def pairs_by_block(block_indices: Tensor, num_blocks: int) -> tuple[Tensor, Tens
     pair_ids[pair_offsets[h * M + m] : pair_offsets[h * M + m + 1]], ascending, numbered (t * H + h) * S + place; those
     of the -1 stand at the end.
     """
-    H, device = block_indices.shape[1], block_indices.device
+    (_, H, S), pairs = block_indices.shape, block_indices.numel()
     bins = H * num_blocks
     dtype = torch.int16 if bins < 1 << 15 else torch.int32  # radix sort: two passes instead of four
-    head = torch.arange(0, bins, num_blocks, dtype=torch.int32, device=device)[:, None] if num_blocks else 0
-    key = torch.where(block_indices < 0, bins, head + block_indices).to(dtype)  # (T, H, S)
-    key, order = key.flatten().sort(stable=True)
-    edges = torch.arange(bins + 1, dtype=dtype, device=device)
+    key = torch.empty(pairs, dtype=dtype, device=block_indices.device)
+    if pairs:
+        _pair_keys_kernel[(triton.cdiv(pairs, PAIRS),)](block_indices, key, pairs, H, S, num_blocks, BLOCK=PAIRS)
+    key, order = key.sort(stable=True)
+    edges = torch.arange(bins + 1, dtype=dtype, device=block_indices.device)
     return torch.searchsorted(key, edges, out_int32=True), order.int()
 
 
@@ -171,7 +181,8 @@ def select_backward(
     `others` are no or two further parts of dq, (T, H * G, D), which are added; the first gets the sum.
     """
     D, G, S = k.shape[2], q.shape[1] // k.shape[1], block_indices.shape[2]
-    dq, dks, dvs = others[0] if others else torch.empty_like(q), [], []  # each row is read first
+    dq = others[0] if others else torch.empty_like(q)  # each row is read first
+    dk = dv = None
     tiles = (DQ_FP32, DKDV_FP32) if q.dtype == torch.float32 else (DQ, DKDV)
     inverted = zip(pairs[::2], pairs[1::2], strict=True)
     for chunk, chunk_pairs in zip(_chunks(q, block_indices, PARTIAL_BYTES), inverted, strict=True):
@@ -184,10 +195,9 @@ def select_backward(
             HAS_OTHERS=bool(others), G=G, D=D, DP=triton.next_power_of_2(D), BLOCK=MERGED_ROWS,
         )  # fmt: skip
         del partial
-        dk, dv = (run_attention_dkdv if blocks.longest is None else pair_dkdv)(*inputs, tiles[1])
-        dks.append(dk)
-        dvs.append(dv)
-    return dq, sum(dks), sum(dvs)
+        of_chunk = (run_attention_dkdv if blocks.longest is None else pair_dkdv)(*inputs, tiles[1])
+        dk, dv = of_chunk if dk is None else (dk.add_(of_chunk[0]), dv.add_(of_chunk[1]))
+    return dq, dk, dv
 
 
 class _SelectionAttention(torch.autograd.Function):

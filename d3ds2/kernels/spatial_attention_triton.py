@@ -106,7 +106,7 @@ class _SpatialAttention(torch.autograd.Function):
         )
         dgates = stats[..., 1].sum(-1).t().to(gates.dtype)  # (T, 3)
         return (
-            dq, (dk + dks).to(k.dtype), (dv + dvs).to(v.dtype), dkc.to(k.dtype), dvc.to(v.dtype), dgates,
+            dq, dks.add_(dk).to(k.dtype), dvs.add_(dv).to(v.dtype), dkc.to(k.dtype), dvc.to(v.dtype), dgates,
             None, None, None, None,
         )  # fmt: skip
 
