@@ -59,6 +59,10 @@ class PointwiseCompression(nn.Module):
         """x (N, channels) -> (Nc, channels), rows of `voxels.coarsen(c)`."""
         return mean_pool(F.silu(self.pointwise(x)), voxels, c)[0]
 
+    def parts(self) -> list[Tensor]:
+        """The parameters, in the order of the kernels."""
+        return [self.pointwise.weight, self.pointwise.bias]
+
 
 class SpatialSparseAttention(nn.Module):
     """Self attention of the tokens of each sample over three views of it.
@@ -132,8 +136,7 @@ class SpatialSparseAttention(nn.Module):
     def compress(self, k: Tensor, v: Tensor, voxels: Voxels) -> tuple[Tensor, Tensor]:
         """k, v (N, Hk D) -> compressed keys and values (Nc, Hk, D), eq. 7."""
         c, kv_heads = self.compression_block, (self.num_kv_heads, self.head_dim)
-        is_pooled_conv = isinstance(self.compress_k, PooledConvCompression)
-        if is_pooled_conv and k.is_cuda and HAS_TRITON and k.dtype != torch.float64 and len(k):
+        if k.is_cuda and HAS_TRITON and k.dtype != torch.float64 and len(k):
             compressed_k, compressed_v = self.compress_in_triton(k, v, voxels)
         else:
             position = take_runs(self.block_position, *_places_of(voxels, c))
@@ -142,15 +145,21 @@ class SpatialSparseAttention(nn.Module):
         return compressed_k.to(k.dtype).unflatten(-1, kv_heads), compressed_v.to(v.dtype).unflatten(-1, kv_heads)
 
     def compress_in_triton(self, k: Tensor, v: Tensor, voxels: Voxels) -> tuple[Tensor, Tensor]:
-        """Both (Nc, Hk D), in few launches."""
-        from .kernels.compression_triton import pooled_conv_compression_triton
+        """What `compress` makes of some tokens, (Nc, Hk D) both, keys and values together in few launches."""
+        from .kernels import compression_triton
 
-        parts = zip(self.compress_k.parts(), self.compress_v.parts(), strict=True)
+        cells = cells_of(voxels, self.compression_block)
+        parts = list(zip(self.compress_k.parts(), self.compress_v.parts(), strict=True))
+        if isinstance(self.compress_k, PointwiseCompression):
+            weight, bias = (torch.stack(pair) for pair in parts)  # (2, Hk D, Hk D), (2, Hk D)
+            x = torch.stack((k + take_runs(self.block_position, cells.places, cells.place), v))  # (2, N, Hk D)
+            return compression_triton.pooled_silu_triton(
+                torch.baddbmm(bias[:, None], x, weight.transpose(1, 2)), cells
+            ).unbind()
         parameters = [parameter for pair in parts for parameter in pair]
-        device = k.device.type
+        device, norm = k.device.type, self.compress_k.norm_in
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameters[-1].dtype
-        norm, cells = self.compress_k.norm_in, cells_of(voxels, self.compression_block)
-        return pooled_conv_compression_triton(
+        return compression_triton.pooled_conv_compression_triton(
             k, v, self.block_position, parameters, cells, norm.num_groups, norm.eps, dtype
         )
 

@@ -40,7 +40,7 @@ VALUES |= {"first", "second"}
 
 
 NORMED = ["x", "keys", "values", "position", "weight", "bias", "dy", "skip", "dx", "dweight", "dbias", "out"]
-NORMED += ["added", "dout", "pooled"]
+NORMED += ["added", "dout", "pooled", "dpooled"]
 COMPRESSION = dict.fromkeys(NORMED, "*bf16") | dict.fromkeys(["partial", "statistics", "group_means"], "*fp32")
 COMPRESSION |= dict.fromkeys(["place", "parent"], "*i64") | {"eps": "fp32"}
 COMPRESSION |= dict.fromkeys(["N", "M", "B", "S", "SIZE", "SLICE"], "i32")
@@ -117,8 +117,10 @@ def compile_compression() -> None:
             convolution = {"K": 27, "CIN": 64, "COUT": 64, "CB": 64, "BLOCK_N": rows, "BLOCK_I": 64, "BLOCK_O": 64}
             kinds = {"HAS_BIAS": not flag, "HAS_ADDED": not flag, "TRANSPOSED": flag}
             compile_kernel(gather_conv._conv_kernel, convolution | kinds, 4, 3, types=COMPRESSION)
-        kernel, pooling = compression._pool_kernel, {"C": 64, "G": 32, "BLOCK_N": 32, "BLOCK_C": 64, "HAS_IDS": flag}
+        kernel, pooling = compression._pool_kernel, tiles | {"HAS_IDS": flag, "NORM": flag}
         compile_kernel(kernel, pooling, 4, types=COMPRESSION | {"skip": "*fp32"})
+    kernel = compression._pool_gradient_kernel
+    compile_kernel(kernel, named(kernel, tiles), 4, types=COMPRESSION)
     kernel = gather_conv._dweight_kernel
     compile_kernel(kernel, named(kernel, convolution), 4, 3, types=COMPRESSION)
     summing = {"BLOCK_S": gather_conv.BLOCK_S, "BLOCK": gather_conv.SUMMED}

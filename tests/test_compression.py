@@ -52,9 +52,12 @@ def run_kernels(module, voxels, k, v, dtype):
     )
 
 
-@pytest.mark.parametrize(("counts", "heads", "head_dim"), [([70, 0, 1, 30], 2, 10), ([1], 1, 4), ([0, 90], 1, 40)])
-def test_pooled_convolution_and_gradients(counts, heads, head_dim):
-    module, voxels, k, v = make_case(counts, heads, head_dim, 4, torch.float32)
+@pytest.mark.parametrize(
+    ("c", "counts", "heads", "head_dim"),
+    [(4, [70, 0, 1, 30], 2, 10), (4, [1], 1, 4), (4, [0, 90], 1, 40), (8, [70, 0, 1, 300], 2, 10), (8, [1], 2, 40)],
+)
+def test_results_and_gradients(c, counts, heads, head_dim):
+    module, voxels, k, v = make_case(counts, heads, head_dim, c, torch.float32)
     expected = outputs_and_gradients(module, lambda k, v: module.compress(k, v, voxels), k, v)
     actual = run_kernels(module, voxels, k, v, torch.float32)
     for name, e in expected.items():
@@ -65,9 +68,10 @@ def test_pooled_convolution_and_gradients(counts, heads, head_dim):
 HALF = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]  # the interpreter has no dot in bf16
 
 
+@pytest.mark.parametrize("c", [4, 8])
 @pytest.mark.parametrize("dtype", HALF)
-def test_half_precision_is_no_worse_than_the_definition(dtype):
-    module, voxels, k, v = make_case([60, 25], 1, 40, 4, dtype)
+def test_half_precision_is_no_worse_than_the_definition(dtype, c):
+    module, voxels, k, v = make_case([60, 25], 1, 40, c, dtype)
     exact = outputs_and_gradients(module, lambda k, v: module.compress(k, v, voxels), k, v)
     actual = run_kernels(module, voxels, k, v, dtype)
     half = copy.deepcopy(module).to(dtype)
@@ -77,8 +81,9 @@ def test_half_precision_is_no_worse_than_the_definition(dtype):
         assert (actual[name] - e).norm() <= 2 * (theirs[name] - e).norm(), name
 
 
-def test_autocast_keeps_dtypes():
-    module, voxels, k, v = make_case([40, 30], 1, 40, 4, torch.float32)
+@pytest.mark.parametrize("c", [4, 8])
+def test_autocast_keeps_dtypes(c):
+    module, voxels, k, v = make_case([40, 30], 1, 40, c, torch.float32)
     module, voxels = module.float().to(DEVICE), voxels.to(DEVICE)
     k, v = k.to(DEVICE, torch.float16), v.to(DEVICE, torch.float16)
     with torch.autocast(DEVICE, torch.float16):

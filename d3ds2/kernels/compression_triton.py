@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .gather_conv_triton import gather_convs, gather_convs_gradients
-from .group_norm_triton import Pooled, group_norm_apply, group_norm_backward, group_norm_statistics
+from .group_norm_triton import Pooled, group_norm_apply, group_norm_backward, group_norm_statistics, silu_gradient
 from .run_sums_triton import sum_runs_triton
 from .runs import Runs
 
-MAX_BLOCK_N, MAX_BLOCK_C = 32, 64  # rows and channels at a time
+MAX_BLOCK_N, MAX_BLOCK_C = 64, 64  # rows and channels at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,18 +50,23 @@ class Cells:
 @triton.jit
 def _pool_kernel(
     x, statistics, weight, bias, coords, offsets, ids, pooled, skip, B, N,
-    C: tl.constexpr, G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, HAS_IDS: tl.constexpr,
+    C: tl.constexpr, G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_IDS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_C channels of one cell; the SiLU of the normed x, and x, pooled: sum / (count + 1)."""
+    """One program: BLOCK_C channels of one cell; SiLU(x), pooled: sum / (count + 1).
+
+    With NORM the SiLU of the normed x, and `skip`, x itself pooled.
+    """
     cell, tensor = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_c = offs_c < C
     begin, end = tl.load(offsets + cell), tl.load(offsets + cell + 1)
-    group = statistics + (tensor * B + tl.load(coords + cell * 4)) * G + offs_c // (C // G)
-    mean = tl.load(group, mask=is_c, other=0.0)
-    rstd = tl.load(group + tl.num_programs(2) * B * G, mask=is_c, other=0.0)
-    scale = tl.load(weight + tensor * C + offs_c, mask=is_c, other=0.0).to(tl.float32) * rstd
-    shift = tl.load(bias + tensor * C + offs_c, mask=is_c, other=0.0).to(tl.float32)
+    if NORM:
+        group = statistics + (tensor * B + tl.load(coords + cell * 4)) * G + offs_c // (C // G)
+        mean = tl.load(group, mask=is_c, other=0.0)
+        rstd = tl.load(group + tl.num_programs(2) * B * G, mask=is_c, other=0.0)
+        scale = tl.load(weight + tensor * C + offs_c, mask=is_c, other=0.0).to(tl.float32) * rstd
+        shift = tl.load(bias + tensor * C + offs_c, mask=is_c, other=0.0).to(tl.float32)
     sum_activated = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float32)
     sum_x = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float32)
     for first in range(begin, end, BLOCK_N):
@@ -72,27 +77,84 @@ def _pool_kernel(
             row = tl.load(ids + at, mask=valid, other=0).to(tl.int64)
         mask = valid[:, None] & is_c
         b_x = tl.load(x + (tensor * N + row)[:, None] * C + offs_c, mask=mask, other=0.0).to(tl.float32)
-        normed = (b_x - mean) * scale + shift
-        sum_x += b_x
-        sum_activated += tl.where(mask, normed * tl.sigmoid(normed), 0.0)
+        if NORM:
+            sum_x += b_x
+            b_x = (b_x - mean) * scale + shift
+        sum_activated += tl.where(mask, b_x * tl.sigmoid(b_x), 0.0)
     count = (end - begin + 1).to(tl.float32)
     to = (tensor * tl.num_programs(0) + cell) * C + offs_c
     tl.store(pooled + to, (tl.sum(sum_activated, 0) / count).to(pooled.dtype.element_ty), mask=is_c)
-    tl.store(skip + to, tl.sum(sum_x, 0) / count, mask=is_c)
+    if NORM:
+        tl.store(skip + to, tl.sum(sum_x, 0) / count, mask=is_c)
 
 
-def _pool(x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor, cells: Cells, pooled: Tensor) -> Tensor:
-    """SiLU of the normed x (2, N, C), pooled into `pooled` (2, Nc, C); returns x pooled, (2, Nc, C) float32."""
+@triton.jit
+def _pool_gradient_kernel(
+    x, parent, offsets, dpooled, dx, N, M,
+    C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program: gradient of the pooled SiLU(x) in BLOCK_N rows and BLOCK_C channels of x, from that of M cells."""
+    tensor = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    valid = row < N
+    mask = valid[:, None] & (offs_c < C)
+    cell = tl.load(parent + row, mask=valid, other=0)
+    count = tl.load(offsets + cell + 1, mask=valid, other=0) - tl.load(offsets + cell, mask=valid, other=0)
+    share = 1 / (count + 1).to(tl.float32)
+    b_d = tl.load(dpooled + (tensor * M + cell)[:, None] * C + offs_c, mask=mask, other=0.0).to(tl.float32)
+    at = (tensor * N + row)[:, None] * C + offs_c
+    b_x = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    b_dx = b_d * share[:, None] * silu_gradient(b_x)
+    tl.store(dx + at, b_dx.to(dx.dtype.element_ty), mask=mask)
+
+
+def _pool(x: Tensor, cells: Cells, pooled: Tensor, norm: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor | None:
+    """SiLU of x (T, N, C), pooled into `pooled` (T, Nc, C).
+
+    With `norm` = statistics, weight and bias the SiLU of the normed x; then returns x pooled, (T, Nc, C) float32.
+    """
     (T, N, C), Nc, tokens = x.shape, pooled.shape[1], cells.tokens
-    skip = torch.empty(T, Nc, C, dtype=torch.float32, device=x.device)
+    skip = None if norm is None else torch.empty(T, Nc, C, dtype=torch.float32, device=x.device)
+    statistics, weight, bias = norm or (x, x, x)
     BLOCK_C = min(MAX_BLOCK_C, triton.next_power_of_2(C))
-    BLOCK_N = min(MAX_BLOCK_N, triton.next_power_of_2(tokens.longest))
+    BLOCK_N = min(MAX_BLOCK_N, triton.next_power_of_2(triton.cdiv(tokens.longest, 2)))
     ids = tokens.offsets if tokens.ids is None else tokens.ids
     _pool_kernel[Nc, triton.cdiv(C, BLOCK_C), T](
-        x, statistics, weight, bias, cells.coords, tokens.offsets, ids, pooled, skip, len(cells.samples), N,
-        C=C, G=statistics.shape[3], BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C, HAS_IDS=tokens.ids is not None,
+        x, statistics, weight, bias, cells.coords, tokens.offsets, ids, pooled, pooled if skip is None else skip,
+        len(cells.samples), N,
+        C=C, G=1 if norm is None else statistics.shape[3], BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C,
+        HAS_IDS=tokens.ids is not None, NORM=norm is not None,
     )  # fmt: skip
     return skip
+
+
+class _PooledSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cells):
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        ctx.cells = cells
+        pooled = x.new_empty(len(x), len(cells.tokens), x.shape[2])
+        _pool(x, cells, pooled)
+        return pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dpooled):
+        (x,) = ctx.saved_tensors
+        (T, N, C), cells, dx = x.shape, ctx.cells, torch.empty_like(x)
+        BLOCK_C = min(MAX_BLOCK_C, triton.next_power_of_2(C))
+        _pool_gradient_kernel[triton.cdiv(N, MAX_BLOCK_N), triton.cdiv(C, BLOCK_C), T](
+            x, cells.parent, cells.tokens.offsets, dpooled.contiguous(), dx, N, dpooled.shape[1],
+            C=C, BLOCK_N=MAX_BLOCK_N, BLOCK_C=BLOCK_C,
+        )  # fmt: skip
+        return dx, None
+
+
+def pooled_silu_triton(x: Tensor, cells: Cells) -> Tensor:
+    """The pooled SiLU of x (T, N, C), N > 0: (T, Nc, C), dtype of x. Differentiable in x."""
+    return _PooledSiLU.apply(x, cells)
 
 
 class _PooledConvCompression(torch.autograd.Function):
@@ -105,7 +167,7 @@ class _PooledConvCompression(torch.autograd.Function):
         features = k.new_empty(4, Nc, C, dtype=dtype)  # what the convolutions read
         joined = k.contiguous(), v.contiguous(), position.contiguous(), cells.place
         statistics_in = group_norm_statistics(x, cells.samples, num_groups, eps, joined)
-        skip = _pool(x, statistics_in, vectors[0], vectors[1], cells, features[:2])
+        skip = _pool(x, cells, features[:2], (statistics_in, vectors[0], vectors[1]))
         hidden = gather_convs(features[:2], cells.neighbors, weights[:2], vectors[4])
         statistics_out = group_norm_statistics(hidden, cells.coarse_samples, num_groups, eps)
         group_norm_apply(hidden, cells.coarse_samples, statistics_out, vectors[2], vectors[3], True, features[2:])

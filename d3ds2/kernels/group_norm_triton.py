@@ -50,7 +50,7 @@ def _tile_rows(offsets, tile_offsets, run_of_tile, B, SIZE):
 
 
 @triton.jit
-def _silu_gradient(z):
+def silu_gradient(z):
     s = tl.sigmoid(z)
     return s * (1 + z * (1 - s))
 
@@ -201,7 +201,7 @@ def _gradient_kernel(
         else:
             b_dy = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
         if SILU:
-            b_dy = b_dy * _silu_gradient(normed * scale + shift)
+            b_dy = b_dy * silu_gradient(normed * scale + shift)
         if SUM:
             sum_dy += tl.sum(b_dy, 0)
             sum_dy_normed += tl.sum(b_dy * normed, 0)

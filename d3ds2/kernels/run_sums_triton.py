@@ -8,6 +8,8 @@ from torch import Tensor
 from .runs import Runs
 
 MAX_BLOCK_N, MAX_BLOCK_C = 32, 64  # rows and channels at a time
+LONG_BLOCK_N, LONG_BLOCK_C = 128, 16  # where the runs are few and may be long
+FEW = 264 * MAX_BLOCK_C  # channels of all runs, below which a large GPU would be idle
 
 
 @triton.jit
@@ -35,6 +37,8 @@ def sum_runs_triton(x: Tensor, runs: Runs) -> Tensor:
         ids = runs.offsets if runs.ids is None else runs.ids
         BLOCK_N = MAX_BLOCK_N if runs.longest is None else min(MAX_BLOCK_N, triton.next_power_of_2(runs.longest))
         BLOCK_C = min(MAX_BLOCK_C, triton.next_power_of_2(C))
+        if runs.longest is None and out.numel() < FEW:
+            BLOCK_N, BLOCK_C = LONG_BLOCK_N, min(LONG_BLOCK_C, BLOCK_C)
         _sum_kernel[len(runs), triton.cdiv(C, BLOCK_C)](
             x.contiguous(), runs.offsets, ids, out, C, BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C, HAS_IDS=runs.ids is not None
         )
