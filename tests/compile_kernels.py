@@ -113,10 +113,10 @@ def compile_compression() -> None:
             (group_norm._gradient_kernel, {"SILU": flag, "POOLED": flag, "SUM": False}),
         ):
             compile_kernel(kernel, named(kernel, tiles) | kinds, 4, types=COMPRESSION)
-        for rows in (16, 128):
+        for rows, stages in ((16, gather_conv.DEEP_STAGES), (128, gather_conv.STAGES)):
             convolution = {"K": 27, "CIN": 64, "COUT": 64, "CB": 64, "BLOCK_N": rows, "BLOCK_I": 64, "BLOCK_O": 64}
             kinds = {"HAS_BIAS": not flag, "HAS_ADDED": not flag, "TRANSPOSED": flag}
-            compile_kernel(gather_conv._conv_kernel, convolution | kinds, 4, 3, types=COMPRESSION)
+            compile_kernel(gather_conv._conv_kernel, convolution | kinds, 4, stages, types=COMPRESSION)
         kernel, pooling = compression._pool_kernel, tiles | {"HAS_IDS": flag, "NORM": flag}
         compile_kernel(kernel, pooling, 4, types=COMPRESSION | {"skip": "*fp32"})
     kernel = compression._pool_gradient_kernel

@@ -20,6 +20,7 @@ MIN_BLOCK_N = 16  # of a small result, so that all of a GPU works on it
 MAX_BLOCK_C = 64  # channels at a time
 SLICE, MIN_SLICE = 16384, 128  # voxels summed into one partial weight gradient
 CONV_PROGRAMS, DWEIGHT_PROGRAMS = 264, 1024  # aimed at
+STAGES, DEEP_STAGES = 3, 5  # of the loads; those of few rows wait the longest for what they gather
 BLOCK_S, SUMMED = 8, 512  # slices, and numbers of each, summed at a time
 
 
@@ -159,6 +160,7 @@ def gather_convs(
             out if bias is None else bias, out if added is None else added, out, N, M,
             K=K, CIN=Cin, COUT=Cout, CB=Cout if bias is None else bias.shape[1], HAS_BIAS=bias is not None,
             HAS_ADDED=added is not None, TRANSPOSED=transposed, BLOCK_N=rows, **blocks,
+            num_stages=DEEP_STAGES if rows <= 32 else STAGES,
         )  # fmt: skip
     return out
 
