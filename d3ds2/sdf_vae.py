@@ -97,12 +97,12 @@ class DownBlock(nn.Module):
 
     def forward(self, x: Tensor, voxels: Voxels) -> tuple[Tensor, Voxels]:
         """(N, in_channels) -> (coarse N, out_channels) and the coarse voxels."""
-        fine = F.silu(self.norm1(x, voxels))
+        fine = self.norm1(x, voxels, silu=True)
         h, coarse = mean_pool(fine, voxels, 2)
         h = self.conv1(h, coarse)
         if self.place is not None:
             h = h + self.place(side_by_side(fine, voxels))
-        h = self.conv2(F.silu(self.norm2(h, coarse)), coarse)
+        h = self.conv2(self.norm2(h, coarse, silu=True), coarse)
         return h + self.skip(mean_pool(x, voxels, 2)[0]), coarse
 
 

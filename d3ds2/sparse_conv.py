@@ -314,13 +314,14 @@ class PackedGroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor, voxels: Voxels) -> Tensor:
-        """(N, C) -> (N, C), dtype of x."""
+    def forward(self, x: Tensor, voxels: Voxels, silu: bool = False) -> Tensor:
+        """(N, C) -> (N, C), dtype of x; with `silu` the SiLU of the norm."""
         if x.is_cuda and HAS_TRITON and x.dtype != torch.float64:
             from .kernels.group_norm_triton import group_norm_triton
 
-            return group_norm_triton(x, self.weight, self.bias, samples_of(voxels), self.num_groups, self.eps)
-        return _PackedGroupNorm.apply(x, self.weight, self.bias, voxels, self.num_groups, self.eps)
+            return group_norm_triton(x, self.weight, self.bias, samples_of(voxels), self.num_groups, self.eps, silu)
+        normed = _PackedGroupNorm.apply(x, self.weight, self.bias, voxels, self.num_groups, self.eps)
+        return nn.functional.silu(normed) if silu else normed
 
 
 class _PackedGroupNorm(torch.autograd.Function):

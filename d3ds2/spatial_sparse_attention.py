@@ -36,9 +36,9 @@ class PooledConvCompression(nn.Module):
 
     def forward(self, x: Tensor, voxels: Voxels, c: int) -> Tensor:
         """x (N, channels) -> (Nc, channels), rows of `voxels.coarsen(c)`."""
-        activated, coarse = mean_pool(F.silu(self.norm_in(x, voxels)), voxels, c)
+        activated, coarse = mean_pool(self.norm_in(x, voxels, silu=True), voxels, c)
         hidden = self.conv_in(activated, coarse)
-        hidden = self.conv_out(F.silu(self.norm_out(hidden, coarse)), coarse)
+        hidden = self.conv_out(self.norm_out(hidden, coarse, silu=True), coarse)
         return hidden + mean_pool(x, voxels, c)[0]
 
     def parts(self) -> list[Tensor]:
