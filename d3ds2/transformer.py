@@ -13,7 +13,7 @@ from .kernels.modulation import affine_norm, modulated_norm
 from .voxels import Voxels
 
 NUM_FREQUENCIES = 128  # of the time embedding
-SLICE_ROWS = 16384  # tokens at a time in a feed-forward without gradient: its hidden layer is four times as wide
+SLICE_ROWS = 8192  # tokens at a time in a feed-forward without gradient: its hidden layer is four times as wide
 
 
 class LayerNorm32(nn.LayerNorm):

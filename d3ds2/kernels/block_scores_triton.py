@@ -33,7 +33,7 @@ class Tile:
     programs: int = 12
 
 
-HALF, SEVERAL, FP32 = Tile(programs=20), Tile(), Tile(warps=4, programs=4)  # SEVERAL compressed keys a block
+HALF, SEVERAL, FP32 = Tile(programs=28), Tile(programs=32), Tile(warps=4, programs=4)  # SEVERAL keys a block
 
 
 @triton.jit

@@ -27,10 +27,10 @@ class RowTile(NamedTuple):
     warps: int
 
 
-NORM = RowTile(16, 4096, 4)
-NORM_BACKWARD = RowTile(64, 4096, 4)
-GATE = RowTile(16, 4096, 4)
-GATE_BACKWARD = RowTile(64, 4096, 4)
+NORM = RowTile(4, 4096, 4)
+NORM_BACKWARD = RowTile(32, 4096, 4)
+GATE = RowTile(4, 4096, 4)
+GATE_BACKWARD = RowTile(32, 4096, 4)
 
 
 @triton.jit

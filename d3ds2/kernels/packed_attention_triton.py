@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from .run_attention_triton import Tile, run_attention_dkdv, run_attention_dq, run_attention_forward
 from .runs import Runs, Segments
 
-TILES = Tile(64, 64, stages=3), Tile(64, 64, stages=3), Tile(64, 64)  # forward, dq, dk and dv
+TILES = Tile(64, 64, stages=3, registers=80), Tile(64, 64, stages=3), Tile(128, 64, stages=3)  # forward, dq, dk, dv
 ENOUGH_PROGRAMS = 6000  # of dk and dv: of few keys, the queries are split
 MAX_SPLITS = 16
 

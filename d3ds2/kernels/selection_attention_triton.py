@@ -18,7 +18,7 @@ PARTIAL_BYTES = 1 << 29  # partial results held at once
 PARTIAL_BYTES_AT_INFERENCE = 1 << 28  # where weights and latents should fit beside them on a small card
 MERGED_ROWS = 64  # rows of tokens times heads that a merging program takes
 PAIRS = 1024  # that a program numbers
-FORWARD, DQ, DKDV = Tile(128, 32, stages=3), Tile(64, 32, stages=3), Tile(64, 64, splits=8)
+FORWARD, DQ, DKDV = Tile(128, 32, stages=3, registers=96), Tile(128, 32, stages=3), Tile(64, 64, splits=8)
 FORWARD_FP32, DQ_FP32, DKDV_FP32 = Tile(32, 32), Tile(32, 32), Tile(32, 32, splits=4)
 
 

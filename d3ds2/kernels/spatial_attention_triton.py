@@ -14,8 +14,9 @@ from .run_attention_triton import Tile, key_norms, run_attention_dkdv, run_atten
 from .runs import Branches, Segments
 from .selection_attention_triton import select_backward, select_forward
 
-COMPRESSION = Tile(64, 64, stages=3), Tile(64, 64, stages=3), Tile(64, 64, splits=32)  # forward, dq, dk and dv
-WINDOW = Tile(64, 64), Tile(64, 64), Tile(128, 64)
+# forward, dq, dk and dv; measured on an H200: benchmarks/results/attention-h200.md
+COMPRESSION = Tile(64, 64, stages=3, registers=80), Tile(64, 64, stages=3), Tile(64, 64, stages=3, splits=48)
+WINDOW = Tile(64, 32, stages=3, registers=64), Tile(128, 32, stages=3, registers=128), Tile(64, 64, stages=4)
 FP32 = Tile(32, 32), Tile(32, 32), Tile(32, 32, splits=4)
 ROWS = 64  # rows of tokens times heads in a program of the kernels here
 
