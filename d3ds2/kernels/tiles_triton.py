@@ -13,14 +13,17 @@ BLOCK = 1024  # runs, or tiles of a run, at a time
 @triton.jit
 def _tile_offsets_kernel(offsets, tile_offsets, S, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """One program for all: how many tiles the runs before each have."""
-    before = tl.zeros([1], dtype=tl.int32)
-    tl.store(tile_offsets + tl.arange(0, 1), before)
+    tl.store(tile_offsets, 0)
+    before = 0
     for start in range(0, S, BLOCK):
         run = start + tl.arange(0, BLOCK)
         valid = run < S
         rows = tl.load(offsets + run + 1, mask=valid, other=0) - tl.load(offsets + run, mask=valid, other=0)
         tiles = (rows + (SIZE - 1)) // SIZE
-        tl.store(tile_offsets + 1 + run, before + tl.cumsum(tiles, 0), mask=valid)
+        ends = before + tl.cumsum(tiles, 0).to(
+            tl.int64
+        )  # what it is in the interpreter of Triton 3.1, whatever it says
+        tl.store(tile_offsets + 1 + run, ends.to(tl.int32), mask=valid)
         before += tl.sum(tiles, 0)
 
 
