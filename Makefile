@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLD_TRITON := $(VENV)/triton-3.1.0
+# tests/conftest.py says what stays together, and what comes first
+IN_TWO_PROCESSES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test lint bench clean
 
@@ -10,7 +12,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m d3ds2 workflows/demo_input.png -o demo.glb --preview demo.png
 
 test: $(VENV)/.test $(OLD_TRITON)/.done
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests $(IN_TWO_PROCESSES)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -29,7 +31,7 @@ $(VENV)/.demo: requirements.txt constraints.txt pyproject.toml
 
 $(VENV)/.test: $(VENV)/.demo Makefile
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
-		pytest ruff tensorboard onnx onnxruntime rembg triton websocket-client
+		pytest pytest-xdist ruff tensorboard onnx onnxruntime rembg triton websocket-client
 	touch $@
 
 # the oldest Triton whose interpreter the kernels support; its interpreter was built for NumPy 1

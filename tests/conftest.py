@@ -1,6 +1,7 @@
 """Settings that must hold before any test imports Triton or torch, here and in the processes that tests start."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,11 +11,44 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 
+from tests.comfy.installation import SOURCES
 from tests.comfy_stand_ins import ComfyUI
 from tests.tiny_model import write_model
 
+# What pytest-xdist begins with: long files, so that no worker is left with one at the end. All tests of a real ComfyUI
+# are one part; the second comes after the first and those files, for its cancelled runs must end within a second.
+LONG = ("test_triton_versions", "test_training_stages", "test_spatial_attention", "test_pipeline_stages")
+FIRST, *OTHERS = (f"comfyui-{version}" for version in reversed(SOURCES))
+ORDER = {part: number for number, part in enumerate((FIRST, *LONG, *OTHERS))}
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Triton's interpreter
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """--dist loadfile: to one worker goes what shares a file, or a real ComfyUI."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class LoadPartScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return part_of(nodeid)
+
+    return LoadPartScheduling(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist
+        items.sort(key=lambda item: ORDER.get(part_of(item.nodeid), len(ORDER)))
+
+
+def part_of(nodeid: str) -> str:
+    """The real ComfyUI that a test asks for, as comfyui-1.2.3, or the name of its file."""
+    found = re.search(r"\[(comfyui-[\d.]+)[-\]]", nodeid)
+    return found[1] if found else Path(nodeid.split("::")[0]).stem
 
 
 @pytest.hookimpl(tryfirst=True)

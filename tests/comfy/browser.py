@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tests.comfy.installation import only_one_process
+
 WINDOW = (1600, 1000)
 OPTIONS = (
     "--headless",
@@ -30,6 +32,8 @@ OPTIONS = (
     "--use-angle=swiftshader",  # WebGL without a GPU, for the 3D viewer
     "--enable-unsafe-swiftshader",
     "--ignore-gpu-blocklist",
+    "--disable-gpu-compositing",  # all else without it: emulated, it takes six times as long
+    "--disable-gpu-rasterization",  # which Debian turns on
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # nothing leaves the machine
     "--remote-debugging-port=0",
     "--remote-allow-origins=*",
@@ -150,15 +154,15 @@ def find_chromium() -> str:
 
     Raises RuntimeError where it neither is nor can be.
     """
-    if not (found := shutil.which("chromium")):
-        if os.geteuid() != 0 or not shutil.which("apt-get"):
-            raise RuntimeError("no chromium: apt-get install chromium")
-        for command in (["update"], ["install", "--yes", "--no-install-recommends", "chromium"]):
-            done = subprocess.run(["apt-get", "--quiet", *command], capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"apt-get {' '.join(command)} failed:\n{done.stdout}{done.stderr}")
-        found = shutil.which("chromium")
-    return found
+    with only_one_process("chromium"):
+        if not shutil.which("chromium"):
+            if os.geteuid() != 0 or not shutil.which("apt-get"):
+                raise RuntimeError("no chromium: apt-get install chromium")
+            for command in (["update"], ["install", "--yes", "--no-install-recommends", "chromium"]):
+                done = subprocess.run(["apt-get", "--quiet", *command], capture_output=True, text=True)
+                if done.returncode:
+                    raise RuntimeError(f"apt-get {' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+        return shutil.which("chromium")
 
 
 def _wait(ask: Any, seconds: float, what: str) -> Any:

@@ -1,4 +1,4 @@
-"""Real ComfyUIs with this pack in them, each started once for all tests; and a browser."""
+"""Real ComfyUIs with this pack in them, each started once for all tests; and a browser, closed before other tests."""
 
 from collections.abc import Iterator
 
@@ -21,7 +21,7 @@ def comfyui(request, tmp_path_factory) -> Iterator[ComfyServer]:
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(tmp_path_factory) -> Iterator[Browser]:
     with Browser(tmp_path_factory.mktemp("browser")) as browser:
         yield browser

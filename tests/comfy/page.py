@@ -12,6 +12,7 @@ VIEWERS = (
     ".map(c => c.getBoundingClientRect().toJSON()).filter(r => r.width > 100 && r.height > 100)"
 )
 ENDS = "['execution_success', 'execution_error', 'execution_interrupted']"
+LOADING = "Loading 3D Model"  # what a viewer says meanwhile
 BOX = ("x", "y", "width", "height")
 SQUARE, DIFFERS, SHARE = 8, 24, 0.01  # pixels; of 255; of the squares
 SECONDS = 60  # for a viewer to load its file
@@ -55,14 +56,15 @@ def press_run(page: Browser, seconds: float) -> None:
 
 
 def wait_for_mesh(page: Browser, index: int, before: np.ndarray) -> None:
-    """Until a viewer shows something solid that is not in `before`, (H, W, 3) of the empty one.
+    """Until a viewer shows something solid that is not in `before`, (H, W, 3) of the empty one, and loads no more.
 
     Squares of pixels are compared by their mean: the lines of the grid come and go.
     """
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         box = page.js(f"return {VIEWERS}[{index}]")
-        if box:
+        loading = page.js(f"return document.body.innerText.includes('{LOADING}')")
+        if box and not loading:
             page.point_at(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)  # front end 1.39 draws under it
             now = page.picture({key: box[key] for key in BOX})
             height, width = np.minimum(now.shape, before.shape)[:2]  # a node may grow by a pixel
