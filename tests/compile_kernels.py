@@ -18,6 +18,7 @@ from d3ds2.kernels import gather_conv_triton as gather_conv
 from d3ds2.kernels import group_norm_triton as group_norm
 from d3ds2.kernels import modulation_triton as modulation
 from d3ds2.kernels import pair_gradients_triton as pair_gradients
+from d3ds2.kernels import pair_order_triton as pair_order
 from d3ds2.kernels import run_attention_triton as run_attention
 from d3ds2.kernels import selection_attention_triton as selection
 from d3ds2.kernels import spatial_attention_triton as spatial
@@ -92,6 +93,13 @@ def main() -> None:
     merging = SIZES | {"BLOCK": selection.MERGED_ROWS, "GATED": True, "KEEP": True, "HAS_OTHERS": True}
     for kernel in (selection._merge_kernel, selection._sum_kernel, spatial._delta_kernel):
         compile_kernel(kernel, named(kernel, merging), 4)
+    compile_kernel(
+        selection._pair_keys_kernel, {"BLOCK": selection.PAIRS}, 4, types=dict.fromkeys(["PAIRS", "H", "S", "M"], "i32")
+    )
+    order = {"TILE": pair_order.TILE, "GROUP": pair_order.GROUP}
+    numbers = dict.fromkeys(["PAIRS", "H", "S", "M", "TILES"], "i32")
+    compile_kernel(pair_order._count_kernel, order, 8, types=numbers)
+    compile_kernel(pair_order._place_kernel, order | {"KEYS": pair_order.MAX_BINS}, 8, types=numbers)
     compile_kernel(run_attention._key_norm_kernel, {"D": 32, "DP": 32, "BLOCK": 256, "H": 2}, 4)
     compile_kernel(cutting._tile_offsets_kernel, {"SIZE": 4, "BLOCK": cutting.BLOCK}, 4)
     compile_kernel(cutting._tile_runs_kernel, {"BLOCK": 128}, 4)

@@ -182,3 +182,19 @@ def test_wrong_shapes_are_named(change, message):
     arguments = dict(zip(names, make_problem([4, 4], 1, 16, 16, 2), strict=True)) | change
     with pytest.raises(ValueError, match=message):
         selection_attention(**arguments)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize(("T", "H", "S", "M"), [(1, 1, 1, 1), (700, 2, 3, 5), (300, 2, 8, 127), (90, 1, 4, 0)])
+def test_order_of_pairs(T, H, S, M):
+    """By counting as by sorting; some queries have no block."""
+    from d3ds2.kernels.pair_order_triton import MAX_BINS, order_pairs_triton
+
+    assert H * M < MAX_BINS
+    block_indices = torch.randint(-1, M, (T, H, S), dtype=torch.int32, device=DEVICE)
+    keys = torch.where(block_indices < 0, H * M, torch.arange(H, device=DEVICE)[:, None] * M + block_indices).flatten()
+    pair_offsets, pair_ids = order_pairs_triton(block_indices, M)
+    assert torch.equal(pair_ids.long(), keys.argsort(stable=True))
+    ends = torch.bincount(keys, minlength=H * M + 1).cumsum(0)
+    assert pair_offsets.tolist() == [0, *ends[:-1].tolist()]
+    assert pair_ids.dtype == pair_offsets.dtype == torch.int32

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .pair_gradients_triton import pair_dkdv
+from .pair_order_triton import MAX_BINS, MAX_PAIRS, order_pairs_triton
 from .run_attention_triton import Tile, key_norms, run_attention_dkdv, run_attention_dq, run_attention_forward
 from .runs import Runs, Segments
 
@@ -104,6 +105,8 @@ def pairs_by_block(block_indices: Tensor, num_blocks: int) -> tuple[Tensor, Tens
     """
     (_, H, S), pairs = block_indices.shape, block_indices.numel()
     bins = H * num_blocks
+    if 0 < bins < MAX_BINS and 0 < pairs <= MAX_PAIRS:
+        return order_pairs_triton(block_indices, num_blocks)
     dtype = torch.int16 if bins < 1 << 15 else torch.int32  # radix sort: two passes instead of four
     key = torch.empty(pairs, dtype=dtype, device=block_indices.device)
     if pairs:

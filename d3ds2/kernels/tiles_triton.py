@@ -20,9 +20,7 @@ def _tile_offsets_kernel(offsets, tile_offsets, S, SIZE: tl.constexpr, BLOCK: tl
         valid = run < S
         rows = tl.load(offsets + run + 1, mask=valid, other=0) - tl.load(offsets + run, mask=valid, other=0)
         tiles = (rows + (SIZE - 1)) // SIZE
-        ends = before + tl.cumsum(tiles, 0).to(
-            tl.int64
-        )  # what it is in the interpreter of Triton 3.1, whatever it says
+        ends = before + tl.cumsum(tiles, 0).to(tl.int64)  # as Triton 3.1's interpreter has it anyway
         tl.store(tile_offsets + 1 + run, ends.to(tl.int32), mask=valid)
         before += tl.sum(tiles, 0)
 
