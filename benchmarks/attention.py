@@ -46,6 +46,7 @@ MATRIX_RATE = 790e12  # bf16 operations a second of one H200, measured
 EXP_RATE = 132 * 16 * 1.98e9  # exponentials a second: 16 a cycle and multiprocessor at the clock it reaches
 BANDWIDTH = 4.3e12  # bytes a second, measured
 HEAD_START = 20_000_000  # cycles, about 10 ms
+FLEX_TOKENS = 16000  # below, FlexAttention is not compiled: it takes 10 s a size
 
 
 @dataclass
@@ -195,7 +196,7 @@ def measure(name: str, voxels: Voxels, rivals: bool) -> list[list[str]]:
     if rivals:
         rows.append([name, "", "", "cuDNN", *cells(attempt(cudnn(voxels), repeated), flash)])
         rows.append([name, "", "", "dense, this project", *cells(attempt(dense(voxels), repeated), flash)])
-        if voxels.batch_size == 1:
+        if voxels.batch_size == 1 and len(voxels) >= FLEX_TOKENS:
             flex = attempt(flex_attention_of(voxels, 8), repeated)
             rows.append([name, "", "", "FlexAttention, k 8", *cells(flex, flash)])
     del repeated
