@@ -139,6 +139,7 @@ def flex_attention_of(voxels: Voxels, top_k: int) -> Callable:
     from torch._functorch import config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    torch._dynamo.reset()  # after eight compilations it would fall back to all scores at once
     config.donated_buffer = False  # the backward pass is timed several times
     N, M = len(voxels), sum(voxels.block_counts)
     tiles = triton.cdiv(N, 128)

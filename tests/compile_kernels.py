@@ -97,9 +97,9 @@ def main() -> None:
         selection._pair_keys_kernel, {"BLOCK": selection.PAIRS}, 4, types=dict.fromkeys(["PAIRS", "H", "S", "M"], "i32")
     )
     order = {"TILE": pair_order.TILE, "GROUP": pair_order.GROUP}
-    numbers = dict.fromkeys(["PAIRS", "H", "S", "M", "TILES"], "i32")
-    compile_kernel(pair_order._count_kernel, order, 8, types=numbers)
-    compile_kernel(pair_order._place_kernel, order | {"KEYS": pair_order.MAX_BINS}, 8, types=numbers)
+    numbers = dict.fromkeys(["PAIRS", "H", "S", "M", "TILES", "BINS"], "i32") | {"keys": "*i32"}
+    compile_kernel(pair_order._count_kernel, order, 4, types=numbers)
+    compile_kernel(pair_order._place_kernel, order | {"KEYS": pair_order.MAX_BINS}, 4, types=numbers)
     compile_kernel(run_attention._key_norm_kernel, {"D": 32, "DP": 32, "BLOCK": 256, "H": 2}, 4)
     compile_kernel(cutting._tile_offsets_kernel, {"SIZE": 4, "BLOCK": cutting.BLOCK}, 4)
     compile_kernel(cutting._tile_runs_kernel, {"BLOCK": 128}, 4)

@@ -9,24 +9,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 1024  # pairs of a program
-GROUP = 16  # of them, or of the bins, that are compared with the tile at a time
+TILE = 256  # pairs of a program
+GROUP = 32  # of them, or of the keys, that are compared with the tile at a time
 MAX_BINS = 256
-MAX_PAIRS = 1 << 19
+MAX_PAIRS = 1 << 18
 
 
 @triton.jit
-def _key_of_pair(block_indices, pair, PAIRS, H, S, M):
-    """head * M + block; H * M of a pair without a block, more beyond the last pair."""
-    block = tl.load(block_indices + pair, mask=pair < PAIRS, other=-1)
-    return tl.where(pair < PAIRS, tl.where(block < 0, H * M, pair // S % H * M + block), H * M + 1)
+def _count_kernel(block_indices, keys, counts, PAIRS, H, S, M, TILES, TILE: tl.constexpr, GROUP: tl.constexpr):
+    """One program: the keys of a tile, head * M + block, or H * M without a block; how many pairs have each key.
 
-
-@triton.jit
-def _count_kernel(block_indices, counts, PAIRS, H, S, M, TILES, TILE: tl.constexpr, GROUP: tl.constexpr):
-    """One program: how many pairs of one tile have each key; counts (keys, tiles)."""
+    counts is (keys, tiles).
+    """
     tile = tl.program_id(0)
-    key = _key_of_pair(block_indices, tile * TILE + tl.arange(0, TILE), PAIRS, H, S, M)
+    pair = tile * TILE + tl.arange(0, TILE)
+    block = tl.load(block_indices + pair, mask=pair < PAIRS, other=-1)
+    key = tl.where(block < 0, H * M, pair // S % H * M + block)
+    key = tl.where(pair < PAIRS, key, H * M + 1)
+    tl.store(keys + pair, key)
     for first in range(0, H * M + 1, GROUP):
         some = first + tl.arange(0, GROUP)
         # 64 bits are what Triton 3.1's interpreter has after a sum, whatever it says
@@ -36,23 +36,23 @@ def _count_kernel(block_indices, counts, PAIRS, H, S, M, TILES, TILE: tl.constex
 
 @triton.jit
 def _place_kernel(
-    block_indices, counts, ends, pair_offsets, pair_ids, PAIRS, H, S, M, TILES,
+    keys, counts, ends, pair_offsets, pair_ids, PAIRS, BINS, TILES,
     TILE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """One program: puts the pairs of one tile behind those of the tiles before it which have the same key."""
     tile = tl.program_id(0)
     if tile == 0:
         some = tl.arange(0, KEYS)
-        valid = some <= H * M
+        valid = some <= BINS
         at = some * TILES
         first = tl.load(ends + at, mask=valid, other=0) - tl.load(counts + at, mask=valid, other=0)
         tl.store(pair_offsets + some, first, mask=valid)
     pair = tile * TILE + tl.arange(0, TILE)
-    key = _key_of_pair(block_indices, pair, PAIRS, H, S, M)
+    key = tl.load(keys + pair)
     before = tl.zeros([TILE], dtype=tl.int32)  # pairs of this tile with the same key that come first
     for first in range(0, TILE, GROUP):
         other = tile * TILE + first + tl.arange(0, GROUP)
-        same = key[:, None] == _key_of_pair(block_indices, other, PAIRS, H, S, M)[None, :]
+        same = key[:, None] == tl.load(keys + other)[None, :]
         before += tl.sum((same & (other[None, :] < pair[:, None])).to(tl.int32), 1)
     valid = pair < PAIRS
     at = tl.where(valid, key, 0) * TILES + tile
@@ -61,16 +61,16 @@ def _place_kernel(
 
 
 def order_pairs_triton(block_indices: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """Same contract as `pairs_by_block` for at most MAX_BINS lists and MAX_PAIRS pairs."""
+    """Same contract as `pairs_by_block` for fewer than MAX_BINS lists and at most MAX_PAIRS pairs."""
     (_, H, S), PAIRS = block_indices.shape, block_indices.numel()
     bins, TILES = H * num_blocks, triton.cdiv(PAIRS, TILE)
     make = block_indices.new_empty
-    counts, pair_offsets, pair_ids = make((bins + 1) * TILES), make(bins + 1), make(PAIRS)
-    sizes = PAIRS, H, S, num_blocks, TILES
-    _count_kernel[(TILES,)](block_indices, counts, *sizes, TILE=TILE, GROUP=GROUP, num_warps=8)
+    keys, counts = make(TILES * TILE), make((bins + 1) * TILES)
+    pair_offsets, pair_ids = make(bins + 1), make(PAIRS)
+    tile = {"TILE": TILE, "GROUP": GROUP}
+    _count_kernel[(TILES,)](block_indices, keys, counts, PAIRS, H, S, num_blocks, TILES, **tile)
     ends = counts.cumsum(0, dtype=torch.int32)
     _place_kernel[(TILES,)](
-        block_indices, counts, ends, pair_offsets, pair_ids, *sizes,
-        TILE=TILE, GROUP=GROUP, KEYS=triton.next_power_of_2(bins + 1), num_warps=8,
-    )  # fmt: skip
+        keys, counts, ends, pair_offsets, pair_ids, PAIRS, bins, TILES, **tile, KEYS=triton.next_power_of_2(bins + 1)
+    )
     return pair_offsets, pair_ids
