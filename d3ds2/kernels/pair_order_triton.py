@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 256  # pairs of a program
+TILE = 128  # pairs of a program
 GROUP = 32  # of them, or of the keys, that are compared with the tile at a time
 MAX_BINS = 256
 MAX_PAIRS = 1 << 18
