@@ -195,7 +195,7 @@ def test_chunks_give_the_official_values(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 3e-2)])
 def test_gpu_decodes_what_the_cpu_decodes(vae, dtype, tolerance):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     voxels = voxels_of(shapes()["touches every face of the grid"], shapes()["sphere"])
