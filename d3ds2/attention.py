@@ -46,7 +46,7 @@ def packed_attention(
     """
     _check(q, k, v, lengths_q, lengths_k)
     if _has_varlen_kernel(q):
-        if HAS_TRITON and q.shape[2] <= 32:
+        if HAS_TRITON and q.shape[2] <= 32 and not torch.compiler.is_compiling():
             from .kernels.packed_attention_triton import packed_attention_triton
 
             scale = q.shape[2] ** -0.5 if scale is None else scale

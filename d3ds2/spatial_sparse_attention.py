@@ -125,7 +125,10 @@ class SpatialSparseAttention(nn.Module):
         gates = self.gate(x).sigmoid()  # (N, 3)
         geometry = voxels, self.compression_block, self.window, self.shift
         if x.is_cuda and HAS_TRITON:
-            from .kernels.spatial_attention_triton import spatial_attention_triton
+            if torch.compiler.is_compiling():
+                from .kernels.uncompiled import spatial_attention_triton
+            else:
+                from .kernels.spatial_attention_triton import spatial_attention_triton
 
             inputs = q, k, v, compressed_k, compressed_v, gates
             out = spatial_attention_triton(*inputs, branches_of(*geometry), self.top_k, self.head_dim**-0.5)
@@ -146,20 +149,21 @@ class SpatialSparseAttention(nn.Module):
 
     def compress_in_triton(self, k: Tensor, v: Tensor, voxels: Voxels) -> tuple[Tensor, Tensor]:
         """What `compress` makes of some tokens, (Nc, Hk D) both, keys and values together in few launches."""
-        from .kernels import compression_triton
+        if torch.compiler.is_compiling():
+            from .kernels import uncompiled as kernels
+        else:
+            from .kernels import compression_triton as kernels
 
         cells = cells_of(voxels, self.compression_block)
         parts = list(zip(self.compress_k.parts(), self.compress_v.parts(), strict=True))
         if isinstance(self.compress_k, PointwiseCompression):
             weight, bias = (torch.stack(pair) for pair in parts)  # (2, Hk D, Hk D), (2, Hk D)
             x = torch.stack((k + take_runs(self.block_position, cells.places, cells.place), v))  # (2, N, Hk D)
-            return compression_triton.pooled_silu_triton(
-                torch.baddbmm(bias[:, None], x, weight.transpose(1, 2)), cells
-            ).unbind()
+            return kernels.pooled_silu_triton(torch.baddbmm(bias[:, None], x, weight.transpose(1, 2)), cells).unbind()
         parameters = [parameter for pair in parts for parameter in pair]
         device, norm = k.device.type, self.compress_k.norm_in
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameters[-1].dtype
-        return compression_triton.pooled_conv_compression_triton(
+        return kernels.pooled_conv_compression_triton(
             k, v, self.block_position, parameters, cells, norm.num_groups, norm.eps, dtype
         )
 

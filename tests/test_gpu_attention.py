@@ -131,3 +131,18 @@ def test_layer_in_a_cuda_graph_is_deterministic():
         out.zero_()
         graph.replay()
     torch.testing.assert_close(out, expected, rtol=0.05, atol=0.02)  # pooling adds in any order
+
+
+def test_layer_under_torch_compile():
+    torch.manual_seed(0)
+    voxels = surface_voxels(3000, "cuda")
+    for pooled_conv, c in ((True, 4), (False, 8)):
+        layer = SpatialSparseAttention(H * G * D, H * G, H, c, pooled_conv, 4).to("cuda", torch.bfloat16)
+        x = torch.randn(len(voxels), H * G * D, device="cuda").bfloat16().requires_grad_()
+        weight = torch.randn_like(x)
+        results = []
+        for function in (layer, torch.compile(layer)):
+            out = function(x, voxels)
+            results.append((out, *torch.autograd.grad(out, (x, *layer.parameters()), weight)))
+        for actual, expected in zip(*results, strict=True):
+            assert relative_error(actual, expected) < 2e-2

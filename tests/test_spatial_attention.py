@@ -60,3 +60,20 @@ def test_matches_the_definition(counts, resolution, c, shift, H, G, D, top_k):
     names = "out", "dq", "dk", "dv", "dcompressed_k", "dcompressed_v", "dgates"
     for name, a, e in zip(names, actual, expected, strict=True):
         torch.testing.assert_close(a, e, atol=1e-4, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_torch_compile_leaves_it_alone():
+    from d3ds2.kernels.uncompiled import spatial_attention_triton
+
+    voxels, H, G, D = random_voxels([20, 9], 16).to(DEVICE), 1, 2, 16
+    N, Nc = len(voxels), len(voxels.coarsen(4)[0])
+    shapes = (N, H * G, D), (N, H, D), (N, H, D), (Nc, H, D), (Nc, H, D)
+    inputs = [torch.randn(shape).to(DEVICE) for shape in shapes] + [torch.rand(N, 3).to(DEVICE)]
+    weight, branches = torch.randn(N, H * G, D).to(DEVICE), branches_of(voxels, 4, 8, 0)
+
+    def layer(q, *others):
+        return spatial_attention_triton(q * 2, *others, branches, 2, D**-0.5).sin()
+
+    expected = outputs_and_gradients(layer, inputs, weight)
+    actual = outputs_and_gradients(torch.compile(layer, backend="eager"), inputs, weight)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))

@@ -21,7 +21,7 @@ def modulated_norm(h: Tensor, shift: Tensor, scale: Tensor, voxels: Voxels, eps:
 
     Under autocast the result is float32, as of torch's layer norm.
     """
-    if not _on_triton(h):
+    if not _on_triton(h) or torch.compiler.is_compiling():  # the compiler fuses its own
         return modulated_norm_reference(h, shift, scale, voxels, eps)
     from .modulation_triton import modulated_norm_triton
 
@@ -31,7 +31,7 @@ def modulated_norm(h: Tensor, shift: Tensor, scale: Tensor, voxels: Voxels, eps:
 
 def affine_norm(h: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """norm(h) weight + bias: h (..., C), weight and bias (C,) -> the shape of h."""
-    if not _on_triton(h) or torch.compiler.is_compiling():  # the compiler fuses its own
+    if not _on_triton(h) or torch.compiler.is_compiling():
         return affine_norm_reference(h, weight, bias, eps)
     from .modulation_triton import affine_norm_triton
 
@@ -40,7 +40,7 @@ def affine_norm(h: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def gated_sum(h: Tensor, gate: Tensor, x: Tensor, voxels: Voxels) -> Tensor:
     """h + gate x: h and x (N, C), rows of `voxels`, gate (B, C) of their samples -> (N, C), in the widest dtype."""
-    if not _on_triton(h):
+    if not _on_triton(h) or torch.compiler.is_compiling():
         return gated_sum_reference(h, gate, x, voxels)
     from .modulation_triton import gated_sum_triton
 
