@@ -266,8 +266,8 @@ def _branches_of(voxels: Voxels, c: int, window: int, shift: int) -> Branches:
     edges = torch.arange(voxels.block_offsets.numel(), device=voxels.device)
     in_order = c == BLOCK and voxels.resolution <= BLOCK**2  # one block of coarse voxels: lexicographic as blocks are
     return Branches(
-        samples=Runs(voxels.cu_seqlens, N),
-        compressed=Runs(coarse.cu_seqlens, len(coarse)),
+        samples=samples_of(voxels),
+        compressed=samples_of(coarse),
         blocks=Runs(voxels.block_offsets, N, longest=max(voxels.windows(0).lengths, default=0)),
         windows=Runs(windows.cu_seqlens, N, None if windows.order is None else windows.order.int()),
         children=Runs(

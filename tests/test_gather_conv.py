@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from d3ds2.kernels import gather_conv_triton
-from d3ds2.kernels.gather_conv_triton import gather_conv_dweight_triton, take_rows_triton
+from d3ds2.kernels.gather_conv_triton import gather_convs_gradients, take_rows_triton
 from d3ds2.sparse_conv import _dense_weight, _GatherConv, _triton_backward
 from tests.random_voxels import random_voxels
 
@@ -38,7 +38,8 @@ def test_no_voxel():
     neighbors = torch.zeros(27, 0, dtype=torch.int32, device=DEVICE)
     x = torch.zeros(0, 4, device=DEVICE)
     assert gather_conv_triton.gather_conv_triton(x, neighbors, torch.zeros(27, 4, 5, device=DEVICE)).shape == (0, 5)
-    assert gather_conv_dweight_triton(x, neighbors, torch.zeros(0, 5, device=DEVICE)).eq(0).all()
+    dout = torch.zeros(1, 0, 5, device=DEVICE)
+    assert gather_convs_gradients(x[None], neighbors, dout, torch.float32)[0].eq(0).all()
 
 
 @pytest.mark.parametrize("channels", [1, 8, 33])

@@ -11,7 +11,7 @@ from d3ds2.kernels.modulation import (
     gated_sum_reference,
     modulated_norm,
     modulated_norm_reference,
-    samples_of,
+    ragged_samples,
 )
 from d3ds2.kernels.selection_attention import HAS_TRITON
 from d3ds2.latent_dit import LatentBlock, LatentDiTConfig
@@ -90,7 +90,7 @@ def test_modulated_norm(counts, C, dtype, poisoned):
 
     voxels, h, parameters, _, dout = problem(counts, C)
     definition = on_chunk(lambda h, shift, scale: modulated_norm_reference(h, shift, scale, voxels, EPS))
-    kernel = on_chunk(lambda h, *p: modulated_norm_triton(h, *p, samples_of(voxels), EPS, dtype))
+    kernel = on_chunk(lambda h, *p: modulated_norm_triton(h, *p, ragged_samples(voxels), EPS, dtype))
     check(kernel, definition, (h, parameters), dout, dtype)
 
 
@@ -106,7 +106,7 @@ def test_gated_sum(counts, C, dtype, poisoned):
 
     voxels, h, parameters, x, dout = problem(counts, C)
     definition = lambda h, gate, x: gated_sum_reference(h, gate.chunk(6, dim=-1)[2], x, voxels)  # noqa: E731
-    kernel = lambda h, gate, x: gated_sum_triton(h, gate.chunk(6, dim=-1)[2], x, samples_of(voxels), dtype)  # noqa: E731
+    kernel = lambda h, gate, x: gated_sum_triton(h, gate.chunk(6, dim=-1)[2], x, ragged_samples(voxels), dtype)  # noqa: E731
     check(kernel, definition, (h, parameters, x), dout, dtype)
 
 
@@ -140,7 +140,7 @@ def test_mixed_dtypes():
     voxels, h, parameters, x, dout = problem([30, 0, 12], 40)
     h, dout = h.to(DEVICE, torch.float32).requires_grad_(), dout.to(DEVICE, torch.float32)
     shift, scale, gate = (p.to(DEVICE, torch.bfloat16).requires_grad_() for p in parameters.chunk(6, dim=-1)[:3])
-    x, samples = x.to(DEVICE, torch.bfloat16).requires_grad_(), samples_of(voxels)
+    x, samples = x.to(DEVICE, torch.bfloat16).requires_grad_(), ragged_samples(voxels)
     normed = modulated_norm_triton(h, shift, scale, samples, EPS, torch.float32)
     summed = gated_sum_triton(h, gate, x, samples, torch.float32)
     expected = (

@@ -203,11 +203,6 @@ def gather_convs_gradients(x: Tensor, neighbors: Tensor, dout: Tensor, dtype: to
     return out[:, :-1].unflatten(1, (K, Cin)), out[:, -1]
 
 
-def gather_conv_dweight_triton(x: Tensor, neighbors: Tensor, dout: Tensor) -> Tensor:
-    """Σ_n x[neighbors[k, n]]ᵀ dout[n]: x (N, Cin), neighbors (K, N), dout (N, Cout) -> (K, Cin, Cout) float32."""
-    return gather_convs_gradients(x[None], neighbors, dout[None], torch.float32)[0][0]
-
-
 def take_rows_triton(x: Tensor, order: Tensor) -> Tensor:
     """x[order]: x (N, C), order (M,) long -> (M, C)."""
     out = x.new_empty(len(order), x.shape[1])

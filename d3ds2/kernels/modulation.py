@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..sparse_conv import samples_of
 from ..voxels import Voxels, per_token
 from .runs import Runs
 from .selection_attention import HAS_TRITON
@@ -26,7 +27,7 @@ def modulated_norm(h: Tensor, shift: Tensor, scale: Tensor, voxels: Voxels, eps:
     from .modulation_triton import modulated_norm_triton
 
     dtype = torch.promote_types(_norm_dtype(h), torch.promote_types(shift.dtype, scale.dtype))
-    return modulated_norm_triton(h, shift, scale, samples_of(voxels), eps, dtype)
+    return modulated_norm_triton(h, shift, scale, ragged_samples(voxels), eps, dtype)
 
 
 def affine_norm(h: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -45,7 +46,7 @@ def gated_sum(h: Tensor, gate: Tensor, x: Tensor, voxels: Voxels) -> Tensor:
     from .modulation_triton import gated_sum_triton
 
     dtype = torch.promote_types(h.dtype, torch.promote_types(gate.dtype, x.dtype))
-    return gated_sum_triton(h, gate, x, samples_of(voxels), dtype)
+    return gated_sum_triton(h, gate, x, ragged_samples(voxels), dtype)
 
 
 def modulated_norm_reference(h: Tensor, shift: Tensor, scale: Tensor, voxels: Voxels, eps: float) -> Tensor:
@@ -64,11 +65,9 @@ def gated_sum_reference(h: Tensor, gate: Tensor, x: Tensor, voxels: Voxels) -> T
     return torch.addcmul(h, per_token(gate, voxels), x)
 
 
-def samples_of(voxels: Voxels) -> Runs | None:
+def ragged_samples(voxels: Voxels) -> Runs | None:
     """The rows of each sample; None where there is one sample."""
-    if voxels.batch_size == 1:
-        return None
-    return voxels.cached("samples", lambda: Runs(voxels.cu_seqlens, len(voxels)))
+    return None if voxels.batch_size == 1 else samples_of(voxels)
 
 
 def _on_triton(h: Tensor) -> bool:
