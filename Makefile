@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLD_TRITON := $(VENV)/triton-3.1.0
+# not compiling what may never be imported halves the time
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 # tests/conftest.py says what stays together, and what comes first
 IN_TWO_PROCESSES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
@@ -26,16 +28,16 @@ clean:
 
 $(VENV)/.demo: requirements.txt constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements.txt embreex
+	$(INSTALL) --constraint constraints.txt --requirement requirements.txt embreex
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo Makefile
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
+	$(INSTALL) --constraint constraints.txt \
 		pytest pytest-xdist ruff tensorboard onnx onnxruntime rembg triton websocket-client
 	touch $@
 
 # the oldest Triton whose interpreter the kernels support; its interpreter was built for NumPy 1
 $(OLD_TRITON)/.done: | $(VENV)/.demo
 	rm -rf $(OLD_TRITON)
-	$(BIN)/python -m pip install --quiet --no-deps --target $(OLD_TRITON) triton==3.1.0 numpy==1.26.4
+	$(INSTALL) --no-deps --target $(OLD_TRITON) triton==3.1.0 numpy==1.26.4
 	touch $@

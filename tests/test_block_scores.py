@@ -86,9 +86,9 @@ def in_order_of_children(children, block_counts):
     return torch.tensor(order, dtype=torch.int32, device=DEVICE)
 
 
-def select_by_triton(q, keys, lse, block_of_compressed, counts, compressed_counts, block_counts, top_k, tile):
+def select_by_triton(q, keys, lse, block_of_compressed, counts, compressed_counts, block_counts, top_k, **cuts):
     """The kernel, on keys in no order."""
-    from d3ds2.kernels.block_scores_triton import select_blocks_triton
+    from d3ds2.kernels.block_scores_triton import Tile, select_blocks_triton
 
     shuffled = torch.randperm(len(keys))
     block_of_compressed = block_of_compressed[shuffled]
@@ -105,11 +105,11 @@ def select_by_triton(q, keys, lse, block_of_compressed, counts, compressed_count
         block_order=None if set(children) == {1} else in_order_of_children(children, block_counts),
     )
     q, keys, lse = (x.to(DEVICE) for x in (q, keys[shuffled], lse * 1.4426950408889634))
-    return select_blocks_triton(q, keys, lse, branches, top_k, q.shape[2] ** -0.5, tile).cpu()
+    return select_blocks_triton(q, keys, lse, branches, top_k, q.shape[2] ** -0.5, Tile(**cuts)).cpu()
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-@pytest.mark.parametrize(("rows", "ranked"), [(32, 1), (64, 4)])
+@pytest.mark.parametrize(("rows", "ranked"), [(16, 1), (64, 8)])
 @pytest.mark.parametrize(
     ("counts", "children", "top_k", "G", "D"),
     [
@@ -122,10 +122,8 @@ def select_by_triton(q, keys, lse, block_of_compressed, counts, compressed_count
     ],
 )
 def test_kernel_matches_the_definition(counts, children, top_k, G, D, rows, ranked):
-    from d3ds2.kernels.block_scores_triton import Tile
-
     problem = make_problem(counts, children, H=2, G=G, D=D)
-    actual = select_by_triton(*problem, top_k, Tile(rows=rows, blocks=16, ranked=ranked))
+    actual = select_by_triton(*problem, top_k, rows=rows, blocks=16, ranked=ranked)
     assert actual.equal(select_blocks(*problem, top_k))
 
 
@@ -134,7 +132,7 @@ def test_kernel_takes_the_first_of_equal_blocks():
     q, keys, _, *rest = make_problem([5], [[1] * 20], H=1, G=2, D=16)
     keys[3:] = keys[2]
     scores = torch.einsum("tgd,kd->tgk", q, keys[:, 0]) * 16**-0.5
-    actual = select_by_triton(q, keys, scores.logsumexp(-1), *rest, 6, None)
+    actual = select_by_triton(q, keys, scores.logsumexp(-1), *rest, 6, rows=16)
     for query, row in zip(scores.softmax(-1).sum(1), actual[:, 0].tolist(), strict=True):
         best = {i for i in (0, 1) if query[i] > query[2]}
         assert row == sorted(best | set(range(2, 8 - len(best))))

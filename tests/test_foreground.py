@@ -289,7 +289,9 @@ def write_brightness_model(home: Path, name: str) -> Path:
 @pytest.fixture
 def rembg_home(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
-    pytest.importorskip("rembg")
+    with monkeypatch.context() as without_jit:  # pymatting, for an alpha matting we never ask for, compiles a minute
+        without_jit.setattr("numba.config.DISABLE_JIT", 1)
+        pytest.importorskip("rembg")
     monkeypatch.setenv("REMBG_HOME", str(tmp_path))
     monkeypatch.setenv("U2NET_HOME", "")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "absent"))

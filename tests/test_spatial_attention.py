@@ -1,5 +1,7 @@
 """The fused branches of spatial sparse attention in Triton against the definition, outputs and every gradient."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -26,6 +28,15 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+@pytest.fixture(autouse=True)
+def queries_ranked_together(monkeypatch):
+    """The interpreter takes as long for 16 as for one; test_block_scores.py has both."""
+    from d3ds2.kernels import block_scores_triton
+
+    tile = dataclasses.replace(block_scores_triton.FP32, ranked=16)
+    monkeypatch.setattr(block_scores_triton, "FP32", tile)
 
 
 def outputs_and_gradients(attend, inputs, weight):

