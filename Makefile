@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLD_TRITON := $(VENV)/triton-3.1.0
-# not compiling what may never be imported halves the time
+# not compiling what may never be imported halves the time; the first import compiles, and keeps it
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 # tests/conftest.py says what stays together, and what comes first
 IN_TWO_PROCESSES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
