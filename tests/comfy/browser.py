@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.comfy.installation import only_one_process
+from tests.comfy.installation import find_chromium
 
 WINDOW = (1600, 1000)
 OPTIONS = (
@@ -147,22 +146,6 @@ class Browser:
             self.errors.append(f"exception: {details.get('exception', {}).get('description', details['text'])}")
         elif method == "Log.entryAdded" and data["entry"]["level"] == "error":
             self.errors.append(f"log: {data['entry']['text']} {data['entry'].get('url', '')}")
-
-
-def find_chromium() -> str:
-    """Debian's Chromium, installed if this is a machine where that can be done: root, with apt-get.
-
-    Raises RuntimeError where it neither is nor can be.
-    """
-    with only_one_process("chromium"):
-        if not shutil.which("chromium"):
-            if os.geteuid() != 0 or not shutil.which("apt-get"):
-                raise RuntimeError("no chromium: apt-get install chromium")
-            for command in (["update"], ["install", "--yes", "--no-install-recommends", "chromium"]):
-                done = subprocess.run(["apt-get", "--quiet", *command], capture_output=True, text=True)
-                if done.returncode:
-                    raise RuntimeError(f"apt-get {' '.join(command)} failed:\n{done.stdout}{done.stderr}")
-        return shutil.which("chromium")
 
 
 def _wait(ask: Any, seconds: float, what: str) -> Any:

