@@ -43,20 +43,8 @@ def test_kernels_in_the_oldest_triton():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TRITON_INTERPRET": "1"}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     tests = [str(ROOT / "tests" / f"test_{name}.py") for name in NAMES]
-    command = [
-        sys.executable,
-        "-c",
-        RUN,
-        OLDEST,
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "ignore",
-        "-k",
-        f"not ({' or '.join(ELSEWHERE)})",
-        *tests,
-    ]
+    options = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "-k", f"not ({' or '.join(ELSEWHERE)})"]
+    command = [sys.executable, "-c", RUN, OLDEST, *options, *tests]
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     assert " passed" in result.stdout and "skipped" not in result.stdout, result.stdout[-4000:]
