@@ -16,6 +16,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,7 +210,8 @@ def _unpack(version: str, destination: Path, python: Path) -> None:
 
 
 if __name__ == "__main__":
-    for version in reversed(SOURCES):
-        install(version)
-    find_chromium()
-    install_comfy_cli()
+    with ThreadPoolExecutor() as pool:  # half of the time is spent waiting for the network
+        jobs = [pool.submit(job) for job in (install_comfy_cli, find_chromium)]
+        jobs += [pool.submit(install, version) for version in SOURCES]
+    for job in jobs:
+        job.result()
