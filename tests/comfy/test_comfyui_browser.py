@@ -18,8 +18,6 @@ NOT_OURS = (  # what the console says without any template
     "/api/userdata",
     "https://huggingface.co/Comfy-Org/",  # the models of the front end's own first workflow, which it cannot look up
 )
-
-
 NEWEST = [*SOURCES][-1]
 
 
