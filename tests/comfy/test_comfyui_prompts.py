@@ -96,7 +96,7 @@ def asset(file: Path) -> dict:
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
 def test_shipped_workflows_run(server, file):
-    """As shipped, but for the number of steps: one more than the page's, or the newest mesh of its run is still there."""
+    """As shipped, but for the number of steps: one more than in a page, whose last mesh would be found in the cache."""
     workflow = read(file)
     prompt = to_prompt(workflow, server.get("/object_info"))
     run = server.run(with_widgets(prompt, {"steps": 2}), extra={"workflow": workflow})
