@@ -25,20 +25,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.structures import ragged_batch, real_voxels, surface_voxels  # noqa: E402
-from d3ds2.attention import _varlen  # noqa: E402
+from d3ds2.geometry.voxels import Voxels  # noqa: E402
 from d3ds2.kernels.block_scores_triton import select_blocks_triton  # noqa: E402
+from d3ds2.kernels.packed_attention import _varlen  # noqa: E402
 from d3ds2.kernels.packed_attention_triton import packed_attention_triton  # noqa: E402
-from d3ds2.kernels.run_attention_triton import (  # noqa: E402
+from d3ds2.kernels.ragged import AttentionSegments  # noqa: E402
+from d3ds2.kernels.ragged_attention_triton import (  # noqa: E402
     Tile,
-    run_attention_dkdv,
-    run_attention_dq,
-    run_attention_forward,
+    ragged_attention_dkdv,
+    ragged_attention_dq,
+    ragged_attention_forward,
 )
-from d3ds2.kernels.runs import Segments  # noqa: E402
 from d3ds2.kernels.selection_attention_triton import pairs_by_block, select_backward, select_forward  # noqa: E402
-from d3ds2.kernels.spatial_attention_triton import COMPRESSION, WINDOW, spatial_attention_triton  # noqa: E402
-from d3ds2.spatial_sparse_attention import SpatialSparseAttention, branches_of  # noqa: E402
-from d3ds2.voxels import Voxels  # noqa: E402
+from d3ds2.kernels.spatial_sparse_attention_triton import COMPRESSION, WINDOW, spatial_attention_triton  # noqa: E402
+from d3ds2.layers.spatial_sparse_attention import SpatialSparseAttention, attention_plan  # noqa: E402
 
 H, HK, D = 32, 2, 32
 FORMS = [(8, False, 8), (8, False, 32), (4, True, 8), (4, True, 32)]  # compression block, pooled convolution, top-k
@@ -159,7 +159,7 @@ def flex_attention_of(voxels: Voxels, top_k: int) -> Callable:
 def ssa(voxels: Voxels, c: int, pooled_conv: bool, top_k: int) -> tuple[Callable, Callable]:
     """SSA from q, k, v and gates, and its compression of keys and values alone."""
     module = SpatialSparseAttention(H * D, H, HK, c, pooled_conv, top_k).to("cuda", torch.bfloat16)
-    branches = branches_of(voxels, c, 8, 0)
+    branches = attention_plan(voxels, c, 8, 0)
 
     def compress(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return module.compress(k.flatten(1), v.flatten(1), voxels)
@@ -218,25 +218,25 @@ def measure_parts(name: str, voxels: Voxels, c: int, top_k: int) -> list[str]:
     """The kernels of SSA one by one: ms forward, and ms backward where there is one."""
     q, k, v, _ = make_inputs(voxels)
     compressed_k, compressed_v = (x.new_zeros(len(voxels.coarsen(c)[0]), HK, D).normal_() for x in (k, v))
-    branches, scale, dout = branches_of(voxels, c, 8, 0), D**-0.5, torch.randn_like(q)
+    branches, scale, dout = attention_plan(voxels, c, 8, 0), D**-0.5, torch.randn_like(q)
     cells = [name, f"{c}, {top_k}"]
 
     def both(forward: Callable, backward: Callable) -> None:
         cells.append(f"{median_ms(forward):.2f} / {median_ms(backward):.2f}")
 
-    def of_runs(k: Tensor, v: Tensor, segments: Segments, tiles: tuple[Tile, Tile, Tile]) -> Tensor:
-        out, lse = run_attention_forward(q, k, v, segments, scale, tiles[0])
+    def of_runs(k: Tensor, v: Tensor, segments: AttentionSegments, tiles: tuple[Tile, Tile, Tile]) -> Tensor:
+        out, lse = ragged_attention_forward(q, k, v, segments, scale, tiles[0])
         arguments = segments, torch.stack([lse, (out.float() * dout.float()).sum(-1)], dim=-1), dout, scale
         both(
-            lambda: run_attention_forward(q, k, v, segments, scale, tiles[0]),
+            lambda: ragged_attention_forward(q, k, v, segments, scale, tiles[0]),
             lambda: (
-                run_attention_dq(q, k, v, *arguments, tiles[1]),
-                run_attention_dkdv(q, k, v, *arguments, tiles[2]),
+                ragged_attention_dq(q, k, v, *arguments, tiles[1]),
+                ragged_attention_dkdv(q, k, v, *arguments, tiles[2]),
             ),
         )
         return lse
 
-    lse = of_runs(compressed_k, compressed_v, Segments(branches.samples, branches.compressed), COMPRESSION)
+    lse = of_runs(compressed_k, compressed_v, AttentionSegments(branches.samples, branches.compressed), COMPRESSION)
     block_indices = select_blocks_triton(q, compressed_k, lse, branches, top_k, scale)
     cells.append(f"{median_ms(lambda: select_blocks_triton(q, compressed_k, lse, branches, top_k, scale)):.2f}")
     cells.append(f"{median_ms(lambda: pairs_by_block(block_indices, len(branches.blocks))):.2f}")
@@ -247,7 +247,7 @@ def measure_parts(name: str, voxels: Voxels, c: int, top_k: int) -> list[str]:
         lambda: select_forward(q, k, v, branches.blocks, block_indices, scale),
         lambda: select_backward(q, k, v, *arguments),
     )
-    of_runs(k, v, Segments(branches.windows, branches.windows), WINDOW)
+    of_runs(k, v, AttentionSegments(branches.windows, branches.windows), WINDOW)
     print(" | ".join(cells), flush=True)
     return cells
 

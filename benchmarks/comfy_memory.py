@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.comfy_stand_ins import ComfyUI  # before ComfyUI, which has `tests` of its own
+from tests.support.comfy_stand_ins import ComfyUI  # before ComfyUI, which has `tests` of its own
 
 MODULES = ("", ".model_management", ".model_patcher", ".patcher_extension", ".utils", ".cli_args")
 REAL = tuple(f"comfy{name}" for name in MODULES)
@@ -54,7 +54,7 @@ def import_comfyui(folder: Path, dynamic: bool):
 
 def read_picture(path: Path) -> torch.Tensor:
     """IMAGE (1, H, W, 4) of a cut-out object."""
-    from d3ds2.foreground import cut_out, load_image
+    from d3ds2.images.foreground import cut_out, load_image
 
     return torch.from_numpy(np.array(cut_out(load_image(path)))).float()[None] / 255
 

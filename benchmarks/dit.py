@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.structures import real_voxels, surface_voxels  # noqa: E402
-from d3ds2.image_encoder import ImageTokens  # noqa: E402
-from d3ds2.latent_dit import LatentDiT, LatentDiTConfig  # noqa: E402
-from d3ds2.voxels import Voxels  # noqa: E402
+from d3ds2.geometry.voxels import Voxels  # noqa: E402
+from d3ds2.networks.image_encoder import ImageTokens  # noqa: E402
+from d3ds2.networks.latent_dit import LatentDiT, LatentDiTConfig  # noqa: E402
 
 PATCHES = 37  # along an edge of the picture; with 5 more tokens: 1374
 V11 = {"compression_block": 8, "pooled_conv": False, "sparse_context": False}

@@ -23,8 +23,9 @@ import skimage
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from d3ds2.mesh_to_sdf import SparseSDF, mesh_to_sdf, normalize_mesh  # noqa: E402
-from d3ds2.sdf_to_mesh import decimate, sdf_to_mesh  # noqa: E402
+from d3ds2.meshes.mesh import decimate  # noqa: E402
+from d3ds2.meshes.mesh_to_sdf import SparseSDF, mesh_to_sdf, normalize_mesh  # noqa: E402
+from d3ds2.meshes.sdf_to_mesh import sdf_to_mesh  # noqa: E402
 
 
 def make_scene(corpus: Path, num_faces: int, parts: int = 100, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

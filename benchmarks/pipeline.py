@@ -33,21 +33,21 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.structures import real_voxels  # noqa: E402
-from d3ds2.checkpoint import FineSamplingConfig, SamplingConfig  # noqa: E402
-from d3ds2.chunked_decode import MemoryBudgetError  # noqa: E402
-from d3ds2.device_meshing import device_mesh  # noqa: E402
 from d3ds2.generation_error import EmptyResultError  # noqa: E402
-from d3ds2.image_encoder import ImageEncoder, ImageEncoderConfig  # noqa: E402
-from d3ds2.latent_dit import LatentDiT, LatentDiTConfig  # noqa: E402
+from d3ds2.geometry.sdf_blocks import SDFBlocks  # noqa: E402
+from d3ds2.geometry.voxels import Voxels  # noqa: E402
+from d3ds2.meshes.sdf_to_mesh import DECODED, sdf_to_mesh  # noqa: E402
+from d3ds2.meshes.sdf_to_mesh_gpu import device_mesh  # noqa: E402
+from d3ds2.networks.chunked_decode import MemoryBudgetError  # noqa: E402
+from d3ds2.networks.image_encoder import ImageEncoder, ImageEncoderConfig  # noqa: E402
+from d3ds2.networks.latent_dit import LatentDiT, LatentDiTConfig  # noqa: E402
+from d3ds2.networks.refiner import Refiner, RefinerConfig, SignRefiner, SignRefinerConfig  # noqa: E402
+from d3ds2.networks.sdf_vae import SDFVAE, SDFVAEConfig  # noqa: E402
+from d3ds2.networks.structure_dit import StructureDiT, StructureDiTConfig  # noqa: E402
+from d3ds2.networks.structure_vae import StructureVAE, StructureVAEConfig  # noqa: E402
 from d3ds2.offload import on_device  # noqa: E402
 from d3ds2.pipeline import Pipeline  # noqa: E402
-from d3ds2.refiner import Refiner, RefinerConfig, SignRefiner, SignRefinerConfig  # noqa: E402
-from d3ds2.sdf_blocks import SDFBlocks  # noqa: E402
-from d3ds2.sdf_to_mesh import DECODED, sdf_to_mesh  # noqa: E402
-from d3ds2.sdf_vae import SDFVAE, SDFVAEConfig  # noqa: E402
-from d3ds2.structure_dit import StructureDiT, StructureDiTConfig  # noqa: E402
-from d3ds2.structure_vae import StructureVAE, StructureVAEConfig  # noqa: E402
-from d3ds2.voxels import Voxels  # noqa: E402
+from d3ds2.storage.model_folder import FineSamplingConfig, SamplingConfig  # noqa: E402
 
 START = time.perf_counter()
 GIB = 2**30

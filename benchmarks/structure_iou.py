@@ -12,12 +12,12 @@ import json
 import numpy as np
 import torch
 
-from d3ds2.foreground import load_image
+from d3ds2.images.foreground import load_image
 from d3ds2.pipeline import TINY, load_pipeline
 from d3ds2.rectified_flow import euler_sample, guided_velocity, noise_for, time_schedule
-from training.shape_files import list_shapes, load_shape, shape_path
-from training.symmetry import facing
-from training.views import Views
+from training.data.shape_files import list_shapes, load_shape, shape_path
+from training.data.symmetry import facing
+from training.data.views import Views
 
 
 def occupancy(data_dir: str, resolution: int, name: str, symmetry: int = 0) -> np.ndarray:

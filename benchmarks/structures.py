@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from d3ds2.voxels import Voxels
+from d3ds2.geometry.voxels import Voxels
 
 REAL = "latent_index_official.safetensors"
 

@@ -14,10 +14,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .atomic_file import replacing
-from .checkpoint import CheckpointError, load_settings
-from .chunked_decode import MemoryBudgetError
-from .convert_official import (
+from .images.foreground import METHODS, ImageError, cut_out, load_image
+from .meshes.mesh import Mesh
+from .meshes.mesh_file import FORMATS, MeshFileError, check_mesh_path, check_writable, save_mesh
+from .networks.chunked_decode import MemoryBudgetError
+from .official.config import OfficialError
+from .official.convert import (
     IMAGE_ENCODER_FILE,
     OFFICIAL_REPO,
     OFFICIAL_SUBFOLDER,
@@ -25,11 +27,9 @@ from .convert_official import (
     download_image_encoder,
     download_release,
 )
-from .foreground import METHODS, ImageError, cut_out, load_image
-from .mesh_file import FORMATS, MeshFileError, check_mesh_path, check_writable, save_mesh
-from .official_config import OfficialError
 from .pipeline import FINE_STAGES, STAGES, TINY, GenerationError, load_pipeline
-from .sdf_to_mesh import Mesh
+from .storage.atomic_file import replacing
+from .storage.model_folder import ModelFolderError, load_settings
 
 PREVIEW_SIZE = 512  # pixels of one picture in the preview
 
@@ -104,8 +104,8 @@ def check_outputs(output: Path, preview: Path | None) -> None:
 
 def save_preview(path: Path, image: Image.Image, mesh: Mesh) -> None:
     """The object as it was cut out, and the mesh from the front, the right, behind and the left."""
-    from .contact_sheet import contact_sheet
-    from .render import render_sides
+    from .images.contact_sheet import contact_sheet
+    from .images.render import render_sides
 
     pictures = [image, *render_sides(mesh.vertices, mesh.faces, PREVIEW_SIZE)]
     sheet = contact_sheet([pictures], ("input", "front", "right", "back", "left"), cell=PREVIEW_SIZE)
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         run_convert(argv[1:]) if argv[:1] == ["convert"] else run(argv)
-    except (UsageError, ImageError, CheckpointError, MeshFileError, GenerationError, OfficialError) as error:
+    except (UsageError, ImageError, ModelFolderError, MeshFileError, GenerationError, OfficialError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:

@@ -19,25 +19,26 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .checkpoint import CheckpointError, SamplingConfig, load_model, network_names
-from .chunked_decode import OnChunk, decode_in_chunks
-from .device_meshing import blocks_to_mesh
-from .foreground import cut_out, preprocess
 from .generation_error import EmptyResultError, GenerationError, empty_result
-from .image_encoder import ImageEncoder, ImageTokens
-from .latent_dit import LatentDiT
-from .mesh_to_sdf import normalize_mesh
-from .mesh_to_structure import mesh_to_structure
+from .geometry.sdf_blocks import SDFBlocks
+from .geometry.voxels import Voxels
+from .images.foreground import cut_out, preprocess
+from .meshes.mesh import Mesh
+from .meshes.mesh_to_sdf import normalize_mesh
+from .meshes.mesh_to_structure import mesh_to_structure
+from .meshes.sdf_to_mesh import DECODED
+from .meshes.sdf_to_mesh_gpu import blocks_to_mesh
+from .networks.chunked_decode import OnChunk, decode_in_chunks
+from .networks.image_encoder import ImageEncoder, ImageTokens
+from .networks.latent_dit import LatentDiT
+from .networks.refined_blocks import OnPatch, refine_blocks
+from .networks.refiner import Refiner, SignRefiner
+from .networks.sdf_vae import FACTOR, SDFVAE
+from .networks.structure_dit import StructureDiT
+from .networks.structure_vae import StructureVAE
 from .offload import on_device
 from .rectified_flow import OnStep, euler_sample, guided_velocity, noise_for, time_schedule
-from .refined_blocks import OnPatch, refine_blocks
-from .refiner import Refiner, SignRefiner
-from .sdf_blocks import SDFBlocks
-from .sdf_to_mesh import DECODED, Mesh
-from .sdf_vae import FACTOR, SDFVAE
-from .structure_dit import StructureDiT
-from .structure_vae import StructureVAE
-from .voxels import Voxels
+from .storage.model_folder import ModelFolderError, SamplingConfig, load_model, network_names
 
 TINY = Path(__file__).parent / "weights" / "tiny"  # the shipped model
 STAGES = ("image", "structure", "latents", "sdf", "mesh")
@@ -62,7 +63,7 @@ class Pipeline:
         memory_budget: bytes that decoding may take beside weights. Default: see `decode_in_chunks`.
 
     Raises:
-        CheckpointError: sizes that do not fit together.
+        ModelFolderError: sizes that do not fit together.
     """
 
     image_encoder: ImageEncoder
@@ -89,7 +90,7 @@ class Pipeline:
         stages = ("", self.latent_dit, self.sdf_vae), ("fine_", self.fine_latent_dit, self.fine_sdf_vae)
         for prefix, dit, vae in stages:
             if ((dit is None) != (self.sampling.fine is None) and prefix) or (dit is None) != (vae is None):
-                raise CheckpointError("expected fine_latent_dit, fine_sdf_vae and sampling.fine all together")
+                raise ModelFolderError("expected fine_latent_dit, fine_sdf_vae and sampling.fine all together")
             if dit is not None:
                 channels = vae.config.latent_channels, dit.config.latent_channels
                 sizes.append((f"context_size of {prefix}latent_dit", encoder.hidden_size, dit.config.context_size))
@@ -99,7 +100,7 @@ class Pipeline:
             sizes.append(("feature_channels of refiner", *features))
         for what, expected, got in sizes:
             if expected != got:
-                raise CheckpointError(f"the networks do not fit together: expected {what} {expected}, got {got}")
+                raise ModelFolderError(f"the networks do not fit together: expected {what} {expected}, got {got}")
 
     def generate(
         self,
@@ -140,7 +141,7 @@ class Pipeline:
         Raises:
             ImageError: no foreground in an image.
             GenerationError: nothing was made of an image.
-            CheckpointError: the model has no refiners.
+            ModelFolderError: the model has no refiners.
         """
         report = on_progress or (lambda stage, step, steps: None)
 
@@ -153,7 +154,7 @@ class Pipeline:
         if fine and self.sampling.fine is not None:
             stages.append(("fine ", fine_steps or self.sampling.fine.steps))
         if use_refiners and None in (self.refiner, self.fine_refiner)[: len(stages)]:
-            raise CheckpointError("the model has no refiners for this")
+            raise ModelFolderError("the model has no refiners for this")
 
         report("image", 0, 1)
         image_tokens = self.encode_image(images)
@@ -267,7 +268,7 @@ class Pipeline:
         its surface is occupied.
         """
         if self.sampling.fine is None:
-            raise CheckpointError("the model has no second stage")
+            raise ModelFolderError("the model has no second stage")
         R = self.sampling.fine.sdf_resolution
         samples = []
         for i, mesh in enumerate(meshes):
@@ -303,14 +304,14 @@ class Pipeline:
         """The blocks that make the mesh, and the level of the surface in them: decoded and, if asked, refined.
 
         Raises:
-            CheckpointError: the model has no refiner of this stage.
+            ModelFolderError: the model has no refiner of this stage.
         """
         level, is_fine = self.sampling.level, self.is_fine(voxels)
         if not use_refiners:
             return self.decode_blocks(latents, voxels), level
         refiner, features = self.fine_refiner if is_fine else self.refiner, None
         if refiner is None:
-            raise CheckpointError("the model has no refiner of this stage")
+            raise ModelFolderError("the model has no refiner of this stage")
         if not is_fine:
             shape = FACTOR**3 * len(voxels), refiner.config.feature_channels
             device = self.device or next(self.sdf_vae.parameters()).device
@@ -379,7 +380,7 @@ def load_pipeline(
         memory_budget: bytes that decoding may take beside weights.
 
     Raises:
-        CheckpointError: the folder is missing, damaged, or its networks do not fit together.
+        ModelFolderError: the folder is missing, damaged, or its networks do not fit together.
     """
     folder, device = folder or TINY, torch.device(device)
     if dtype is None:

@@ -9,10 +9,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .image_encoder import ImageTokens
-from .latent_dit import LatentDiT
-from .structure_dit import StructureDiT
-from .voxels import Voxels
+from .geometry.voxels import Voxels
+from .networks.image_encoder import ImageTokens
+from .networks.latent_dit import LatentDiT
+from .networks.structure_dit import StructureDiT
 
 TRAINING_STEPS = 1000  # of the released scheduler; its last time before 0 follows from it
 

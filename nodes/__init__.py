@@ -5,10 +5,10 @@ Importing this package imports no network, no numba and no transformers: a node 
 
 from comfy_api.latest import ComfyExtension, io
 
-from .example_pictures import place_example_pictures
+from .comfy.example_pictures import place_example_pictures
+from .comfy.folders import register_model_folder
 from .load_model import LoadD3DS2Model
 from .mesh_export import MeshExport
-from .model_folders import register_model_folder
 from .remove_background import RemoveBackground
 from .sparse_structure_sample import SparseStructureSample
 from .ssa_dit_sample import SSADiTSample

@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from .io_types import CATEGORY, Model, ModelSocket
-from .model_folders import TINY, model_folder, model_names
+from .comfy.folders import TINY, model_folder, model_names
+from .comfy.sockets import CATEGORY, Model, ModelSocket
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
@@ -54,17 +54,17 @@ class LoadD3DS2Model(io.ComfyNode):
     def execute(cls, model, precision) -> io.NodeOutput:
         import torch
 
-        from ..d3ds2.checkpoint import (
+        from ..d3ds2.pipeline import Pipeline
+        from ..d3ds2.storage.model_folder import (
             ALL_NETWORKS,
             NETWORKS,
-            CheckpointError,
+            ModelFolderError,
             load_network,
             load_settings,
             network_names,
         )
-        from ..d3ds2.pipeline import Pipeline
-        from .device_memory import choose_dtype, make_patcher
-        from .progress import Progress, run_cancellable
+        from .comfy.memory import choose_dtype, make_patcher
+        from .comfy.progress import Progress, run_cancellable
 
         folder = model_folder(model)
         networks = {}
@@ -79,7 +79,7 @@ class LoadD3DS2Model(io.ComfyNode):
                     networks[network] = run_cancellable(load_network, folder, network, dtype=dtype)
                 progress.update(done + 1)
             pipeline = Pipeline(**networks, sampling=sampling)
-        except CheckpointError as error:
+        except ModelFolderError as error:
             raise ValueError(f"{error}. Copy or convert the model {model!r} again, or choose another.") from None
         finest = sampling.sdf_resolution if sampling.fine is None else sampling.fine.sdf_resolution
         progress.status(f"{name}: {finest}³, {_dtypes(networks)}")

@@ -9,8 +9,8 @@ from typing import Any
 
 from comfy_api.latest import Types, io
 
-from .io_types import CATEGORY
-from .mesh_socket import from_socket, mesh_input
+from .comfy.mesh_socket import from_socket, mesh_input
+from .comfy.sockets import CATEGORY
 
 FORMATS = ("glb", "obj", "ply", "stl")
 
@@ -69,10 +69,10 @@ class MeshExport(io.ComfyNode):
 
     @classmethod
     def execute(cls, mesh, filename_prefix, format, target_faces, up_axis, embed_workflow) -> io.NodeOutput:
-        from ..d3ds2.decimation_process import decimate_in_process
-        from ..d3ds2.mesh_file import mesh_bytes, turn_z_up
-        from .progress import Progress, check_cancelled, run_cancellable
-        from .samples import sample
+        from ..d3ds2.meshes.decimation_process import decimate_in_process
+        from ..d3ds2.meshes.mesh_file import mesh_bytes, turn_z_up
+        from .comfy.progress import Progress, check_cancelled, run_cancellable
+        from .comfy.samples import sample
 
         meshes = from_socket(mesh)
         folder, name, counter, subfolder = _save_path(filename_prefix)
@@ -123,7 +123,7 @@ def _save_path(prefix: str) -> tuple[Path, str, int, str]:
 
 def _write(path: Path, data: bytes) -> None:
     """Write a file whole or not at all. Raises ValueError with what to do if that cannot be."""
-    from ..d3ds2.atomic_file import replacing
+    from ..d3ds2.storage.atomic_file import replacing
 
     try:
         with replacing(path) as temporary:

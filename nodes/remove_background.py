@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from .io_types import CATEGORY, BackgroundRemovalSocket
+from .comfy.sockets import CATEGORY, BackgroundRemovalSocket
 
 if TYPE_CHECKING:
     import torch
@@ -69,10 +69,10 @@ class RemoveBackground(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, method, invert_mask, foreground_ratio, mask=None, background_removal=None) -> io.NodeOutput:
-        from ..d3ds2.foreground import ImageError, centre_object, cut_out
-        from .pictures import to_images, to_masks, to_pictures
-        from .progress import Progress, run_cancellable
-        from .samples import sample
+        from ..d3ds2.images.foreground import ImageError, centre_object, cut_out
+        from .comfy.pictures import to_images, to_masks, to_pictures
+        from .comfy.progress import Progress, run_cancellable
+        from .comfy.samples import sample
 
         pictures = to_pictures(image)
         masks = _masks_for(image, mask, invert_mask, method)
@@ -111,7 +111,7 @@ _ADVICE = {
 
 def _masks_for(image: torch.Tensor, mask: torch.Tensor | None, invert: bool, method: str) -> list[Image.Image] | None:
     """Pictures of mode L, white on the object: one, or one for each image. None where no mask is to be used."""
-    from .pictures import to_masks
+    from .comfy.pictures import to_masks
 
     if mask is None or method not in ("auto", "mask"):
         return None
@@ -126,7 +126,7 @@ def _masks_for(image: torch.Tensor, mask: torch.Tensor | None, invert: bool, met
 
 def _choose(method: str, picture: Image.Image, has_mask: bool, has_model: bool) -> str:
     """The method for a picture. Raises ValueError if it needs what is not connected."""
-    from ..d3ds2.foreground import rembg_at_hand
+    from ..d3ds2.images.foreground import rembg_at_hand
 
     if method == "mask" and not has_mask:
         raise ValueError("method is `mask`, and no mask is connected: connect one, or choose `auto`.")

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .io_types import CATEGORY, Model, ModelSocket, sampling_inputs, structure_outputs
+from .comfy.sockets import CATEGORY, Model, ModelSocket, sampling_inputs, structure_outputs
 
 
 class SparseStructureSample(io.ComfyNode):
@@ -30,11 +30,11 @@ class SparseStructureSample(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Model, image, seed, steps, guidance_scale) -> io.NodeOutput:
-        from ..d3ds2.activation_memory import image_encoder_bytes, structure_dit_bytes, structure_vae_bytes
-        from ..d3ds2.voxel_picture import voxel_picture
-        from .device_memory import dtype_of, load_networks
-        from .progress import Progress, cancellable
-        from .samples import object_pictures, pack_structure, sample, seed_of, token_text, voxel_grid
+        from ..d3ds2.images.voxel_picture import voxel_picture
+        from ..d3ds2.networks.activation_memory import image_encoder_bytes, structure_dit_bytes, structure_vae_bytes
+        from .comfy.memory import dtype_of, load_networks
+        from .comfy.progress import Progress, cancellable
+        from .comfy.samples import object_pictures, pack_structure, sample, seed_of, token_text, voxel_grid
 
         pipeline = model.pipeline
         encoder, dit, vae = pipeline.image_encoder, pipeline.structure_dit, pipeline.structure_vae

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .io_types import (
+from .comfy.sockets import (
     CATEGORY,
     Latent,
     LatentSocket,
@@ -51,12 +51,12 @@ class SSADiTSample(io.ComfyNode):
     ) -> io.NodeOutput:
         import torch
 
-        from ..d3ds2.activation_memory import image_encoder_bytes, latent_dit_bytes
+        from ..d3ds2.images.voxel_picture import latent_colors, voxel_picture
+        from ..d3ds2.networks.activation_memory import image_encoder_bytes, latent_dit_bytes
         from ..d3ds2.pipeline import TOGETHER
-        from ..d3ds2.voxel_picture import latent_colors, voxel_picture
-        from .device_memory import dtype_of, load_networks
-        from .progress import Progress, cancellable
-        from .samples import check_structure, object_pictures, sample, seed_of, token_text
+        from .comfy.memory import dtype_of, load_networks
+        from .comfy.progress import Progress, cancellable
+        from .comfy.samples import check_structure, object_pictures, sample, seed_of, token_text
 
         check_structure(model, structure)
         pipeline, voxels = model.pipeline, structure.voxels()

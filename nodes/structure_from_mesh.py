@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from .io_types import CATEGORY, Model, ModelSocket, structure_outputs
-from .mesh_socket import fit_inputs, from_socket, mesh_input
+from .comfy.mesh_socket import fit_inputs, from_socket, mesh_input
+from .comfy.sockets import CATEGORY, Model, ModelSocket, structure_outputs
 
 
 class StructureFromMesh(io.ComfyNode):
@@ -27,11 +27,11 @@ class StructureFromMesh(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Model, mesh, fit, shell) -> io.NodeOutput:
-        from ..d3ds2.mesh_to_structure import mesh_to_structure
-        from ..d3ds2.voxels import Voxels
-        from .fitted_meshes import distances, for_each_mesh, with_sample
-        from .progress import Progress
-        from .samples import pack_structure, token_text, voxel_grid
+        from ..d3ds2.geometry.voxels import Voxels
+        from ..d3ds2.meshes.mesh_to_structure import mesh_to_structure
+        from .comfy.fitted_meshes import distances, for_each_mesh, with_sample
+        from .comfy.progress import Progress
+        from .comfy.samples import pack_structure, token_text, voxel_grid
 
         resolution = 8 * max(model.stages)
 

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .io_types import CATEGORY, SDF, Latent, LatentSocket, Model, ModelSocket, SDFSocket
+from .comfy.sockets import CATEGORY, SDF, Latent, LatentSocket, Model, ModelSocket, SDFSocket
 
 
 class VAEDecodeSDF(io.ComfyNode):
@@ -63,10 +63,10 @@ class VAEDecodeSDF(io.ComfyNode):
     ) -> io.NodeOutput:
         import torch
 
-        from .mesh_socket import to_socket
-        from .progress import Progress
-        from .samples import sample, token_text
-        from .sdf_decoding import decode, extract
+        from .comfy.mesh_socket import to_socket
+        from .comfy.progress import Progress
+        from .comfy.samples import sample, token_text
+        from .comfy.sdf_decoding import decode, extract
 
         resolution = latent.structure.resolution
         if resolution not in model.stages or latent.made_for != model.latent_space(resolution):

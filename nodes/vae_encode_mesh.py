@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from .io_types import CATEGORY, Latent, LatentSocket, Model, ModelSocket
-from .mesh_socket import fit_inputs, from_socket, mesh_input
+from .comfy.mesh_socket import fit_inputs, from_socket, mesh_input
+from .comfy.sockets import CATEGORY, Latent, LatentSocket, Model, ModelSocket
 
 
 class VAEEncodeMesh(io.ComfyNode):
@@ -32,12 +32,12 @@ class VAEEncodeMesh(io.ComfyNode):
         import comfy.model_management as mm
         import torch
 
-        from ..d3ds2.activation_memory import sdf_encode_bytes
-        from ..d3ds2.voxels import Voxels
-        from .device_memory import dtype_of, load_networks
-        from .fitted_meshes import distances, for_each_mesh, with_sample
-        from .progress import Progress, cancellable, run_networks
-        from .samples import pack_structure, token_text
+        from ..d3ds2.geometry.voxels import Voxels
+        from ..d3ds2.networks.activation_memory import sdf_encode_bytes
+        from .comfy.fitted_meshes import distances, for_each_mesh, with_sample
+        from .comfy.memory import dtype_of, load_networks
+        from .comfy.progress import Progress, cancellable, run_networks
+        from .comfy.samples import pack_structure, token_text
 
         resolution = 8 * max(model.stages)
         name = model.stages[max(model.stages)].sdf_vae

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from tests.comfy.installation import SOURCES
-from tests.comfy_stand_ins import ComfyUI
-from tests.tiny_model import write_model
+from tests.support.comfy_stand_ins import ComfyUI
+from tests.support.tiny_model import write_model
 
 # What pytest-xdist begins with: long files, so that no worker is left with one at the end. All tests of a real ComfyUI
 # are one part; the second comes after the first and those files, for its cancelled runs must end within a second.
-LONG = ("test_triton_versions", "test_training_stages", "test_spatial_attention", "test_pipeline_stages")
+LONG = ("test_triton_versions", "test_training_stages", "test_spatial_sparse_attention_triton", "test_pipeline_stages")
 FIRST, *OTHERS = (f"comfyui-{version}" for version in reversed(SOURCES))
 ORDER = {part: number for number, part in enumerate((FIRST, *LONG, *OTHERS))}
 

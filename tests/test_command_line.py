@@ -13,7 +13,7 @@ import trimesh
 from PIL import Image
 
 from d3ds2.__main__ import main
-from tests.tiny_model import draw_object, write_model
+from tests.support.tiny_model import draw_object, write_model
 
 ROOT = Path(__file__).resolve().parent.parent
 

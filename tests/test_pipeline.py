@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from d3ds2.checkpoint import CheckpointError, SamplingConfig
-from d3ds2.foreground import ImageError
+from d3ds2.geometry.voxels import Voxels
+from d3ds2.images.foreground import ImageError
 from d3ds2.pipeline import STAGES, EmptyResultError, GenerationError, Pipeline, load_pipeline
-from d3ds2.voxels import Voxels
-from tests.tiny_model import SAMPLING, draw_object, make_networks, write_model
+from d3ds2.storage.model_folder import ModelFolderError, SamplingConfig
+from tests.support.tiny_model import SAMPLING, draw_object, make_networks, write_model
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_an_image_without_object_is_an_error(pipeline):
     ],
 )
 def test_networks_that_do_not_fit_are_named(name, change, message):
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(ModelFolderError, match=message):
         Pipeline(**make_networks(**{name: change}), sampling=SAMPLING)
 
 

@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from d3ds2.__main__ import main
-from d3ds2.checkpoint import CheckpointError, load_model
-from d3ds2.convert_official import convert
-from d3ds2.mesh_to_sdf import normalize_mesh
-from d3ds2.mesh_to_structure import mesh_to_structure
+from d3ds2.geometry.sdf_blocks import SDFBlocks
+from d3ds2.meshes.mesh_to_sdf import normalize_mesh
+from d3ds2.meshes.mesh_to_structure import mesh_to_structure
+from d3ds2.meshes.sdf_to_mesh import sdf_to_mesh
+from d3ds2.official.convert import convert
 from d3ds2.offload import on_device
 from d3ds2.pipeline import FINE_STAGES, STAGES, Pipeline, load_pipeline
 from d3ds2.rectified_flow import guided_velocity, time_schedule
-from d3ds2.sdf_blocks import SDFBlocks
-from d3ds2.sdf_to_mesh import sdf_to_mesh
-from tests.official_release import write_release
-from tests.tiny_model import draw_object
+from d3ds2.storage.model_folder import ModelFolderError, load_model
+from tests.support.official_release import write_release
+from tests.support.tiny_model import draw_object
 
 STEPS = {"structure_steps": 2, "latent_steps": 2, "fine_steps": 2}
 
@@ -109,7 +109,7 @@ def test_refiners_say_what_is_inside(pipeline):
 
 def test_refined_surfaces_are_those_of_the_refined_volumes(pipeline):
     """The blocks handed to the mesh against the dense volume that the refiner made of the same decoded values."""
-    from d3ds2.refined_blocks import refine
+    from d3ds2.networks.refined_blocks import refine
 
     tokens = pipeline.encode_image([draw_object()])
     voxels = pipeline.sample_structure(tokens, [6], 2)
@@ -199,15 +199,15 @@ def test_models_that_do_not_fit_are_named(pipeline):
         ({"fine_latent_dit": None, "fine_sdf_vae": None}, "all together"),
         ({"sampling": dataclasses.replace(pipeline.sampling, fine=None)}, "all together"),
     ):
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(ModelFolderError, match=message):
             dataclasses.replace(pipeline, **change)
     plain = dataclasses.replace(pipeline, refiner=None, fine_refiner=None)
-    with pytest.raises(CheckpointError, match="has no refiner"):
+    with pytest.raises(ModelFolderError, match="has no refiner"):
         plain.generate(draw_object(), use_refiners=True, **STEPS)
     sampling = dataclasses.replace(pipeline.sampling, fine=None)
     single = dataclasses.replace(plain, fine_latent_dit=None, fine_sdf_vae=None, sampling=sampling)
     assert_closed(single.generate(draw_object(), 3, **STEPS))
-    with pytest.raises(CheckpointError, match="no second stage"):
+    with pytest.raises(ModelFolderError, match="no second stage"):
         single.structure_of([])
 
 

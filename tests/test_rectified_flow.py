@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
-from d3ds2.image_encoder import ImageTokens
-from d3ds2.latent_dit import LatentDiT, LatentDiTConfig
+from d3ds2.geometry.voxels import Voxels
+from d3ds2.networks.image_encoder import ImageTokens
+from d3ds2.networks.latent_dit import LatentDiT, LatentDiTConfig
+from d3ds2.networks.structure_dit import StructureDiT, StructureDiTConfig
 from d3ds2.rectified_flow import (
     euler_sample,
     guided_velocity,
@@ -16,8 +18,6 @@ from d3ds2.rectified_flow import (
     time_schedule,
     velocity_target,
 )
-from d3ds2.structure_dit import StructureDiT, StructureDiTConfig
-from d3ds2.voxels import Voxels
 
 
 @pytest.mark.parametrize("shift", [1.0, 6.0])

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from training.config import load_config
+from training.data.shape_files import list_shapes
+from training.data.views import Views
 from training.encode_latents import EncodeLatentsConfig
 from training.run import check_run, last_step
-from training.shape_files import list_shapes
 from training.train_dit import TrainDiTConfig
 from training.train_structure_dit import TrainStructureDiTConfig
 from training.train_structure_vae import TrainStructureVAEConfig
 from training.train_vae import TrainVAEConfig
-from training.views import Views
 
 
 class Stage(NamedTuple):

@@ -6,7 +6,7 @@ Each script has its own dataclass beside its loop; the sizes of a network are th
 import sys
 import tomllib
 
-from d3ds2.dataclass_values import from_dict
+from d3ds2.storage.dataclass_values import from_dict
 
 
 def load_config(cls, argv: list[str]):

@@ -21,14 +21,14 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from d3ds2.atomic_file import replacing
-from d3ds2.checkpoint import load_network, save_network
-from d3ds2.sdf_vae import SDFVAE
+from d3ds2.networks.sdf_vae import SDFVAE
+from d3ds2.storage.atomic_file import replacing
+from d3ds2.storage.model_folder import load_network, save_network
 from training.config import load_config
-from training.datasets import ShapeBatch, load_batches, pack_shapes
-from training.latent_moments import LatentMoments, set_latent_scale
+from training.data.datasets import ShapeBatch, load_batches, pack_shapes
+from training.data.latent_moments import LatentMoments, set_latent_scale
+from training.data.shape_files import latent_path, list_shapes, load_shape, shape_path, write_arrays
 from training.run import RunConfig, autocast, find_device
-from training.shape_files import latent_path, list_shapes, load_shape, shape_path, write_arrays
 from training.train_vae import active_voxels
 
 

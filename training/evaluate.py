@@ -24,17 +24,17 @@ from typing import Literal
 import numpy as np
 import torch
 
-from d3ds2.atomic_file import replacing
-from d3ds2.checkpoint import SamplingConfig, load_network, load_settings
-from d3ds2.dataclass_values import from_dict
 from d3ds2.pipeline import load_pipeline
-from training import generation, generation_scores, round_trip
+from d3ds2.storage.atomic_file import replacing
+from d3ds2.storage.dataclass_values import from_dict
+from d3ds2.storage.model_folder import SamplingConfig, load_network, load_settings
 from training.config import load_config
-from training.generation import GenerationConfig
-from training.meshes import list_meshes
+from training.data.meshes import list_meshes
+from training.data.shape_files import list_shapes
+from training.evaluation import generation, generation_scores, round_trip
+from training.evaluation.generation import GenerationConfig
+from training.evaluation.shape_scores import ScoreConfig
 from training.run import find_device
-from training.shape_files import list_shapes
-from training.shape_scores import ScoreConfig
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

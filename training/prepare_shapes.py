@@ -25,11 +25,11 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from d3ds2.atomic_file import replacing
-from d3ds2.mesh_to_sdf import mesh_to_sdf, normalize_mesh
+from d3ds2.meshes.mesh_to_sdf import mesh_to_sdf, normalize_mesh
+from d3ds2.storage.atomic_file import replacing
 from training.config import load_config
-from training.meshes import MeshEntry, list_meshes, read_mesh
-from training.shape_files import save_shape, shape_path
+from training.data.meshes import MeshEntry, list_meshes, read_mesh
+from training.data.shape_files import save_shape, shape_path
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from d3ds2.mesh_to_sdf import normalize_mesh
-from d3ds2.render import Camera, Light, MeshRenderer
+from d3ds2.images.render import Camera, Light, MeshRenderer
+from d3ds2.meshes.mesh_to_sdf import normalize_mesh
 from training.config import load_config
-from training.meshes import SPLITS, MeshEntry, list_meshes, read_mesh
+from training.data.meshes import SPLITS, MeshEntry, list_meshes, read_mesh
 
 MIN_COVERAGE = 2e-3  # of the pixels; a sheet seen edge-on is looked at from elsewhere
 TRIES = 20

@@ -14,14 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from d3ds2.checkpoint import SamplingConfig, load_network, save_network, save_settings
-from d3ds2.image_encoder import ImageEncoder, ImageTokens
-from d3ds2.latent_dit import LatentDiT, LatentDiTConfig
+from d3ds2.geometry.voxels import Voxels
+from d3ds2.networks.image_encoder import ImageEncoder, ImageTokens
+from d3ds2.networks.latent_dit import LatentDiT, LatentDiTConfig
+from d3ds2.networks.sdf_vae import SDFVAE
 from d3ds2.rectified_flow import interpolate
-from d3ds2.sdf_vae import SDFVAE
-from d3ds2.voxels import Voxels
+from d3ds2.storage.model_folder import SamplingConfig, load_network, save_network, save_settings
 from training.config import load_config
-from training.datasets import LatentBatch, LatentViews, load_batches
+from training.data.datasets import LatentBatch, LatentViews, load_batches
+from training.data.shape_files import list_shapes
+from training.data.views import Views
 from training.losses import FlowLossConfig, training_times, velocity_loss
 from training.run import (
     Log,
@@ -39,8 +41,6 @@ from training.run import (
     start,
     update_ema,
 )
-from training.shape_files import list_shapes
-from training.views import Views
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from d3ds2.checkpoint import load_network, save_network
-from d3ds2.image_encoder import ImageEncoder, ImageEncoderConfig, ImageTokens
+from d3ds2.networks.image_encoder import ImageEncoder, ImageEncoderConfig, ImageTokens
+from d3ds2.networks.structure_dit import StructureDiT, StructureDiTConfig
+from d3ds2.networks.structure_vae import StructureVAE
 from d3ds2.rectified_flow import interpolate
-from d3ds2.structure_dit import StructureDiT, StructureDiTConfig
-from d3ds2.structure_vae import StructureVAE
+from d3ds2.storage.model_folder import load_network, save_network
 from training.config import load_config
-from training.datasets import Structures, StructureViews, ViewBatch, load_batches
-from training.device_pictures import Choice, DevicePictures, PictureChoices
+from training.data.datasets import Structures, StructureViews, ViewBatch, load_batches
+from training.data.device_pictures import Choice, DevicePictures, PictureChoices
+from training.data.shape_files import list_shapes
+from training.data.views import Views
 from training.losses import FlowLossConfig, training_times, velocity_loss
 from training.run import (
     Log,
@@ -42,8 +44,6 @@ from training.run import (
     start,
     update_ema,
 )
-from training.shape_files import list_shapes
-from training.views import Views
 
 ENCODED_AT_ONCE = 64  # structures
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from d3ds2.checkpoint import save_network
-from d3ds2.structure_vae import StructureVAE, StructureVAEConfig
+from d3ds2.networks.structure_vae import StructureVAE, StructureVAEConfig
+from d3ds2.storage.model_folder import save_network
 from training.config import load_config
-from training.datasets import Structures, load_batches
-from training.latent_moments import LatentMoments, set_latent_scale
+from training.data.datasets import Structures, load_batches
+from training.data.latent_moments import LatentMoments, set_latent_scale
+from training.data.shape_files import list_shapes
 from training.losses import StructureLossConfig, structure_loss
 from training.run import (
     Log,
@@ -34,7 +35,6 @@ from training.run import (
     start,
     update_ema,
 )
-from training.shape_files import list_shapes
 
 MEASURED_BATCHES = 16
 

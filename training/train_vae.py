@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from d3ds2.checkpoint import load_network, save_network
-from d3ds2.device_constant import device_constant
-from d3ds2.sdf_vae import SDFVAE, SDFVAEConfig
-from d3ds2.voxels import BLOCK, PLACES, Voxels
+from d3ds2.geometry.voxels import BLOCK, PLACES, Voxels
+from d3ds2.kernels.device_constant import device_constant
+from d3ds2.networks.sdf_vae import SDFVAE, SDFVAEConfig
+from d3ds2.storage.model_folder import load_network, save_network
 from training.config import load_config
-from training.datasets import ShapeBatch, Shapes, load_batches
+from training.data.datasets import ShapeBatch, Shapes, load_batches
 from training.losses import SDFLossConfig, sdf_loss
 from training.run import (
     Log,

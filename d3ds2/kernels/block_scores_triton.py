@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .run_attention_triton import LOG2_E
-from .runs import Branches
+from .ragged import AttentionPlan
+from .ragged_attention_triton import LOG2_E
 
 LANES = 128  # scores of a query beside each other
 BOUND_STEPS = 16  # of a bisection that yields a close lower bound
@@ -164,7 +164,7 @@ def _select_kernel(
 
 
 def select_blocks_triton(
-    q: Tensor, keys: Tensor, lse: Tensor, branches: Branches, top_k: int, scale: float, tile: Tile | None = None
+    q: Tensor, keys: Tensor, lse: Tensor, branches: AttentionPlan, top_k: int, scale: float, tile: Tile | None = None
 ) -> Tensor:
     """The `top_k` best blocks, ids ascending, -1 at the end, of q (T, H * G, D) and keys (Tc, H, D).
 

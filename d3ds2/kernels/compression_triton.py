@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from .gather_conv_triton import gather_convs, gather_convs_gradients
 from .group_norm_triton import Pooled, group_norm_apply, group_norm_backward, group_norm_statistics, silu_gradient
-from .run_sums_triton import sum_runs_triton
-from .runs import Runs
+from .ragged import Ragged
+from .segment_sum_triton import segment_sum_triton
 
 MAX_BLOCK_N, MAX_BLOCK_C = 64, 64  # rows and channels at a time
 
@@ -37,13 +37,13 @@ class Cells:
         places, place: tokens at each of the c³ places in a cell, and the place of each token, (N,) long.
     """
 
-    samples: Runs
-    coarse_samples: Runs
-    tokens: Runs
+    samples: Ragged
+    coarse_samples: Ragged
+    tokens: Ragged
     parent: Tensor
     coords: Tensor
     neighbors: Tensor
-    places: Runs
+    places: Ragged
     place: Tensor
 
 
@@ -195,7 +195,7 @@ class _PooledConvCompression(torch.autograd.Function):
         group_norm_backward(
             dpooled, x, cells.samples, statistics_in, vectors[0], vectors[1], True, dx, dvectors[0], dvectors[1], pooled
         )
-        dposition = sum_runs_triton(dx[0], cells.places).to(position_dtype)
+        dposition = segment_sum_triton(dx[0], cells.places).to(position_dtype)
         dvectors = *dvectors.flatten(0, 1).unbind(), *dbiases.to(vectors.dtype).unbind()
         return dx[0].to(k_dtype), dx[1].to(v_dtype), dposition, None, None, None, None, *dvectors, *dweights.unbind()
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .runs import Runs
+from .ragged import Ragged
 
 PROGRAMS = 1024  # aimed at; what a large GPU runs at once
 MIN_TILE, MAX_BLOCK_N, MAX_BLOCK_C = 32, 64, 64  # rows of a tile; rows and channels at a time
@@ -34,7 +34,7 @@ class Pooled:
     """
 
     parent: Tensor
-    cells: Runs
+    cells: Ragged
     skip: Tensor
 
 
@@ -255,7 +255,7 @@ def _merge_sums_kernel(
 class _Tiling:
     """Tiles of the rows of all samples, and the blocks of the kernels over them and of those that merge them."""
 
-    def __init__(self, x: Tensor, samples: Runs, num_groups: int):
+    def __init__(self, x: Tensor, samples: Ragged, num_groups: int):
         T, N, C = x.shape
         BLOCK_C = min(MAX_BLOCK_C, triton.next_power_of_2(C))
         columns = triton.cdiv(C, BLOCK_C)
@@ -276,7 +276,7 @@ class _Tiling:
 
 
 def group_norm_statistics(
-    x: Tensor, samples: Runs, num_groups: int, eps: float, joined: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    x: Tensor, samples: Ragged, num_groups: int, eps: float, joined: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 ) -> Tensor:
     """Mean and 1 / deviation of x (T, N, C) in each sample and group: (2, T, B, G) float32.
 
@@ -299,7 +299,7 @@ def group_norm_statistics(
 
 
 def group_norm_apply(
-    x: Tensor, samples: Runs, statistics: Tensor, weight: Tensor, bias: Tensor, silu: bool, out: Tensor
+    x: Tensor, samples: Ragged, statistics: Tensor, weight: Tensor, bias: Tensor, silu: bool, out: Tensor
 ) -> None:
     """The norm of x (T, N, C), and its SiLU if `silu`, with weight and bias (T, C), into `out` (T, N, C)."""
     (_, N, C), G = x.shape, statistics.shape[3]
@@ -311,7 +311,7 @@ def group_norm_apply(
 
 
 def group_norm_backward(
-    dy: Tensor, x: Tensor, samples: Runs, statistics: Tensor, weight: Tensor, bias: Tensor, silu: bool,
+    dy: Tensor, x: Tensor, samples: Ragged, statistics: Tensor, weight: Tensor, bias: Tensor, silu: bool,
     dx: Tensor, dweight: Tensor, dbias: Tensor, pooled: Pooled | None = None,
 ) -> None:  # fmt: skip
     """Gradients of `group_norm_apply` into dx (T, N, C), dweight and dbias (T, C), of any floating dtype.
@@ -357,7 +357,7 @@ class _GroupNorm(torch.autograd.Function):
 
 
 def group_norm_triton(
-    x: Tensor, weight: Tensor, bias: Tensor, samples: Runs, num_groups: int, eps: float, silu: bool = False
+    x: Tensor, weight: Tensor, bias: Tensor, samples: Ragged, num_groups: int, eps: float, silu: bool = False
 ) -> Tensor:
     """Group norm of each sample, then SiLU if `silu`: x (N, C), weight and bias (C,) -> (N, C), dtype of x.
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..sparse_conv import samples_of
-from ..voxels import Voxels, per_token
-from .runs import Runs
-from .selection_attention import HAS_TRITON
+from ..geometry.voxels import Voxels, per_token
+from ..layers.sparse_conv import samples_of
+from .devices import HAS_TRITON
+from .ragged import Ragged
 
 
 def modulated_norm(h: Tensor, shift: Tensor, scale: Tensor, voxels: Voxels, eps: float) -> Tensor:
@@ -65,7 +65,7 @@ def gated_sum_reference(h: Tensor, gate: Tensor, x: Tensor, voxels: Voxels) -> T
     return torch.addcmul(h, per_token(gate, voxels), x)
 
 
-def ragged_samples(voxels: Voxels) -> Runs | None:
+def ragged_samples(voxels: Voxels) -> Ragged | None:
     """The rows of each sample; None where there is one sample."""
     return None if voxels.batch_size == 1 else samples_of(voxels)
 

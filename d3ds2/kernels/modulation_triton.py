@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .run_sums_triton import sum_runs_triton
-from .runs import Runs
+from .ragged import Ragged
+from .segment_sum_triton import segment_sum_triton
 
 
 class RowTile(NamedTuple):
@@ -200,7 +200,7 @@ class _GatedSum(torch.autograd.Function):
 
 
 def modulated_norm_triton(
-    h: Tensor, shift: Tensor, scale: Tensor, samples: Runs | None, eps: float, dtype: torch.dtype
+    h: Tensor, shift: Tensor, scale: Tensor, samples: Ragged | None, eps: float, dtype: torch.dtype
 ) -> Tensor:
     """`modulated_norm` of the rows of `samples` (None: of one), in `dtype`."""
     return _ModulatedNorm.apply(h.contiguous(), _packed(shift), _packed(scale), samples, eps, 1.0, dtype)
@@ -212,7 +212,7 @@ def affine_norm_triton(h: Tensor, weight: Tensor, bias: Tensor, eps: float, dtyp
     return _ModulatedNorm.apply(rows, _packed(bias[None]), _packed(weight[None]), None, eps, 0.0, dtype).view(h.shape)
 
 
-def gated_sum_triton(h: Tensor, gate: Tensor, x: Tensor, samples: Runs | None, dtype: torch.dtype) -> Tensor:
+def gated_sum_triton(h: Tensor, gate: Tensor, x: Tensor, samples: Ragged | None, dtype: torch.dtype) -> Tensor:
     """`gated_sum` of the rows of `samples` (None: of one), in `dtype`."""
     return _GatedSum.apply(h.contiguous(), _packed(gate), x.contiguous(), samples, dtype)
 
@@ -222,7 +222,7 @@ def _packed(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _launch(x: Tensor, samples: Runs | None, tile: RowTile) -> tuple[tuple[int], tuple, dict]:
+def _launch(x: Tensor, samples: Ragged | None, tile: RowTile) -> tuple[tuple[int], tuple, dict]:
     """Grid, and the kernels' arguments that say which rows are whose, for x (N, C)."""
     N, C = x.shape
     CP = triton.next_power_of_2(C)
@@ -235,8 +235,8 @@ def _launch(x: Tensor, samples: Runs | None, tile: RowTile) -> tuple[tuple[int],
     return (len(tile_samples),), (samples.offsets, tile_offsets, tile_samples, N, len(samples)), sizes
 
 
-def _sum_tiles(partial: Tensor, samples: Runs | None, tile: RowTile) -> Tensor:
+def _sum_tiles(partial: Tensor, samples: Ragged | None, tile: RowTile) -> Tensor:
     """(tiles, C) -> sums over the tiles of each sample (B, C) float32."""
     if samples is None:
         return partial.sum(0, keepdim=True)
-    return sum_runs_triton(partial, Runs(samples.tiles(tile.rows)[0], len(partial)))
+    return segment_sum_triton(partial, Ragged(samples.tiles(tile.rows)[0], len(partial)))

@@ -1,4 +1,7 @@
-"""Softmax attention over packed samples by the kernels of run_attention_triton.py; definition: ../attention.py."""
+"""Softmax attention over packed samples, by the kernels of ragged_attention_triton.py.
+
+The definition is in packed_attention.py.
+"""
 
 from dataclasses import replace
 
@@ -7,8 +10,8 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .run_attention_triton import Tile, run_attention_dkdv, run_attention_dq, run_attention_forward
-from .runs import Runs, Segments
+from .ragged import AttentionSegments, Ragged
+from .ragged_attention_triton import Tile, ragged_attention_dkdv, ragged_attention_dq, ragged_attention_forward
 
 TILES = Tile(64, 64, stages=3, registers=80), Tile(64, 64, stages=3), Tile(128, 64, stages=3)  # forward, dq, dk, dv
 ENOUGH_PROGRAMS = 6000  # of dk and dv: of few keys, the queries are split
@@ -18,9 +21,9 @@ MAX_SPLITS = 16
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, scale):
-        ctx.segments = Segments(Runs(cu_seqlens_q, len(q)), Runs(cu_seqlens_k, len(k)))
+        ctx.segments = AttentionSegments(Ragged(cu_seqlens_q, len(q)), Ragged(cu_seqlens_k, len(k)))
         ctx.scale = scale
-        out, lse = run_attention_forward(q, k, v, ctx.segments, scale, TILES[0])
+        out, lse = ragged_attention_forward(q, k, v, ctx.segments, scale, TILES[0])
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
@@ -30,17 +33,17 @@ class _PackedAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         dout = dout.contiguous()
         stats = torch.stack([lse, (out.float() * dout.float()).sum(-1)], dim=-1)  # (Tq, H, 2)
-        dq = run_attention_dq(q, k, v, ctx.segments, stats, dout, ctx.scale, TILES[1])
+        dq = ragged_attention_dq(q, k, v, ctx.segments, stats, dout, ctx.scale, TILES[1])
         programs = triton.cdiv(len(k), TILES[2].keys) * k.shape[1]
         tile = replace(TILES[2], splits=min(MAX_SPLITS, max(1, ENOUGH_PROGRAMS // max(1, programs))))
-        dk, dv = run_attention_dkdv(q, k, v, ctx.segments, stats, dout, ctx.scale, tile)
+        dk, dv = ragged_attention_dkdv(q, k, v, ctx.segments, stats, dout, ctx.scale, tile)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
 def packed_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
 ) -> Tensor:
-    """Same contract as `packed_attention` of ../attention.py, for half precision."""
+    """Same contract as `packed_attention` of packed_attention.py, for half precision."""
     if len(q) == 0:
         return torch.zeros_like(q)
     return _PackedAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens_q, cu_seqlens_k, scale)

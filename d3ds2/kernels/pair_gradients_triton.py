@@ -2,7 +2,7 @@
 
 A block that most queries selected would keep one program busy long after all others. Here a program takes one chunk of
 a list; lists of several chunks write partial sums, which are then added in a fixed order. Their number is bounded by
-the number of pairs, not of blocks. Sizes are named in run_attention_triton.py.
+the number of pairs, not of blocks. Sizes are named in ragged_attention_triton.py.
 """
 
 import torch
@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .run_attention_triton import LOG2_E, Tile, _dot, _load_stats, kernel_arguments
-from .runs import Segments
+from .ragged import AttentionSegments
+from .ragged_attention_triton import LOG2_E, Tile, _dot, _load_stats, kernel_arguments
 
 CHUNK = 512  # pairs
 
@@ -93,11 +93,11 @@ def _add_chunks_kernel(
 
 
 def pair_dkdv(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, stats: Tensor, dout: Tensor, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, segments: AttentionSegments, stats: Tensor, dout: Tensor, scale: float,
     tile: Tile, chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk and dv (Tk, H, D) float32 of segments with pairs, whose longest run of keys is known. Arguments: as of
-    `run_attention_dkdv`; `chunk` pairs are taken by one program.
+    `ragged_attention_dkdv`; `chunk` pairs are taken by one program.
     """
     (query_offsets, query_ids, key_offsets, _), sizes = kernel_arguments(q, k, segments, tile)
     for name in ("HAS_QUERY_IDS", "HAS_KEY_IDS"):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .runs import HAS_TRITON
+from .devices import HAS_TRITON
 
 _SCORE_ELEMENTS = 1 << 19  # scores held at once by the form that goes block by block: 2 MiB, what stays in the cache
 

@@ -1,7 +1,8 @@
 """Selection attention block by block: a block's keys are read once for many of the queries that selected it.
 
 Every pair of a query row and a block it selected yields a partial result; those of a row are then merged, in the order
-of its blocks. Shapes and definition are in selection_attention.py; the kernels of the pairs in run_attention_triton.py.
+of its blocks. Shapes and definition are in selection_attention.py, the kernels of the pairs in
+ragged_attention_triton.py.
 """
 
 import torch
@@ -12,8 +13,14 @@ from torch.autograd.function import once_differentiable
 
 from .pair_gradients_triton import pair_dkdv
 from .pair_order_triton import MAX_BINS, MAX_PAIRS, order_pairs_triton
-from .run_attention_triton import Tile, key_norms, run_attention_dkdv, run_attention_dq, run_attention_forward
-from .runs import Runs, Segments
+from .ragged import AttentionSegments, Ragged
+from .ragged_attention_triton import (
+    Tile,
+    key_norms,
+    ragged_attention_dkdv,
+    ragged_attention_dq,
+    ragged_attention_forward,
+)
 
 PARTIAL_BYTES = 1 << 29  # partial results held at once
 PARTIAL_BYTES_AT_INFERENCE = 1 << 28  # where weights and latents should fit beside them on a small card
@@ -125,15 +132,15 @@ def _chunks(q: Tensor, block_indices: Tensor, partial_bytes: int) -> list[slice]
     return [slice(start, min(start + rows, T)) for start in range(0, T, rows)]
 
 
-def _segments(pair_offsets: Tensor, pair_ids: Tensor, blocks: Runs, S: int) -> Segments:
-    return Segments(Runs(pair_offsets, len(pair_ids), pair_ids), blocks, S)
+def _segments(pair_offsets: Tensor, pair_ids: Tensor, blocks: Ragged, S: int) -> AttentionSegments:
+    return AttentionSegments(Ragged(pair_offsets, len(pair_ids), pair_ids), blocks, S)
 
 
 def select_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    blocks: Runs,
+    blocks: Ragged,
     block_indices: Tensor,
     scale: float,
     others: tuple[Tensor, Tensor, Tensor] | None = None,
@@ -159,7 +166,7 @@ def select_forward(
     for chunk in _chunks(q, block_indices, PARTIAL_BYTES if keep else PARTIAL_BYTES_AT_INFERENCE):
         inverted = pairs_by_block(block_indices[chunk], len(blocks))
         segments = _segments(*inverted, blocks, S)
-        partial, partial_lse = run_attention_forward(q[chunk], k, v, segments, scale, tile, norms)
+        partial, partial_lse = ragged_attention_forward(q[chunk], k, v, segments, scale, tile, norms)
         kept = (out[chunk], lse[chunk]) if keep else (partial, partial_lse)  # the latter are not written
         gating = (
             (partial, partial, partial_lse, partial)
@@ -177,7 +184,7 @@ def select_forward(
 
 
 def select_backward(
-    q, k, v, blocks: Runs, block_indices, pairs: list[Tensor], stats, dout, scale: float, others=()
+    q, k, v, blocks: Ragged, block_indices, pairs: list[Tensor], stats, dout, scale: float, others=()
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, and dk and dv in float32, from stats (T, H * G, 2) float32: base-2 lse, and the sums of out * dout.
 
@@ -191,14 +198,14 @@ def select_backward(
     for chunk, chunk_pairs in zip(_chunks(q, block_indices, PARTIAL_BYTES), inverted, strict=True):
         segments = _segments(*chunk_pairs, blocks, S)
         inputs = q[chunk], k, v, segments, stats[chunk], dout[chunk], scale
-        partial = run_attention_dq(*inputs, tiles[0])
+        partial = ragged_attention_dq(*inputs, tiles[0])
         rows = stats[chunk].numel() // 2
         _sum_kernel[(triton.cdiv(rows, MERGED_ROWS),)](
             partial, block_indices[chunk], *([x[chunk] for x in others] or [partial] * 2), dq[chunk], rows, S,
             HAS_OTHERS=bool(others), G=G, D=D, DP=triton.next_power_of_2(D), BLOCK=MERGED_ROWS,
         )  # fmt: skip
         del partial
-        of_chunk = (run_attention_dkdv if blocks.longest is None else pair_dkdv)(*inputs, tiles[1])
+        of_chunk = (ragged_attention_dkdv if blocks.longest is None else pair_dkdv)(*inputs, tiles[1])
         dk, dv = of_chunk if dk is None else (dk.add_(of_chunk[0]), dv.add_(of_chunk[1]))
     return dq, dk, dv
 
@@ -206,7 +213,7 @@ def select_backward(
 class _SelectionAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, block_offsets, block_indices, scale):
-        ctx.blocks, ctx.scale = Runs(block_offsets, len(k)), scale
+        ctx.blocks, ctx.scale = Ragged(block_offsets, len(k)), scale
         out, lse, pairs, _ = select_forward(q, k, v, ctx.blocks, block_indices, scale)
         ctx.save_for_backward(q, k, v, block_indices, out, lse, *pairs)
         return out

@@ -7,7 +7,7 @@ import pytest
 from tests.comfy.browser import Browser
 from tests.comfy.installation import SOURCES, install
 from tests.comfy.server import ComfyServer
-from tests.tiny_model import write_model
+from tests.support.tiny_model import write_model
 
 
 @pytest.fixture(scope="session", params=SOURCES, ids=[f"comfyui-{version}" for version in SOURCES])

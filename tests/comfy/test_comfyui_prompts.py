@@ -13,7 +13,7 @@ from PIL import Image
 from d3ds2.pipeline import TINY
 from tests.comfy.server import ComfyServer, Graph, PromptRefused, Run
 from tests.comfy.workflow_file import WORKFLOWS, nodes_of, read, to_prompt, with_widgets
-from tests.tiny_model import draw_object
+from tests.support.tiny_model import draw_object
 
 CANCEL_SECONDS = 1.0
 MODEL, PICTURE, STRUCTURE, LATENT, DECODE, EXPORT, VIEW = "1234567"

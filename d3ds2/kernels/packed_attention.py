@@ -1,0 +1,152 @@
+"""Softmax attention over packed samples of different lengths.
+
+Sizes named in this file:
+    Tq, Tk  queries and keys, all segments packed      H  query heads        G  query heads per key head, H / Hk
+    D       channels per head                          Hk key/value heads
+
+A packed batch is cut into segments (samples, or attention windows) by `cu_seqlens` (segments + 1,) int32 on the device
+and `lengths`, the same on the host. Queries attend to all keys of the segment with their number; a query whose segment
+has no key gets zeros.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .devices import HAS_TRITON
+
+_LSE_ELEMENTS = 1 << 24  # logits held at once where no kernel returns the logsumexp
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    lengths_q: list[int],
+    lengths_k: list[int],
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(q kᵀ · scale) v within each segment (eq. 4-5).
+
+    Args:
+        q: queries (Tq, H, D).
+        k, v: keys and values (Tk, Hk, D) of the dtype of q; Hk divides H.
+        cu_seqlens_q, cu_seqlens_k: first row of each segment and, last, Tq or Tk, (segments + 1,) int32.
+        lengths_q, lengths_k: tokens of each segment, on the host; zero is allowed.
+        scale: factor on the scores. Default: 1 / sqrt(D).
+
+    Returns:
+        (Tq, H, D). One kernel for all segments on CUDA in half precision, one per segment otherwise.
+
+    Raises:
+        ValueError: for shapes or lengths that do not fit together.
+    """
+    _check(q, k, v, lengths_q, lengths_k)
+    if _has_varlen_kernel(q):
+        if HAS_TRITON and q.shape[2] <= 32 and not torch.compiler.is_compiling():
+            from .packed_attention_triton import packed_attention_triton
+
+            scale = q.shape[2] ** -0.5 if scale is None else scale
+            return packed_attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
+        return _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, lengths_q, lengths_k, scale)[0]
+    outputs = [
+        _segment(*segment, scale)
+        for segment in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
+    ]
+    return torch.cat(outputs) if outputs else torch.zeros_like(q)
+
+
+def packed_attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    lengths_q: list[int],
+    lengths_k: list[int],
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`packed_attention`, and the natural logarithm of each query's softmax denominator.
+
+    Returns:
+        out (Tq, H, D), and lse (Tq, H) float32, which carries no gradient; -inf where a segment has no key.
+    """
+    _check(q, k, v, lengths_q, lengths_k)
+    if _has_varlen_kernel(q):
+        out, lse = _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, lengths_q, lengths_k, scale)
+        return out, lse.detach().t().masked_fill(lse.t() == torch.inf, -torch.inf)
+    segments = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
+    results = [_segment_with_lse(*segment, scale) for segment in segments]
+    if not results:
+        return torch.zeros_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+    outputs, lses = zip(*results, strict=True)
+    return torch.cat(outputs), torch.cat(lses)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, lengths_q: list[int], lengths_k: list[int]) -> None:
+    if q.ndim != 3 or k.ndim != 3 or v.shape != k.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"expected q (Tq, H, D), k and v (Tk, Hk, D), Hk dividing H, got {tuple(q.shape)}, {tuple(k.shape)}, "
+            f"{tuple(v.shape)}"
+        )
+    if len(lengths_q) != len(lengths_k) or sum(lengths_q) != len(q) or sum(lengths_k) != len(k):
+        raise ValueError(
+            f"expected lengths of equally many segments with sums {len(q)} and {len(k)}, got {len(lengths_q)} and "
+            f"{len(lengths_k)} with sums {sum(lengths_q)} and {sum(lengths_k)}"
+        )
+
+
+def _has_varlen_kernel(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] % 8 == 0
+
+
+def _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, lengths_q, lengths_k, scale) -> tuple[Tensor, Tensor]:
+    """FlashAttention over all segments at once: out (Tq, H, D) and lse (H, Tq)."""
+    max_q, max_k = max(lengths_q, default=0), max(lengths_k, default=0)
+    if max_q == 0 or max_k == 0:
+        return torch.zeros_like(q), q.new_full((q.shape[1], len(q)), -torch.inf, dtype=torch.float32)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, 0.0, False, False, scale=scale
+    )[:2]
+
+
+def _segment(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """Attention of one segment, (L, H, D)."""
+    if len(q) == 0 or len(k) == 0:
+        return torch.zeros_like(q)
+    return _ungroup(F.scaled_dot_product_attention(*_group(q, k, v), scale=scale)[0], len(q))
+
+
+def _segment_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Attention of one segment, (L, H, D), and the logsumexp of its scores, (L, H) float32."""
+    if len(q) == 0 or len(k) == 0:
+        return torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+    grouped = _group(q, k, v)
+    if not q.is_cuda:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*grouped, scale=scale)
+        return _ungroup(out[0], len(q)), _ungroup(lse[0].detach().float(), len(q))
+    out = F.scaled_dot_product_attention(*grouped, scale=scale)
+    return _ungroup(out[0], len(q)), _ungroup(_logsumexp(grouped[0][0], grouped[1][0], scale), len(q))
+
+
+def _group(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The G heads of a group become more queries, (1, Hk, L · G, D), so that no key is copied."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # the CPU kernel relies on it
+    q = q.unflatten(1, (k.shape[1], -1)).movedim(1, 0).flatten(1, 2)
+    return q[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+
+
+def _ungroup(x: Tensor, length: int) -> Tensor:
+    """The inverse: (Hk, L · G, ...) -> (L, H, ...)."""
+    return x.unflatten(1, (length, -1)).movedim(0, 1).flatten(1, 2)
+
+
+@torch.no_grad()
+def _logsumexp(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
+    """Of the scores of q (Hk, L, D) against k (Hk, Lk, D): (Hk, L) float32."""
+    keys = k.transpose(1, 2).float() * (k.shape[2] ** -0.5 if scale is None else scale)
+    chunks = q.float().split(max(1, _LSE_ELEMENTS // (k.shape[0] * k.shape[1])), dim=1)
+    return torch.cat([(chunk @ keys).logsumexp(-1) for chunk in chunks], dim=1)

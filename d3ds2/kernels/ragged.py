@@ -1,0 +1,92 @@
+"""Ragged of rows: which queries a kernel of attention pairs with which keys.
+
+Sizes named in this file:
+    S  runs of queries      M  runs of keys      H  key/value heads
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .devices import HAS_TRITON
+
+
+@dataclass(frozen=True, eq=False)
+class Ragged:
+    """Consecutive runs of a list of rows: run i is `ids[offsets[i] : offsets[i + 1]]`.
+
+    `offsets` is (S + 1,) int32, `total` bounds the length of the list from above, and `ids` (int32) is None where the
+    list is 0, 1, 2, …; `longest` is the length of the longest run, where it is known on the host.
+    """
+
+    offsets: Tensor
+    total: int
+    ids: Tensor | None = None
+    longest: int | None = None
+    _tiles: dict = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return self.offsets.numel() - 1
+
+    def tiles(self, size: int) -> tuple[Tensor, Tensor]:
+        """Cut the runs into tiles of at most `size`, without asking the device how many there are.
+
+        Returns the first tile of each run (S + 1,) and the run of each tile, both int32; there are as many tiles as
+        there may be at most, and those beyond the last have run S.
+        """
+        if size not in self._tiles:
+            capacity = self.total // size + len(self)
+            if self.offsets.is_cuda and HAS_TRITON:
+                from .ragged_triton import cut_triton
+
+                self._tiles[size] = cut_triton(self.offsets, size, capacity)
+            else:
+                self._tiles[size] = cut(self.offsets, size, capacity)
+        return self._tiles[size]
+
+
+def cut(offsets: Tensor, size: int, capacity: int) -> tuple[Tensor, Tensor]:
+    """Definition of `Ragged.tiles`: first tile of each run (S + 1,), run of each of `capacity` tiles, both int32."""
+    tiles = (offsets.diff() + (size - 1)) // size
+    tile_offsets = torch.nn.functional.pad(tiles.cumsum(0), (1, 0)).int()
+    numbers = torch.arange(capacity, dtype=torch.int32, device=offsets.device)
+    return tile_offsets, torch.searchsorted(tile_offsets[1:], numbers, right=True, out_int32=True)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionSegments:
+    """Lists of query rows and the runs of keys they attend to: S runs of `queries` and M of `keys`.
+
+    S = M, or H * M where `pairs` is not 0.
+    """
+
+    queries: Ragged
+    keys: Ragged
+    pairs: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """What the three branches of spatial sparse attention attend to; it follows from the voxels alone.
+
+    Args:
+        samples: tokens of each sample.
+        compressed: compressed tokens of each sample.
+        blocks: tokens of each selection block.
+        windows: tokens of each window.
+        children: compressed tokens of each selection block.
+        sample_blocks: first block of each sample and, last, their number, (B + 1,) int32.
+        max_blocks: most blocks in a sample.
+        block_order: the blocks of each sample, first those with most compressed tokens, (M,) int32; None where every
+            block has one.
+    """
+
+    samples: Ragged
+    compressed: Ragged
+    blocks: Ragged
+    windows: Ragged
+    children: Ragged
+    sample_blocks: Tensor
+    max_blocks: int
+    block_order: Tensor | None = None

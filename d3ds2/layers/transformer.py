@@ -1,0 +1,125 @@
+"""What the transformers share: layer norm, feed-forward, time embedding and adaptive modulation.
+
+N  tokens, all samples packed      B  samples      C  hidden size
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..geometry.voxels import Voxels
+from ..kernels.modulation import affine_norm, modulated_norm
+
+NUM_FREQUENCIES = 128  # of the time embedding
+SLICE_ROWS = 8192  # tokens at a time in a feed-forward without gradient: its hidden layer is four times as wide
+
+
+class LayerNorm32(nn.LayerNorm):
+    """Layer norm with eps 1e-6, by default without affine; torch's kernels keep the statistics in fp32."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6, affine: bool = False):
+        super().__init__(hidden_size, eps=eps, elementwise_affine=affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight is None:
+            return F.layer_norm(x, self.normalized_shape, eps=self.eps)
+        return affine_norm(x, self.weight, self.bias, self.eps)
+
+
+class ModulatedNorm(LayerNorm32):
+    """Layer norm without affine, then x (1 + scale) + shift."""
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, voxels: Voxels) -> Tensor:
+        """x (N, C), shift and scale (B, C) of the samples of its voxels -> (N, C)."""
+        return modulated_norm(x, shift, scale, voxels, self.eps)
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU (tanh), Linear: (N, C) -> (N, C)."""
+
+    def __init__(self, hidden_size: int, mlp_ratio: float = 4.0):
+        super().__init__()
+        self.up = nn.Linear(hidden_size, int(hidden_size * mlp_ratio))
+        self.down = nn.Linear(int(hidden_size * mlp_ratio), hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() and x.ndim == 2 and len(x) > SLICE_ROWS:
+            return self._in_slices(x)
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+    def _in_slices(self, x: Tensor) -> Tensor:
+        """The same without a gradient, `SLICE_ROWS` tokens at a time, written where they stay."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        weight, bias = self.down.weight.to(dtype), self.down.bias.to(dtype)
+        out = x.new_empty(len(x), len(weight), dtype=dtype)
+        for rows, result in zip(x.split(SLICE_ROWS), out.split(SLICE_ROWS), strict=True):
+            hidden = torch.ops.aten.gelu_(self.up(rows), approximate="tanh")
+            torch.addmm(bias, hidden, weight.t(), out=result)
+        return out
+
+
+def time_frequencies(t: Tensor) -> Tensor:
+    """[cos(1000 t f_i) | sin(1000 t f_i)], f_i = 10000^(-i/128): t (B,) in [0, 1] -> (B, 256) float32."""
+    exponent = torch.arange(NUM_FREQUENCIES, dtype=torch.float32, device=t.device) / NUM_FREQUENCIES
+    angles = (1000.0 * t).float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedder(nn.Module):
+    """t (B,) in [0, 1], 1 = noise -> (B, C)."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * NUM_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(time_frequencies(t).to(self.mlp[0].weight.dtype))
+
+
+class Modulation(nn.Module):
+    """The six adaptive parameters of a block: shift, scale and gate of its attention, then of its feed-forward.
+
+    With `shared` the model owns one projection for all blocks (`modulation_projection`) and each block learns an
+    offset to it; otherwise every block projects the time embedding itself.
+    """
+
+    def __init__(self, hidden_size: int, shared: bool):
+        super().__init__()
+        if shared:
+            self.offset = nn.Parameter(torch.zeros(6 * hidden_size))
+        else:
+            self.projection = modulation_projection(hidden_size)
+        self.shared = shared
+
+    def forward(self, embedding: Tensor) -> tuple[Tensor, ...]:
+        """embedding: the time embedding (B, C) or, when shared, its projection (B, 6 C). Returns six (B, C)."""
+        parameters = embedding + self.offset if self.shared else self.projection(embedding)
+        return parameters.chunk(6, dim=-1)
+
+
+def modulation_projection(hidden_size: int) -> nn.Sequential:
+    """SiLU and a zero-initialised Linear C -> 6 C: at the start of training every block is the identity."""
+    projection = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+    nn.init.zeros_(projection[1].weight)
+    nn.init.zeros_(projection[1].bias)
+    return projection
+
+
+def initialize_linear(module: nn.Module) -> None:
+    """For `Module.apply` on networks trained from scratch: Xavier-uniform weights and zero biases."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def zero_linear(linear: nn.Linear) -> None:
+    """Zero weights and bias: the layer begins by saying nothing."""
+    nn.init.zeros_(linear.weight)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)

@@ -1,0 +1,114 @@
+"""A triangle mesh, its normals, its connected parts, and fewer faces for it.
+
+Sizes:
+    V  vertices     F  faces
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .manifold_mesh import separate_sheets
+from .numba_kernel import kernel
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A triangle mesh.
+
+    Attributes:
+        vertices: (V,3) float32 in [-1,1]^3.
+        faces: (F,3) int64, counter-clockwise seen from outside.
+        normals: (V,3) float32, unit length, outward.
+    """
+
+    vertices: np.ndarray
+    faces: np.ndarray
+    normals: np.ndarray
+
+
+def area_weighted_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Unit normals (V,3) float32 of vertices (V,3), the mean of their faces' by area; (0,0,1) where that is zero."""
+    normals = np.zeros((len(vertices), 3))
+    add_face_normals(vertices, faces, normals)
+    lengths = np.linalg.norm(normals, axis=1)
+    normals[lengths == 0.0] = (0.0, 0.0, 1.0)
+    lengths[lengths == 0.0] = 1.0
+    return (normals / lengths[:, None]).astype(np.float32)
+
+
+@kernel
+def add_face_normals(vertices, faces, normals):
+    """Add twice the area vector of each face to its three rows of normals (V,3)."""
+    for f in range(faces.shape[0]):
+        a, b, c = vertices[faces[f, 0]], vertices[faces[f, 1]], vertices[faces[f, 2]]
+        ux, uy, uz = float(b[0]) - a[0], float(b[1]) - a[1], float(b[2]) - a[2]
+        vx, vy, vz = float(c[0]) - a[0], float(c[1]) - a[1], float(c[2]) - a[2]
+        for corner in range(3):
+            normals[faces[f, corner], 0] += uy * vz - uz * vy
+            normals[faces[f, corner], 1] += uz * vx - ux * vz
+            normals[faces[f, corner], 2] += ux * vy - uy * vx
+
+
+@kernel
+def label_parts(faces, parent):
+    """Turn parent (V,), each vertex its own, into the first vertex of its connected part."""
+    for f in range(faces.shape[0]):
+        a = faces[f, 0]
+        while parent[a] != a:
+            parent[a] = parent[parent[a]]
+            a = parent[a]
+        for corner in range(1, 3):
+            b = faces[f, corner]
+            while parent[b] != b:
+                parent[b] = parent[parent[b]]
+                b = parent[b]
+            a, b = min(a, b), max(a, b)
+            parent[b] = a
+    for v in range(parent.size):
+        parent[v] = parent[parent[v]]  # parents come first, so theirs are final
+
+
+def drop_parts(mesh: Mesh, min_component: float = 0.0, keep_largest: bool = False) -> Mesh:
+    """Without the connected parts that are too small; `sdf_to_mesh` explains the arguments."""
+    part = np.arange(len(mesh.vertices))
+    label_parts(mesh.faces, part)
+    if (part == part[0]).all() and min_component <= len(mesh.faces):
+        return mesh  # one part
+    part_of_face = part[mesh.faces[:, 0]]
+    sizes = np.bincount(part_of_face, minlength=len(part))  # faces, at each part's first vertex
+    largest = int(sizes.argmax())
+    if keep_largest:
+        kept = np.arange(len(part)) == largest
+    else:
+        kept = sizes >= (min_component * sizes[largest] if min_component < 1.0 else min_component)
+    kept_vertices = kept[part]
+    if not kept_vertices.any():
+        raise ValueError(f"expected min_component of at most the largest part, {sizes[largest]}, got {min_component}")
+    renumbered = np.cumsum(kept_vertices) - 1
+    faces = renumbered[mesh.faces[kept[part_of_face]]]
+    return Mesh(mesh.vertices[kept_vertices], faces, mesh.normals[kept_vertices])
+
+
+def decimate(mesh: Mesh, target_faces: int) -> Mesh:
+    """Simplify to about `target_faces` faces by quadric errors; a mesh that has no more is returned as it is.
+
+    A closed mesh stays closed. A mesh of many handles may keep more faces than asked for: each handle needs some.
+
+    Raises:
+        ValueError: fewer than 4 faces asked for.
+        ImportError: fast-simplification is not installed.
+    """
+    if target_faces < 4:
+        raise ValueError(f"expected target_faces of at least 4, got {target_faces}")
+    if len(mesh.faces) <= target_faces:
+        return mesh
+    try:
+        import fast_simplification  # not needed to make a mesh
+    except ImportError as error:
+        raise ImportError("decimate needs fast-simplification: pip install fast-simplification") from error
+    vertices, faces = fast_simplification.simplify(
+        mesh.vertices, mesh.faces.astype(np.int32), target_count=target_faces
+    )
+    vertices, faces = separate_sheets(vertices, faces)
+    return Mesh(vertices, faces, area_weighted_normals(vertices, faces))

@@ -1,0 +1,130 @@
+"""Truncated signed distance on 8^3 blocks -> one closed triangle mesh.
+
+What the outside reaches through positive voxels and through blocks that are not stored is outside, everything else is
+solid: no inner shell can arise, whatever a network puts inside. The surface is a closed, oriented manifold by
+construction (`marching_cubes_table`).
+
+Sizes:
+    R  voxels per edge of the cube [-1,1]^3     B  blocks     V  vertices     F  faces
+"""
+
+import numpy as np
+
+from .fill import fill_from_outside
+from .flood_fill import pack_bits
+from .gap_closing import border_of_solid, enclosed_solid_blocks
+from .marching_cubes import count_surface, make_faces, make_vertices
+from .marching_cubes_table import marching_cubes_table
+from .mesh import Mesh, area_weighted_normals, drop_parts
+from .numba_kernel import for_ranges
+
+# options for values that a network decoded: it may leave gaps in a surface and crumbs beside it
+DECODED = {"close_gaps": True, "min_component": 0.05}
+
+
+def sdf_to_mesh(
+    block_coords: np.ndarray,
+    values: np.ndarray,
+    resolution: int,
+    level: float = 0.0,
+    outer_only: bool = True,
+    min_component: float = 0.0,
+    keep_largest: bool = False,
+    close_gaps: bool = False,
+    threads: int | None = None,
+) -> Mesh:
+    """The surface where `values` cross `level`, closed at the border of the grid and wherever blocks are missing.
+
+    Args:
+        block_coords: (B,3) integers in [0, R/8), each block once, in any order.
+        values: (B,8,8,8) floats, [x,y,z], negative inside; voxel i lies at (i + 1/2) / R * 2 - 1.
+        resolution: R, a multiple of 8.
+        level: in (-1,1).
+        outer_only: make solid what the outside does not reach. Otherwise cavities keep their surface.
+        min_component: connected parts with fewer faces than this are dropped; below 1, a share of the largest part's.
+        keep_largest: drop all parts but the one with the most faces.
+        close_gaps: before the fill, make solid the missing blocks that `gap_closing` judges to be inside: for values
+            from a network, which may have left blocks out of the surface.
+        threads: how many share the work. Default: all cores. The result does not depend on it.
+
+    Raises:
+        ValueError: shapes, coordinates or a resolution that do not fit together, values that are not finite, blocks
+            given twice, or no surface at this level.
+    """
+    block_coords, values = _checked_blocks(block_coords, values, resolution)
+    if not -1.0 < level < 1.0:
+        raise ValueError(f"expected a level in (-1, 1), got {level}")
+    if not min_component >= 0.0:
+        raise ValueError(f"expected min_component >= 0, got {min_component}")
+    grid = resolution // 8
+    solid = np.zeros((0, 3), np.int64)
+    if close_gaps:
+        solid = enclosed_solid_blocks(
+            block_coords, lambda axis, layer: (values.take(layer, axis=axis + 1) - level).sum((1, 2)), grid
+        )
+    rows, outside, empty = fill_from_outside(block_coords, pack_bits(values >= level), grid, outer_only, solid)
+
+    owners = owners_of(np.concatenate([block_coords, border_of_solid(block_coords, solid, grid)]), grid)
+    crossed, ranks = np.empty((len(owners), 24), np.uint64), np.empty((len(owners), 24), np.int16)
+    sizes = np.empty((len(owners), 2), np.int64)
+    table, counts = marching_cubes_table()
+    signs = (grid, rows, outside, empty)
+    for_ranges(count_surface, len(owners), threads, owners, *signs, counts, crossed, ranks, sizes)
+    used = sizes.any(1)
+    owners, crossed, ranks = owners[used], crossed[used], ranks[used]
+    first, first_face = np.concatenate([np.zeros((1, 2), np.int64), sizes[used].cumsum(0)]).T.copy()
+    if not first_face[-1]:
+        raise ValueError(f"expected values on both sides of {level}, got {values.min():.3g} to {values.max():.3g}")
+
+    vertices, normals = np.empty((first[-1], 3), np.float32), np.empty((first[-1], 3), np.float32)
+    for_ranges(
+        make_vertices, len(owners), threads, owners, first, crossed, *signs, values, float(level), vertices, normals
+    )
+    owner_rows = np.full((grid + 1) ** 3, -1, np.int32)
+    owner_rows[owners] = np.arange(len(owners), dtype=np.int32)
+    numbering = (owner_rows, first, first_face, crossed, ranks)
+    faces = np.empty((first_face[-1], 3), np.int64)
+    for_ranges(make_faces, len(owners), threads, owners, *numbering, *signs, table, counts, faces)
+    return finish_mesh(vertices, faces, normals, min_component, keep_largest)
+
+
+def finish_mesh(
+    vertices: np.ndarray, faces: np.ndarray, gradients: np.ndarray, min_component: float, keep_largest: bool
+) -> Mesh:
+    """Gradients (V,3) become normals, in place, and small parts go."""
+    lengths = np.linalg.norm(gradients, axis=1)
+    degenerate = lengths < 1e-6
+    if degenerate.any():
+        gradients[degenerate] = area_weighted_normals(vertices, faces)[degenerate]
+        lengths[degenerate] = 1.0
+    gradients /= lengths[:, None]
+    mesh = Mesh(vertices, faces, gradients)
+    return drop_parts(mesh, min_component, keep_largest) if min_component > 0.0 or keep_largest else mesh
+
+
+def owners_of(block_coords: np.ndarray, grid: int) -> np.ndarray:
+    """Blocks that own a cube or an edge with an end in `block_coords`, ascending flat ids on the grid -1..G-1."""
+    side = grid + 1
+    flat = (block_coords[:, 0] * side + block_coords[:, 1]) * side + block_coords[:, 2]
+    marked = np.zeros(side**3, bool)
+    for step in range(8):  # an owner is the block itself or one below it; counting from -1 adds one
+        marked[flat + ((step >> 2) * side + (step >> 1 & 1)) * side + (step & 1)] = True
+    return np.flatnonzero(marked)
+
+
+def _checked_blocks(block_coords: np.ndarray, values: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray]:
+    if resolution < 8 or resolution % 8 or resolution > 2048:
+        raise ValueError(f"expected a resolution that is a multiple of 8 up to 2048, got {resolution}")
+    block_coords, values = np.asarray(block_coords), np.asarray(values)
+    if block_coords.ndim != 2 or block_coords.shape[1] != 3 or not len(block_coords):
+        raise ValueError(f"expected block_coords (B, 3) with B > 0, got {block_coords.shape}")
+    if values.shape != (len(block_coords), 8, 8, 8):
+        raise ValueError(f"expected values ({len(block_coords)}, 8, 8, 8), got {values.shape}")
+    if block_coords.min() < 0 or block_coords.max() >= resolution // 8:
+        raise ValueError(
+            f"expected block_coords in [0, {resolution // 8}), got {block_coords.min()} to {block_coords.max()}"
+        )
+    values = np.ascontiguousarray(values, np.float32)
+    if not (np.isfinite(values.min()) and np.isfinite(values.max())):
+        raise ValueError("expected finite values, got some that are not")
+    return block_coords.astype(np.int64), values

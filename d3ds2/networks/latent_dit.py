@@ -1,0 +1,176 @@
+"""The latent diffusion transformer: noisy latents on a sparse grid, time and image tokens -> velocity.
+
+Sizes named in this file:
+    N  latent voxels (tokens), all samples packed      C  hidden size      B  samples
+    L  image tokens, all samples packed
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..geometry.voxels import BLOCK, Voxels, absolute_position_embedding
+from ..kernels.modulation import gated_sum
+from ..layers.attention import CrossAttention
+from ..layers.spatial_sparse_attention import SpatialSparseAttention
+from ..layers.transformer import (
+    FeedForward,
+    LayerNorm32,
+    ModulatedNorm,
+    Modulation,
+    TimestepEmbedder,
+    initialize_linear,
+    modulation_projection,
+    zero_linear,
+)
+from .image_encoder import ImageTokens
+
+
+@dataclass(frozen=True)
+class LatentDiTConfig:
+    """Defaults are the paper's (sizes of the released models, m_cmp 4, convolutional compression, top-k 8)."""
+
+    latent_channels: int = 16
+    hidden_size: int = 1024
+    depth: int = 24
+    num_heads: int = 32
+    num_kv_heads: int = 2
+    mlp_ratio: float = 4.0
+    context_size: int = 1024
+    compression_block: int = 4
+    pooled_conv: bool = True
+    selection_block: int = 8
+    top_k: int = 8
+    window: int = 8
+    sparse_context: bool = True
+    position_factor: float = 1.0
+    share_modulation: bool = False
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"expected num_kv_heads dividing num_heads dividing hidden_size, got {self.num_kv_heads}, "
+                f"{self.num_heads}, {self.hidden_size}"
+            )
+        if self.selection_block != BLOCK:
+            raise ValueError(f"expected a selection_block of {BLOCK}, got {self.selection_block}")
+        if self.compression_block < 1 or BLOCK % self.compression_block:
+            raise ValueError(f"expected a compression_block that divides {BLOCK}, got {self.compression_block}")
+        if min(self.latent_channels, self.depth, self.context_size, self.top_k, self.window) < 1:
+            raise ValueError(
+                "expected latent_channels, depth, context_size, top_k and window of at least 1, got "
+                f"{self.latent_channels}, {self.depth}, {self.context_size}, {self.top_k}, {self.window}"
+            )
+
+
+class LatentBlock(nn.Module):
+    """Spatial sparse attention, cross attention to the image, feed-forward."""
+
+    def __init__(self, config: LatentDiTConfig, shift: int):
+        super().__init__()
+        C = config.hidden_size
+        self.modulation = Modulation(C, config.share_modulation)
+        self.norm1 = ModulatedNorm(C)
+        self.self_attention = SpatialSparseAttention(
+            C,
+            config.num_heads,
+            config.num_kv_heads,
+            config.compression_block,
+            config.pooled_conv,
+            config.top_k,
+            config.window,
+            shift,
+        )
+        self.norm2 = LayerNorm32(C, affine=True)
+        self.cross_attention = CrossAttention(C, C if config.sparse_context else config.context_size, config.num_heads)
+        self.norm3 = ModulatedNorm(C)
+        self.feed_forward = FeedForward(C, config.mlp_ratio)
+
+    def forward(
+        self, h: Tensor, embedding: Tensor, voxels: Voxels, context: Tensor, context_cu: Tensor, context_lengths: list
+    ) -> Tensor:
+        """h (N, C), embedding (B, C) or, with a shared modulation, (B, 6 C), context (L, ·) -> (N, C)."""
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(embedding)
+        attended = self.self_attention(self.norm1(h, shift_1, scale_1, voxels), voxels)
+        h = gated_sum(h, gate_1, attended, voxels)
+        h = h + self.cross_attention(
+            self.norm2(h), context, voxels.cu_seqlens, context_cu, voxels.counts, context_lengths
+        )
+        forwarded = self.feed_forward(self.norm3(h, shift_2, scale_2, voxels))
+        return gated_sum(h, gate_2, forwarded, voxels)
+
+
+class LatentDiT(nn.Module):
+    """Velocity of the rectified flow on the latents of a sparse structure.
+
+    `gradient_checkpointing = True` recomputes every block in the backward pass.
+    """
+
+    def __init__(self, config: LatentDiTConfig):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        C = config.hidden_size
+        self.time_embedder = TimestepEmbedder(C)
+        self.shared_modulation = modulation_projection(C) if config.share_modulation else nn.Identity()
+        self.input_layer = nn.Linear(config.latent_channels, C)
+        self.context_layer = nn.Linear(config.context_size, C) if config.sparse_context else nn.Identity()
+        shifts = [0 if i % 2 == 0 else config.window // 2 for i in range(config.depth)]
+        self.blocks = nn.ModuleList(LatentBlock(config, shift) for shift in shifts)
+        self.norm_out = LayerNorm32(C, eps=1e-5)
+        self.output_layer = nn.Linear(C, config.latent_channels)
+        self.initialize()
+
+    def initialize(self) -> None:
+        """For training from scratch: every block starts as the identity, the velocity as zero."""
+        self.apply(initialize_linear)
+        for block in self.blocks:
+            zero_linear(block.self_attention.gate)  # all three branches at one half
+            zero_linear(block.cross_attention.to_out)
+            if not self.config.share_modulation:
+                zero_linear(block.modulation.projection[1])
+        if self.config.share_modulation:
+            zero_linear(self.shared_modulation[1])
+        zero_linear(self.output_layer)
+
+    def forward(self, x_t: Tensor, t: Tensor, voxels: Voxels, image_tokens: ImageTokens) -> Tensor:
+        """Velocity at x_t.
+
+        Args:
+            x_t: noisy latents (N, latent_channels), rows of `voxels`.
+            t: time of each sample, (B,) in [0, 1], 1 is noise.
+            voxels: the structure, B samples.
+            image_tokens: conditioning of the B samples; with `sparse_context` only its foreground.
+
+        Returns:
+            (N, latent_channels), in the dtype of the parameters (or of autocast).
+
+        Raises:
+            ValueError: for inputs that do not fit together.
+        """
+        if x_t.shape != (len(voxels), self.config.latent_channels):
+            raise ValueError(
+                f"expected x_t ({len(voxels)}, {self.config.latent_channels}), the voxels' latents, "
+                f"got {tuple(x_t.shape)}"
+            )
+        if t.shape != (voxels.batch_size,) or image_tokens.batch_size != voxels.batch_size:
+            raise ValueError(
+                f"expected t and image tokens of {voxels.batch_size} samples, got t {tuple(t.shape)} and "
+                f"{image_tokens.batch_size}"
+            )
+        C, dtype = self.config.hidden_size, self.input_layer.weight.dtype
+        position = voxels.position_embedding(C, self.config.position_factor, dtype)
+        h = self.input_layer(x_t.to(dtype)) + position  # (N, C)
+        context = self.context_layer(image_tokens.features.to(dtype))  # (L, C or context_size)
+        if self.config.sparse_context:
+            context = context + absolute_position_embedding(image_tokens.coords[:, 1:], C).to(dtype)  # eq. 9
+        embedding = self.shared_modulation(self.time_embedder(t))
+        arguments = embedding, voxels, context, image_tokens.cu_seqlens, image_tokens.counts
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, *arguments, use_reentrant=False)
+            else:
+                h = block(h, *arguments)
+        return self.output_layer(self.norm_out(h))

@@ -1,0 +1,313 @@
+"""The two refiners of the released models: dense U-Nets on patches of the decoded SDF volume.
+
+`Refiner` gives new distances for every voxel of a patch, from the decoder's distances and features. `SignRefiner` says
+only whether a voxel is outside (+1) or inside (-1). Both have the same U-Net; `refined_blocks.py` runs them over a
+volume.
+
+Sizes named in this file:
+    B  patches      P  voxels along the edge of a patch      C  channels      D  channels of the decoder's features
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels.devices import HAS_TRITON
+
+GROUPS = 4  # of every group norm
+KERNEL = 27  # weights of an adaptive convolution at each voxel
+ADAPTIVE_STEPS = 3  # times that it is applied
+SLAB_BYTES = 64 << 20  # of a convolution's input and output at a time, without gradients: cuDNN copies what it is given
+
+
+@dataclass(frozen=True)
+class RefinerConfig:
+    """Sizes of a refiner; the defaults are those of the released 512³ one.
+
+    `widths` are the channels of the levels, each at half the resolution of the one before. A level has `layers`
+    residual blocks on the way down and one more on the way up, the middle `middle_layers` + 1. `patch_size` P is what
+    the network was trained on: its norms average over a patch. Raises ValueError for sizes that do not fit together.
+    """
+
+    widths: tuple[int, ...] = (8, 32, 128, 512)
+    layers: int = 2
+    middle_layers: int = 2
+    patch_size: int = 192
+    feature_channels: int = 32
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(self.widths))  # JSON holds lists
+        if not self.widths or any(width % GROUPS for width in self.widths):
+            raise ValueError(f"expected widths divisible by {GROUPS}, at least one, got {self.widths}")
+        if min(self.layers, self.patch_size, self.feature_channels) < 1 or self.middle_layers < 0:
+            raise ValueError(f"expected positive layers, patch_size and feature_channels, got {self}")
+        if self.patch_size % 2 ** (len(self.widths) - 1):
+            raise ValueError(f"expected a patch_size that halves {len(self.widths) - 1} times, got {self.patch_size}")
+
+
+@dataclass(frozen=True)
+class SignRefinerConfig(RefinerConfig):
+    """Sizes of a sign refiner; the defaults are those of the released 1024³ one. It reads no features."""
+
+    patch_size: int = 256
+
+
+class ResBlock(nn.Module):
+    """Two normed convolutions beside a skip: (B, in_channels, P, P, P) -> (B, out_channels, P, P, P)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(GROUPS, in_channels)
+        self.conv1 = nn.Conv3d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(GROUPS, out_channels)
+        self.conv2 = nn.Conv3d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv3d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut(x) + self.residual(_norm_silu(x, self.norm1))
+
+    def residual(self, normed: Tensor) -> Tensor:
+        return self.finish(_conv(normed, self.conv1))
+
+    def finish(self, h: Tensor) -> Tensor:
+        """What follows the first convolution; overwrites h."""
+        return _conv(_norm_silu(h, self.norm2, overwrite=True), self.conv2)
+
+    def forward_cat(self, h: Tensor, skip: Tensor, upsample: nn.ConvTranspose3d | None) -> Tensor:
+        """`forward` of the upsampled h and of skip side by side.
+
+        Both together would be the largest thing here. Without a gradient they are made one group of the norm at a time,
+        and the convolutions are sums over the groups.
+        """
+        if torch.is_grad_enabled():
+            return self(torch.cat([h if upsample is None else upsample(h), skip], dim=1))
+        size = self.norm1.num_channels // GROUPS
+        hidden = shortcut = None
+        for first in range(0, self.norm1.num_channels, size):
+            some = slice(first, first + size)
+            x = _channels(h, skip, upsample, first, first + size)
+            shortcut = _conv(x, self.shortcut, some, shortcut)
+            x = F.group_norm(x, 1, self.norm1.weight[some], self.norm1.bias[some], self.norm1.eps)
+            hidden = _conv(F.silu(x, inplace=True), self.conv1, some, hidden)
+            del x
+        return self.finish(hidden).add_(shortcut)
+
+
+class UNet(nn.Module):
+    """(B, in_channels, P, P, P) -> (B, widths[0], P, P, P)."""
+
+    def __init__(self, in_channels: int, config: RefinerConfig):
+        super().__init__()
+        widths, layers = config.widths, config.layers
+        levels = range(len(widths))
+        self.input_conv = nn.Conv3d(in_channels, widths[0], 3, padding=1)
+        skips, width = [widths[0]], widths[0]
+        self.down_blocks, self.downsamples = nn.ModuleList(), nn.ModuleList()
+        for level in levels:
+            blocks = [ResBlock(width if i == 0 else widths[level], widths[level]) for i in range(layers)]
+            self.down_blocks.append(nn.ModuleList(blocks))
+            width = widths[level]
+            skips += [width] * layers
+            if level < levels[-1]:
+                self.downsamples.append(nn.Conv3d(width, width, 2, stride=2))
+                skips.append(width)
+        self.middle_blocks = nn.ModuleList(ResBlock(width, width) for _ in range(config.middle_layers + 1))
+        self.up_blocks, self.upsamples = nn.ModuleList(), nn.ModuleList()
+        for level in reversed(levels):
+            blocks = []
+            for _ in range(layers + 1):
+                blocks.append(ResBlock(width + skips.pop(), widths[level]))
+                width = widths[level]
+            self.up_blocks.append(nn.ModuleList(blocks))
+            if level > 0:
+                self.upsamples.append(nn.ConvTranspose3d(width, width, 2, stride=2))
+        self.out_norm = nn.GroupNorm(GROUPS, widths[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = _conv(x, self.input_conv)
+        skips = [h]
+        for level, blocks in enumerate(self.down_blocks):
+            for block in blocks:
+                h = block(h)
+                skips.append(h)
+            if level < len(self.downsamples):
+                h = self.downsamples[level](h)
+                skips.append(h)
+        for block in self.middle_blocks:
+            h = block(h)
+        upsample = None
+        for blocks, after in zip(self.up_blocks, [*self.upsamples, None], strict=True):
+            for block in blocks:
+                h = block.forward_cat(h, skips.pop(), upsample)
+                upsample = None
+            upsample = after
+        return _norm_silu(h, self.out_norm, overwrite=True)
+
+
+class AdaptiveConv(nn.Module):
+    """A 3³ convolution with weights of its own at each voxel, the same for all channels, applied three times.
+
+    The weights (B, 27, P, P, P), x slowest, follow from `guide` (B, C, P, P, P); their absolute values sum to one.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.hidden_conv = nn.Conv3d(channels, channels, 3, padding=1)
+        self.weight_conv = nn.Conv3d(channels, KERNEL, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor, guide: Tensor) -> Tensor:
+        weights = _conv(F.relu(_conv(guide, self.hidden_conv)), self.weight_conv)
+        weights = F.normalize(weights, p=1.0, dim=1)  # (B, 27, P, P, P)
+        X, Y, Z = x.shape[2:]
+        for _ in range(ADAPTIVE_STEPS):
+            padded = F.pad(x, (1,) * 6)
+            x = torch.zeros_like(x)
+            for k in range(KERNEL):
+                i, j, l = k // 9, k // 3 % 3, k % 3  # noqa: E741
+                x = torch.addcmul(x, weights[:, k : k + 1], padded[:, :, i : i + X, j : j + Y, l : l + Z])
+        return x
+
+
+class Refiner(nn.Module):
+    """Better distances from the decoder's: the released `Voxel_RefinerXL`."""
+
+    def __init__(self, config: RefinerConfig):
+        super().__init__()
+        self.config = config
+        C, D = config.widths[0], config.feature_channels
+        self.input_conv = nn.Conv3d(1, C, 3, padding=1)
+        layers = [layer for _ in range(3) for layer in (nn.Linear(D, D), nn.ReLU())]
+        self.feature_mlp = nn.Sequential(*layers, nn.Linear(D, C))
+        self.unet = UNet(2 * C, config)
+        self.adaptive1 = AdaptiveConv(C)
+        self.middle_conv = nn.Conv3d(C, C, 3, padding=1)
+        self.adaptive2 = AdaptiveConv(C)
+        self.output_conv = nn.Conv3d(C, 1, 3, padding=1)
+        self.adaptive3 = AdaptiveConv(C)
+
+    def forward(self, sdf: Tensor, embedded: Tensor) -> Tensor:
+        """Refine patches.
+
+        Args:
+            sdf: (B, 1, P, P, P) distances over the band, 1 where nothing was decoded.
+            embedded: (B, C, P, P, P) features of `embed_features`, those of zero where nothing was decoded.
+
+        Returns:
+            (B, 1, P, P, P) in (-1, 1), negative inside.
+        """
+        if _by_rows(sdf):
+            return _volumes(sdf, embedded, run=self._forward_rows)
+        h = self.unet(torch.cat([_conv(sdf, self.input_conv), embedded], dim=1))
+        h = self.adaptive1(h, h)
+        h = _conv(h, self.middle_conv)
+        h = self.adaptive2(h, h)
+        return self.adaptive3(self.output_conv(h), h).tanh()
+
+    def _forward_rows(self, size: tuple[int, int, int], sdf: Tensor, embedded: Tensor) -> Tensor:
+        """`forward` of one patch: (V, 1) and (V, C) -> (V, 1)."""
+        from .refiner_rows import adaptive_rows, conv_rows, unet_rows
+
+        h = unet_rows(self.unet, conv_rows(sdf, size, self.input_conv), embedded, size)
+        h = adaptive_rows(self.adaptive1, h, h, size, ADAPTIVE_STEPS)
+        h = conv_rows(h, size, self.middle_conv)
+        h = adaptive_rows(self.adaptive2, h, h, size, ADAPTIVE_STEPS)
+        return adaptive_rows(self.adaptive3, conv_rows(h, size, self.output_conv), h, size, ADAPTIVE_STEPS).tanh_()
+
+    def embed_features(self, features: Tensor) -> Tensor:
+        """The decoder's features of single voxels, (N, D) -> (N, C). What a voxel without any has is that of zeros."""
+        return self.feature_mlp(features)
+
+
+class SignRefiner(nn.Module):
+    """Outside or inside, from the decoder's distances: the released `Voxel_RefinerXL_sign`."""
+
+    def __init__(self, config: SignRefinerConfig):
+        super().__init__()
+        self.config = config
+        C = config.widths[0]
+        self.input_conv = nn.Conv3d(1, C, 3, padding=1)
+        self.unet = UNet(C, config)
+        self.output_conv = nn.Conv3d(C, 1, 3, padding=1)
+
+    def forward(self, sdf: Tensor) -> Tensor:
+        """Logits (B, 1, P, P, P), outside where they are at least 0; `sdf` as `Refiner` reads it."""
+        if _by_rows(sdf):
+            return _volumes(sdf, run=self._forward_rows)
+        return self.output_conv(self.unet(_conv(sdf, self.input_conv)))
+
+    def _forward_rows(self, size: tuple[int, int, int], sdf: Tensor) -> Tensor:
+        """`forward` of one patch: (V, 1) -> (V, 1)."""
+        from .refiner_rows import conv_rows, unet_rows
+
+        return conv_rows(
+            unet_rows(self.unet, conv_rows(sdf, size, self.input_conv), None, size), size, self.output_conv
+        )
+
+
+def _by_rows(x: Tensor) -> bool:
+    """Whether Triton does the work: on a GPU without a gradient."""
+    return x.is_cuda and HAS_TRITON and not torch.is_grad_enabled()
+
+
+def _volumes(*volumes: Tensor, run: Callable) -> Tensor:
+    """run(size, rows of each volume (V, C)) for each patch of volumes (B, C, X, Y, Z) -> (B, 1, X, Y, Z)."""
+    size = tuple(volumes[0].shape[2:])
+    patches = zip(*volumes, strict=True)
+    made = [run(size, *(x.flatten(1).t().contiguous() for x in patch)).view(1, *size) for patch in patches]
+    return torch.stack(made)
+
+
+def _norm_silu(x: Tensor, norm: nn.GroupNorm, overwrite: bool = False) -> Tensor:
+    """SiLU of the normed x; without a gradient and with leave to overwrite x, in its memory, a group at a time."""
+    if torch.is_grad_enabled() or not overwrite:
+        return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+    parts = (tensor.chunk(norm.num_groups, dim) for tensor, dim in ((x, 1), (norm.weight, 0), (norm.bias, 0)))
+    for group, weight, bias in zip(*parts, strict=True):
+        group.copy_(F.silu(F.group_norm(group, 1, weight, bias, norm.eps), inplace=True))
+    return x
+
+
+def _channels(h: Tensor, skip: Tensor, upsample: nn.ConvTranspose3d | None, first: int, last: int) -> Tensor:
+    """Channels first <= c < last of the upsampled h and of skip side by side."""
+    C = h.shape[1] if upsample is None else upsample.out_channels
+    parts = []
+    if first < C:
+        some = slice(first, min(last, C))
+        if upsample is None:
+            parts.append(h[:, some])
+        else:
+            parts.append(_double(h, upsample.weight[:, some], upsample.bias[some]))
+    if last > C:
+        parts.append(skip[:, max(first - C, 0) : last - C])
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _conv(x: Tensor, conv: nn.Conv3d, some: slice = slice(None), total: Tensor | None = None) -> Tensor:
+    """A convolution of stride 1 that keeps the size, of `some` of its input channels, onto the sum `total` of others.
+
+    Without a gradient some layers of x at a time. The bias comes with the first sum.
+    """
+    weight, bias, margin = conv.weight[:, some], conv.bias if total is None else None, conv.padding[0]
+    if torch.is_grad_enabled():
+        return F.conv3d(x, weight, bias, padding=margin)
+    X, layer_bytes = x.shape[2], (x[:, :, 0].numel() // x.shape[1] * (x.shape[1] + len(weight))) * x.element_size()
+    size = max(4, SLAB_BYTES // layer_bytes)
+    if size >= X and total is None:
+        return F.conv3d(x, weight, bias, padding=margin)
+    out = x.new_zeros(len(x), len(weight), *x.shape[2:]) if total is None else total
+    for first in range(0, X, size):
+        last = min(first + size, X)
+        low, high = max(first - margin, 0), min(last + margin, X)
+        slab = F.pad(x[:, :, low:high], (0, 0, 0, 0, low - first + margin, last + margin - high))
+        out[:, :, first:last] += F.conv3d(slab, weight, bias, padding=(0, margin, margin))
+    return out
+
+
+def _double(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`conv_transpose3d` of stride 2, with weights (in, out, 2, 2, 2): every voxel makes its eight children alone."""
+    x = F.conv3d(h, weight.flatten(1).t()[:, :, None, None, None], bias.repeat_interleave(8))  # (B, 8 out, X, Y, Z)
+    x = x.unflatten(1, (-1, 2, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)

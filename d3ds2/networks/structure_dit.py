@@ -1,0 +1,143 @@
+"""The structure diffusion transformer: a dense grid of latents, time and image tokens -> velocity.
+
+Sizes named in this file:
+    B  samples      R  resolution of the grid      L  image tokens, all samples packed      C  hidden size
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..geometry.voxels import absolute_position_embedding
+from ..layers.attention import CrossAttention, SelfAttention
+from ..layers.transformer import (
+    FeedForward,
+    LayerNorm32,
+    Modulation,
+    TimestepEmbedder,
+    initialize_linear,
+    modulation_projection,
+    zero_linear,
+)
+from .image_encoder import ImageTokens
+
+
+@dataclass(frozen=True)
+class StructureDiTConfig:
+    """Defaults are those of the released models."""
+
+    resolution: int = 16
+    latent_channels: int = 8
+    hidden_size: int = 1024
+    depth: int = 24
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    context_size: int = 1024
+    qk_rms_norm: bool = True
+    share_modulation: bool = False
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"expected num_heads dividing hidden_size {self.hidden_size}, got {self.num_heads}")
+        if min(self.resolution, self.latent_channels, self.depth, self.context_size) < 1:
+            raise ValueError(
+                "expected resolution, latent_channels, depth and context_size of at least 1, got "
+                f"{self.resolution}, {self.latent_channels}, {self.depth}, {self.context_size}"
+            )
+
+
+class StructureBlock(nn.Module):
+    """Full self attention, cross attention to the image, feed-forward."""
+
+    def __init__(self, config: StructureDiTConfig):
+        super().__init__()
+        C = config.hidden_size
+        self.modulation = Modulation(C, config.share_modulation)
+        self.norm1 = LayerNorm32(C)
+        self.self_attention = SelfAttention(C, config.num_heads, config.qk_rms_norm)
+        self.norm2 = LayerNorm32(C, affine=True)
+        self.cross_attention = CrossAttention(C, config.context_size, config.num_heads)
+        self.norm3 = LayerNorm32(C)
+        self.feed_forward = FeedForward(C, config.mlp_ratio)
+
+    def forward(
+        self, h: Tensor, embedding: Tensor, cu_seqlens: Tensor, context: Tensor, context_cu: Tensor, context_lengths
+    ) -> Tensor:
+        """h (B, R³, C), embedding (B, C) or, with a shared modulation, (B, 6 C), context (L, ·) -> (B, R³, C)."""
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (m[:, None] for m in self.modulation(embedding))
+        B, lengths = len(h), [h.shape[1]] * len(h)
+        h = h + gate_1 * self.self_attention(torch.addcmul(shift_1, self.norm1(h), 1 + scale_1))
+        normed = self.norm2(h).flatten(0, 1)  # (B R³, C)
+        out = self.cross_attention(normed, context, cu_seqlens, context_cu, lengths, context_lengths)
+        h = h + out.unflatten(0, (B, -1))
+        return h + gate_2 * self.feed_forward(torch.addcmul(shift_2, self.norm3(h), 1 + scale_2))
+
+
+class StructureDiT(nn.Module):
+    """Velocity of the rectified flow on dense structure latents.
+
+    `gradient_checkpointing = True` recomputes every block in the backward pass.
+    """
+
+    def __init__(self, config: StructureDiTConfig):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        C = config.hidden_size
+        self.time_embedder = TimestepEmbedder(C)
+        self.shared_modulation = modulation_projection(C) if config.share_modulation else nn.Identity()
+        self.input_layer = nn.Linear(config.latent_channels, C)
+        steps = torch.arange(config.resolution, device="cpu")  # a buffer with values also where the rest is on "meta"
+        grid = torch.stack(torch.meshgrid(steps, steps, steps, indexing="ij"), dim=-1).flatten(0, 2)  # (R³, 3)
+        self.register_buffer("position", absolute_position_embedding(grid, C), persistent=False)
+        self.blocks = nn.ModuleList(StructureBlock(config) for _ in range(config.depth))
+        self.norm_out = LayerNorm32(C, eps=1e-5)
+        self.output_layer = nn.Linear(C, config.latent_channels)
+        self.initialize()
+
+    def initialize(self) -> None:
+        """For training from scratch: every block starts as the identity, the velocity as zero."""
+        self.apply(initialize_linear)
+        for block in self.blocks:
+            zero_linear(block.cross_attention.to_out)
+            if not self.config.share_modulation:
+                zero_linear(block.modulation.projection[1])
+        if self.config.share_modulation:
+            zero_linear(self.shared_modulation[1])
+        zero_linear(self.output_layer)
+
+    def forward(self, x_t: Tensor, t: Tensor, image_tokens: ImageTokens) -> Tensor:
+        """Velocity at x_t.
+
+        Args:
+            x_t: noisy latents (B, latent_channels, R, R, R), indexed [x, y, z].
+            t: time of each sample, (B,) in [0, 1], 1 is noise.
+            image_tokens: conditioning of the B samples.
+
+        Returns:
+            The shape of x_t, in the dtype of the parameters (or of autocast).
+
+        Raises:
+            ValueError: for inputs that do not fit together.
+        """
+        B, R = len(x_t), self.config.resolution
+        if x_t.shape[1:] != (self.config.latent_channels, R, R, R):
+            raise ValueError(f"expected x_t (B, {self.config.latent_channels}, {R}, {R}, {R}), got {tuple(x_t.shape)}")
+        if t.shape != (B,) or image_tokens.batch_size != B:
+            raise ValueError(
+                f"expected t and image tokens of {B} samples, got t {tuple(t.shape)} and {image_tokens.batch_size}"
+            )
+        dtype = self.input_layer.weight.dtype
+        h = self.input_layer(x_t.to(dtype).flatten(2).transpose(1, 2)) + self.position.to(dtype)  # (B, R³, C)
+        embedding = self.shared_modulation(self.time_embedder(t))
+        cu_seqlens = torch.arange(B + 1, dtype=torch.int32, device=x_t.device) * R**3
+        context = image_tokens.features.to(dtype)
+        arguments = embedding, cu_seqlens, context, image_tokens.cu_seqlens, image_tokens.counts
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, *arguments, use_reentrant=False)
+            else:
+                h = block(h, *arguments)
+        return self.output_layer(self.norm_out(h)).transpose(1, 2).unflatten(2, (R, R, R))

@@ -1,0 +1,60 @@
+"""Meshes -> vertices and faces in a model's box, one mesh after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+from .progress import Progress, run_cancellable
+from .samples import sample
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from ...d3ds2.meshes.mesh import Mesh
+    from ...d3ds2.meshes.mesh_to_sdf import SparseSDF
+
+Result = TypeVar("Result")
+
+
+def for_each_mesh(
+    meshes: list[Mesh], fit: bool, resolution: int, progress: Progress, make: Callable[..., Result]
+) -> Iterator[Result]:
+    """make(vertices (V, 3) in [-1, 1]³, faces (F, 3)) of each mesh, watched by the Cancel button.
+
+    Args:
+        fit: centre it and scale it to the box; otherwise it must lie there.
+        resolution: SDF voxels per edge, for the status text.
+        progress: counts the meshes.
+
+    Raises:
+        ValueError: a mesh outside the box without `fit`, with what to do.
+    """
+    from ...d3ds2.meshes.mesh_to_sdf import normalize_mesh
+
+    for index, mesh in enumerate(meshes):
+        progress.status(f"mesh {index + 1}/{len(meshes)}: {len(mesh.faces):,} faces to distances at {resolution}³")
+        with sample(index, len(meshes)):
+            vertices = normalize_mesh(mesh.vertices) if fit else mesh.vertices
+            reach = abs(vertices).max()
+            if reach > 1:
+                raise ValueError(
+                    f"the mesh reaches out of the box [-1, 1]³, to {reach:.3g}: switch fit on, or scale it."
+                )
+            yield run_cancellable(make, vertices, mesh.faces)
+        progress.update(index + 1)
+
+
+def distances(vertices: np.ndarray, faces: np.ndarray, resolution: int, shell: float) -> SparseSDF:
+    """`mesh_to_sdf`, with a band wide enough for the shell."""
+    from ...d3ds2.meshes.mesh_to_sdf import default_band, mesh_to_sdf
+
+    return mesh_to_sdf(vertices, faces, resolution, max(default_band(resolution), 1 + shell), shell)
+
+
+def with_sample(coords: np.ndarray) -> torch.Tensor:
+    """Coordinates (N, 3) -> (N, 4) int32 of sample 0."""
+    import torch
+
+    return torch.nn.functional.pad(torch.from_numpy(coords).int(), (1, 0))

@@ -1,0 +1,103 @@
+"""Core's MESH and FILE_3D sockets <-> d3ds2 meshes, in every supported version of ComfyUI.
+
+A batch of unequal meshes is padded with zeros; `vertex_counts` and `face_counts` say how much is real. Versions before
+0.21 do not know them as arguments; there they are set as attributes, which our own nodes read.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from comfy_api.latest import Types, io
+
+from .progress import run_cancellable
+
+if TYPE_CHECKING:
+    from ...d3ds2.meshes.mesh import Mesh
+
+
+FILES = ("FILE_3D", "FILE_3D_GLB", "FILE_3D_GLTF", "FILE_3D_OBJ", "FILE_3D_STL", "FILE_3D_PLY")
+
+
+def mesh_input(tooltip: str) -> io.Input:
+    """A socket for MESH, and for files such as Load 3D gives: the types by name, for not every version has them all."""
+    return io.MultiType.Input(io.Mesh.Input("mesh", tooltip=tooltip), types=[io.Custom(name) for name in FILES])
+
+
+def fit_inputs(shell_tooltip: str) -> list[io.Input]:
+    """How a mesh is put into the model's box and made solid; `fitted_meshes` does it."""
+    return [
+        io.Boolean.Input(
+            "fit",
+            default=True,
+            tooltip="Centre the mesh and scale it to the model's box. Off: it lies in [-1, 1]³ already and stays where "
+            "it is.",
+        ),
+        io.Float.Input("shell", default=0.55, min=0.5, max=4.0, step=0.05, tooltip=shell_tooltip, advanced=True),
+    ]
+
+
+def to_socket(meshes: list[Mesh]) -> Types.MESH:
+    """Meshes -> one MESH: vertices (B, V, 3) float32, faces (B, F, 3) int64, and normals where MESH takes them."""
+    known = inspect.signature(Types.MESH).parameters
+    vertices, faces = _pad([mesh.vertices for mesh in meshes]), _pad([mesh.faces for mesh in meshes])
+    extras = {"normals": _pad([mesh.normals for mesh in meshes])}
+    if len({mesh.vertices.shape + mesh.faces.shape for mesh in meshes}) > 1:
+        extras["vertex_counts"] = torch.tensor([len(mesh.vertices) for mesh in meshes])
+        extras["face_counts"] = torch.tensor([len(mesh.faces) for mesh in meshes])
+    socket = Types.MESH(vertices, faces, **{name: value for name, value in extras.items() if name in known})
+    for name, value in extras.items():
+        if name not in known:
+            setattr(socket, name, value)
+    return socket
+
+
+def from_socket(socket: Types.MESH | Types.File3D) -> list[Mesh]:
+    """The meshes of a MESH or the one of a file, with normals of their faces where none came along.
+
+    Raises:
+        ValueError: a mesh without faces, indices that point nowhere, or coordinates that are not finite; a file that
+            cannot be read.
+    """
+    from ...d3ds2.meshes.mesh import Mesh, area_weighted_normals
+    from ...d3ds2.meshes.mesh_file import read_mesh
+
+    if isinstance(socket, Types.File3D):
+        return [run_cancellable(read_mesh, socket.get_data(), f".{socket.format}")]
+    meshes = []
+    normals_given = getattr(socket, "normals", None)
+    for i in range(len(socket.vertices)):
+        vertex_count, face_count = (_count(socket, name, i) for name in ("vertex_counts", "face_counts"))
+        vertices = _copy(socket.vertices[i][:vertex_count].float())
+        faces = _copy(socket.faces[i][:face_count].long())
+        which = f"mesh {i + 1} of {len(socket.vertices)}"
+        if not len(vertices) or not len(faces):
+            raise ValueError(f"{which} is empty: it has {len(vertices)} vertices and {len(faces)} faces")
+        if faces.min() < 0 or faces.max() >= len(vertices):
+            raise ValueError(f"{which} is damaged: its faces name vertices outside of 0 to {len(vertices) - 1}")
+        if not np.isfinite(vertices).all():
+            raise ValueError(f"{which} is damaged: it has coordinates that are not finite")
+        normals = area_weighted_normals(vertices, faces)
+        if normals_given is not None and normals_given.shape == socket.vertices.shape:
+            normals = _copy(normals_given[i][:vertex_count].float())
+        meshes.append(Mesh(vertices, faces, normals))
+    return meshes
+
+
+def _copy(values: torch.Tensor) -> np.ndarray:
+    return values.detach().cpu().numpy().copy()
+
+
+def _count(socket: Types.MESH, name: str, index: int) -> int | None:
+    counts = getattr(socket, name, None)
+    return None if counts is None else int(counts[index])
+
+
+def _pad(arrays: list[np.ndarray]) -> torch.Tensor:
+    padded = torch.zeros(len(arrays), max(map(len, arrays)), 3, dtype=torch.from_numpy(arrays[0][:0]).dtype)
+    for row, array in zip(padded, arrays, strict=True):
+        row[: len(array)] = torch.from_numpy(array)
+    return padded

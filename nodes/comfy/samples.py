@@ -1,0 +1,87 @@
+"""The samples of a batch: their seeds, their pictures, and whose error it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from .pictures import to_pictures
+from .sockets import MAX_SEED, Model, Structure
+
+if TYPE_CHECKING:
+    import torch
+    from comfy_api.latest import Types
+    from PIL import Image
+
+    from ...d3ds2.geometry.voxels import Voxels
+
+
+def seed_of(seed: int, index: int) -> int:
+    """Sample `index` of a batch is what a batch of one makes of this seed."""
+    return (seed + index) & MAX_SEED
+
+
+@contextmanager
+def sample(index: int, count: int) -> Iterator[None]:
+    """Errors of the block say which of several samples they are about."""
+    try:
+        yield
+    except ValueError as error:
+        if count == 1:
+            raise
+        raise ValueError(f"sample {index + 1} of {count}: {error}") from error
+
+
+def object_pictures(images: torch.Tensor) -> list[Image.Image]:
+    """IMAGE -> RGBA pictures of the objects in it, by their alpha or by their plain background.
+
+    Raises ValueError with what to do where neither shows an object.
+    """
+    from ...d3ds2.images.foreground import ImageError, cut_out
+
+    pictures = to_pictures(images)
+    cut_outs = []
+    for index, picture in enumerate(pictures):
+        transparent = picture.mode == "RGBA" and picture.getextrema()[3][0] < 255
+        with sample(index, len(pictures)):
+            try:
+                cut_outs.append(cut_out(picture, method="alpha") if transparent else cut_out(picture, method="plain"))
+            except ImageError as error:
+                raise ValueError(f"{error}. Put the node Remove Background before this one.") from None
+    return cut_outs
+
+
+def pack_structure(parts: list[Voxels]) -> Structure:
+    """Voxels of single samples -> one structure on the CPU."""
+    from ...d3ds2.geometry.voxels import Voxels
+
+    voxels = Voxels.cat([part.to("cpu") for part in parts])
+    return Structure(voxels.coords, voxels.resolution, voxels.batch_size)
+
+
+def voxel_grid(structure: Structure) -> Types.VOXEL:
+    """Core's VOXEL, (B, R, R, R) float32 of zeros and ones, indexed [sample, z, y, x] as core's own nodes read it."""
+    import torch
+    from comfy_api.latest import Types
+
+    grid = torch.zeros(structure.batch_size, *[structure.resolution] * 3)
+    batch, x, y, z = structure.coords.long().unbind(1)
+    grid[batch, z, y, x] = 1.0
+    return Types.VOXEL(grid)
+
+
+def token_text(structure: Structure) -> str:
+    """Such as "2,134 tokens at 32³" or, of a batch, "2,134 + 980 tokens at 32³"."""
+    counts = structure.coords[:, 0].bincount(minlength=structure.batch_size).tolist()
+    return f"{' + '.join(f'{count:,}' for count in counts)} tokens at {structure.resolution}³"
+
+
+def check_structure(model: Model, structure: Structure) -> None:
+    """Raises ValueError if a structure is of none of the model's resolutions."""
+    if structure.resolution not in model.stages:
+        resolutions = " and ".join(f"{resolution}³" for resolution in model.stages)
+        raise ValueError(
+            f"wrong structure for this model: it is {structure.resolution}³, and the model {model.name!r} samples at "
+            f"{resolutions}. Make it with the same model."
+        )

@@ -1,0 +1,88 @@
+"""Latents -> SDF, in as few chunks as the memory allows -> mesh."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import comfy.model_management as mm
+
+from .memory import GB, dtype_of, load_networks
+from .progress import Progress, cancellable, check_cancelled, run_cancellable, run_networks
+from .sockets import Model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...d3ds2.geometry.sdf_blocks import SDFBlocks
+    from ...d3ds2.geometry.voxels import Voxels
+    from ...d3ds2.meshes.mesh import Mesh
+    from ...d3ds2.networks.sdf_vae import SDFVAE
+
+FREE_SHARE = 0.8  # of the free memory, for what nobody can foresee
+
+
+def decode(model: Model, latents: Tensor, voxels: Voxels, memory_budget_gb: float, progress: Progress) -> SDFBlocks:
+    """Decode one sample.
+
+    Args:
+        latents: (N, E) of `voxels`, a batch of one, on the CPU.
+        memory_budget_gb: what decoding may take on the device; 0: what is free.
+        progress: gets a text at every chunk.
+
+    Returns:
+        The distances, on the device.
+
+    Raises:
+        ValueError: a budget that is too small, with the least that would do.
+    """
+    from ...d3ds2.networks.chunked_decode import HALO, kept_bytes, latent_bytes
+
+    name, N = model.stages[voxels.resolution].sdf_vae, len(voxels)
+    vae = model.network(name)
+    size, dtype = vae.config.hidden_size, dtype_of(vae)
+    kept, each = kept_bytes(size, N, dtype), 2 * latent_bytes(size, dtype)
+    whole, least = kept + each * N, kept + each * min(N, (2 * HALO + 1) ** 3)
+    if memory_budget_gb and memory_budget_gb * GB < least:
+        raise ValueError(
+            f"memory_budget_gb {memory_budget_gb:g} is too small: decoding {N:,} tokens needs at least "
+            f"{least / GB:.2f} GB. Raise it, or set it to 0 for what is free."
+        )
+    what = f"decoding {N:,} tokens"
+    load_networks(model, (name,), least, what, "use a model of lower resolution")
+    budget = int(memory_budget_gb * GB)
+    if not budget:
+        mm.load_models_gpu([model.patchers[name]], memory_required=whole, force_full_load=True)
+        budget = max(least, min(whole, int(FREE_SHARE * mm.get_free_memory(mm.get_torch_device()))))
+    progress.status(what)
+    try:
+        return _decode(vae, latents, voxels, budget, progress)
+    except mm.OOM_EXCEPTION:  # others may use the card too: once more, in chunks of half the size
+        mm.soft_empty_cache()
+    return _decode(vae, latents, voxels, max(least, budget // 2), progress)
+
+
+def extract(model: Model, blocks: SDFBlocks, *options) -> tuple[list[Mesh], SDFBlocks]:
+    """The meshes of blocks, made where the blocks are if that has the memory, and the blocks on the CPU.
+
+    `options` and errors as `Pipeline.blocks_to_meshes`.
+    """
+    from ...d3ds2.geometry.sdf_blocks import SDFBlocks
+
+    on_cpu = SDFBlocks(blocks.coords.cpu(), blocks.values.cpu(), blocks.resolution, blocks.batch_size)
+    try:
+        return run_cancellable(model.pipeline.blocks_to_meshes, blocks, *options), on_cpu
+    except mm.OOM_EXCEPTION:
+        return run_cancellable(model.pipeline.blocks_to_meshes, on_cpu, *options), on_cpu
+
+
+def _decode(vae: SDFVAE, latents: Tensor, voxels: Voxels, budget: int, progress: Progress) -> SDFBlocks:
+    from ...d3ds2.networks.chunked_decode import decode_in_chunks
+
+    def on_chunk(done: int, count: int) -> None:
+        check_cancelled()
+        progress.status(f"decoding: {done:,} of {count:,} tokens")
+
+    device = mm.get_torch_device()
+    arguments = vae, latents.to(device), voxels.to(device), budget, None, on_chunk
+    with cancellable(vae):
+        return run_networks(device, decode_in_chunks, *arguments)

@@ -1,0 +1,261 @@
+"""Layer norm with modulation and the gated residual: kernels against their definitions, outputs and gradients."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from d3ds2.kernels.devices import HAS_TRITON
+from d3ds2.kernels.modulation import (
+    affine_norm,
+    affine_norm_reference,
+    gated_sum,
+    gated_sum_reference,
+    modulated_norm,
+    modulated_norm_reference,
+    ragged_samples,
+)
+from d3ds2.networks.latent_dit import LatentBlock, LatentDiTConfig
+from tests.support.random_voxels import random_voxels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU, conftest.py sets TRITON_INTERPRET=1
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+EPS = 1e-6
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")  # to which the interpreter truncates
+CASES = [
+    pytest.param([70, 0, 5, 41], 48, id="ragged"),
+    pytest.param([5, 9, 0], 100, id="last-sample-empty"),
+    pytest.param([150], 64, id="one-sample"),
+    pytest.param([1], 7, id="one-token"),
+    pytest.param([0, 0], 16, id="no-token"),
+]
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Whatever a kernel leaves unwritten is NaN; programs take their rows in several steps."""
+    from d3ds2.kernels import modulation_triton
+
+    for name in ("NORM", "NORM_BACKWARD", "GATE", "GATE_BACKWARD"):
+        monkeypatch.setattr(modulation_triton, name, modulation_triton.RowTile(32, 512, 4))
+
+    def poison(make):
+        def made(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        return made
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+
+
+def problem(counts, C):
+    """The voxels; h, parameters of a token's sample in the middle of a chunk, x and the gradient of the result."""
+    voxels = random_voxels(counts, 16).to(DEVICE)
+    h, x, dout = (torch.randn(len(voxels), C, dtype=torch.float64) for _ in range(3))
+    parameters = torch.randn(len(counts), 6 * C, dtype=torch.float64)
+    return voxels, 3 * h + 1, parameters, x, dout
+
+
+def outputs_and_gradients(function, inputs, dout, dtype):
+    """In `dtype`, on the device; the results in float64 on the CPU."""
+    inputs = [x.to(DEVICE, dtype).requires_grad_() for x in inputs]
+    out = function(*inputs)
+    assert out.dtype == dtype
+    gradients = torch.autograd.grad(out, inputs, dout.to(DEVICE, dtype))
+    assert [g.dtype for g in gradients] == [dtype] * len(inputs)
+    return [x.detach().double().cpu() for x in (out, *gradients)]
+
+
+def check(kernel, definition, inputs, dout, dtype):
+    """From the definition in float64 it is at most twice as far as the definition in `dtype`, and a rounding.
+
+    In float32 that is four roundings: sums over tokens in another order, and the device's root.
+    """
+    roundings = 4 if dtype == torch.float32 else 0.25
+    rounded = [x.to(dtype).double() for x in inputs]
+    expected = outputs_and_gradients(definition, rounded, dout.to(dtype).double(), torch.float64)
+    usual = outputs_and_gradients(definition, rounded, dout, dtype)
+    actual = outputs_and_gradients(kernel, rounded, dout, dtype)
+    for name, a, u, e in zip(("out", "first", "second", "third"), actual, usual, expected, strict=False):
+        allowed = 2 * (u - e).norm() + roundings * torch.finfo(dtype).eps * e.norm()
+        assert (a - e).norm() <= allowed, f"{name}: {(a - e).norm():.3g}, allowed {allowed:.3g}"
+        assert a.shape == e.shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("counts", "C"), CASES)
+def test_modulated_norm(counts, C, dtype, poisoned):
+    from d3ds2.kernels.modulation_triton import modulated_norm_triton
+
+    voxels, h, parameters, _, dout = problem(counts, C)
+    definition = on_chunk(lambda h, shift, scale: modulated_norm_reference(h, shift, scale, voxels, EPS))
+    kernel = on_chunk(lambda h, *p: modulated_norm_triton(h, *p, ragged_samples(voxels), EPS, dtype))
+    check(kernel, definition, (h, parameters), dout, dtype)
+
+
+def on_chunk(function):
+    """shift and scale are chunks of one tensor, as a block's are: their rows lie apart."""
+    return lambda h, parameters: function(h, *parameters.chunk(6, dim=-1)[3:5])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("counts", "C"), CASES)
+def test_gated_sum(counts, C, dtype, poisoned):
+    from d3ds2.kernels.modulation_triton import gated_sum_triton
+
+    voxels, h, parameters, x, dout = problem(counts, C)
+    definition = lambda h, gate, x: gated_sum_reference(h, gate.chunk(6, dim=-1)[2], x, voxels)  # noqa: E731
+    kernel = lambda h, gate, x: gated_sum_triton(h, gate.chunk(6, dim=-1)[2], x, ragged_samples(voxels), dtype)  # noqa: E731
+    check(kernel, definition, (h, parameters, x), dout, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(150, 48), (2, 20, 33), (0, 8)])
+def test_affine_norm(shape, dtype, poisoned):
+    from d3ds2.kernels.modulation_triton import affine_norm_triton
+
+    h, dout = (torch.randn(shape, dtype=torch.float64) for _ in range(2))
+    weight, bias = (torch.randn(shape[-1], dtype=torch.float64) for _ in range(2))
+    definition = lambda h, weight, bias: affine_norm_reference(h, weight, bias, EPS)  # noqa: E731
+    kernel = lambda h, weight, bias: affine_norm_triton(h, weight, bias, EPS, dtype)  # noqa: E731
+    check(kernel, definition, (3 * h + 1, weight, bias), dout, dtype)
+
+
+def test_a_large_mean_does_not_cancel():
+    """Statistics from sums and sums of squares would."""
+    from d3ds2.kernels.modulation_triton import affine_norm_triton
+
+    h = torch.randn(20, 64, device=DEVICE) + 3e3
+    one, zero = torch.ones(64, device=DEVICE), torch.zeros(64, device=DEVICE)
+    out = affine_norm_triton(h, one, zero, EPS, torch.float32)
+    expected = affine_norm_reference(h.double(), one, zero, EPS)
+    torch.testing.assert_close(out.double(), expected, atol=1e-3, rtol=0)
+
+
+def test_mixed_dtypes():
+    """As in training: h is float32, the parameters and x are bfloat16; every gradient has its input's dtype."""
+    from d3ds2.kernels.modulation_triton import gated_sum_triton, modulated_norm_triton
+
+    voxels, h, parameters, x, dout = problem([30, 0, 12], 40)
+    h, dout = h.to(DEVICE, torch.float32).requires_grad_(), dout.to(DEVICE, torch.float32)
+    shift, scale, gate = (p.to(DEVICE, torch.bfloat16).requires_grad_() for p in parameters.chunk(6, dim=-1)[:3])
+    x, samples = x.to(DEVICE, torch.bfloat16).requires_grad_(), ragged_samples(voxels)
+    normed = modulated_norm_triton(h, shift, scale, samples, EPS, torch.float32)
+    summed = gated_sum_triton(h, gate, x, samples, torch.float32)
+    expected = (
+        modulated_norm_reference(h, shift.float(), scale.float(), voxels, EPS),
+        gated_sum_reference(h, gate, x, voxels),
+    )
+    for actual, wanted, inputs in zip((normed, summed), expected, ((h, shift, scale), (h, gate, x)), strict=True):
+        torch.testing.assert_close(actual, wanted)
+        gradients = torch.autograd.grad(actual, inputs, dout)
+        for gradient, of_definition, of in zip(
+            gradients, torch.autograd.grad(wanted, inputs, dout), inputs, strict=True
+        ):
+            assert gradient.dtype == of.dtype
+            tolerance = {"atol": 1e-5, "rtol": 1e-5} if of.dtype == torch.float32 else {"atol": 0.05, "rtol": 0.02}
+            torch.testing.assert_close(gradient, of_definition, **tolerance)
+
+
+@pytest.mark.parametrize("counts", [[20], [12, 0, 9]])
+@pytest.mark.parametrize("share_modulation", [False, True])
+def test_a_block_with_its_kernels(counts, share_modulation, monkeypatch):
+    """Output, and through a checkpoint every gradient, of a block that takes the kernels and of one that does not."""
+    config = LatentDiTConfig(
+        hidden_size=32,
+        depth=1,
+        num_heads=4,
+        num_kv_heads=2,
+        context_size=12,
+        top_k=2,
+        share_modulation=share_modulation,
+    )
+    block, voxels = LatentBlock(config, 0).to(DEVICE), random_voxels(counts, 16).to(DEVICE)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    h, dout = (torch.randn(len(voxels), 32, device=DEVICE) for _ in range(2))
+    embedding = torch.randn(len(counts), 192 if share_modulation else 32, device=DEVICE)
+    context, lengths = torch.randn(4 * len(counts), 32, device=DEVICE), [4] * len(counts)
+    context_cu = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    arguments = h.requires_grad_(), embedding.requires_grad_(), voxels, context, context_cu, lengths
+    inputs = [h, embedding, *block.parameters()]
+
+    def step():
+        out = checkpoint(block, *arguments, use_reentrant=False)
+        return out, *torch.autograd.grad(out, inputs, dout)
+
+    monkeypatch.setattr("d3ds2.kernels.modulation._on_triton", lambda h: False)
+    expected = step()
+    monkeypatch.setattr("d3ds2.kernels.modulation._on_triton", lambda h: True)
+    actual = step()
+    assert "_GatedSum" in type(actual[0].grad_fn).__name__
+    tolerance = 1e-6 if DEVICE == "cpu" else 1e-3  # where the kernels of attention multiply in TF32
+    largest = max(e.abs().max() for e in expected).item()
+    for a, e in zip(actual, expected, strict=True):  # some vanish but for rounding, as that of the keys' bias
+        torch.testing.assert_close(a, e, atol=tolerance * largest, rtol=100 * tolerance)
+
+
+def on_gpu(counts, C, dtype):
+    voxels, h, parameters, x, dout = problem(counts, C)
+    return voxels, *(t.to("cuda", dtype) for t in (h, *parameters.chunk(6, dim=-1)[:3], x, dout))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("counts", "C"), [([3000, 0, 500, 37], 1024), ([2500], 1024), ([700, 1], 1536), ([300], 3000)])
+def test_on_the_gpu_by_its_public_names(counts, C, dtype):
+    voxels, h, parameters, x, dout = problem(counts, C)
+    norm = on_chunk(lambda h, shift, scale: modulated_norm(h, shift, scale, voxels, EPS))
+    reference = on_chunk(lambda h, shift, scale: modulated_norm_reference(h, shift, scale, voxels, EPS))
+    check(norm, reference, (h, parameters), dout, dtype)
+    gate = parameters[:, :C]
+    summed, reference = (lambda h, gate, x, f=f: f(h, gate, x, voxels) for f in (gated_sum, gated_sum_reference))
+    check(summed, reference, (h, gate, x), dout, dtype)
+    affine, reference = (lambda h, w, b, f=f: f(h, w, b, EPS) for f in (affine_norm, affine_norm_reference))
+    check(affine, reference, (h, parameters[0, :C], parameters[0, C : 2 * C]), dout, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16, None])
+def test_dtypes_are_those_of_torch(autocast):
+    """With and without autocast, for every pair of dtypes of tokens and parameters that autocast takes."""
+    voxels, *tensors = on_gpu([40, 3], 64, torch.float32)
+    half = autocast or torch.bfloat16
+    for first in (torch.float32, half):
+        for second in (torch.float32, half):
+            h, (shift, scale, gate, x) = tensors[0].to(first), (t.to(second) for t in tensors[1:5])
+            with torch.autocast("cuda", dtype=autocast, enabled=autocast is not None):
+                pairs = (
+                    (
+                        modulated_norm(h, shift, scale, voxels, EPS),
+                        modulated_norm_reference(h, shift, scale, voxels, EPS),
+                    ),
+                    (gated_sum(h, gate, x, voxels), gated_sum_reference(h, gate, x, voxels)),
+                    (affine_norm(h, shift[0], scale[0], EPS), affine_norm_reference(h, shift[0], scale[0], EPS)),
+                )
+            for actual, wanted in pairs:
+                assert actual.dtype == wanted.dtype
+                torch.testing.assert_close(actual, wanted, atol=0.1, rtol=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("counts", [[3000], [1000, 0, 2000]])
+def test_equal_bits_again_and_from_a_graph(counts):
+    with torch.cuda.stream(torch.cuda.Stream()):
+        voxels, h, shift, scale, gate, x, dout = on_gpu(counts, 1024, torch.float16)
+        inputs = [t.detach().requires_grad_() for t in (h, shift, scale, gate, x)]
+        h, shift, scale, gate, x = inputs
+
+        def step():
+            out = gated_sum(modulated_norm(h, shift, scale, voxels, EPS), gate, x, voxels)
+            return out.detach(), *torch.autograd.grad(out, inputs, dout)
+
+        expected = step()
+        assert all(torch.equal(a, b) for a, b in zip(step(), expected, strict=True))
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            results = step()
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))

@@ -1,0 +1,61 @@
+"""Sums of runs of rows: the kernel against the definition, and the gradients of both operations."""
+
+import pytest
+import torch
+
+from d3ds2.kernels.devices import HAS_TRITON
+from d3ds2.kernels.ragged import Ragged
+from d3ds2.kernels.segment_sum import segment_sum, take_segments
+from d3ds2.layers.sparse_conv import mean_pool
+from tests.support.random_voxels import random_voxels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU, conftest.py sets TRITON_INTERPRET=1
+
+
+def make_runs(lengths, in_order):
+    """The runs, and the run of each row."""
+    offsets = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    run_of_place = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(DEVICE)
+    if in_order:
+        return Ragged(offsets, sum(lengths)), run_of_place
+    ids = torch.randperm(sum(lengths)).to(DEVICE)
+    segment_of_row = torch.empty_like(run_of_place)
+    segment_of_row[ids] = run_of_place
+    return Ragged(offsets, sum(lengths), ids.int()), segment_of_row
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize(("lengths", "C"), [([3, 0, 70, 1], 5), ([40], 100)])
+def test_kernel_matches_the_definition(lengths, C, in_order):
+    from d3ds2.kernels.segment_sum_triton import segment_sum_triton
+
+    runs, segment_of_row = make_runs(lengths, in_order)
+    x = torch.randn(sum(lengths), C).to(DEVICE)
+    expected = torch.zeros(len(lengths), C, device=DEVICE).index_add_(0, segment_of_row, x)
+    torch.testing.assert_close(segment_sum_triton(x, runs), expected)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_gradients(in_order):
+    runs, segment_of_row = make_runs([3, 0, 4, 1], in_order)
+    rows = torch.randn(8, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    sums = torch.randn(4, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: segment_sum(x, runs, segment_of_row), rows)
+    assert torch.autograd.gradcheck(lambda x: take_segments(x, runs, segment_of_row), sums)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("factor", [2, 8])
+@pytest.mark.parametrize("resolution", [16, 128])
+def test_cells_of_a_pool(factor, resolution):
+    from d3ds2.kernels.segment_sum_triton import segment_sum_triton
+
+    voxels = random_voxels([30, 0, 20], resolution).to(DEVICE)
+    x = torch.randn(50, 6).to(DEVICE)
+    pooled, coarse = mean_pool(x, voxels, factor)
+    parent = voxels.coarsen(factor)[1]
+    total = torch.zeros(len(coarse), 6, device=DEVICE).index_add_(0, parent, x)
+    sums = segment_sum_triton(x, voxels.cached(("cells", factor), None))
+    torch.testing.assert_close(sums, total)
+    torch.testing.assert_close(pooled, total / (voxels.coarse_counts(factor) + 1)[:, None])

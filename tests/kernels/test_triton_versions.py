@@ -1,0 +1,58 @@
+"""The kernels in the interpreter of the oldest Triton they support, and in the compiler of the installed one.
+
+The other tests run in the interpreter of the newest. `make test` puts the oldest into `.venv`, with the NumPy its
+interpreter was built for.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from d3ds2.kernels.devices import HAS_TRITON
+
+ROOT = Path(__file__).resolve().parents[2]
+OLDEST = "3.1.0"  # Makefile names it too
+NAMES = [
+    "block_scores",
+    "selection_attention",
+    "spatial_attention",
+    "gather_conv",
+    "run_sums",
+    "modulation",
+    "group_norm",
+    "compression",
+    "run_attention",
+]
+ELSEWHERE = ("torch_compile", "block_by_block", "block-by-block", "by_loops")  # concern torch, not Triton
+RUN = """
+import sys, pytest, triton
+if triton.__version__ != sys.argv[1]:
+    sys.exit(f"expected Triton {sys.argv[1]}, got {triton.__version__} of {triton.__file__}")
+sys.exit(pytest.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_kernels_in_the_oldest_triton():
+    packages = ROOT / ".venv" / f"triton-{OLDEST}"
+    assert (packages / "triton").is_dir(), f"{packages} is missing: run `make test`, which installs it"
+    paths = [str(packages), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TRITON_INTERPRET": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    tests = [str(ROOT / "tests" / f"test_{name}.py") for name in NAMES]
+    options = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "-k", f"not ({' or '.join(ELSEWHERE)})"]
+    command = [sys.executable, "-c", RUN, OLDEST, *options, *tests]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    assert " passed" in result.stdout and "skipped" not in result.stdout, result.stdout[-4000:]
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_kernels_compile_for_hopper():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "tests" / "support" / "compile_kernels.py")]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-4000:]

@@ -1,0 +1,205 @@
+"""Bad use of the nodes: an error in the node that says what to do, before any long work."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from d3ds2.storage.model_folder import save_settings
+from tests.nodes.test_nodes import picture
+from tests.support.comfy_stand_ins import MESH
+from tests.support.tiny_model import SAMPLING, make_networks, write_model
+
+TRIANGLES = torch.tensor([[[0, 2, 1], [0, 1, 3], [1, 2, 3], [2, 0, 3]]])
+TETRAHEDRON = MESH(torch.tensor([[[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]]), TRIANGLES)
+
+
+@pytest.fixture(scope="module")
+def model(comfy):
+    return comfy.run("LoadD3DS2Model", model="random")[0]
+
+
+@pytest.fixture(scope="module")
+def structure(comfy, model):
+    return comfy.run("D3DS2SparseStructureSample", model=model, image=picture())[0]
+
+
+@pytest.fixture
+def copied(comfy):
+    """A model folder of its own to damage."""
+    folder = comfy.folder / "models" / "direct3d_s2" / "damaged"
+    shutil.copytree(folder.parent / "random", folder)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_a_missing_model_is_named_with_its_place(comfy):
+    for call in (comfy.nodes["LoadD3DS2Model"].fingerprint_inputs, comfy.nodes["LoadD3DS2Model"].execute):
+        with pytest.raises(ValueError, match=r"no model folder 'none': expected .*direct3d_s2/none with config.json"):
+            call("none", "auto")
+    message = comfy.nodes["LoadD3DS2Model"].validate_inputs("none")
+    assert "press R" in message and "choose one of tiny, random" in message
+    assert comfy.nodes["LoadD3DS2Model"].validate_inputs("random") is True
+
+
+@pytest.mark.parametrize("name", ["../random", "../../models/direct3d_s2/random", "/etc", "", "..", "."])
+def test_a_model_name_cannot_lead_elsewhere(comfy, name):
+    assert "no model folder" in comfy.nodes["LoadD3DS2Model"].validate_inputs(name)
+
+
+def test_a_truncated_file_is_named(comfy, copied):
+    file = copied / "latent_dit.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"damaged file .*latent_dit.safetensors.*Copy or convert the model 'damaged'"):
+        comfy.run("LoadD3DS2Model", model="damaged")
+
+
+def test_a_missing_file_and_a_foreign_tensor_are_named(comfy, copied):
+    tensors = load_file(copied / "sdf_vae.safetensors")
+    save_file(tensors | {"surplus": torch.zeros(1)}, copied / "sdf_vae.safetensors")
+    with pytest.raises(ValueError, match=r"sdf_vae.safetensors has unexpected tensors: surplus.*Copy or convert"):
+        comfy.run("LoadD3DS2Model", model="damaged")
+    (copied / "structure_vae.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"missing file .*structure_vae.safetensors.*Copy or convert"):
+        comfy.run("LoadD3DS2Model", model="damaged")
+    (copied / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"damaged file .*config.json.*choose another"):
+        comfy.run("LoadD3DS2Model", model="damaged")
+
+
+def test_a_picture_without_an_object_asks_for_the_right_node(comfy, model, structure):
+    noise = torch.from_numpy(np.random.default_rng(0).random((1, 64, 64, 3), np.float32))
+    for node_id, inputs in (("D3DS2SparseStructureSample", {}), ("D3DS2SSADiTSample", {"structure": structure})):
+        with pytest.raises(ValueError, match=r"background is not plain.*Put the node Remove Background before"):
+            comfy.run(node_id, model=model, image=noise, **inputs)
+        with pytest.raises(ValueError, match=r"sample 2 of 2: no foreground.*plain background.*Remove Background"):
+            white = torch.ones(1, 80, 96, 3)
+            comfy.run(node_id, model=model, image=torch.cat([picture(mode="RGB"), white]), **inputs)
+
+
+@pytest.mark.parametrize("shape", [(80, 96, 3), (1, 80, 96, 1), (0, 80, 96, 3), (1, 80, 0, 3)])
+def test_what_is_no_image_is_refused(comfy, model, shape):
+    with pytest.raises(ValueError, match="expected an IMAGE"):
+        comfy.run("D3DS2SparseStructureSample", model=model, image=torch.zeros(shape))
+
+
+def test_a_structure_of_another_resolution_is_refused(comfy, model, structure):
+    other = type(structure)(structure.coords, 16, 1)
+    with pytest.raises(ValueError, match=r"wrong structure.*it is 16³.*'random' samples at 8³.*the same model"):
+        comfy.run("D3DS2SSADiTSample", model=model, structure=other, image=picture())
+
+
+def test_a_latent_of_another_model_is_refused(comfy, model, structure):
+    latent = comfy.run("D3DS2SSADiTSample", model=model, structure=structure, image=picture())[0]
+    folder = comfy.folder / "models" / "direct3d_s2" / "other"
+    write_model(folder, sdf_vae={"latents_scale": 0.7})
+    other = comfy.run("LoadD3DS2Model", model="other")[0]
+    with pytest.raises(ValueError, match="wrong latent for this model: it was made with 'random'"):
+        comfy.run("D3DS2VAEDecodeSDF", model=other, latent=latent)
+    write_model(folder)
+    save_settings(folder, "renamed", SAMPLING)
+    other = comfy.run("LoadD3DS2Model", model="other")[0]
+    with pytest.raises(ValueError, match=r"made with 'random', and this is 'renamed'\. Connect the model that made it"):
+        comfy.run("D3DS2VAEDecodeSDF", model=other, latent=latent)
+
+
+def test_too_many_tokens_and_too_little_memory_are_refused_early(comfy, model, structure, monkeypatch):
+    count = len(structure.coords)
+    with pytest.raises(ValueError, match=f"has {count} tokens, more than max_tokens {count - 1}: .* raise max_tokens"):
+        comfy.run("D3DS2SSADiTSample", model=model, structure=structure, image=picture(), max_tokens=count - 1)
+    latent = comfy.run("D3DS2SSADiTSample", model=model, structure=structure, image=picture(), max_tokens=count)[0]
+    with pytest.raises(ValueError, match=r"memory_budget_gb 0.001 is too small.*needs at least .* GB.*to 0"):
+        comfy.run("D3DS2VAEDecodeSDF", model=model, latent=latent, memory_budget_gb=0.001)
+    monkeypatch.setattr(comfy, "total_memory", 1 << 20)
+    for node_id, inputs, message in (
+        ("D3DS2SSADiTSample", {"structure": structure, "image": picture()}, f"sampling {count} tokens needs about"),
+        ("D3DS2SparseStructureSample", {"image": picture()}, "sampling a structure needs about"),
+        ("D3DS2VAEEncodeMesh", {"mesh": TETRAHEDRON}, r"encoding [\d,]+ voxels needs about"),
+        ("D3DS2VAEDecodeSDF", {"latent": latent}, f"decoding {count} tokens needs about"),
+    ):
+        with pytest.raises(ValueError, match=rf"{message} .* GB, and cpu has 0.0 GB: .*(model|GB)"):
+            comfy.run(node_id, model=model, **inputs)
+
+
+def test_what_came_out_empty_or_not_finite_is_said(comfy):
+    networks = make_networks()
+    networks["structure_vae"].decoder.out_conv.bias.fill_(-1e4)
+    networks["sdf_vae"].decoder.out_layer.bias.fill_(float("nan"))
+    folder = comfy.folder / "models" / "direct3d_s2" / "empty"
+    write_model(folder)
+    for name in ("structure_vae", "sdf_vae"):
+        save_file(networks[name].state_dict(), folder / f"{name}.safetensors")
+    model = comfy.run("LoadD3DS2Model", model="empty")[0]
+    with pytest.raises(ValueError, match="structure of image came out empty; try another seed"):
+        comfy.run("D3DS2SparseStructureSample", model=model, image=picture())
+    with pytest.raises(ValueError, match="sample 1 of 2: the structure of image came out empty"):
+        comfy.run("D3DS2SparseStructureSample", model=model, image=picture(2))
+    latent = comfy.run("D3DS2VAEEncodeMesh", model=model, mesh=TETRAHEDRON)[0]
+    with pytest.raises(ValueError, match="not finite on cpu; try float32"):
+        comfy.run("D3DS2VAEDecodeSDF", model=model, latent=latent)
+
+
+@pytest.mark.parametrize(
+    ("vertices", "faces", "message"),
+    [
+        (torch.zeros(1, 0, 3), TRIANGLES[:, :0], "mesh 1 of 1 is empty: it has 0 vertices and 0 faces"),
+        (TETRAHEDRON.vertices, TRIANGLES[:, :0], "is empty: it has 4 vertices and 0 faces"),
+        (TETRAHEDRON.vertices, TRIANGLES + 1, "damaged: its faces name vertices outside of 0 to 3"),
+        (TETRAHEDRON.vertices * float("inf"), TRIANGLES, "damaged: it has coordinates that are not finite"),
+    ],
+)
+def test_damaged_meshes_are_refused(comfy, model, vertices, faces, message):
+    mesh = MESH(vertices, faces)
+    for node_id in ("D3DS2VAEEncodeMesh", "D3DS2StructureFromMesh"):
+        with pytest.raises(ValueError, match=message):
+            comfy.run(node_id, model=model, mesh=mesh)
+    with pytest.raises(ValueError, match=message):
+        comfy.run("D3DS2MeshExport", mesh=mesh)
+
+
+def test_a_mesh_outside_of_the_box_is_refused_unless_it_is_fitted(comfy, model):
+    large = MESH(TETRAHEDRON.vertices * 3, TRIANGLES)
+    with pytest.raises(ValueError, match=r"out of the box \[-1, 1\]³, to 3: switch fit on, or scale it"):
+        comfy.run("D3DS2StructureFromMesh", model=model, mesh=large, fit=False)
+    assert comfy.run("D3DS2StructureFromMesh", model=model, mesh=large)[0].batch_size == 1
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["../../x", "..", "../x", "a/../../x", "/tmp/x", "3d/../../../x", "..\\..\\x", "C/../../x", "../output2/x"],
+)
+def test_names_cannot_climb_out_of_the_output_folder(comfy, prefix):
+    before = set(comfy.folder.rglob("*"))
+    with pytest.raises(ValueError, match=r"leads out of the output folder .*output: use one inside it, such as 3d/n"):
+        comfy.run("D3DS2MeshExport", mesh=TETRAHEDRON, filename_prefix=prefix)
+    assert set(comfy.folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("prefix", ["", ".", "3d/", " ", "3d/.", "3d/.."])
+def test_a_prefix_needs_a_name(comfy, prefix):
+    with pytest.raises(ValueError, match=r"has no file name|leads out"):
+        comfy.run("D3DS2MeshExport", mesh=TETRAHEDRON, filename_prefix=prefix)
+
+
+def test_a_folder_that_cannot_be_made_is_named(comfy):
+    (comfy.folder / "output" / "taken").write_text("a file")
+    with pytest.raises(ValueError, match=r"cannot make the folder of .*taken/x: .*--output-directory"):
+        comfy.run("D3DS2MeshExport", mesh=TETRAHEDRON, filename_prefix="taken/x")
+
+
+def test_a_read_only_folder_is_named(comfy, monkeypatch):
+    monkeypatch.setattr("folder_paths.get_output_directory", lambda: "/proc")  # read-only for root as well
+    with pytest.raises(ValueError, match=r"cannot write /proc/self/x_00001_.glb: .*Make the folder writable"):
+        comfy.run("D3DS2MeshExport", mesh=TETRAHEDRON, filename_prefix="self/x")
+
+
+def test_a_write_that_fails_leaves_nothing(comfy, monkeypatch):
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(ValueError, match=r"cannot write .*x_00001_.glb: No space left.*free space on the disk"):
+        comfy.run("D3DS2MeshExport", mesh=TETRAHEDRON, filename_prefix="full/x")
+    assert not list((comfy.folder / "output" / "full").iterdir())

@@ -1,0 +1,258 @@
+"""Remove Background and Mesh Export over stand-ins of ComfyUI: pictures in, files out."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from PIL import Image
+
+from tests.nodes.test_nodes import picture
+from tests.support.comfy_stand_ins import MESH
+
+OBJECT = picture()[0, :, :, 3] > 0.5  # (80, 96)
+
+
+@pytest.fixture
+def no_rembg(comfy, monkeypatch):
+    monkeypatch.setattr(comfy.module("d3ds2.images.foreground"), "find_spec", lambda name: None)
+
+
+class BackgroundRemovalModel:
+    """As core's: a mask of each image, 1 on the object."""
+
+    def __init__(self, mask):
+        self.mask, self.shapes = mask, []
+
+    def encode_image(self, image):
+        self.shapes.append(tuple(image.shape))
+        return self.mask[None]
+
+
+def scene() -> torch.Tensor:
+    """The object before a background that is not plain."""
+    background = torch.from_numpy(np.random.default_rng(0).random((80, 96, 3), np.float32))
+    return torch.where(OBJECT[..., None], picture()[0, ..., :3], background)[None]
+
+
+def overlap(mask: torch.Tensor) -> float:
+    found = mask[0] > 0.5
+    return ((found & OBJECT).sum() / (found | OBJECT).sum()).item()
+
+
+def test_every_method_finds_the_object(comfy, no_rembg):
+    def run(**inputs):
+        return comfy.run("D3DS2RemoveBackground", foreground_ratio=0.0, **inputs).args
+
+    mask = OBJECT[None].float()
+    model = BackgroundRemovalModel(OBJECT.float())
+    for inputs in (
+        {"image": scene(), "mask": mask},
+        {"image": scene(), "mask": 1 - mask, "invert_mask": True, "method": "mask"},
+        {"image": scene(), "mask": mask[0]},
+        {"image": picture()},
+        {"image": picture(), "method": "alpha", "mask": 1 - mask},
+        {"image": scene(), "background_removal": model},
+        {"image": picture(mode="RGB"), "method": "model", "background_removal": model},
+        {"image": picture(mode="RGB")},
+        {"image": picture(mode="RGB"), "method": "plain", "mask": 1 - mask},
+    ):
+        image, found = run(**inputs)
+        assert image.shape == (1, 80, 96, 4) and found.shape == (1, 80, 96) and found.dtype == torch.float32
+        assert overlap(found) > 0.97, inputs.keys()
+        assert torch.equal(image[..., 3], found)
+    assert model.shapes == [(1, 80, 96, 3)] * 2
+
+
+def test_auto_takes_the_first_that_is_there(comfy, monkeypatch, no_rembg):
+    used = []
+
+    def run(**inputs):
+        comfy.texts.clear()
+        comfy.run("D3DS2RemoveBackground", **inputs)
+        used.append(comfy.texts[0][0].split(": ")[1])
+
+    mask, model = OBJECT[None].float(), BackgroundRemovalModel(OBJECT.float())
+    run(image=picture(), mask=mask, background_removal=model)
+    run(image=picture(), background_removal=model)
+    run(image=picture(mode="RGB"), background_removal=model)
+    run(image=picture(mode="RGB"))
+    foreground = comfy.module("d3ds2.images.foreground")
+    monkeypatch.setattr(foreground, "rembg_at_hand", lambda: True)
+    with pytest.raises(ValueError, match=r"rembg is not installed.*Connect a mask"):
+        run(image=scene())
+    assert comfy.texts[0][0] == "picture 1/1: rembg"
+    assert used == ["mask", "alpha", "model", "plain"]
+
+
+def test_the_empty_mask_of_load_image_says_nothing(comfy, no_rembg):
+    empty = torch.zeros(1, 64, 64)
+    found = comfy.run("D3DS2RemoveBackground", image=picture(mode="RGB"), mask=empty, invert_mask=True)[1]
+    assert 0.1 < (found > 0.5).float().mean() < 0.9
+    with pytest.raises(ValueError, match=r"the mask is empty.*switch invert_mask on"):
+        comfy.run("D3DS2RemoveBackground", image=picture(mode="RGB"), mask=empty, method="mask")
+    with pytest.raises(ValueError, match=r"no foreground in the image: the mask is empty.*Connect a mask that is 1"):
+        comfy.run("D3DS2RemoveBackground", image=picture(), mask=torch.zeros(1, 80, 96))
+
+
+def test_what_a_method_needs_is_said(comfy, no_rembg):
+    for inputs, message in (
+        ({"method": "mask"}, "no mask is connected: connect one, or choose `auto`"),
+        ({"method": "model"}, "no background removal model is connected"),
+        ({"method": "alpha"}, r"has no alpha channel.*Connect an IMAGE with four channels"),
+        ({"method": "plain"}, r"background is not plain.*Connect a mask, or core's"),
+        ({"method": "rembg"}, r"rembg is not installed.*Connect a mask, or core's"),
+        ({}, r"background is not plain.*Connect a mask, or core's"),
+        ({"mask": torch.ones(2, 80, 96)}, "expected 1 mask or 1, one for each image, got 2"),
+        ({"mask": torch.ones(1, 1, 80, 96)}, "expected a MASK"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            comfy.run("D3DS2RemoveBackground", image=scene(), **inputs)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_the_object_is_centred_at_its_ratio(comfy, ratio):
+    images, masks = comfy.run("D3DS2RemoveBackground", image=picture(2), foreground_ratio=ratio).args
+    assert images.shape == (2, 96, 96, 4)
+    for mask in masks:
+        rows, columns = (np.flatnonzero((mask > 0.02).any(axis)) for axis in (1, 0))
+        extents = [rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1]
+        assert abs(max(extents) - 96 * ratio) <= 2
+        for first, last in ((rows[0], rows[-1]), (columns[0], columns[-1])):
+            assert abs(first + last - 95) <= 2
+
+
+def test_a_batch_is_cut_out_picture_by_picture(comfy):
+    images = picture(3)
+    together = comfy.run("D3DS2RemoveBackground", image=images)
+    for i in range(3):
+        alone = comfy.run("D3DS2RemoveBackground", image=images[i : i + 1])
+        assert torch.equal(alone[0][0], together[0][i]) and torch.equal(alone[1][0], together[1][i])
+    shared = comfy.run("D3DS2RemoveBackground", image=images, mask=OBJECT[None].float(), foreground_ratio=0.0)
+    assert torch.equal(shared[1], OBJECT.float().expand(3, -1, -1))
+
+
+# --- Mesh Export
+
+
+def ball(count: int = 1, subdivisions: int = 3) -> MESH:
+    """Balls along Y of different heights."""
+    sphere = trimesh.creation.icosphere(subdivisions)
+    vertices = torch.from_numpy(np.asarray(sphere.vertices, np.float32))
+    stretch = torch.tensor([[0.4, 0.5 + 0.1 * i, 0.3] for i in range(count)])
+    return MESH(vertices * stretch[:, None], torch.from_numpy(np.asarray(sphere.faces)).expand(count, -1, -1))
+
+
+def read_glb(path) -> dict:
+    """The JSON of a GLB, its header and chunk sizes checked."""
+    data = path.read_bytes()
+    magic, version, length, size, kind = struct.unpack("<4sIII4s", data[:20])
+    assert (magic, version, length, kind) == (b"glTF", 2, len(data), b"JSON")
+    return json.loads(data[20 : 20 + size])
+
+
+@pytest.mark.parametrize("extension", ["glb", "obj", "ply", "stl"])
+def test_files_hold_the_mesh(comfy, extension):
+    mesh = ball()
+    out = comfy.run("D3DS2MeshExport", mesh=mesh, filename_prefix=f"{extension}/ball", format=extension)
+    path, file = out[0][0], out[1][0]
+    assert path == f"{extension}/ball_00001_.{extension}" and file.format == extension
+    assert out.ui == {"3d": [{"filename": f"ball_00001_.{extension}", "subfolder": extension, "type": "output"}]}
+    assert file.source == str(comfy.folder / "output" / path)
+    loaded = trimesh.load(file.source, force="mesh")
+    assert len(loaded.faces) == mesh.faces.shape[1] and loaded.is_watertight and loaded.volume > 0
+    np.testing.assert_allclose(loaded.extents, [0.8, 1.0, 0.6], atol=1e-5)
+
+
+@pytest.mark.parametrize("extension", ["glb", "obj", "ply", "stl"])
+def test_files_come_back_as_meshes(comfy, extension):
+    mesh = ball()
+    out = comfy.run("D3DS2MeshExport", mesh=mesh, filename_prefix=f"back/{extension}", format=extension)
+    again = comfy.run("D3DS2MeshExport", mesh=out[1][0], filename_prefix=f"again/{extension}", target_faces=300)
+    loaded = trimesh.load(again[1][0].source, force="mesh")
+    assert len(loaded.faces) <= 300 and loaded.is_watertight and loaded.volume > 0
+    np.testing.assert_allclose(loaded.extents, [0.8, 1.0, 0.6], atol=0.05)
+
+
+def test_files_that_hold_no_mesh_are_named(comfy, tmp_path):
+    for name, content, message in (
+        ("a.glb", b"no mesh", "the glb file is damaged or holds no mesh"),
+        ("a.obj", b"v 0 0 0\n", "the obj file (is damaged or holds no mesh|holds no triangles)"),
+        ("a.stl", b"", "the stl file (is damaged or holds no mesh|holds no triangles)"),
+        ("a.fbx", b"", "expected a mesh file of .glb, .obj, .ply, .stl, .gltf, .off, got '.fbx'"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        file = type(comfy.run("D3DS2MeshExport", mesh=ball(), filename_prefix="any")[1][0])(
+            str(tmp_path / name), name[2:]
+        )
+        with pytest.raises(ValueError, match=message):
+            comfy.run("D3DS2MeshExport", mesh=file)
+
+
+def test_a_batch_is_numbered_and_nothing_is_overwritten(comfy):
+    first = comfy.run("D3DS2MeshExport", mesh=ball(2), filename_prefix="many/a")
+    second = comfy.run("D3DS2MeshExport", mesh=ball(), filename_prefix="many/a")
+    assert first[0] == ["many/a_00001_.glb", "many/a_00002_.glb"] and second[0] == ["many/a_00003_.glb"]
+    heights = [trimesh.load(file.source, force="mesh").extents[1] for file in first[1]]
+    np.testing.assert_allclose(heights, [1.0, 1.2], atol=1e-5)
+    assert sorted(file.name for file in (comfy.folder / "output" / "many").iterdir()) == [
+        "a_00001_.glb",
+        "a_00002_.glb",
+        "a_00003_.glb",
+    ]
+    assert comfy.run("D3DS2MeshExport", mesh=ball(), filename_prefix="flat")[0] == ["flat_00001_.glb"]
+
+
+def test_fewer_faces(comfy):
+    out = comfy.run("D3DS2MeshExport", mesh=ball(), filename_prefix="fewer", target_faces=200)
+    loaded = trimesh.load(out[1][0].source, force="mesh")
+    assert 100 < len(loaded.faces) <= 200 and loaded.is_watertight
+    np.testing.assert_allclose(loaded.extents, [0.8, 1.0, 0.6], atol=0.05)
+    with pytest.raises(ValueError, match="target_faces of at least 4, got 3"):
+        comfy.run("D3DS2MeshExport", mesh=ball(), target_faces=3)
+
+
+def test_z_up(comfy):
+    out = comfy.run("D3DS2MeshExport", mesh=ball(), filename_prefix="z_up", up_axis="Z")
+    loaded = trimesh.load(out[1][0].source, force="mesh")
+    np.testing.assert_allclose(loaded.extents, [0.8, 0.6, 1.0], atol=1e-5)
+    assert loaded.volume > 0  # turned, not mirrored
+    normals = np.asarray(loaded.vertex_normals)
+    assert ((normals * loaded.vertices).sum(1) > 0).all()
+
+
+def test_the_workflow_travels_in_the_glb(comfy):
+    prompt, workflow = {"1": {"class_type": "LoadD3DS2Model"}}, {"nodes": [{"id": 1, "title": "été"}]}
+
+    def run(prefix, **inputs):
+        out = comfy.run(
+            "D3DS2MeshExport", mesh=ball(), filename_prefix=prefix, prompt=prompt, workflow=workflow, **inputs
+        )
+        return read_glb(comfy.folder / "output" / out[0][0])["asset"]
+
+    extras = run("workflow")["extras"]
+    assert json.loads(extras["workflow"]) == workflow and json.loads(extras["prompt"]) == prompt
+    assert not run("without", embed_workflow=False).get("extras")
+    comfy.arguments.disable_metadata = True
+    assert not run("disabled").get("extras")
+    comfy.arguments.disable_metadata = False
+
+
+def test_dates_are_filled_in_by_comfyui(comfy, monkeypatch):
+    prefixes = []
+    paths = comfy.modules["folder_paths"]
+    original = paths.get_save_image_path
+    monkeypatch.setattr(paths, "get_save_image_path", lambda p, o: (prefixes.append(p), original("dated/x", o))[1])
+    comfy.run("D3DS2MeshExport", mesh=ball(), filename_prefix="%year%/%month%/x")
+    assert prefixes == ["%year%/%month%/x"]
+
+
+def test_pictures_survive_the_way_through_pillow(comfy):
+    module = comfy.module("nodes.comfy.pictures")
+    levels = torch.arange(256).float() / 255
+    image = levels.view(1, 16, 16, 1).expand(-1, -1, -1, 3)
+    assert torch.equal(module.to_images(module.to_pictures(image)), image)
+    assert module.to_masks(torch.tensor([[[2.0, -1.0, float("nan")]]]))[0].tobytes() == bytes([255, 0, 0])
+    assert isinstance(module.to_pictures(image)[0], Image.Image)

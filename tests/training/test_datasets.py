@@ -1,0 +1,199 @@
+"""Batches: a function of (seed, step) with any number of workers, packed and moved as they should be."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from d3ds2.geometry.voxels import Voxels
+from d3ds2.images.foreground import preprocess
+from d3ds2.meshes.mesh_to_sdf import SparseSDF
+from tests.support.training_data import R, prepared
+from training.data.datasets import (
+    BatchPlan,
+    ResolutionPlan,
+    Shapes,
+    Structures,
+    StructureViews,
+    draw,
+    load_batches,
+    pack_shapes,
+)
+from training.data.shape_files import list_shapes, load_shape, save_shape, shape_path
+from training.data.symmetry import facing, transform_grid
+from training.data.views import Views
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return prepared(tmp_path_factory)
+
+
+def dense(blocks, values):
+    """Blocks (M,3) and values (M,8,8,8) as a grid, 2 where there is no block."""
+    grid = np.full((R, R, R), 2.0)
+    for (x, y, z), block in zip(blocks * 8, values, strict=True):
+        grid[x : x + 8, y : y + 8, z : z + 8] = block
+    return grid
+
+
+def test_plan_shows_every_item_once_per_epoch_and_keeps_to_the_budget():
+    tokens = draw(0).integers(1, 40, size=50)
+    tokens[7] = 100
+    plan = BatchPlan(tokens, batch_size=4, max_tokens=60, seed=3)
+    batches = [plan[step] for step in range(200)]
+    assert all(1 <= len(b) <= 4 and tokens[b].sum() <= 60 for b in batches)
+    seen = np.concatenate(batches)
+    for epoch in range(3):
+        assert sorted(seen[49 * epoch : 49 * (epoch + 1)]) == [i for i in range(50) if i != 7]
+    sums = [tokens[b].sum() for b in batches]
+    for i, (batch, following) in enumerate(itertools.pairwise(batches)):
+        assert len(batch) == 4 or sums[i] + tokens[following[0]] > 60  # it ends only where the next is too much
+
+
+def test_plan_is_a_function_of_seed_and_step():
+    tokens = np.arange(1, 30)
+    plan, other = BatchPlan(tokens, 3, 50, seed=1), BatchPlan(tokens, 3, 50, seed=2)
+    forward = [plan[step].tolist() for step in range(60)]
+    assert BatchPlan(tokens, 3, 50, seed=1)[43].tolist() == forward[43]
+    assert plan[5].tolist() == forward[5]  # backwards again
+    assert [other[step].tolist() for step in range(60)] != forward
+
+
+def test_plan_without_fitting_items_is_an_error():
+    with pytest.raises(ValueError, match="at most 5 tokens, the smallest has 6"):
+        BatchPlan(np.array([6, 7]), 2, 5, seed=0)
+
+
+def test_resolutions_are_drawn_evenly_and_counted():
+    plan = ResolutionPlan((256, 384, 512), seed=0)
+    drawn = [plan[step] for step in range(5000)]
+    for R_ in (256, 384, 512):
+        assert [count for r, count in drawn if r == R_] == list(range(sum(r == R_ for r, _ in drawn)))
+        assert 1500 < sum(r == R_ for r, _ in drawn) < 1850
+    assert ResolutionPlan((256, 384, 512), seed=0)[4321] == drawn[4321]
+
+
+@pytest.mark.parametrize("symmetry", range(8))
+def test_moved_shape_is_the_moved_grid(data_dir, symmetry):
+    path = shape_path(data_dir, R, "can")
+    blocks, sdf, sharp = load_shape(path)
+    moved_blocks, moved_sdf, moved_sharp = load_shape(path, symmetry)
+    np.testing.assert_array_equal(dense(moved_blocks, moved_sdf), transform_grid(dense(blocks, sdf), symmetry))
+    np.testing.assert_array_equal(dense(moved_blocks, moved_sharp), transform_grid(dense(blocks, sharp), symmetry))
+    assert sharp.any() and sorted(map(tuple, moved_blocks)) == list(map(tuple, moved_blocks))
+
+
+def test_shape_file_keeps_active_voxels_active(tmp_path):
+    values = np.full((1, 8, 8, 8), -1.0, np.float32)
+    values[0, 0, 0, :3] = [0.99999, -0.99999, 0.25]
+    sharp = draw(0).random((1, 8, 8, 8)) < 0.5
+    save_shape(tmp_path / "a.safetensors", SparseSDF(np.array([[1, 2, 3]], np.int32), values, sharp, 64, 2.0))
+    blocks, loaded, loaded_sharp = load_shape(tmp_path / "a.safetensors")
+    assert blocks.tolist() == [[1, 2, 3]] and np.array_equal(loaded_sharp, sharp)
+    assert np.array_equal(np.abs(loaded) < 1, np.abs(values) < 1)
+    np.testing.assert_allclose(loaded, values, atol=5e-4)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_do_not_depend_on_workers_or_on_the_first_step(data_dir, workers):
+    shapes = Shapes(data_dir, "train", (R,), 2, 10_000, seed=5, symmetries=(0, 3, 4))
+    expected = [shapes[step] for step in range(6)]
+    loaded = dict(zip(range(2, 6), load_batches(shapes, 2, 6, workers, CPU), strict=True))
+    for step, batch in loaded.items():
+        for a, b in zip(batch, expected[step], strict=True):
+            for x, y in [(a.coords, b.coords), (a.neighbors, b.neighbors)] if isinstance(a, Voxels) else [(a, b)]:
+                assert torch.equal(torch.as_tensor(x), torch.as_tensor(y))
+    assert not torch.equal(expected[0].block_coords, expected[1].block_coords)
+
+
+def test_packed_blocks_are_sorted_as_voxels(data_dir):
+    batch = Shapes(data_dir, "train", (R,), 4, 10_000, seed=0, symmetries=(5,))[0]
+    assert batch.batch_size == 4 and batch.resolution == R
+    first_voxels = batch.block_coords * torch.tensor([1, 8, 8, 8], dtype=torch.int32)
+    assert torch.equal(Voxels(first_voxels, R, 4).block_coords, batch.block_coords)
+
+
+def test_structure_is_where_the_blocks_are(data_dir):
+    names, tokens = list_shapes(data_dir, "train", R)
+    structures = Structures(data_dir, names, R, batch_size=3, seed=0, symmetries=(0, 2, 6))
+    for shape, symmetry in [(0, 0), (1, 2), (3, 6)]:
+        occupancy = structures.occupancy(np.array([shape]), np.array([symmetry]))
+        blocks, _, _ = load_shape(shape_path(data_dir, R, names[shape]), symmetry)
+        assert occupancy.shape == (1, 1, R // 8, R // 8, R // 8) and occupancy.dtype == torch.uint8
+        assert torch.equal(occupancy[0, 0].nonzero(), torch.from_numpy(blocks).long())
+        assert occupancy.sum() == tokens[shape]
+    assert structures[0].shape == (3, 1, R // 8, R // 8, R // 8)
+
+
+def test_views_without_augmentation_are_the_preprocessed_picture(data_dir):
+    views = Views(data_dir, ["box", "nothing"], 28, augment=False)
+    assert views.names == ["box"]
+    symmetries, images = views.draw(np.array([0, 0]), np.array([0, 1]), draw(0))
+    assert images.shape == (2, 4, 28, 28) and images.dtype == torch.uint8
+    candidates = [preprocess(Image.open(path), 28) for path in views.files[0]]
+    assert any(torch.equal(images[0] / 255, picture) for picture in candidates)
+    flipped = [preprocess(Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT), 28) for path in views.files[0]]
+    assert any(torch.equal(images[1] / 255, picture) for picture in flipped)
+    assert symmetries[0] < 4 <= symmetries[1] and set(symmetries) <= set(views.symmetries_of(0))
+
+
+def test_symmetry_of_a_view_brings_its_camera_to_the_front(data_dir):
+    turned, fixed = Views(data_dir, ["box"], 28), Views(data_dir, ["box"], 28, turn_to_camera=False)
+    assert fixed.symmetries_of(0) == [0, 4]
+    assert turned.turns[0] == [facing(azimuth)[0] for azimuth in azimuths(data_dir)]
+
+
+def azimuths(data_dir):
+    views = json.loads((Path(data_dir) / "views" / "box" / "cameras.json").read_text())["views"]
+    return [view["camera"]["azimuth"] for view in views]
+
+
+def test_cached_views_are_the_same_and_augmentation_varies(data_dir):
+    names, _ = list_shapes(data_dir, "train", R)
+    cached, read = Views(data_dir, names, 42, cache=True), Views(data_dir, names, 42)
+    shapes, mirrored = np.array([0, 1, 2, 3] * 8), np.array([0, 1] * 16)
+    a, b = cached.draw(shapes, mirrored, draw(1)), read.draw(shapes, mirrored, draw(1))
+    assert np.array_equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    assert len(torch.unique(a[1], dim=0)) > 12  # without augmentation, two views of four shapes are 8
+    assert (a[1][:, 3] > 0).flatten(1).any(1).all()  # the object is in every picture
+
+
+def test_view_batches_repeat_shapes(data_dir):
+    names, _ = list_shapes(data_dir, "train", R)
+    dataset = StructureViews(Views(data_dir, names, 28), batch_size=6, views_per_shape=2, seed=0)
+    batch = dataset[4]
+    assert batch.shapes[0::2].tolist() == batch.shapes[1::2].tolist() and batch.images.shape == (6, 4, 28, 28)
+    assert torch.equal(dataset[4].images, batch.images)
+    with pytest.raises(ValueError, match="divisible by views_per_shape 4, got 6"):
+        StructureViews(Views(data_dir, names, 28), batch_size=6, views_per_shape=4, seed=0)
+
+
+def test_missing_data_is_named(tmp_path, data_dir):
+    with pytest.raises(FileNotFoundError, match=r"index\.json; make it with python -m training\.prepare_shapes"):
+        list_shapes(tmp_path, "train", R)
+    with pytest.raises(ValueError, match="split 'trian' at resolution 32"):
+        list_shapes(data_dir, "trian", R)
+    with pytest.raises(FileNotFoundError, match=r"make them with python -m training\.render_views"):
+        Views(str(tmp_path), ["box"], 28)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "sdf", "message"),
+    [
+        pytest.param([[0, 0, 1], [0, 0, 0]], 0.5, "lexicographic", id="out-of-order"),
+        pytest.param([[0, 0, 1], [0, 0, 1]], 0.5, "each once", id="twice"),
+        pytest.param([[0, 0, 1], [0, 0, 4]], 0.5, "invalid entry", id="outside-the-grid"),
+        pytest.param([[0, 0, 1], [0, 0, 2]], -1.0, "active voxel", id="nothing-in-the-band"),
+    ],
+)
+def test_bad_blocks_are_named(blocks, sdf, message):
+    values = np.full((2, 8, 8, 8), sdf, dtype=np.float16)
+    with pytest.raises(ValueError, match=message):
+        pack_shapes([(np.array(blocks, dtype=np.int16), values, values > 0)], 32)

@@ -1,0 +1,136 @@
+"""Training views: complete, reproducible, resumable, and as random as the config says."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trimesh
+from PIL import Image
+
+from d3ds2.images.render import Camera, Light, MeshRenderer
+from training.config import load_config
+from training.data.meshes import list_meshes
+from training.render_views import (
+    MIN_COVERAGE,
+    RenderViewsConfig,
+    generator_for,
+    main,
+    random_camera,
+    random_colors,
+    random_light,
+    render_mesh,
+    render_view,
+    view_folder,
+)
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "meshes").mkdir()
+    trimesh.creation.box((1, 2, 3)).export(tmp_path / "meshes" / "box.ply")
+    trimesh.creation.cone(1, 2).export(tmp_path / "meshes" / "cone.ply")
+    return RenderViewsConfig(str(tmp_path / "meshes"), str(tmp_path / "data"), views=3, size=48, workers=1)
+
+
+def pictures(config, name):
+    folder = view_folder(config.data_dir, name)
+    return [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
+
+
+def test_script_writes_views_and_reports_bad_meshes(config, tmp_path):
+    (tmp_path / "meshes" / "broken.ply").write_text("no mesh")
+    failures = main(config)
+    assert [f["name"] for f in failures] == ["broken"] and "expected a mesh" in failures[0]["error"]
+    log = (tmp_path / "data" / "view_failures.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in log] == failures
+    assert sorted(p.name for p in (tmp_path / "data" / "views").iterdir()) == ["box", "cone"]
+    cameras = json.loads((view_folder(config.data_dir, "box") / "cameras.json").read_text())
+    assert [v["file"] for v in cameras["views"]] == ["000.png", "001.png", "002.png"]
+    images = pictures(config, "box")
+    assert all(image.shape == (48, 48, 4) and (image[..., 3] > 0).mean() > 0.05 for image in images)
+
+    # the camera that is written down is the one that took the picture
+    vertices = trimesh.creation.box((1, 2, 3)).vertices * (0.95 * 2 / 3)
+    renderer = MeshRenderer(vertices, trimesh.creation.box().faces)
+    for image, view in zip(images, cameras["views"], strict=True):
+        again = renderer.render(Camera(**view["camera"]), 48, Light(**view["light"]), config.supersample)
+        assert np.abs(image[..., 3].astype(int) - again[..., 3]).mean() < 1
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "data" / "views").rglob("*.png")}
+    main(config)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "data" / "views").rglob("*.png")}
+
+
+def test_missing_or_outdated_views_are_made_again(config):
+    (entry, _) = list_meshes(config.meshes)
+    assert render_mesh(entry, config) == 3
+    first = pictures(config, "box")
+    assert render_mesh(entry, config) == 0
+    (view_folder(config.data_dir, "box") / "001.png").unlink()
+    assert render_mesh(entry, config) == 3
+    np.testing.assert_array_equal(first, pictures(config, "box"))
+    assert render_mesh(entry, dataclasses.replace(config, seed=1)) == 3
+    assert not np.array_equal(first, pictures(config, "box"))
+    assert render_mesh(entry, dataclasses.replace(config, seed=1, workers=7, limit=1)) == 0
+
+
+def test_views_of_other_splits_meshes_and_numbers_share_nothing():
+    keys = [(0, "train", "a", 0), (0, "test", "a", 0), (0, "train", "b", 0), (0, "train", "a", 1), (1, "train", "a", 0)]
+    draws = {float(generator_for(*key).uniform()) for key in keys}
+    assert len(draws) == len(keys)
+    assert generator_for(*keys[0]).uniform() == generator_for(*keys[0]).uniform()
+
+
+def test_cameras_and_lights_cover_their_ranges():
+    config = RenderViewsConfig(elevation=(10, 40), azimuth=(-90, 90), focal_mm=(30, 100))
+    rng = np.random.default_rng(0)
+    cameras = [random_camera(config, rng) for _ in range(500)]
+    for name, low, high in [("elevation", 10, 40), ("azimuth", -90, 90), ("focal_mm", 30, 100)]:
+        values = [getattr(camera, name) for camera in cameras]
+        margin = 0.03 * (high - low)
+        assert low <= min(values) < low + margin and high - margin < max(values) <= high
+    lights = [random_light(config, camera, rng) for camera in cameras]
+    assert all(abs(light.azimuth - camera.azimuth) <= 75 for light, camera in zip(lights, cameras, strict=True))
+    assert np.mean([light.shadows for light in lights]) == pytest.approx(0.5, abs=0.07)
+
+
+def test_colours_are_kept_and_greys_are_painted():
+    rng = np.random.default_rng(0)
+    painted = np.array([[200, 30, 30], [20, 100, 220]], dtype=np.uint8)
+    shifted = random_colors(painted, 0.1, rng)
+    assert shifted.shape == (2, 3) and (np.abs(shifted.astype(float) / painted - 1) < 0.13).all()
+    np.testing.assert_array_equal(random_colors(painted, 0.0, rng), painted)
+    red = np.array([[200, 30, 30]] * 2, dtype=np.uint8)
+    assert len(random_colors(red, 0.1, rng)) == 2  # one colour, but a colour
+    for colorless in (None, np.full((5, 3), 128, np.uint8)):
+        drawn = np.array([random_colors(colorless, 0.1, rng) for _ in range(50)])
+        assert drawn.shape == (50, 1, 3) and len(np.unique(drawn[:, 0], axis=0)) > 45
+
+
+def test_a_sheet_seen_edge_on_is_looked_at_from_elsewhere():
+    vertices = np.array([[0, -1, -1], [0, 1, -1], [0, 1, 1], [0, -1, 1]], dtype=np.float32)  # facing x
+    renderer = MeshRenderer(vertices, np.array([[0, 1, 2], [0, 2, 3]]))
+    config = RenderViewsConfig(size=64, azimuth=(-5, 5))
+    for number in range(20):
+        picture, *_ = render_view(renderer, None, config, generator_for(0, "train", "sheet", number))
+        assert (picture[..., 3] > 0).mean() >= MIN_COVERAGE
+    with pytest.raises(ValueError, match="covers"):
+        never = dataclasses.replace(config, azimuth=(0, 0))
+        render_view(renderer, None, never, generator_for(0, "train", "sheet", 0))
+
+
+def test_shipped_configs_load():
+    folder = Path(__file__).parents[2] / "training" / "configs"
+    tiny = load_config(RenderViewsConfig, [str(folder / "tiny_views.toml"), "views=2"])
+    assert (tiny.views, tiny.size) == (2, 320)
+    paper = load_config(RenderViewsConfig, [str(folder / "paper_views.toml")])
+    assert (paper.views, paper.size, paper.elevation) == (45, 1024, (10, 40))
+
+
+def test_impossible_settings_are_refused():
+    with pytest.raises(ValueError, match="views >= 1"):
+        RenderViewsConfig(views=0)
+    with pytest.raises(ValueError, match="elevation"):
+        RenderViewsConfig(elevation=(40, 10))

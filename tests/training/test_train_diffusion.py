@@ -1,0 +1,389 @@
+"""The chain after the SDF VAE: structure VAE, structure DiT with its encoder, latents, latent DiT.
+
+Each loss falls, each run stopped half way ends in the same parameters, and each finds what the one before exported.
+"""
+
+import dataclasses
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from d3ds2.geometry.voxels import Voxels
+from d3ds2.networks.image_encoder import ImageEncoderConfig
+from d3ds2.networks.latent_dit import LatentDiTConfig
+from d3ds2.networks.sdf_vae import SDFVAEConfig
+from d3ds2.networks.structure_dit import StructureDiTConfig
+from d3ds2.networks.structure_vae import StructureVAEConfig
+from d3ds2.storage.model_folder import SamplingConfig, load_network, save_network
+from tests.support.training_data import R, prepared
+from training import encode_latents, train_dit, train_structure_dit, train_structure_vae, train_vae
+from training.data.datasets import LatentViews, Shapes
+from training.data.shape_files import latent_path, list_shapes, load_shape, read_arrays, shape_path
+from training.data.views import Views
+from training.encode_latents import EncodeLatentsConfig, encode
+from training.losses import FlowLossConfig
+from training.run import RunConfig, read_metrics
+from training.train_dit import TrainDiTConfig
+from training.train_structure_dit import TrainStructureDiTConfig
+from training.train_structure_vae import TrainStructureVAEConfig
+from training.train_vae import TrainVAEConfig, active_voxels
+
+ENCODER = ImageEncoderConfig(image_size=28, patch_size=14, hidden_size=16, depth=1, num_heads=2, num_registers=1)
+
+
+@dataclasses.dataclass
+class Chain:
+    """Configs of the whole chain; what comes before a stage has run when a test asks for the stage."""
+
+    data_dir: str
+    folder: Path
+
+    @property
+    def model_dir(self) -> str:
+        return str(self.folder / "model")
+
+    def run(self, name: str, **changes) -> RunConfig:
+        defaults = {"learning_rate": 5e-3, "warmup_steps": 5, "log_every": 1, "ema_decay": 0.9, "tensorboard": False}
+        return RunConfig(**(defaults | {"out_dir": str(self.folder / name), "device": "cpu"} | changes))
+
+    @property
+    def structure_vae(self) -> TrainStructureVAEConfig:
+        model = StructureVAEConfig(
+            latent_channels=2,
+            encoder_widths=(8, 16),
+            decoder_widths=(16, 8),
+            encoder_res_blocks=1,
+            encoder_middle_blocks=1,
+            decoder_res_blocks=1,
+            decoder_middle_blocks=1,
+        )
+        run = self.run("structure_vae", steps=40, workers=1)
+        return TrainStructureVAEConfig(
+            self.data_dir, self.model_dir, resolution=R, batch_size=4, symmetries=(0, 4), model=model, run=run
+        )
+
+    @property
+    def structure_dit(self) -> TrainStructureDiTConfig:
+        return TrainStructureDiTConfig(
+            self.data_dir,
+            self.model_dir,
+            resolution=R,
+            batch_size=16,
+            views_per_shape=2,
+            cache_views=True,
+            image_encoder=ENCODER,
+            model=StructureDiTConfig(
+                resolution=2, latent_channels=2, hidden_size=32, depth=2, num_heads=2, context_size=16
+            ),
+            loss=FlowLossConfig(sample_posterior=False),
+            run=self.run("structure_dit", steps=50),
+        )
+
+    @property
+    def latents(self) -> EncodeLatentsConfig:
+        return EncodeLatentsConfig(self.data_dir, self.model_dir, ("train", "val"), R, max_tokens=100, device="cpu")
+
+    @property
+    def dit(self) -> TrainDiTConfig:
+        model = LatentDiTConfig(
+            latent_channels=4,
+            hidden_size=32,
+            depth=2,
+            num_heads=16,
+            num_kv_heads=1,
+            context_size=16,
+            top_k=1,
+            share_modulation=True,
+        )
+        run = self.run("dit", steps=40, workers=1)
+        return TrainDiTConfig(
+            self.data_dir, self.model_dir, resolution=R, batch_size=8, views_per_shape=2, model=model, run=run
+        )
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """All stages before the latent DiT, trained in order."""
+    chain = Chain(prepared(tmp_path_factory), tmp_path_factory.mktemp("chain"))
+    train_structure_vae.train(chain.structure_vae)
+    train_structure_dit.train(chain.structure_dit)
+    model = SDFVAEConfig(
+        latent_channels=4, hidden_size=32, num_heads=2, encoder_depth=1, decoder_depth=1, group_norm_groups=2
+    )
+    run = chain.run("vae", steps=10)
+    train_vae.train(TrainVAEConfig(chain.data_dir, chain.model_dir, resolutions=(R,), model=model, run=run))
+    encode_latents.main(chain.latents)
+    return chain
+
+
+def losses(config) -> list[float]:
+    records = read_metrics(config.run.out_dir)
+    assert [record["step"] for record in records] == list(range(1, config.run.steps + 1))
+    return [record["loss"] for record in records]
+
+
+def resumed(train, config, folder: Path) -> tuple:
+    """A run stopped half way and continued, beside one that was not: their averaged models."""
+    steps = 6
+    results = []
+    for name, stops in (("whole", [steps]), ("parts", [steps // 2, steps])):
+        for stop in stops:
+            run = dataclasses.replace(config.run, out_dir=str(folder / name), steps=stop)
+            results.append(train(dataclasses.replace(config, model_dir=str(folder / "model"), run=run)))
+    return results[0], results[-1]
+
+
+def assert_equal_parameters(a, b) -> None:
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def copy_model(chain: Chain, folder: Path, *names: str) -> None:
+    """What a stage needs of the model folder, so that a further run leaves the chain's own alone."""
+    (folder / "model").mkdir()
+    settings = json.loads(Path(chain.model_dir, "config.json").read_text())
+    settings["networks"] = {name: settings["networks"][name] for name in names}
+    (folder / "model" / "config.json").write_text(json.dumps(settings))
+    for name in names:
+        file = f"{name}.safetensors"
+        (folder / "model" / file).write_bytes(Path(chain.model_dir, file).read_bytes())
+
+
+def test_structure_vae_learns(chain):
+    fallen = losses(chain.structure_vae)
+    assert np.mean(fallen[-5:]) < 0.6 * np.mean(fallen[:5])
+    assert read_metrics(chain.structure_vae.run.out_dir)[-1]["iou"] > 0.6
+
+
+def test_structure_vae_exports_the_scale_of_its_latents(chain):
+    vae = load_network(chain.model_dir, "structure_vae")
+    names, _ = list_shapes(chain.data_dir, "train", R)
+    structures = train_structure_vae.Structures(chain.data_dir, names, R, 8, 0, symmetries=(0, 4))
+    mean, logvar = vae.encode(structures[0])
+    z = vae.normalize_latents(mean + (0.5 * logvar).exp() * torch.randn(100, *mean.shape))
+    assert vae.config.latents_scale != 1
+    assert abs(z.mean().item()) < 0.1 and abs(z.std().item() - 1) < 0.1
+
+
+def test_structure_vae_resumes_exactly(chain, tmp_path):
+    assert_equal_parameters(*resumed(train_structure_vae.train, chain.structure_vae, tmp_path))
+
+
+def test_structure_dit_learns_and_trains_its_encoder(chain):
+    fallen = losses(chain.structure_dit)
+    assert np.mean(fallen[-10:]) < 0.75 * np.mean(fallen[:10])
+    exported = load_network(chain.model_dir, "image_encoder")
+    torch.manual_seed(chain.structure_dit.run.seed)
+    untrained = train_structure_dit.make_image_encoder(chain.structure_dit)
+    weight = "embeddings.patch_embeddings.projection.weight"
+    moved = (exported.state_dict()[weight] - untrained.state_dict()[weight]).abs().max()
+    assert moved > 1e-3 and exported.config == ENCODER
+
+
+def test_structure_dit_resumes_exactly(chain, tmp_path):
+    copy_model(chain, tmp_path, "structure_vae")
+    assert_equal_parameters(*resumed(train_structure_dit.train, chain.structure_dit, tmp_path))
+
+
+def test_structure_dit_can_leave_the_encoder_as_it_is(chain, tmp_path):
+    copy_model(chain, tmp_path, "structure_vae", "image_encoder")
+    run = dataclasses.replace(chain.structure_dit.run, out_dir=str(tmp_path / "run"), steps=2)
+    config = dataclasses.replace(
+        chain.structure_dit, model_dir=str(tmp_path / "model"), run=run, train_image_encoder=False
+    )
+    trained = train_structure_dit.train(config)
+    assert_equal_parameters(trained["image_encoder"], load_network(chain.model_dir, "image_encoder"))
+
+
+def test_structure_dit_starts_from_a_trained_encoder(chain, tmp_path):
+    copy_model(chain, tmp_path, "structure_vae")
+    run = dataclasses.replace(chain.structure_dit.run, out_dir=str(tmp_path / "run"), steps=1, warmup_steps=10**9)
+    config = dataclasses.replace(
+        chain.structure_dit, model_dir=str(tmp_path / "model"), run=run, pretrained_encoder=chain.model_dir
+    )
+    trained = train_structure_dit.train(config)["image_encoder"]  # one step at a learning rate of about zero
+    for a, b in zip(trained.parameters(), load_network(chain.model_dir, "image_encoder").parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_encoder_stays_as_it_is_from_a_step_on(chain, tmp_path):
+    copy_model(chain, tmp_path, "structure_vae")
+
+    def run_to(steps: int, folder: str):
+        run = dataclasses.replace(chain.structure_dit.run, out_dir=str(tmp_path / folder), steps=steps)
+        return train_structure_dit.train(
+            dataclasses.replace(
+                chain.structure_dit,
+                model_dir=str(tmp_path / "model"),
+                run=run,
+                image_encoder_steps=4,
+                cache_views=False,
+            )
+        )
+
+    at_4, at_8 = run_to(4, "short"), run_to(8, "long")
+    assert_equal_parameters(at_4["image_encoder"], at_8["image_encoder"])
+    weights = zip(at_4["structure_dit"].parameters(), at_8["structure_dit"].parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in weights)
+    run_to(6, "parts")
+    resumed_at_8 = run_to(8, "parts")
+    assert_equal_parameters(at_8, resumed_at_8)
+
+
+def test_further_stretch_starts_from_a_model_folder(chain, tmp_path):
+    copy_model(chain, tmp_path, "structure_vae")
+    run = dataclasses.replace(
+        chain.structure_dit.run, out_dir=str(tmp_path / "run"), steps=1, warmup_steps=10**9, start_from=chain.model_dir
+    )
+    config = dataclasses.replace(chain.structure_dit, model_dir=str(tmp_path / "model"), run=run)
+    trained = train_structure_dit.train(config)  # one step at a learning rate of about zero
+    for name in ("image_encoder", "structure_dit"):
+        for a, b in zip(trained[name].parameters(), load_network(chain.model_dir, name).parameters(), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    wide = dataclasses.replace(config.model, hidden_size=64)
+    other = dataclasses.replace(config, model=wide, run=dataclasses.replace(run, out_dir=str(tmp_path / "wide")))
+    with pytest.raises(ValueError, match="structure_dit of"):
+        train_structure_dit.train(other)
+
+
+def test_structure_dit_learns_from_pictures_on_the_device(chain, tmp_path):
+    copy_model(chain, tmp_path, "structure_vae")
+    loss = dataclasses.replace(chain.structure_dit.loss, noise_alone=0.3)
+    config = dataclasses.replace(chain.structure_dit, views_on_device=True, loss=loss)
+    assert_equal_parameters(*resumed(train_structure_dit.train, config, tmp_path))
+    run = dataclasses.replace(config.run, out_dir=str(tmp_path / "learns"))
+    config = dataclasses.replace(config, model_dir=str(tmp_path / "model"), run=run)
+    train_structure_dit.train(config)
+    fallen = losses(config)
+    assert np.mean(fallen[-10:]) < 0.75 * np.mean(fallen[:10])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_compiled_blocks_train_as_the_others(chain, tmp_path, monkeypatch, device):
+    """With Inductor on a GPU; on a CPU, where its C++ takes a minute, with what comes before it."""
+    copy_model(chain, tmp_path, "structure_vae")
+    counter = CompileCounterWithBackend("aot_eager" if device == "cpu" else "inductor")
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=counter))
+    configs, models = [], []
+    for compiled in (False, True):
+        assert not counter.frame_count
+        folder = str(tmp_path / f"run_{compiled}")
+        changes = {"out_dir": folder, "steps": 2, "compile": compiled, "device": device, "precision": "fp32"}
+        run = dataclasses.replace(chain.structure_dit.run, **changes)
+        configs.append(dataclasses.replace(chain.structure_dit, model_dir=str(tmp_path / "model"), run=run))
+        models.append(train_structure_dit.train(configs[-1]))
+    assert counter.frame_count == 2  # the encoder's layer, and one for both blocks
+    torch.testing.assert_close(losses(configs[1]), losses(configs[0]), atol=0, rtol=2e-3)
+    if device == "cpu":  # on a GPU, TF32 may turn Adam's first steps, which are of the size of 5e-3
+        for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
+    assert set(models[1].state_dict()) == set(models[0].state_dict())
+
+
+def test_latents_are_those_of_the_exported_vae(chain):
+    vae = load_network(chain.model_dir, "sdf_vae")
+    path = shape_path(chain.data_dir, R, "torus")
+    shapes = Shapes(chain.data_dir, "train", (R,), 1, 10_000, seed=0)
+    names = shapes.names[R]
+    step = next(s for s in range(100) if names[shapes.plans[R][s][0]] == "torus")
+    expected, _, voxels = vae.encode(*active_voxels(shapes[step]))
+    coords, mean = read_arrays(latent_path(chain.data_dir, R, "torus", 0), "coords", "mean")
+    assert np.array_equal(coords, voxels.coords[:, 1:].numpy())
+    np.testing.assert_allclose(mean, expected.detach().numpy(), atol=2e-2)
+    turned, _ = read_arrays(latent_path(chain.data_dir, R, "torus", 1), "coords", "mean")
+    assert sorted(map(tuple, turned)) == sorted(map(tuple, load_shape(path, 1)[0]))
+    assert latent_path(chain.data_dir, R, "pill", 7).is_file()  # of the second split
+
+
+def test_scale_of_latents_is_measured(chain):
+    vae = load_network(chain.model_dir, "sdf_vae")
+    moments = json.loads(latent_path(chain.data_dir, R, "", 0).with_name("moments.json").read_text())
+    assert vae.config.latents_scale == moments["latents_scale"] != 1
+    assert vae.config.latents_shift == moments["latents_shift"] and len(moments["std_of_channels"]) == 4
+
+
+def test_latents_are_made_again_only_where_encoder_shapes_or_files_differ(chain, tmp_path, monkeypatch):
+    copy_model(chain, tmp_path, "sdf_vae")
+    shutil.copytree(chain.data_dir, tmp_path / "data")
+    config = dataclasses.replace(chain.latents, data_dir=str(tmp_path / "data"), model_dir=str(tmp_path / "model"))
+    batches = []
+    monkeypatch.setattr(encode_latents, "encode", lambda *a: batches.append(1) or encode(*a))
+
+    def encoded() -> bool:
+        batches.clear()
+        encode_latents.main(config)
+        return bool(batches)
+
+    def change(part: str) -> None:
+        vae = load_network(config.model_dir, "sdf_vae")
+        next(getattr(vae, part).parameters()).mul_(1.5)
+        save_network(config.model_dir, "sdf_vae", vae, torch.float16)
+
+    assert not encoded()
+    change("decoder")  # the latents are what they were
+    assert not encoded()
+    change("encoder")
+    assert encoded() and not encoded()
+    latent_path(config.data_dir, R, "torus", 5).unlink()
+    assert encoded() and not encoded()
+    index = tmp_path / "data" / "index.json"
+    index.write_text(json.dumps([record for record in json.loads(index.read_text()) if record["name"] != "box"]))
+    assert encoded() and not encoded()
+    config = dataclasses.replace(config, model_dir=chain.model_dir)  # another model on the same shapes
+    assert encoded()
+
+
+def test_latent_batches_are_packed_in_the_order_of_voxels(chain):
+    names, tokens = list_shapes(chain.data_dir, "train", R)
+    views = Views(chain.data_dir, names, 28)
+    dataset = LatentViews(chain.data_dir, R, views, tokens, 4, 2, 10_000, seed=0)
+    batch = dataset[3]
+    assert Voxels(batch.coords, R // 8, 4).counts == torch.bincount(batch.coords[:, 0]).tolist()
+    assert batch.mean.shape == batch.logvar.shape == (len(batch.coords), 4) and batch.images.shape == (4, 4, 28, 28)
+    read_each_time = LatentViews(chain.data_dir, R, views, tokens, 4, 2, 10_000, seed=0, cache=False)
+    assert all(torch.equal(a, b) for a, b in zip(batch, read_each_time[3], strict=True))
+    small = LatentViews(chain.data_dir, R, views, tokens, 4, 2, int(2 * tokens.min()), seed=0)
+    assert len(small[0].images) == 2  # one shape, two views
+    with pytest.raises(FileNotFoundError, match=r"make them with python -m training\.encode_latents"):
+        LatentViews(chain.data_dir, 64, views, tokens, 4, 2, 10_000, seed=0)
+
+
+def test_dit_learns(chain):
+    trained = train_dit.train(chain.dit)
+    fallen = losses(chain.dit)
+    assert np.mean(fallen[-10:]) < 0.8 * np.mean(fallen[:10])
+    exported = load_network(chain.model_dir, "latent_dit")
+    for a, b in zip(exported.parameters(), trained.parameters(), strict=True):
+        assert torch.equal(a, b.half().float())
+
+
+def test_dit_exports_how_to_sample(chain, tmp_path):
+    copy_model(chain, tmp_path, "sdf_vae", "image_encoder")
+    run = dataclasses.replace(chain.dit.run, out_dir=str(tmp_path / "run"), steps=1)
+    sampling = SamplingConfig(sdf_resolution=64, latent_steps=9)
+    with pytest.raises(ValueError, match=f"sampling.sdf_resolution {R} as trained, got 64"):
+        dataclasses.replace(chain.dit, sampling=sampling)
+    object.__setattr__(sampling, "sdf_resolution", R)  # below what is ever sampled; that of these tests
+    train_dit.train(dataclasses.replace(chain.dit, model_dir=str(tmp_path / "model"), run=run, sampling=sampling))
+    settings = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert settings["name"] == "model" and settings["sampling"]["latent_steps"] == 9
+
+
+def test_dit_resumes_exactly(chain, tmp_path):
+    copy_model(chain, tmp_path, "sdf_vae", "image_encoder")
+    assert_equal_parameters(*resumed(train_dit.train, chain.dit, tmp_path))
+
+
+def test_time_limit_saves_and_exports(chain, tmp_path):
+    run = dataclasses.replace(chain.structure_vae.run, out_dir=str(tmp_path / "run"), max_minutes=1e-6)
+    config = dataclasses.replace(chain.structure_vae, model_dir=str(tmp_path / "model"), run=run)
+    stopped = train_structure_vae.train(config)
+    assert [path.name for path in (tmp_path / "run").glob("*.pt")] == ["step_00000001.pt"]
+    exported = load_network(tmp_path / "model", "structure_vae")
+    assert torch.equal(next(exported.parameters()), next(stopped.parameters()).half().float())

@@ -1,0 +1,87 @@
+"""All pictures of a run on the training device: for small pictures, whose reading would take longer than a step.
+
+The pictures are decoded, cut out and put on white once. What differs between two draws of one picture is made on the
+device: the mirror, the rotation, and the size and place of the object in its square (as in `training.data.views`).
+
+Sizes: n pictures, B of a batch, S pixels per edge.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from d3ds2.images.foreground import MARGIN, SIZE
+from training.data.datasets import draw, load_batches, plan_shapes, shapes_per_batch
+from training.data.views import CROP_PROBABILITY, MAX_MARGIN, MAX_ROTATION, MIN_CROP, ROTATE_PROBABILITY, Views
+from training.evaluation.nearest_view import Pictures, View
+
+READ_AT_ONCE = 64  # pictures
+
+
+class Choice(NamedTuple):
+    """Which pictures of which shapes a step sees."""
+
+    shapes: Tensor  # (B,) int64
+    symmetries: Tensor  # (B,) int64
+    pictures: Tensor  # (B,) int64, rows of `DevicePictures.images`
+    mirrored: Tensor  # (B,) bool
+
+
+class DevicePictures:
+    """uint8 pictures (n, 4, S, S): red, green, blue, mask. `rows[shape]` is the row of the shape's first view."""
+
+    def __init__(self, views: Views, device: torch.device, workers: int):
+        every = [View(shape, view, 0) for shape, files in enumerate(views.files) for view in range(len(files))]
+        S = views.image_size
+        self.rows = np.concatenate([[0], np.cumsum([len(files) for files in views.files])])
+        self.images = torch.empty((len(every), 4, S, S), dtype=torch.uint8, device=device)
+        pictures = Pictures(views, every, READ_AT_ONCE)
+        for index, batch in enumerate(load_batches(pictures, 0, len(pictures), workers, device)):
+            self.images[index * READ_AT_ONCE : index * READ_AT_ONCE + len(batch)] = batch
+
+    def draw(self, choice: Choice, generator: torch.Generator, augment: bool = True) -> Tensor:
+        """The chosen pictures, (B, 4, S, S) float32 in [0, 1], mirrored where wanted, and augmented."""
+        images = self.images[choice.pictures].float() / 255
+        images = torch.where(choice.mirrored[:, None, None, None], images.flip(-1), images)
+        return move_objects(images, generator) if augment else images
+
+
+def move_objects(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Rotate, crop and resize the object in each picture (B, 4, S, S) float; what comes in from outside is white.
+
+    Each picture is rotated by up to 10° (p 0.1), cropped to 0.9-1 of each edge (p 0.1), and its margin becomes 0-32
+    pixels of 518.
+    """
+    B, device = len(images), images.device
+    u = torch.rand((8, B), generator=generator, device=device)
+    angle = torch.deg2rad(MAX_ROTATION * (2 * u[1] - 1)) * (u[0] < ROTATE_PROBABILITY)
+    margin = MAX_MARGIN * u[2]
+    scale = (SIZE - 2 * MARGIN) / (SIZE - 2 * margin)  # picture coordinates per coordinate of the result
+    cropped = u[3] < CROP_PROBABILITY
+    kept = torch.where(cropped, MIN_CROP + (1 - MIN_CROP) * torch.maximum(u[4], u[5]), 1.0)
+    scale = scale * kept
+    shift = (2 * u[6:8] - 1) * (1 - kept)  # the middle of what is kept, (2, B)
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    matrix = torch.stack([torch.stack([cos, -sin, shift[0]], 1), torch.stack([sin, cos, shift[1]], 1)], 1)  # (B, 2, 3)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    white = images.new_tensor([1.0, 1.0, 1.0, 0.0])[:, None, None]
+    return F.grid_sample(images - white, grid, mode="bilinear", align_corners=False) + white  # zeros outside are white
+
+
+class PictureChoices(Dataset):
+    """`choices[step]` is a `Choice`: the same shapes as `StructureViews` gives for these arguments."""
+
+    def __init__(self, views: Views, pictures: DevicePictures, batch_size: int, views_per_shape: int, seed: int):
+        self.views, self.rows, self.views_per_shape, self.seed = views, pictures.rows, views_per_shape, seed
+        self.plan = plan_shapes(2 * len(views.names), shapes_per_batch(batch_size, views_per_shape), seed)
+
+    def __getitem__(self, step: int) -> Choice:
+        shapes, mirrored = np.divmod(self.plan[step].repeat(self.views_per_shape), 2)
+        rng = draw(self.seed, step, 2)
+        chosen = [self.views.choose(shape, flip, rng) for shape, flip in zip(shapes, mirrored, strict=True)]
+        view, symmetries = np.array(chosen).T
+        return Choice(*map(torch.from_numpy, (shapes, symmetries, self.rows[shapes] + view, mirrored.astype(bool))))

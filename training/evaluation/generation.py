@@ -1,0 +1,140 @@
+"""Sample a model on single views of a split, and find what the baselines answer, for `training.evaluate`."""
+
+import dataclasses
+import hashlib
+import json
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from d3ds2.images.render import Camera
+from d3ds2.networks.image_encoder import ImageEncoder, ImageTokens
+from d3ds2.pipeline import EmptyResultError, Pipeline
+from training.data.datasets import load_batches
+from training.data.shape_files import list_shapes
+from training.data.symmetry import facing
+from training.data.views import Views
+from training.evaluation.generation_scores import Item, score_item
+from training.evaluation.mean_solid import mean_solid, mesh_of_mean, packed_solid
+from training.evaluation.nearest_view import NearestView, Pictures, choose_views
+from training.evaluation.round_trip import split_blocks
+from training.evaluation.shape_scores import ScoreConfig
+
+DESCRIBED_AT_ONCE = 64  # training pictures
+NOTHING = np.zeros((0, 3), dtype=np.int32), np.zeros((0, 8, 8, 8), dtype=np.float16)
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    train_split: str = "train"  # of the baselines
+    batch_size: int = 16  # images sampled at once
+    views_per_shape: int = 1
+    turn_to_camera: bool = True  # as the model was trained, see symmetry.py
+    baselines: bool = True  # false: score the model alone, as when tuning its guidance
+    baseline_views: int = 8  # pictures of each training shape that are compared
+    sheet: int = 24  # samples on the contact sheet; drawn by the seed, not picked
+    workers: int = 0  # processes that read pictures
+
+    def __post_init__(self):
+        for name in ("batch_size", "views_per_shape", "baseline_views"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected generation.{name} >= 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """What answers without generating."""
+
+    nearest: NearestView
+    names: list[str]  # of the training shapes
+    mean_mesh: tuple[np.ndarray, np.ndarray]
+    about: dict[str, float]  # for the report
+
+
+def seed_of(seed: int, name: str, file: str) -> int:
+    """A sample's seed: a function of its view alone, so that `limit` and the batch size do not change samples."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}/{file}".encode()).digest()[:4], "big") >> 1
+
+
+def sample(pipeline: Pipeline, image_tokens: ImageTokens, seeds: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """block_coords (M,3) and SDF values (M,8,8,8) fp16 of each image; M is 0 where the structure came out empty."""
+    try:
+        voxels = pipeline.sample_structure(image_tokens, seeds)
+    except EmptyResultError:
+        if len(seeds) == 1:
+            return [NOTHING]
+        return [sample(pipeline, image_tokens.sample(i), [seed])[0] for i, seed in enumerate(seeds)]
+    return split_blocks(*pipeline.decode_sdf(pipeline.sample_latents(voxels, image_tokens, seeds), voxels))
+
+
+def make_baselines(
+    encoder: ImageEncoder, config: GenerationConfig, seed: int, scoring: ScoreConfig, pool: Executor
+) -> Baselines:
+    """Look at all shapes of the training split."""
+    names, _ = list_shapes(scoring.data_dir, config.train_split, scoring.resolution)
+    views = Views(scoring.data_dir, names, encoder.config.image_size, config.turn_to_camera, augment=False)
+    solids = [pool.submit(packed_solid, scoring.data_dir, scoring.resolution, name) for name in views.names]
+    chosen = choose_views(views, config.baseline_views, seed)
+    pictures = Pictures(views, chosen, DESCRIBED_AT_ONCE)
+    device = next(encoder.parameters()).device
+    nearest = NearestView(encoder, chosen, load_batches(pictures, 0, len(pictures), config.workers, device))
+    symmetries = [views.symmetries_of(shape) for shape in range(len(views.names))]
+    mean, level, iou = mean_solid((solid.result(), s) for solid, s in zip(solids, symmetries, strict=True))
+    about = {"level": level, "iou_on_train": iou, "shapes": len(views.names), "pictures": len(nearest.chosen)}
+    return Baselines(nearest, views.names, mesh_of_mean(mean, level), about)
+
+
+def camera_of(file: Path) -> Camera:
+    """The camera of a view, from cameras.json beside it."""
+    for view in json.loads((file.parent / "cameras.json").read_text())["views"]:
+        if view["file"] == file.name:
+            return Camera(**view["camera"])
+    raise ValueError(f"expected {file.name} in {file.parent / 'cameras.json'}")
+
+
+def run(
+    pipeline: Pipeline,
+    sources: dict[str, str],
+    config: GenerationConfig,
+    seed: int,
+    scoring: ScoreConfig,
+    pool: Executor,
+) -> tuple[list[Item], dict[str, float] | None]:
+    """Sample and score one view (or several) of each shape; returns the items, and of the baselines what is reported.
+
+    Args:
+        sources: of the shapes to evaluate, by name.
+
+    Scores are computed in the pool while the next batch is sampled.
+    """
+    encoder = pipeline.image_encoder
+    weight = next(encoder.parameters())
+    baselines = make_baselines(encoder, config, seed, scoring, pool) if config.baselines else None
+    views = Views(scoring.data_dir, list(sources), encoder.config.image_size, config.turn_to_camera, augment=False)
+    chosen = choose_views(views, config.views_per_shape, seed)
+    drawn = set(np.random.default_rng(seed).permutation(len(chosen))[: config.sheet].tolist())
+    pictures = Pictures(views, chosen, config.batch_size)
+    jobs = []
+    batches = load_batches(pictures, 0, len(pictures), config.workers, weight.device)
+    for images in tqdm(batches, total=len(pictures), desc="generation", unit="batch"):
+        items = []
+        for view in chosen[len(jobs) : len(jobs) + len(images)]:
+            file, name = views.files[view.shape][view.view], views.names[view.shape]
+            camera = camera_of(file)
+            if config.turn_to_camera:
+                camera = dataclasses.replace(camera, azimuth=facing(camera.azimuth)[1])
+            items.append(Item(name, sources[name], file.name, camera, view.symmetry, seed_of(seed, name, file.name)))
+        similar = baselines.nearest.find(encoder, images) if baselines else {}
+        image_tokens = encoder(images.to(weight.dtype) / 255)
+        made = sample(pipeline, image_tokens, [item.seed for item in items])
+        for place, (item, (block_coords, values)) in enumerate(zip(items, made, strict=True)):
+            for kind, found in similar.items():
+                item.nearest[kind] = (baselines.names[found[place].shape], found[place].symmetry)
+            if len(jobs) in drawn:
+                item.pictures.append(images[place, :3].permute(1, 2, 0).cpu().numpy())
+            mean_mesh = baselines.mean_mesh if baselines else None
+            jobs.append(pool.submit(score_item, item, block_coords, values, mean_mesh, scoring))
+    return [job.result() for job in tqdm(jobs, desc="scores", unit="mesh")], baselines and baselines.about
