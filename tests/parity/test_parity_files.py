@@ -62,7 +62,7 @@ def test_recipe_gives_the_sums_of_parameters_that_are_not_stored(name):
 def run_parity_tests(folder, chosen="not another_collection and not small_folder and not released"):
     """The parity tests over another folder in a process of their own, and how many of them had each outcome."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu"]
-    files = [str(path) for path in sorted((ROOT / "tests").glob("test_parity_*.py"))]
+    files = [str(path) for path in sorted((ROOT / "tests" / "parity").glob("test_parity_*.py"))]
     environment = os.environ | {"D3DS2_PARITY": str(folder), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "-k", chosen, *files], env=environment, cwd=ROOT, capture_output=True, text=True)
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout)}
