@@ -1,10 +1,12 @@
-"""Tables of the 27 neighbours of voxels, which are sorted as `Voxels.coords`.
+"""The order of voxels, and tables of their 27 neighbours.
 
-Row k = 9 (dx+1) + 3 (dy+1) + (dz+1) of a table (27, N) int32 holds the rows of the voxels at coords + (dx, dy, dz), and
-N where there is none; row 13 is the voxel itself.
+Voxels are sorted by one integer key each (`sort_keys`), which orders by sample, 8³ block and place in the block.
+
+A table of neighbours is (27, N) int32. Its row k = 9 (dx+1) + 3 (dy+1) + (dz+1) holds, for each voxel, the row of the
+voxel at coords + (dx, dy, dz), or N where there is none. Row 13 is the voxel itself.
 
 Sizes named in this file:
-    N  voxels      Nc  voxels of the grid of half the resolution      K  offsets at a time
+    N  voxels      Nc  voxels of the grid of half the resolution      K  offsets searched at a time
 """
 
 from itertools import product
@@ -13,14 +15,22 @@ import torch
 from torch import Tensor
 
 from ..kernels.device_constant import device_constant
-from .voxel_keys import sort_keys
 
-SEARCHED = 1 << 22  # neighbours searched at a time: what one takes is some 150 bytes
+EDGE_BITS = 3
+BLOCK = (
+    1 << EDGE_BITS
+)  # voxels along the edge of a selection block: m_slc in the paper, and the SDF voxels of one latent
+PLACE_BITS = 3 * EDGE_BITS  # the low bits of a key, the place of a voxel in its block; the bits above count the blocks
+SEARCH_CHUNK = 1 << 22  # neighbours searched at a time, each of which takes some 150 bytes
 OFFSETS = tuple(product((-1, 0, 1), repeat=3))
 
 
 def _child_tables() -> tuple[tuple, tuple]:
-    """Of the neighbour at each offset of each child of a cell: the offset of its cell, and which child it is there."""
+    """Return where the neighbour at each of the 27 offsets of each of the 8 children of a cell lies, (27, 8) each.
+
+    The first table holds the offset k from the cell to the neighbour's cell, the second which child of that cell the
+    neighbour is.
+    """
     offset, which = [], []
     for steps in OFFSETS:
         places = [[c + d for c, d in zip(child, steps, strict=True)] for child in product((0, 1), repeat=3)]
@@ -29,11 +39,31 @@ def _child_tables() -> tuple[tuple, tuple]:
     return tuple(offset), tuple(which)
 
 
-CELL_OFFSET, CHILD = _child_tables()  # (27, 8) each
+CELL_OFFSET, CHILD = _child_tables()
+
+
+def sort_keys(coords: Tensor, resolution: int) -> Tensor:
+    """Return the keys (N,) int64 that sort coords (N, 4) [batch, x, y, z] by sample, block and place in the block."""
+    blocks_per_edge = -(-resolution // BLOCK)
+    block, x, y, z = coords.long().unbind(1)
+    for axis in (x, y, z):
+        block = torch.add(axis >> EDGE_BITS, block, alpha=blocks_per_edge)  # shifts: CPUs divide int64 slowly
+    last = BLOCK - 1
+    place = torch.add(torch.add(z & last, y & last, alpha=BLOCK), x & last, alpha=BLOCK**2)
+    return torch.add(place, block, alpha=BLOCK**3)
 
 
 def search_neighbors(coords: Tensor, keys: Tensor, resolution: int) -> Tensor:
-    """By binary search among the `sort_keys` (N,) of coords (N, 4): (27, N) int32."""
+    """Find the neighbours by binary search.
+
+    Args:
+        coords: (N, 4) int32, sorted.
+        keys: their `sort_keys` (N,).
+        resolution: voxels along an edge of the grid.
+
+    Returns:
+        The table (27, N) int32.
+    """
     N = len(coords)
     table = torch.full((27, N), N, dtype=torch.int32, device=coords.device)
     rows = torch.arange(N, dtype=torch.int32, device=coords.device)
@@ -41,7 +71,7 @@ def search_neighbors(coords: Tensor, keys: Tensor, resolution: int) -> Tensor:
     if N == 0:
         return table
     offsets = device_constant(tuple((0, *offset) for offset in OFFSETS[:13]), coords.device)  # (13, 4)
-    at_a_time = max(1, SEARCHED // N)
+    at_a_time = max(1, SEARCH_CHUNK // N)
     for first in range(0, 13, at_a_time):
         part = slice(first, min(13, first + at_a_time))
         wanted = coords + offsets[part, None]  # (K, N, 4)
@@ -50,7 +80,7 @@ def search_neighbors(coords: Tensor, keys: Tensor, resolution: int) -> Tensor:
         found = torch.searchsorted(keys, wanted, out_int32=True).clamp_(max=N - 1)
         hit = inside & (keys[found] == wanted)
         table[part] = found = found.masked_fill_(~hit, N)
-        # being neighbours is mutual: the voxel found has this one at the opposite offset
+        # neighbours come in pairs: the voxel found has this one at the opposite offset
         opposite = torch.full((len(found), N + 1), N, dtype=torch.int32, device=coords.device)
         opposite.scatter_(1, found.long(), rows.expand(len(found), N))
         table[27 - part.stop : 27 - part.start] = opposite[:, :N].flip(0)
@@ -58,14 +88,14 @@ def search_neighbors(coords: Tensor, keys: Tensor, resolution: int) -> Tensor:
 
 
 def child_neighbors(coarse: Tensor, slots: Tensor) -> Tensor:
-    """By look-ups in the table of the grid of half the resolution, much faster than a search.
+    """Look the neighbours up in the table of the grid of half the resolution: much faster than a search.
 
     Args:
-        coarse: that table, (27, Nc).
-        slots: 8 · parent + 4 i + 2 j + k of each voxel, the child i, j, k of `parent`, (N,) long.
+        coarse: the table of that grid, (27, Nc).
+        slots: (N,) long, 8 · parent + 4 i + 2 j + k for the voxel that is child (i, j, k) of `parent`.
 
     Returns:
-        (27, N) int32.
+        The table (27, N) int32.
     """
     N, slot_count = len(slots), 8 * coarse.shape[1]
     offset, child = (device_constant(table, slots.device) for table in (CELL_OFFSET, CHILD))

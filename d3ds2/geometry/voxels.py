@@ -1,8 +1,8 @@
 """The geometry of a packed batch of voxels, and everything that follows from geometry alone.
 
 Features are plain tensors (N, C) whose rows follow `Voxels.coords`. What depends on the coordinates only (sample
-offsets, selection blocks, windows, neighbour tables, coarser and finer grids, position embeddings) is computed once
-here, kept, and shared by all layers, both guidance branches and all sampling steps.
+offsets, selection blocks, windows, neighbours, coarser and finer grids, position embeddings) is computed once
+and kept in `Voxels.tables`, where all layers, both guidance branches and all sampling steps find it: see `per_grid`.
 
 Sizes named in this file:
     N  voxels, all samples packed      B  samples
@@ -11,21 +11,21 @@ Sizes named in this file:
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import InitVar, dataclass, field
 from itertools import product
 
 import torch
 from torch import Tensor
 
 from ..kernels.device_constant import device_constant
-from .neighbors import child_neighbors, search_neighbors
+from .neighbors import BLOCK, PLACE_BITS, child_neighbors, search_neighbors, sort_keys
+from .per_grid import per_grid, per_grid_property
 from .position_embedding import absolute_position_embedding
-from .voxel_keys import BLOCK, sort_keys
 from .windows import Windows
 
 PLACES = tuple((0, *place) for place in product(range(BLOCK), repeat=3))  # in a block, in their order
-EMBEDDED_ROWS = 16384  # positions embedded at a time
+CHILDREN = tuple((0, *child) for child in product((0, 1), repeat=3))  # of a voxel, in their order
+EMBEDDED_ROWS = 16384  # positions embedded at a time: meanwhile they take several times the space of the result
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +36,8 @@ class Voxels:
         coords: (N, 4) int32 rows [batch, x, y, z]. Unsorted ones go through `Voxels.sort`.
         resolution: voxels along an edge of the grid.
         batch_size: number of samples B; some may be empty.
+        tables: results that are known beforehand, by `per_grid.key`; what is computed later joins them.
+        check: False skips the checks, which make the host wait for the device: for coords sorted by construction.
 
     Raises:
         ValueError: for a wrong shape or dtype, coordinates outside the grid, rows out of order or given twice.
@@ -44,86 +46,95 @@ class Voxels:
     coords: Tensor
     resolution: int
     batch_size: int
-    _cache: dict = field(default_factory=dict, repr=False)
+    tables: dict = field(default_factory=dict, repr=False)
+    check: InitVar[bool] = True
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, check: bool) -> None:
+        if not check:
+            return
         _check_coords(self.coords, self.resolution, self.batch_size)
         if not (self._keys.diff() > 0).all():
-            raise ValueError("expected coords sorted by sample, block and place, each once; sort with Voxels.sort")
+            raise ValueError("expected coords sorted by sample, block and place, without repeats; use Voxels.sort")
 
     @classmethod
     def sort(cls, coords: Tensor, resolution: int, batch_size: int | None = None) -> tuple["Voxels", Tensor]:
-        """Sort coordinates (N, 4) of any integer dtype; returns the voxels and `order` (N,): coords[order] = sorted."""
+        """Sort coordinates (N, 4) of any integer dtype.
+
+        Returns:
+            The voxels, and `order` (N,) long with coords[order] == voxels.coords.
+
+        Raises:
+            ValueError: for a wrong shape, coordinates outside the grid or given twice.
+        """
         coords = coords.int()
         if batch_size is None:
             batch_size = int(coords[:, 0].max()) + 1 if len(coords) else 1
         _check_coords(coords, resolution, batch_size)
         keys, order = sort_keys(coords, resolution).sort()
         if (keys.diff() == 0).any():
-            raise ValueError("expected every voxel once, got duplicate coords")
-        return cls._trusted(coords[order], resolution, batch_size), order
+            raise ValueError("expected each voxel once, got duplicate coords")
+        return cls(coords[order], resolution, batch_size, check=False), order
 
     @classmethod
     def cat(cls, parts: list["Voxels"]) -> "Voxels":
-        """One batch of all samples of all parts, in order; the parts must share one resolution."""
+        """Return one batch of the samples of all parts, in order. Raises ValueError unless all have one resolution."""
         if len({part.resolution for part in parts}) != 1:
             raise ValueError(f"expected parts of one resolution, got {[part.resolution for part in parts]}")
         first_samples = [sum(p.batch_size for p in parts[:i]) for i in range(len(parts))]
         shifted = [p.coords + p.coords.new_tensor([b, 0, 0, 0]) for p, b in zip(parts, first_samples, strict=True)]
-        return cls._trusted(torch.cat(shifted), parts[0].resolution, sum(p.batch_size for p in parts))
-
-    @classmethod
-    def _trusted(cls, coords: Tensor, resolution: int, batch_size: int) -> "Voxels":
-        """Without the checks, for coords sorted by construction: they would cost a device synchronisation."""
-        voxels = object.__new__(cls)
-        voxels.__dict__.update(coords=coords, resolution=resolution, batch_size=batch_size, _cache={})
-        return voxels
+        return cls(torch.cat(shifted), parts[0].resolution, sum(p.batch_size for p in parts), check=False)
 
     @classmethod
     def of_blocks(cls, block_coords: Tensor, resolution: int, batch_size: int) -> "Voxels":
-        """All 8³ voxels of blocks (M, 4) int32 [batch, x, y, z], which must be lexicographic, each once: no check."""
+        """Return all voxels of whole blocks.
+
+        Args:
+            block_coords: (M, 4) int32 [batch, x, y, z] in blocks, lexicographic and without repeats; not checked.
+            resolution, batch_size: of the voxels.
+        """
         offset = device_constant(PLACES, block_coords.device)  # (512, 4)
         corners = block_coords * device_constant((1, BLOCK, BLOCK, BLOCK), block_coords.device)
-        voxels = cls._trusted((corners[:, None] + offset).flatten(0, 1), resolution, batch_size)
+        coords = (corners[:, None] + offset).flatten(0, 1)
         starts = torch.arange(len(block_coords) + 1, dtype=torch.int32, device=block_coords.device) * BLOCK**3
-        voxels.__dict__.update(block_coords=block_coords, block_offsets=starts)  # where they are cached
-        return voxels
+        tables = {Voxels.block_coords.key(): block_coords, Voxels.block_offsets.key(): starts}
+        return cls(coords, resolution, batch_size, tables, check=False)
 
     @classmethod
     def above(cls, coords: Tensor, counts: list[list[int]], coarsest: "Voxels") -> "Voxels":
-        """Voxels over a known grid: no check, and coarsening them by 2 again and again never waits for the device.
+        """Return voxels over a known grid: coarsening them by 2 again and again never waits for the device.
 
         Args:
-            coords: (N, 4) int32, sorted, each once.
+            coords: (N, 4) int32, sorted and without repeats; not checked.
             counts: voxels of each sample, in this grid and in those between it and `coarsest`, finest first.
-            coarsest: the grid `len(counts)` times coarsened by 2; each of its voxels has some of these.
+            coarsest: the grid that coarsening by 2, `len(counts)` times, leads to; each of its voxels has some of
+                these.
         """
-        voxels = cls._trusted(coords, coarsest.resolution << len(counts), coarsest.batch_size)
-        voxels.__dict__["counts"] = counts[0]  # where they are cached
-        voxels._cache["coarser"] = counts[1:], coarsest
-        return voxels
+        tables = _known_grids(counts, coarsest)
+        return cls(coords, coarsest.resolution << len(counts), coarsest.batch_size, tables, check=False)
 
     def prepared(self) -> "Voxels":
-        """These voxels with what layers ask for that is made best on a CPU, before `map` moves all of it to a device.
+        """Return these voxels with the tables that are best made on a CPU, before `map` moves them to a device.
 
-        That is the neighbours, and the windows of 8 voxels with shifts 0 and 4, whose lengths belong to the host.
+        These are the neighbours, and the windows of 8 voxels with shifts 0 and 4, whose lengths the host needs.
         """
-        windows = {("windows", shift, BLOCK): self.windows(shift) for shift in (0, BLOCK // 2)}
-        names = ("counts", "cu_seqlens", "block_offsets", "neighbors", "_keys")
-        voxels = Voxels._trusted(self.coords, self.resolution, self.batch_size)
-        voxels.__dict__.update({name: getattr(self, name) for name in names}, _cache=windows)
-        return voxels
+        tables = {
+            Voxels.counts.key(): self.counts,
+            Voxels.cu_seqlens.key(): self.cu_seqlens,
+            Voxels.block_offsets.key(): self.block_offsets,
+            Voxels.neighbors.key(): self.neighbors,
+            Voxels._keys.key(): self._keys,
+            **{Voxels.windows.key(shift): self.windows(shift) for shift in (0, BLOCK // 2)},
+        }
+        return Voxels(self.coords, self.resolution, self.batch_size, tables, check=False)
 
     def map(self, move: Callable[[Tensor], Tensor]) -> "Voxels":
-        """Prepared voxels with all tensors moved."""
-        voxels = object.__new__(Voxels)
-        parts = {name: move(part) if isinstance(part, Tensor) else part for name, part in self.__dict__.items()}
-        windows = {key: windows.map(move) for key, windows in self._cache.items()}
-        voxels.__dict__.update(parts, _cache=windows)
-        return voxels
+        """Return prepared voxels with all tensors moved."""
+        coords = move(self.coords)
+        tables = {key: _moved(table, move) for key, table in self.tables.items()}
+        return Voxels(coords, self.resolution, self.batch_size, tables, check=False)
 
     def pin_memory(self) -> "Voxels":
-        """What a DataLoader calls."""
+        """Return the same in pinned memory; a DataLoader calls this."""
         return self.map(Tensor.pin_memory)
 
     def __len__(self) -> int:
@@ -136,96 +147,96 @@ class Voxels:
     def to(self, device: torch.device | str) -> "Voxels":
         if torch.device(device) == self.device:
             return self
-        return Voxels._trusted(self.coords.to(device), self.resolution, self.batch_size)
+        return Voxels(self.coords.to(device), self.resolution, self.batch_size, check=False)
 
+    @per_grid
     def repeat(self, times: int) -> "Voxels":
-        """The whole batch, `times` over: both guidance branches in one pass."""
-        return self.cached(("repeat", times), lambda: Voxels.cat([self] * times))
+        """Return the whole batch `times` over, for both guidance branches in one pass."""
+        return Voxels.cat([self] * times)
 
     def sample(self, index: int) -> "Voxels":
-        """Sample `index` alone, as a batch of one."""
+        """Return sample `index` as a batch of one."""
         first = sum(self.counts[:index])
         coords = self.coords[first : first + self.counts[index]] - self.coords.new_tensor([index, 0, 0, 0])
-        return Voxels._trusted(coords, self.resolution, 1)
+        return Voxels(coords, self.resolution, 1, check=False)
 
     # --- samples
 
-    @cached_property
+    @per_grid_property
     def batch_index(self) -> Tensor:
         """Sample of each voxel, (N,) long."""
         return self.coords[:, 0].long()
 
-    @cached_property
+    @per_grid_property
     def cu_seqlens(self) -> Tensor:
         """First row of each sample and, last, N: (B+1,) int32."""
         return _first_of_samples(self.coords, self.batch_size)
 
-    @cached_property
+    @per_grid_property
     def membership(self) -> Tensor:
-        """One where a voxel belongs to a sample, else zero: (B, N) float32."""
+        """1 where a voxel belongs to a sample, else 0: (B, N) float32."""
         samples = torch.arange(self.batch_size, device=self.device)
         return (samples[:, None] == self.batch_index).float()
 
-    @cached_property
+    @per_grid_property
     def counts(self) -> list[int]:
         """Voxels of each sample, on the host."""
         return self.cu_seqlens.diff().tolist()
 
     # --- selection blocks
 
-    @cached_property
+    @per_grid_property
     def _blocks(self) -> tuple[Tensor, Tensor, Tensor]:
-        keys, block_of_token, counts = torch.unique_consecutive(
-            self._keys >> 9, return_inverse=True, return_counts=True
-        )
-        return keys, block_of_token, counts
+        """Keys of the occupied blocks (M,), the block of each voxel (N,), the voxels in each block (M,): all long."""
+        return torch.unique_consecutive(self._keys >> PLACE_BITS, return_inverse=True, return_counts=True)
 
-    @cached_property
+    @per_grid_property
     def block_of_token(self) -> Tensor:
-        """Block of each voxel, (N,) long: ids count the occupied blocks of the whole batch."""
+        """Block of each voxel, (N,) long, numbered through the occupied blocks of the whole batch."""
         return self._blocks[1]
 
-    @cached_property
+    @per_grid_property
     def block_offsets(self) -> Tensor:
         """First row of each block and, last, N: (M+1,) int32."""
         return _offsets(self._blocks[2])
 
-    @cached_property
+    @per_grid_property
     def block_coords(self) -> Tensor:
         """Blocks as [batch, x, y, z] in units of 8 voxels, lexicographic, (M, 4) int32."""
         first_rows = self.coords[self.block_offsets[:-1].long()]
         return torch.cat([first_rows[:, :1], first_rows[:, 1:] // BLOCK], dim=1)
 
-    @cached_property
+    @per_grid_property
     def block_cu_seqlens(self) -> Tensor:
         """First block of each sample and, last, M: (B+1,) int32."""
         return _first_of_samples(self.block_coords, self.batch_size)
 
-    @cached_property
+    @per_grid_property
     def block_counts(self) -> list[int]:
         """Blocks of each sample, on the host."""
         return self.block_cu_seqlens.diff().tolist()
 
     # --- neighbours, coarser and finer grids
 
-    @cached_property
+    @per_grid_property
     def neighbors(self) -> Tensor:
         """Rows of the 27 neighbours, (27, N) int32, N where there is none.
 
         Row k = 9 (dx+1) + 3 (dy+1) + (dz+1) holds the voxels at coords + (dx, dy, dz); row 13 is the voxel itself.
         """
-        if (whole := self._cache.get("coarse", lambda: None)()) is not None:
-            return child_neighbors(whole.neighbors, whole.child_order)
-        if ("coarsen", 2) in self._cache:
+        if self._subdivided is not None and (coarse := self._subdivided()) is not None:
+            return child_neighbors(coarse.neighbors, coarse.child_order)
+        if Voxels.coarsen.key(2) in self.tables:
             return child_neighbors(self.coarsen(2)[0].neighbors, self.slots)
         return search_neighbors(self.coords, self._keys, self.resolution)
 
-    @cached_property
+    @per_grid_property
     def slots(self) -> Tensor:
-        """8 n + 4 i + 2 j + k of each voxel, the child i, j, k of voxel n of `coarsen(2)`, (N,) long."""
+        """8 n + 4 i + 2 j + k for the voxel that is child (i, j, k) of voxel n of `coarsen(2)`: (N,) long."""
         x, y, z = (self.coords[:, 1:] & 1).unbind(1)
         return 8 * self.coarsen(2)[1] + (x * 4 + y * 2 + z)
 
+    @per_grid
     def coarsen(self, factor: int) -> tuple["Voxels", Tensor]:
         """Pool `factor`³ voxels into one.
 
@@ -237,69 +248,75 @@ class Voxels:
         """
         if self.resolution % factor:
             raise ValueError(f"expected a factor that divides the resolution {self.resolution}, got {factor}")
-        return self.cached(("coarsen", factor), lambda: self._coarsen(factor))
-
-    def _coarsen(self, factor: int) -> tuple["Voxels", Tensor]:
         resolution = self.resolution // factor
         coords = self.coords // device_constant((1, factor, factor, factor), self.device)
         keys = sort_keys(coords, resolution)
-        counts, coarsest = self._cache.get("coarser", (None, None)) if factor == 2 else (None, None)
+        counts, coarsest = self._coarser_grids if factor == 2 else (None, None)
         if counts == []:
             return coarsest, torch.searchsorted(coarsest._keys, keys)
         keys, order = keys.sort()
-        rank = (keys.diff(prepend=keys[:1]) > 0).cumsum(0)  # of the voxel there, in sorted order
+        rank = (keys.diff(prepend=keys[:1]) > 0).cumsum(0)  # of the coarse voxel, in sorted order
         known = None if counts is None else sum(counts[0])
         N = known if known is not None else int(rank[-1]) + 1 if len(rank) else 0
         parent = torch.empty_like(rank).scatter_(0, order, rank)
-        child = rank.new_empty(N).scatter_(0, rank, order)  # one of each voxel there
+        child = rank.new_empty(N).scatter_(0, rank, order)  # one of each coarse voxel
         coords = coords.index_select(0, child)
-        if counts is not None:
-            coarse = Voxels.above(coords, counts, coarsest)
-        else:
-            coarse = Voxels._trusted(coords, resolution, self.batch_size)
-        coarse.__dict__["_keys"] = rank.new_empty(N).scatter_(0, rank, keys)  # where it is cached
-        return coarse, parent
+        tables = {} if counts is None else _known_grids(counts, coarsest)
+        tables[Voxels._keys.key()] = rank.new_empty(N).scatter_(0, rank, keys)
+        return Voxels(coords, resolution, self.batch_size, tables, check=False), parent
 
+    @per_grid
     def coarse_counts(self, factor: int) -> Tensor:
-        """How many of these voxels lie in each voxel of `coarsen(factor)`, (rows there,) long."""
+        """Return how many of these voxels lie in each voxel of `coarsen(factor)`: (its rows,) long."""
         coarse, parent = self.coarsen(factor)
-        return self.cached(
-            ("coarse counts", factor),
-            lambda: parent.new_zeros(len(coarse)).scatter_add_(0, parent, torch.ones_like(parent)),
-        )
+        return parent.new_zeros(len(coarse)).scatter_add_(0, parent, torch.ones_like(parent))
 
+    @per_grid
     def subdivide(self) -> tuple["Voxels", Tensor]:
-        """All eight children of every voxel, at twice the resolution, and `parent` (8N,) long: each one's row here."""
-        return self.cached("subdivide", self._subdivide)
+        """Split every voxel into its eight children.
 
-    def _subdivide(self) -> tuple["Voxels", Tensor]:
-        fine = Voxels._trusted(self._children[self.child_order], 2 * self.resolution, self.batch_size)
-        fine._cache["coarse"] = weakref.ref(self)  # its neighbours follow from ours; weak, for we hold the fine grid
+        Returns:
+            The voxels at twice the resolution, and `parent` (8N,) long: the row here of each voxel there.
+        """
+        # the neighbours there follow from those here; a weak reference, since these voxels keep the finer ones
+        tables = {Voxels._subdivided.key(): weakref.ref(self)}
+        coords = self._children[self.child_order]
+        fine = Voxels(coords, 2 * self.resolution, self.batch_size, tables, check=False)
         return fine, self.child_order // 8
 
-    @cached_property
+    @per_grid_property
     def child_order(self) -> Tensor:
-        """Row i of `subdivide()[0]` is child 4 i + 2 j + k = `child_order[i] % 8` of `child_order[i] // 8`, (8N,) long.
+        """Children in the order of `subdivide()[0]`, whose row i is child 4 i + 2 j + k = `child_order[i] % 8` of voxel
+        `child_order[i] // 8` here: (8N,) long.
 
         So features (8N, C) in rows 8 n + child are sorted by `x[child_order]`.
         """
         first = sort_keys(self.coords * device_constant((1, 2, 2, 2), self.device), 2 * self.resolution)
-        child = device_constant(tuple(64 * i + 8 * j + k for i, j, k in product((0, 1), repeat=3)), self.device)
+        places = tuple((i * BLOCK + j) * BLOCK + k for _, i, j, k in CHILDREN)
+        child = device_constant(places, self.device)
         return (first[:, None] + child).flatten().argsort()  # the children of a voxel lie in one block
 
     @property
     def _children(self) -> Tensor:
         """Coordinates (8N, 4) of all children, row 8 n + child."""
-        offset = device_constant(tuple((0, *child) for child in product((0, 1), repeat=3)), self.device)  # (8, 4)
+        offset = device_constant(CHILDREN, self.device)  # (8, 4)
         return (self.coords[:, None] * device_constant((1, 2, 2, 2), self.device) + offset).flatten(0, 1)
+
+    @per_grid_property
+    def _coarser_grids(self) -> tuple[list[list[int]] | None, "Voxels | None"]:
+        """Counts of the grids between this one and a coarsest one, and the coarsest, if `above` was given them."""
+        return None, None
+
+    @per_grid_property
+    def _subdivided(self) -> "weakref.ref[Voxels] | None":
+        """A reference to the grid whose `subdivide` made this one; None for other voxels."""
+        return None
 
     # --- attention windows and positions
 
+    @per_grid
     def windows(self, shift: int, size: int = BLOCK) -> Windows:
-        """Cubic windows of `size` voxels; voxels of one sample with equal (xyz + shift) // size share a window."""
-        return self.cached(("windows", shift, size), lambda: self._windows(shift, size))
-
-    def _windows(self, shift: int, size: int) -> Windows:
+        """Return cubic windows of `size` voxels: voxels of a sample with equal (xyz + shift) // size share one."""
         if size == BLOCK and shift % BLOCK == 0:
             return Windows(None, self.block_offsets, self.block_offsets.diff().tolist())
         per_edge = (self.resolution + shift) // size + 1
@@ -309,23 +326,21 @@ class Voxels:
         lengths = torch.unique_consecutive(key, return_counts=True)[1]
         return Windows(order, _offsets(lengths), lengths.tolist())
 
+    @per_grid
     def position_embedding(self, channels: int, factor: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
-        """`absolute_position_embedding` of xyz · factor, (N, channels), rounded to dtype."""
-        return self.cached(("position", channels, factor, dtype), lambda: self._embed(channels, factor, dtype))
-
-    def _embed(self, channels: int, factor: float, dtype: torch.dtype) -> Tensor:
-        slices = self.coords[:, 1:].split(EMBEDDED_ROWS)  # what goes into an embedding is several times as large
+        """Return `absolute_position_embedding` of xyz · factor, (N, channels), rounded to dtype."""
+        slices = self.coords[:, 1:].split(EMBEDDED_ROWS)
         return torch.cat([absolute_position_embedding(xyz.float() * factor, channels).to(dtype) for xyz in slices])
 
-    @cached_property
+    @per_grid_property
     def _keys(self) -> Tensor:
         return sort_keys(self.coords, self.resolution)
 
     def cached(self, key: tuple, make: Callable):
-        """What `make` returns, made once: for what follows from the coordinates alone."""
-        if key not in self._cache:
-            self._cache[key] = make()
-        return self._cache[key]
+        """Return what `make` returns, made once."""
+        if key not in self.tables:
+            self.tables[key] = make()
+        return self.tables[key]
 
 
 def per_token(x: Tensor, voxels: Voxels) -> Tensor:
@@ -371,6 +386,17 @@ def _check_coords(coords: Tensor, resolution: int, batch_size: int) -> None:
             )
 
 
+def _known_grids(counts: list[list[int]], coarsest: Voxels) -> dict:
+    """Return the tables of voxels over a known grid; arguments as for `Voxels.above`."""
+    return {Voxels.counts.key(): counts[0], Voxels._coarser_grids.key(): (counts[1:], coarsest)}
+
+
+def _moved(table, move: Callable[[Tensor], Tensor]):
+    if isinstance(table, Tensor):
+        return move(table)
+    return table.map(move) if isinstance(table, Windows) else table  # counts stay on the host
+
+
 def _first_of_samples(coords: Tensor, batch_size: int) -> Tensor:
     """First row of each sample in sorted coords and, last, their number: (B+1,) int32."""
     samples = torch.arange(batch_size + 1, dtype=coords.dtype, device=coords.device)
@@ -378,4 +404,5 @@ def _first_of_samples(coords: Tensor, batch_size: int) -> Tensor:
 
 
 def _offsets(counts: Tensor) -> Tensor:
+    """Return 0 and the running sums of counts, int32."""
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()

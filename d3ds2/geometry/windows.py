@@ -4,32 +4,37 @@ N  voxels, all samples packed      W  occupied attention windows
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 from torch import Tensor
+
+from .per_grid import per_grid_property
 
 
 @dataclass(frozen=True, eq=False)
 class Windows:
     """A partition of the voxels into attention windows.
 
-    `order` (N,) long lists the rows window by window, or is None where the rows already stand so;
-    `cu_seqlens` (W+1,) int32 says where each window begins in that order, `lengths` the same on the host.
+    Args:
+        order: (N,) long, the rows window by window; None if they stand in that order already.
+        cu_seqlens: (W+1,) int32, where each window begins in that order and, last, N.
+        lengths: tokens of each window, on the host.
+        tables: see `per_grid`.
     """
 
     order: Tensor | None
     cu_seqlens: Tensor
     lengths: list[int]
+    tables: dict = field(default_factory=dict, repr=False)
 
-    @cached_property
+    @per_grid_property
     def inverse(self) -> Tensor | None:
-        """Rows of the ordered tokens in the original order (N,) long: `x[order][inverse] == x`."""
+        """Row of each token in the order of windows, (N,) long: `x[order][inverse] == x`. None without `order`."""
         return None if self.order is None else self.order.argsort()
 
     def map(self, move: Callable[[Tensor], Tensor]) -> "Windows":
-        """The same with all tensors moved."""
-        windows = Windows(self.order if self.order is None else move(self.order), move(self.cu_seqlens), self.lengths)
-        if self.order is not None:
-            windows.__dict__["inverse"] = move(self.inverse)  # where it is cached
-        return windows
+        """Return the same windows with all tensors moved, `inverse` among them."""
+        if self.order is None:
+            return Windows(None, move(self.cu_seqlens), self.lengths)
+        tables = {Windows.inverse.key(): move(self.inverse)}
+        return Windows(move(self.order), move(self.cu_seqlens), self.lengths, tables)

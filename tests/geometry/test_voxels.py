@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from d3ds2.geometry import neighbors
-from d3ds2.geometry.voxels import Voxels, absolute_position_embedding
+from d3ds2.geometry.position_embedding import absolute_position_embedding
+from d3ds2.geometry.voxels import Voxels
 from tests.support.random_voxels import random_coords, random_voxels
 
 
@@ -117,7 +118,7 @@ def test_position_embedding_is_cached_and_scaled(voxels):
     ("coords", "message"),
     [
         pytest.param([[0, 8, 0, 0], [0, 0, 0, 0]], "sorted", id="out-of-order"),
-        pytest.param([[0, 1, 1, 1], [0, 1, 1, 1]], "each once", id="twice"),
+        pytest.param([[0, 1, 1, 1], [0, 1, 1, 1]], "without repeats", id="twice"),
         pytest.param([[0, 16, 0, 0]], "below", id="outside-the-grid"),
         pytest.param([[1, 0, 0, 0]], "below", id="outside-the-batch"),
         pytest.param([[0, 0, -1, 0]], "below", id="negative"),
@@ -144,5 +145,5 @@ def test_neighbors_follow_from_a_coarser_grid(voxels):
 
 def test_neighbors_searched_a_few_at_a_time(voxels, monkeypatch):
     expected = voxels.neighbors
-    monkeypatch.setattr(neighbors, "SEARCHED", 5 * len(voxels))
+    monkeypatch.setattr(neighbors, "SEARCH_CHUNK", 5 * len(voxels))
     assert torch.equal(Voxels(voxels.coords, voxels.resolution, voxels.batch_size).neighbors, expected)
