@@ -25,11 +25,10 @@ from d3ds2.networks.sdf_vae import SDFVAE
 from d3ds2.storage.atomic_file import replacing
 from d3ds2.storage.model_folder import load_network, save_network
 from training.config import load_config
-from training.data.datasets import ShapeBatch, load_batches, pack_shapes
+from training.data.datasets import ShapeBatch, active_voxels, load_batches, pack_shapes
 from training.data.latent_moments import LatentMoments, set_latent_scale
 from training.data.shape_files import latent_path, list_shapes, load_shape, shape_path, write_arrays
 from training.run import RunConfig, autocast, find_device
-from training.train_vae import active_voxels
 
 
 @dataclass(frozen=True)

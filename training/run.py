@@ -5,10 +5,8 @@ checkpoints. All random numbers of a step come from (seed, step), so a checkpoin
 and a resumed run is the uninterrupted one: bit for bit on a CPU.
 """
 
-import copy
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -20,10 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-
-from d3ds2.storage.model_folder import load_network
-
-KEEP_CHECKPOINTS = 2
 
 
 @dataclass(frozen=True)
@@ -112,20 +106,6 @@ def compile_blocks(config: RunConfig, *stacks: nn.ModuleList) -> None:
                 block.compile()
 
 
-# --- optimiser and EMA
-
-
-def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        fused=parameters[0].is_cuda,
-    )
-
-
 def learning_rate(step: int, config: RunConfig) -> float:
     """Linear warm-up, then a cosine from 1 to `final_learning_rate` at the last step."""
     warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
@@ -134,46 +114,7 @@ def learning_rate(step: int, config: RunConfig) -> float:
     return config.learning_rate * warmup * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def optimizer_step(optimizer: torch.optim.Optimizer, step: int, config: RunConfig) -> Tensor:
-    """Clip the gradients, step and clear them; returns their norm before clipping."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, config)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return grad_norm
-
-
-def make_ema(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).requires_grad_(False)
-
-
-@torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float) -> None:
-    decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-    for theirs, ours in zip(ema.buffers(), model.buffers(), strict=True):
-        theirs.copy_(ours)
-
-
-# --- checkpoints
-
-
-def save_checkpoint(
-    out_dir: str | Path, step: int, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
-    """Write step_<n>.pt, whole or not at all, and delete all but the two newest."""
-    state = {"step": step, "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-    path = Path(out_dir) / f"step_{step:08d}.pt"
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    for old in sorted(Path(out_dir).glob("step_*.pt"))[:-KEEP_CHECKPOINTS]:
-        old.unlink()
+# --- run folders
 
 
 def newest_checkpoint(out_dir: str | Path) -> Path | None:
@@ -184,44 +125,6 @@ def last_step(out_dir: str | Path) -> int:
     """Steps that a run has behind it, 0 where it has no checkpoint."""
     newest = newest_checkpoint(out_dir)
     return 0 if newest is None else int(newest.stem.removeprefix("step_"))
-
-
-def load_checkpoint(out_dir: str | Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Restore the newest checkpoint of a run, if it has one; returns the step at which the run goes on.
-
-    Raises:
-        ValueError: the checkpoint belongs to a network of other sizes.
-    """
-    newest = newest_checkpoint(out_dir)
-    if newest is None:
-        return 0
-    device = next(model.parameters()).device
-    state = torch.load(newest, weights_only=True, map_location=device)
-    try:
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{newest} is not of this network; use another run.out_dir: {error}") from error
-    return state["step"]
-
-
-def load_start(config: RunConfig, **networks: nn.Module) -> None:
-    """Give networks, by their names in a model folder, the weights of `config.start_from`; nothing if it is empty.
-
-    To be called before `make_ema`; a run that has a checkpoint goes on from that.
-
-    Raises:
-        ValueError: the folder's network has other sizes.
-    """
-    if not config.start_from:
-        return
-    for name, network in networks.items():
-        weights = load_network(config.start_from, name).state_dict()
-        try:
-            network.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(f"{name} of {config.start_from} is not of this network's sizes: {error}") from error
 
 
 # --- metrics

@@ -25,22 +25,8 @@ from training.data.datasets import LatentBatch, LatentViews, load_batches
 from training.data.shape_files import list_shapes
 from training.data.views import Views
 from training.losses import FlowLossConfig, training_times, velocity_loss
-from training.run import (
-    Log,
-    RunConfig,
-    Stop,
-    autocast,
-    is_save_step,
-    load_checkpoint,
-    load_start,
-    make_ema,
-    make_optimizer,
-    optimizer_step,
-    save_checkpoint,
-    seed_step,
-    start,
-    update_ema,
-)
+from training.run import Log, RunConfig, Stop, autocast, is_save_step, seed_step, start
+from training.state import State, load_start
 
 
 @dataclass(frozen=True)
@@ -108,10 +94,9 @@ def train(config: TrainDiTConfig) -> nn.Module:
     model = LatentDiT(config.model).to(device)
     model.gradient_checkpointing = config.gradient_checkpointing
     load_start(run, latent_dit=model)
-    ema = make_ema(model)
-    optimizer = make_optimizer(model, run)
+    state = State(model, run)
+    state.load()
     generator = torch.Generator(device)
-    step = load_checkpoint(run.out_dir, model, ema, optimizer)
 
     encoder = load_network(config.model_dir, "image_encoder", device)
     vae = load_network(config.model_dir, "sdf_vae", device)  # for the scale of its latents
@@ -131,28 +116,26 @@ def train(config: TrainDiTConfig) -> nn.Module:
         config.cache_latents,
     )
 
-    with Stop(run.max_minutes) as stop, Log(run, step) as log:
-        for batch in load_batches(dataset, step, run.steps, run.workers, device):
-            seed_step(generator, run.seed, step)
+    with Stop(run.max_minutes) as stop, Log(run, state.step) as log:
+        for batch in load_batches(dataset, state.step, run.steps, run.workers, device):
+            seed_step(generator, run.seed, state.step)
             voxels = Voxels(batch.coords, config.resolution // 8, len(batch.images))
             x_0 = draw_latents(vae, batch, config.loss.sample_posterior, generator)
             with autocast(run, device):
                 image_tokens = encode_images(encoder, batch.images, config.model.sparse_context)
                 loss = flow_loss(model, image_tokens, x_0, voxels, config.loss, generator)
             loss.backward()
-            grad_norm = optimizer_step(optimizer, step, run)
-            update_ema(ema, model, step, run.ema_decay)
-            step += 1
+            grad_norm = state.update()
 
-            log(step, {"loss": loss, "grad_norm": grad_norm, "tokens": len(voxels)})
-            if is_save_step(step, stop, run):
-                save_checkpoint(run.out_dir, step, model, ema, optimizer)
-                save_network(config.model_dir, "latent_dit", ema, torch.float16)
+            log(state.step, {"loss": loss, "grad_norm": grad_norm, "tokens": len(voxels)})
+            if is_save_step(state.step, stop, run):
+                state.save()
+                save_network(config.model_dir, "latent_dit", state.ema, torch.float16)
                 if config.sampling is not None:
                     save_settings(config.model_dir, Path(config.model_dir).name, config.sampling)
                 if stop:
                     break
-    return ema
+    return state.ema
 
 
 if __name__ == "__main__":

@@ -27,23 +27,8 @@ from training.data.device_pictures import Choice, DevicePictures, PictureChoices
 from training.data.shape_files import list_shapes
 from training.data.views import Views
 from training.losses import FlowLossConfig, training_times, velocity_loss
-from training.run import (
-    Log,
-    RunConfig,
-    Stop,
-    autocast,
-    compile_blocks,
-    is_save_step,
-    load_checkpoint,
-    load_start,
-    make_ema,
-    make_optimizer,
-    optimizer_step,
-    save_checkpoint,
-    seed_step,
-    start,
-    update_ema,
-)
+from training.run import Log, RunConfig, Stop, autocast, compile_blocks, is_save_step, seed_step, start
+from training.state import State, load_start
 
 ENCODED_AT_ONCE = 64  # structures
 
@@ -139,10 +124,9 @@ def train(config: TrainStructureDiTConfig) -> nn.ModuleDict:
     model = nn.ModuleDict({"image_encoder": encoder, "structure_dit": StructureDiT(config.model)}).to(device).train()
     load_start(run, **model)
     compile_blocks(run, encoder.encoder.layer, model["structure_dit"].blocks)
-    ema = make_ema(model)
-    optimizer = make_optimizer(model, run)
+    state = State(model, run)
+    state.load()
     generator = torch.Generator(device)
-    step = load_checkpoint(run.out_dir, model, ema, optimizer)
 
     names, _ = list_shapes(config.data_dir, config.split, config.resolution)
     views = Views(config.data_dir, names, encoder.config.image_size, config.turn_to_camera, cache=config.cache_views)
@@ -151,28 +135,26 @@ def train(config: TrainStructureDiTConfig) -> nn.ModuleDict:
     latents = StructureLatents(load_network(config.model_dir, "structure_vae", device), structures, wanted, device)
     images_of, dataset = load_pictures(config, views, device)
 
-    with Stop(run.max_minutes) as stop, Log(run, step) as log:
-        for batch in load_batches(dataset, step, run.steps, run.workers, device):
-            seed_step(generator, run.seed, step)
-            if config.image_encoder_steps and step >= config.image_encoder_steps:
-                freeze_image_encoder(model, ema)
+    with Stop(run.max_minutes) as stop, Log(run, state.step) as log:
+        for batch in load_batches(dataset, state.step, run.steps, run.workers, device):
+            seed_step(generator, run.seed, state.step)
+            if config.image_encoder_steps and state.step >= config.image_encoder_steps:
+                freeze_image_encoder(model, state.ema)
             x_0 = latents.draw(batch, config.loss.sample_posterior, generator)
             with autocast(run, device):
                 image_tokens = model["image_encoder"](images_of(batch, generator))
                 loss = flow_loss(model["structure_dit"], image_tokens, x_0, config.loss, generator)
             loss.backward()
-            grad_norm = optimizer_step(optimizer, step, run)
-            update_ema(ema, model, step, run.ema_decay)
-            step += 1
+            grad_norm = state.update()
 
-            log(step, {"loss": loss, "grad_norm": grad_norm})
-            if is_save_step(step, stop, run):
-                save_checkpoint(run.out_dir, step, model, ema, optimizer)
-                for name, network in ema.items():
+            log(state.step, {"loss": loss, "grad_norm": grad_norm})
+            if is_save_step(state.step, stop, run):
+                state.save()
+                for name, network in state.ema.items():
                     save_network(config.model_dir, name, network, torch.float16)
                 if stop:
                     break
-    return ema
+    return state.ema
 
 
 if __name__ == "__main__":

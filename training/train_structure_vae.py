@@ -19,22 +19,8 @@ from training.data.datasets import Structures, load_batches
 from training.data.latent_moments import LatentMoments, set_latent_scale
 from training.data.shape_files import list_shapes
 from training.losses import StructureLossConfig, structure_loss
-from training.run import (
-    Log,
-    RunConfig,
-    Stop,
-    autocast,
-    is_save_step,
-    load_checkpoint,
-    load_start,
-    make_ema,
-    make_optimizer,
-    optimizer_step,
-    save_checkpoint,
-    seed_step,
-    start,
-    update_ema,
-)
+from training.run import Log, RunConfig, Stop, autocast, is_save_step, seed_step, start
+from training.state import State, load_start
 
 MEASURED_BATCHES = 16
 
@@ -70,32 +56,29 @@ def train(config: TrainStructureVAEConfig) -> nn.Module:
     model = StructureVAE(config.model).to(device)
     model.gradient_checkpointing = config.gradient_checkpointing
     load_start(run, structure_vae=model)
-    ema = make_ema(model)
-    optimizer = make_optimizer(model, run)
+    state = State(model, run)
+    state.load()
     generator = torch.Generator(device)
-    step = load_checkpoint(run.out_dir, model, ema, optimizer)
     names, _ = list_shapes(config.data_dir, config.split, config.resolution)
     structures = Structures(config.data_dir, names, config.resolution, config.batch_size, run.seed, config.symmetries)
 
-    with Stop(run.max_minutes) as stop, Log(run, step) as log:
-        for occupancy in load_batches(structures, step, run.steps, run.workers, device):
-            seed_step(generator, run.seed, step)
+    with Stop(run.max_minutes) as stop, Log(run, state.step) as log:
+        for occupancy in load_batches(structures, state.step, run.steps, run.workers, device):
+            seed_step(generator, run.seed, state.step)
             with autocast(run, device):
                 logits, mean, logvar = model(occupancy, generator)
                 terms = structure_loss(logits, occupancy, mean, logvar, config.loss)
             terms["loss"].backward()
-            grad_norm = optimizer_step(optimizer, step, run)
-            update_ema(ema, model, step, run.ema_decay)
-            step += 1
+            grad_norm = state.update()
 
-            log(step, {**terms, "grad_norm": grad_norm})
-            if is_save_step(step, stop, run):
-                save_checkpoint(run.out_dir, step, model, ema, optimizer)
-                set_latent_scale(ema, measure_latents(ema, structures, device))
-                save_network(config.model_dir, "structure_vae", ema, torch.float16)
+            log(state.step, {**terms, "grad_norm": grad_norm})
+            if is_save_step(state.step, stop, run):
+                state.save()
+                set_latent_scale(state.ema, measure_latents(state.ema, structures, device))
+                save_network(config.model_dir, "structure_vae", state.ema, torch.float16)
                 if stop:
                     break
-    return ema
+    return state.ema
 
 
 if __name__ == "__main__":

@@ -13,29 +13,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from d3ds2.geometry.voxels import BLOCK, PLACES, Voxels
-from d3ds2.kernels.device_constant import device_constant
 from d3ds2.networks.sdf_vae import SDFVAE, SDFVAEConfig
 from d3ds2.storage.model_folder import load_network, save_network
 from training.config import load_config
-from training.data.datasets import ShapeBatch, Shapes, load_batches
+from training.data.datasets import ShapeBatch, Shapes, active_voxels, load_batches
 from training.losses import SDFLossConfig, sdf_loss
-from training.run import (
-    Log,
-    RunConfig,
-    Stop,
-    autocast,
-    is_save_step,
-    load_checkpoint,
-    load_start,
-    make_ema,
-    make_optimizer,
-    optimizer_step,
-    save_checkpoint,
-    seed_step,
-    start,
-    update_ema,
-)
+from training.run import Log, RunConfig, Stop, autocast, is_save_step, seed_step, start
+from training.state import State, load_start
 
 
 @dataclass(frozen=True)
@@ -56,17 +40,6 @@ class TrainVAEConfig:
     def __post_init__(self):
         if self.freeze_encoder and not self.run.start_from:
             raise ValueError("freeze_encoder needs run.start_from, a model folder whose encoder is kept")
-
-
-def active_voxels(batch: ShapeBatch) -> tuple[Tensor, Voxels]:
-    """What the encoder reads: the SDF (N, 1) of the voxels inside the band, and these voxels at R (eq. 1)."""
-    block, place = batch.active >> 9, batch.active & 511
-    corners = batch.block_coords * device_constant((1, BLOCK, BLOCK, BLOCK), block.device)
-    places = device_constant(PLACES, block.device)  # (512, 4)
-    # gathered as columns: torch's gather of rows as narrow as these is slow on a GPU
-    coords = (corners.t().index_select(1, block) + places.t().index_select(1, place)).t()  # (N, 4)
-    sdf = batch.sdf.flatten().index_select(0, batch.active).float()[:, None]
-    return sdf, Voxels.above(coords, batch.counts, batch.latent_voxels)
 
 
 def vae_loss(model: SDFVAE, batch: ShapeBatch, loss: SDFLossConfig, generator: torch.Generator) -> dict[str, Tensor]:
@@ -94,10 +67,9 @@ def train(config: TrainVAEConfig) -> nn.Module:
     load_start(run, sdf_vae=model)
     if config.freeze_encoder:
         keep_encoder(model, run.start_from)
-    ema = make_ema(model)
-    optimizer = make_optimizer(model, run)
+    state = State(model, run)
+    state.load()
     generator = torch.Generator(device)
-    step = load_checkpoint(run.out_dir, model, ema, optimizer)
     shapes = Shapes(
         config.data_dir,
         config.split,
@@ -108,23 +80,21 @@ def train(config: TrainVAEConfig) -> nn.Module:
         config.symmetries,
     )
 
-    with Stop(run.max_minutes) as stop, Log(run, step) as log:
-        for batch in load_batches(shapes, step, run.steps, run.workers, device):
-            seed_step(generator, run.seed, step)
+    with Stop(run.max_minutes) as stop, Log(run, state.step) as log:
+        for batch in load_batches(shapes, state.step, run.steps, run.workers, device):
+            seed_step(generator, run.seed, state.step)
             with autocast(run, device):
                 terms = vae_loss(model, batch, config.loss, generator)
             terms["loss"].backward()
-            grad_norm = optimizer_step(optimizer, step, run)
-            update_ema(ema, model, step, run.ema_decay)
-            step += 1
+            grad_norm = state.update()
 
-            log(step, {**terms, "grad_norm": grad_norm, "tokens": len(batch.block_coords)})
-            if is_save_step(step, stop, run):
-                save_checkpoint(run.out_dir, step, model, ema, optimizer)
-                save_network(config.model_dir, "sdf_vae", ema, torch.float16)
+            log(state.step, {**terms, "grad_norm": grad_norm, "tokens": len(batch.block_coords)})
+            if is_save_step(state.step, stop, run):
+                state.save()
+                save_network(config.model_dir, "sdf_vae", state.ema, torch.float16)
                 if stop:
                     break
-    return ema
+    return state.ema
 
 
 if __name__ == "__main__":

@@ -9,32 +9,21 @@ import pytest
 import torch
 from torch import nn
 
-from training.run import (
-    Log,
-    RunConfig,
-    Stop,
-    is_save_step,
-    learning_rate,
-    load_checkpoint,
-    make_ema,
-    make_optimizer,
-    optimizer_step,
-    read_metrics,
-    save_checkpoint,
-    seed_step,
-    update_ema,
-)
+from training.run import Log, RunConfig, Stop, is_save_step, learning_rate, read_metrics, seed_step
+from training.state import State
 
 
 def make_config(tmp_path, **changes) -> RunConfig:
     return RunConfig(**({"out_dir": str(tmp_path), "device": "cpu", "tensorboard": False, "log_every": 2} | changes))
 
 
-def step_of(model: nn.Linear, optimizer, step: int, config: RunConfig) -> None:
+def advance(state: State, last_step: int) -> None:
+    """Train a linear layer up to a step."""
     generator = torch.Generator()
-    seed_step(generator, 0, step)
-    model(torch.randn(4, 3, generator=generator)).square().mean().backward()
-    optimizer_step(optimizer, step, config)
+    while state.step < last_step:
+        seed_step(generator, 0, state.step)
+        state.model(torch.randn(4, 3, generator=generator)).square().mean().backward()
+        state.update()
 
 
 def test_learning_rate_warms_up_and_falls_along_a_cosine():
@@ -51,66 +40,70 @@ def test_learning_rate_warms_up_and_falls_along_a_cosine():
 def test_gradients_are_clipped(tmp_path):
     model = nn.Linear(3, 1, bias=False)
     config = make_config(tmp_path, grad_clip=0.5)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    state = State(model, config)
+    state.optimizer, state.step = torch.optim.SGD(model.parameters(), lr=1.0), config.warmup_steps
     before = model.weight.detach().clone()
     (model.weight.sum() * 100).backward()
-    norm = optimizer_step(optimizer, config.warmup_steps, config)
+    norm = state.update()
     assert norm.item() == pytest.approx(100 * 3**0.5)
     moved = (model.weight - before).norm() / learning_rate(config.warmup_steps, config)
     assert moved.item() == pytest.approx(0.5, rel=1e-3) and model.weight.grad is None
 
 
-def test_ema_warms_up_then_follows_slowly():
+def test_ema_warms_up_then_follows_slowly(tmp_path):
     model = nn.BatchNorm1d(2)
-    ema = make_ema(model)
-    assert not any(p.requires_grad for p in ema.parameters())
+    state = State(model, make_config(tmp_path, ema_decay=0.75))
+    assert not any(p.requires_grad for p in state.ema.parameters())
     with torch.no_grad():
         model.weight.fill_(11.0)
         model.running_mean.fill_(3.0)
-    update_ema(ema, model, step=0, decay=0.99)  # decay 1/10
-    assert ema.weight.tolist() == pytest.approx([10.0, 10.0]) and ema.running_mean.tolist() == [3.0, 3.0]
-    update_ema(ema, model, step=10_000, decay=0.75)
-    assert ema.weight.tolist() == pytest.approx([10.25, 10.25])
+    state.update()  # decay 1/10; without gradients, the weights stay
+    assert state.step == 1 and model.weight.tolist() == [11.0, 11.0]
+    assert state.ema.weight.tolist() == pytest.approx([10.0, 10.0]) and state.ema.running_mean.tolist() == [3.0, 3.0]
+    state.step = 10_000
+    state.update()
+    assert state.ema.weight.tolist() == pytest.approx([10.25, 10.25])
 
 
 def test_resumed_run_equals_uninterrupted_run(tmp_path):
-    config = make_config(tmp_path)
-
     def make():
         torch.manual_seed(1)
-        model = nn.Linear(3, 2)
-        return model, make_ema(model), make_optimizer(model, config)
+        return State(nn.Linear(3, 2), make_config(tmp_path))
 
-    def advance(parts, steps):
-        model, ema, optimizer = parts
-        for step in steps:
-            step_of(model, optimizer, step, config)
-            update_ema(ema, model, step, config.ema_decay)
-
-    whole = make()
-    advance(whole, range(9))
-    first = make()
-    assert load_checkpoint(tmp_path, *first) == 0
-    advance(first, range(5))
-    save_checkpoint(tmp_path, 5, *first)
-    second = make()
-    assert load_checkpoint(tmp_path, *second) == 5
-    advance(second, range(5, 9))
-    for a, b in zip(whole[:2], second[:2], strict=True):
+    whole, first, second = make(), make(), make()
+    advance(whole, 9)
+    first.load()
+    assert first.step == 0
+    advance(first, 5)
+    first.save()
+    second.load()
+    assert second.step == 5
+    advance(second, 9)
+    for a, b in ((whole.model, second.model), (whole.ema, second.ema)):
         assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
 def test_only_two_checkpoints_stay_and_another_network_is_refused(tmp_path):
-    config = make_config(tmp_path)
-    model = nn.Linear(3, 2)
-    parts = model, make_ema(model), make_optimizer(model, config)
+    state = State(nn.Linear(3, 2), make_config(tmp_path))
     for step in (1, 2, 30):
-        save_checkpoint(tmp_path, step, *parts)
+        state.step = step
+        state.save()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002.pt", "step_00000030.pt"]
-    assert load_checkpoint(tmp_path, *parts) == 30
-    other = nn.Linear(4, 2)
-    with pytest.raises(ValueError, match=r"step_00000030\.pt is not of this network"):
-        load_checkpoint(tmp_path, other, make_ema(other), make_optimizer(other, config))
+    state.step = 0
+    state.load()
+    assert state.step == 30
+    with pytest.raises(ValueError, match=r"step_00000030\.pt belongs to another network"):
+        State(nn.Linear(4, 2), make_config(tmp_path)).load()
+
+
+def test_checkpoints_keep_their_format(tmp_path):
+    """Run folders of earlier versions resume."""
+    state = State(nn.Linear(3, 2), make_config(tmp_path))
+    advance(state, 3)
+    state.save()
+    values = torch.load(tmp_path / "step_00000003.pt", weights_only=True)
+    assert list(values) == ["step", "model", "ema", "optimizer"] and values["step"] == 3
+    assert torch.equal(values["ema"]["weight"], state.ema.weight)
 
 
 def test_seed_of_a_step_sets_all_random_numbers():

@@ -23,7 +23,7 @@ from d3ds2.networks.structure_vae import StructureVAEConfig
 from d3ds2.storage.model_folder import SamplingConfig, load_network, save_network
 from tests.support.training_data import R, prepared
 from training import encode_latents, train_dit, train_structure_dit, train_structure_vae, train_vae
-from training.data.datasets import LatentViews, Shapes
+from training.data.datasets import LatentViews, Shapes, active_voxels
 from training.data.shape_files import latent_path, list_shapes, load_shape, read_arrays, shape_path
 from training.data.views import Views
 from training.encode_latents import EncodeLatentsConfig, encode
@@ -32,7 +32,7 @@ from training.run import RunConfig, read_metrics
 from training.train_dit import TrainDiTConfig
 from training.train_structure_dit import TrainStructureDiTConfig
 from training.train_structure_vae import TrainStructureVAEConfig
-from training.train_vae import TrainVAEConfig, active_voxels
+from training.train_vae import TrainVAEConfig
 
 ENCODER = ImageEncoderConfig(image_size=28, patch_size=14, hidden_size=16, depth=1, num_heads=2, num_registers=1)
 

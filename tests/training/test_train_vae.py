@@ -13,11 +13,11 @@ from d3ds2.geometry.voxels import Voxels
 from d3ds2.networks.sdf_vae import SDFVAE, SDFVAEConfig
 from d3ds2.storage.model_folder import load_network, save_network
 from tests.support.training_data import COARSE, R, prepared, write_toml
-from training.data.datasets import Shapes, to_device
+from training.data.datasets import Shapes, active_voxels, to_device
 from training.data.latent_moments import LatentMoments, set_latent_scale
 from training.losses import SDFLossConfig
 from training.run import RunConfig, read_metrics
-from training.train_vae import TrainVAEConfig, active_voxels, train, vae_loss
+from training.train_vae import TrainVAEConfig, train, vae_loss
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = SDFVAEConfig(

@@ -56,8 +56,8 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen:
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 300
-    while not (path.is_file() and path.stat().st_size) and time.monotonic() < deadline:
+    """Wait until the process has written the first bytes of a file."""
+    while not (path.is_file() and path.stat().st_size):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from d3ds2.geometry.voxels import BLOCK, Voxels
+from d3ds2.geometry.voxels import BLOCK, PLACES, Voxels
+from d3ds2.kernels.device_constant import device_constant
 from training.data.shape_files import latent_path, list_shapes, load_shape, read_arrays, shape_path
 from training.data.symmetry import transform_voxels
 from training.data.views import Views
@@ -151,6 +152,20 @@ def pack_shapes(shapes: list[tuple[np.ndarray, np.ndarray, np.ndarray]], resolut
     return ShapeBatch(
         coords, torch.from_numpy(values), _cat(sharp), active, counts, latent_voxels.prepared(), resolution, B
     )
+
+
+def active_voxels(batch: ShapeBatch) -> tuple[Tensor, Voxels]:
+    """Return the encoder's input: the SDF (N, 1) float32 of the voxels inside the band, and these voxels at R (eq. 1).
+
+    Waits for nothing on the device: all sizes are those that `pack_shapes` counted.
+    """
+    block, place = batch.active // BLOCK**3, batch.active % BLOCK**3
+    corners = batch.block_coords * device_constant((1, BLOCK, BLOCK, BLOCK), block.device)
+    places = device_constant(PLACES, block.device)  # (512, 4)
+    # gathered as columns: torch gathers rows as narrow as these slowly on a GPU
+    coords = (corners.t().index_select(1, block) + places.t().index_select(1, place)).t()  # (N, 4)
+    sdf = batch.sdf.flatten().index_select(0, batch.active).float()[:, None]
+    return sdf, Voxels.above(coords, batch.counts, batch.latent_voxels)
 
 
 class Shapes(Dataset):

@@ -10,12 +10,11 @@ from tqdm import tqdm
 
 from d3ds2.geometry.voxels import Voxels
 from d3ds2.networks.sdf_vae import SDFVAE
-from training.data.datasets import ShapeBatch, pack_shapes, to_device
+from training.data.datasets import ShapeBatch, active_voxels, pack_shapes, to_device
 from training.data.meshes import MeshEntry
 from training.data.shape_files import load_shape, shape_path
 from training.evaluation.score_tables import format_summary, markdown_table, summarize
 from training.evaluation.shape_scores import ScoreConfig, score_round_trip
-from training.train_vae import active_voxels
 
 COLUMNS = {  # heading: (score, scale, digits)
     "precision": ("precision_voxel", 1, 4),
