@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from d3ds2.storage.model_folder import load_network
+from d3ds2.networks.model_files import load_network
 
 KEEP_CHECKPOINTS = 2
 
