@@ -31,6 +31,7 @@ from .meshes.sdf_to_mesh_gpu import blocks_to_mesh
 from .networks.chunked_decode import OnChunk, decode_in_chunks
 from .networks.image_encoder import ImageEncoder, ImageTokens
 from .networks.latent_dit import LatentDiT
+from .networks.model_files import load_model
 from .networks.refined_blocks import OnPatch, refine_blocks
 from .networks.refiner import Refiner, SignRefiner
 from .networks.sdf_vae import FACTOR, SDFVAE
@@ -38,7 +39,7 @@ from .networks.structure_dit import StructureDiT
 from .networks.structure_vae import StructureVAE
 from .offload import on_device
 from .rectified_flow import OnStep, euler_sample, guided_velocity, noise_for, time_schedule
-from .storage.model_folder import ModelFolderError, SamplingConfig, load_model, network_names
+from .storage.model_folder import ModelFolderError, SamplingConfig, network_names
 
 TINY = Path(__file__).parent / "weights" / "tiny"  # the shipped model
 STAGES = ("image", "structure", "latents", "sdf", "mesh")

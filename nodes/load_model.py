@@ -54,12 +54,12 @@ class LoadD3DS2Model(io.ComfyNode):
     def execute(cls, model, precision) -> io.NodeOutput:
         import torch
 
+        from ..d3ds2.networks.model_files import load_network
         from ..d3ds2.pipeline import Pipeline
         from ..d3ds2.storage.model_folder import (
             ALL_NETWORKS,
             NETWORKS,
             ModelFolderError,
-            load_network,
             load_settings,
             network_names,
         )

@@ -11,11 +11,12 @@ from d3ds2.geometry.sdf_blocks import SDFBlocks
 from d3ds2.meshes.mesh_to_sdf import normalize_mesh
 from d3ds2.meshes.mesh_to_structure import mesh_to_structure
 from d3ds2.meshes.sdf_to_mesh import sdf_to_mesh
+from d3ds2.networks.model_files import load_model
 from d3ds2.official.convert import convert
 from d3ds2.offload import on_device
 from d3ds2.pipeline import FINE_STAGES, STAGES, Pipeline, load_pipeline
 from d3ds2.rectified_flow import guided_velocity, time_schedule
-from d3ds2.storage.model_folder import ModelFolderError, load_model
+from d3ds2.storage.model_folder import ModelFolderError
 from tests.support.official_release import write_release
 from tests.support.tiny_model import draw_object
 

@@ -11,7 +11,7 @@ MAY_IMPORT = {  # a wing: the others it may import; d3ds2 means the modules at i
     "d3ds2/kernels": ("geometry", "layers"),  # modulation.py, until it takes ragged rows
     "d3ds2/geometry": ("kernels",),
     "d3ds2/layers": ("geometry", "kernels"),
-    "d3ds2/networks": NETWORKS,
+    "d3ds2/networks": (*NETWORKS, "storage"),
     "d3ds2/storage": (),
     "d3ds2/meshes": ("storage",),
     "d3ds2/images": (),

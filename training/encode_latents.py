@@ -21,9 +21,9 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE
 from d3ds2.storage.atomic_file import replacing
-from d3ds2.storage.model_folder import load_network, save_network
 from training.config import load_config
 from training.data.datasets import ShapeBatch, active_voxels, load_batches, pack_shapes
 from training.data.latent_moments import LatentMoments, set_latent_scale

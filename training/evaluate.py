@@ -24,10 +24,11 @@ from typing import Literal
 import numpy as np
 import torch
 
+from d3ds2.networks.model_files import load_network
 from d3ds2.pipeline import load_pipeline
 from d3ds2.storage.atomic_file import replacing
 from d3ds2.storage.dataclass_values import from_dict
-from d3ds2.storage.model_folder import SamplingConfig, load_network, load_settings
+from d3ds2.storage.model_folder import SamplingConfig, load_settings
 from training.config import load_config
 from training.data.meshes import list_meshes
 from training.data.shape_files import list_shapes

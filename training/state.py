@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from d3ds2.storage.model_folder import load_network
+from d3ds2.networks.model_files import load_network
 from training.run import RunConfig, learning_rate, newest_checkpoint
 
 KEEP_CHECKPOINTS = 2

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from d3ds2.geometry.voxels import Voxels
 from d3ds2.networks.image_encoder import ImageEncoder, ImageTokens
 from d3ds2.networks.latent_dit import LatentDiT, LatentDiTConfig
+from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE
 from d3ds2.rectified_flow import interpolate
-from d3ds2.storage.model_folder import SamplingConfig, load_network, save_network, save_settings
+from d3ds2.storage.model_folder import SamplingConfig, save_settings
 from training.config import load_config
 from training.data.datasets import LatentBatch, LatentViews, load_batches
 from training.data.shape_files import list_shapes

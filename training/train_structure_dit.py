@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from d3ds2.networks.image_encoder import ImageEncoder, ImageEncoderConfig, ImageTokens
+from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.structure_dit import StructureDiT, StructureDiTConfig
 from d3ds2.networks.structure_vae import StructureVAE
 from d3ds2.rectified_flow import interpolate
-from d3ds2.storage.model_folder import load_network, save_network
 from training.config import load_config
 from training.data.datasets import Structures, StructureViews, ViewBatch, load_batches
 from training.data.device_pictures import Choice, DevicePictures, PictureChoices

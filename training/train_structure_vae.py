@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from d3ds2.networks.model_files import save_network
 from d3ds2.networks.structure_vae import StructureVAE, StructureVAEConfig
-from d3ds2.storage.model_folder import save_network
 from training.config import load_config
 from training.data.datasets import Structures, load_batches
 from training.data.latent_moments import LatentMoments, set_latent_scale

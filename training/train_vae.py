@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE, SDFVAEConfig
-from d3ds2.storage.model_folder import load_network, save_network
 from training.config import load_config
 from training.data.datasets import ShapeBatch, Shapes, active_voxels, load_batches
 from training.losses import SDFLossConfig, sdf_loss

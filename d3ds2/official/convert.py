@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..storage.model_folder import network_classes, save_network, save_settings
+from ..networks import network_classes
+from ..networks.model_files import save_network
+from ..storage.model_folder import save_settings
 from .checkpoint import check_version, our_state_dict, read_checkpoint, refiner_widths
 from .config import OfficialError, OfficialModel, read_official_config
 from .dinov2 import load_dinov2

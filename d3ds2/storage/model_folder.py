@@ -6,7 +6,6 @@ Five networks make a model; a second, finer stage (`fine_…`) and refiners of t
 ever read.
 """
 
-import importlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,26 +14,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from .atomic_file import replacing
 from .dataclass_values import from_dict
 
 FORMAT = 1
-NETWORKS = {  # name: module, config, class
-    "image_encoder": ("networks.image_encoder", "ImageEncoderConfig", "ImageEncoder"),
-    "structure_vae": ("networks.structure_vae", "StructureVAEConfig", "StructureVAE"),
-    "structure_dit": ("networks.structure_dit", "StructureDiTConfig", "StructureDiT"),
-    "latent_dit": ("networks.latent_dit", "LatentDiTConfig", "LatentDiT"),
-    "sdf_vae": ("networks.sdf_vae", "SDFVAEConfig", "SDFVAE"),
-}
-EXTRA_NETWORKS = {  # what a model may have beside those
-    "fine_latent_dit": ("networks.latent_dit", "LatentDiTConfig", "LatentDiT"),
-    "fine_sdf_vae": ("networks.sdf_vae", "SDFVAEConfig", "SDFVAE"),
-    "refiner": ("networks.refiner", "RefinerConfig", "Refiner"),
-    "fine_refiner": ("networks.refiner", "SignRefinerConfig", "SignRefiner"),
-}
-ALL_NETWORKS = NETWORKS | EXTRA_NETWORKS
+NETWORKS = ("image_encoder", "structure_vae", "structure_dit", "latent_dit", "sdf_vae")  # every model has them
+EXTRA_NETWORKS = ("fine_latent_dit", "fine_sdf_vae", "refiner", "fine_refiner")  # a model may have them
+ALL_NETWORKS = NETWORKS + EXTRA_NETWORKS
 
 
 class ModelFolderError(ValueError):
@@ -90,105 +77,93 @@ class SamplingConfig:
             raise ValueError(f"expected a level in (-1, 1), got {self.level}")
 
 
-def network_classes(name: str) -> tuple[type, type[nn.Module]]:
-    """The config dataclass and the module of a network of this project."""
-    if name not in ALL_NETWORKS:
-        raise ValueError(f"expected a network of {', '.join(ALL_NETWORKS)}, got {name!r}")
-    module, config, network = ALL_NETWORKS[name]
-    found = importlib.import_module(f"...{module}", __name__)
-    return getattr(found, config), getattr(found, network)
-
-
-def save_network(folder: str | Path, name: str, module: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Write `<name>.safetensors` and the network's entry of config.json; the folder is made if it is missing.
+def write_network(
+    folder: str | Path, name: str, config: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None
+) -> None:
+    """Write `<name>.safetensors` and the network's entry of config.json; create the folder if it is missing.
 
     Args:
-        module: has its dataclass in `module.config`.
-        dtype: of the file, for floating tensors (torch.float16 halves it); default: as they are.
+        config: the dataclass that describes the network.
+        tensors: its state dict.
+        dtype: of the floating tensors in the file (torch.float16 halves it); default: the one that each has.
 
     Raises:
-        ValueError: the module is not of the class that `name` stands for, or a value does not fit into `dtype`.
+        ValueError: a value is not finite in `dtype`.
+        ModelFolderError: the folder has a config.json that cannot be read.
+        OSError: the folder cannot be written to.
     """
-    config_class, network_class = network_classes(name)
-    if not isinstance(module, network_class) or not isinstance(module.config, config_class):
-        raise ValueError(f"expected a {network_class.__name__} for {name}, got a {type(module).__name__}")
-    tensors = {}
-    for key, tensor in module.state_dict().items():
+    written = {}
+    for key, tensor in tensors.items():
         target = dtype if tensor.is_floating_point() else None
-        tensors[key] = tensor.detach().to("cpu", target, copy=True).contiguous()
-        if not tensors[key].isfinite().all():
-            raise ValueError(f"expected finite values in {name}, {key} is not in {tensors[key].dtype}")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = _read_settings(folder) if (folder / "config.json").exists() else {"format": FORMAT, "networks": {}}
-    settings["networks"][name] = asdict(module.config)
+        written[key] = tensor.detach().to("cpu", target, copy=True).contiguous()
+        if not written[key].isfinite().all():
+            raise ValueError(f"expected finite values in {name}, {key} is not in {written[key].dtype}")
+    folder, settings = Path(folder), _settings_to_change(folder)
+    settings["networks"][name] = asdict(config)
     with replacing(folder / f"{name}.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_file(written, temporary, metadata={"format": "pt"})
     _write_settings(folder, settings)
 
 
 def save_settings(folder: str | Path, name: str, sampling: SamplingConfig) -> None:
-    """Write the model's name and how it is sampled into config.json."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = _read_settings(folder) if (folder / "config.json").exists() else {"format": FORMAT, "networks": {}}
-    _write_settings(folder, settings | {"name": name, "sampling": asdict(sampling)})
-
-
-def load_network(
-    folder: str | Path, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> nn.Module:
-    """Build a network from config.json and load its weights, in evaluation mode, without gradients.
+    """Write the model's name and how to sample it into config.json; create the folder if it is missing.
 
     Raises:
-        ModelFolderError: a folder or file is missing or damaged, a config key is unknown, or a tensor is missing,
-            unexpected or misshapen.
+        ModelFolderError: the folder has a config.json that cannot be read.
+        OSError: the folder cannot be written to.
+    """
+    settings = _settings_to_change(folder)
+    _write_settings(Path(folder), settings | {"name": name, "sampling": asdict(sampling)})
+
+
+def load_settings(folder: str | Path) -> tuple[str, SamplingConfig]:
+    """Return the name of the model in a folder and how to sample it.
+
+    Raises:
+        ModelFolderError: the folder or its config.json is missing or damaged, or a config key is unknown.
     """
     folder = Path(folder)
-    config_class, network_class = network_classes(name)
     settings = _read_settings(folder)
-    if name not in settings["networks"]:
-        raise ModelFolderError(
-            f"the model in {folder} has no {name}; it has {', '.join(settings['networks']) or 'none'}"
-        )
-    config = _from_dict(config_class, settings["networks"][name], f"networks.{name}.", folder)
-    file = folder / f"{name}.safetensors"
+    sampling = _from_dict(SamplingConfig, settings.get("sampling", {}), "sampling.", folder)
+    return settings.get("name", folder.name), sampling
+
+
+def network_names(folder: str | Path) -> set[str]:
+    """Return the names of the networks in a model folder. Raises as `load_settings`."""
+    return {*_read_settings(Path(folder))["networks"]}
+
+
+def read_config(folder: str | Path, name: str, config_class: type) -> Any:
+    """Return a network's entry of config.json as an instance of its dataclass.
+
+    Raises:
+        ModelFolderError: as `load_settings`; or the model has no such network.
+    """
+    folder = Path(folder)
+    networks = _read_settings(folder)["networks"]
+    if name not in networks:
+        raise ModelFolderError(f"the model in {folder} has no {name}; it has {', '.join(networks) or 'none'}")
+    return _from_dict(config_class, networks[name], f"networks.{name}.", folder)
+
+
+def read_tensors(folder: str | Path, name: str, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """Return the state dict in `<name>.safetensors`, on the CPU.
+
+    Args:
+        shapes: of all tensors that the network has, by key.
+
+    Raises:
+        ModelFolderError: the file is missing or damaged, or a tensor is missing, unexpected or misshapen.
+    """
+    file = Path(folder) / f"{name}.safetensors"
     if not file.is_file():
         raise ModelFolderError(f"missing file {file}")
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelFolderError(f"damaged file {file} ({_one_line(error)})") from None
-    with torch.device("meta"):  # no time is spent on random weights
-        module = network_class(config)
-    _check_tensors(file, {key: tensor.shape for key, tensor in module.state_dict().items()}, tensors)
-    module.load_state_dict(tensors, assign=True)
-    return module.to(device, dtype).eval().requires_grad_(False)
-
-
-def load_settings(folder: str | Path) -> tuple[str, SamplingConfig]:
-    """Name of the model in a folder and how it is sampled."""
-    settings = _read_settings(Path(folder))
-    return settings.get("name", Path(folder).name), _from_dict(
-        SamplingConfig, settings.get("sampling", {}), "sampling.", Path(folder)
-    )
-
-
-def load_model(
-    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple[dict[str, nn.Module], SamplingConfig]:
-    """All networks of a model folder by name, the five and those it has beside them, and how it is sampled.
-
-    Raises as `load_network`.
-    """
-    sampling, extra = load_settings(folder)[1], network_names(folder) - NETWORKS.keys()
-    names = [name for name in ALL_NETWORKS if name in NETWORKS or name in extra]
-    return {name: load_network(folder, name, device, dtype) for name in names}, sampling
-
-
-def network_names(folder: str | Path) -> set[str]:
-    """The networks that a model folder has. Raises as `load_settings`."""
-    return {*_read_settings(Path(folder))["networks"]}
+    _check_tensors(file, shapes, tensors)
+    return tensors
 
 
 def _check_tensors(file: Path, expected: dict[str, torch.Size], tensors: dict[str, torch.Tensor]) -> None:
@@ -207,8 +182,15 @@ def _check_tensors(file: Path, expected: dict[str, torch.Size], tensors: dict[st
             raise ModelFolderError(f"{file} {problem} tensors: {', '.join(names[:3])}{rest}")
 
 
+def _settings_to_change(folder: str | Path) -> dict[str, Any]:
+    """Return config.json, or an empty one where there is none yet; create the folder if it is missing."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return _read_settings(folder) if (folder / "config.json").exists() else {"format": FORMAT, "networks": {}}
+
+
 def _read_settings(folder: Path) -> dict[str, Any]:
-    """config.json, checked as far as the config dataclasses do not check it themselves."""
+    """Return config.json after the checks that the config dataclasses do not make."""
     if not folder.is_dir():
         raise ModelFolderError(f"no model folder {folder}")
     file = folder / "config.json"
@@ -225,7 +207,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     networks = settings.setdefault("networks", {})
     if not isinstance(networks, dict):
         raise ModelFolderError(f"networks: expected a table, got {networks!r} in {file}")
-    if unknown := sorted(networks.keys() - ALL_NETWORKS.keys()):
+    if unknown := sorted(networks.keys() - {*ALL_NETWORKS}):
         raise ModelFolderError(f"unknown network {unknown[0]} in {file}")
     return settings
 

@@ -16,9 +16,10 @@ import torch
 import yaml
 
 from d3ds2.__main__ import main
+from d3ds2.networks.model_files import load_model
 from d3ds2.official.config import OfficialError
 from d3ds2.official.convert import FILES, OFFICIAL_REPO, OFFICIAL_SUBFOLDER, convert
-from d3ds2.storage.model_folder import FineSamplingConfig, load_model, load_settings
+from d3ds2.storage.model_folder import FineSamplingConfig, load_settings
 from tests.support.golden import ROOT
 from tests.support.official_release import write_release
 

@@ -7,16 +7,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d3ds2.networks.image_encoder import ImageEncoder, ImageEncoderConfig
+from d3ds2.networks.model_files import load_model, load_network, save_network
 from d3ds2.networks.refiner import SignRefiner, SignRefinerConfig
 from d3ds2.storage.model_folder import (
     NETWORKS,
     FineSamplingConfig,
     ModelFolderError,
     SamplingConfig,
-    load_model,
-    load_network,
     load_settings,
-    save_network,
     save_settings,
 )
 from tests.support.tiny_model import write_model
@@ -160,12 +158,12 @@ def test_missing_and_damaged_files_are_named(folder):
 def test_networks_of_a_second_stage_stand_beside_the_five(tmp_path):
     folder = write_model(tmp_path / "model")
     sizes = {"widths": (4, 8), "layers": 1, "middle_layers": 0, "patch_size": 16}
-    assert load_model(folder)[0].keys() == NETWORKS.keys()
+    assert load_model(folder)[0].keys() == {*NETWORKS}
     refiner = SignRefiner(SignRefinerConfig(**sizes))
     save_network(folder, "fine_refiner", refiner)
     save_settings(folder, "two stages", SamplingConfig(sdf_resolution=64, level=0.2, fine=FineSamplingConfig(128)))
     networks, sampling = load_model(folder)
-    assert networks.keys() == NETWORKS.keys() | {"fine_refiner"}
+    assert networks.keys() == {*NETWORKS} | {"fine_refiner"}
     assert sampling.fine == FineSamplingConfig(128, 15, 8.0, 7.0)
     for key, tensor in networks["fine_refiner"].state_dict().items():
         assert torch.equal(tensor, refiner.state_dict()[key]), key

@@ -6,7 +6,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
-from d3ds2.storage.model_folder import SamplingConfig, network_classes, save_network, save_settings
+from d3ds2.networks import network_classes
+from d3ds2.networks.model_files import save_network
+from d3ds2.storage.model_folder import SamplingConfig, save_settings
 
 SIZES = {
     "image_encoder": {"image_size": 56, "hidden_size": 24, "depth": 1, "num_heads": 2, "num_registers": 2},

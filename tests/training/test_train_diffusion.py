@@ -17,10 +17,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from d3ds2.geometry.voxels import Voxels
 from d3ds2.networks.image_encoder import ImageEncoderConfig
 from d3ds2.networks.latent_dit import LatentDiTConfig
+from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAEConfig
 from d3ds2.networks.structure_dit import StructureDiTConfig
 from d3ds2.networks.structure_vae import StructureVAEConfig
-from d3ds2.storage.model_folder import SamplingConfig, load_network, save_network
+from d3ds2.storage.model_folder import SamplingConfig
 from tests.support.training_data import R, prepared
 from training import encode_latents, train_dit, train_structure_dit, train_structure_vae, train_vae
 from training.data.datasets import LatentViews, Shapes, active_voxels

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from d3ds2.geometry.voxels import Voxels
+from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE, SDFVAEConfig
-from d3ds2.storage.model_folder import load_network, save_network
 from tests.support.training_data import COARSE, R, prepared, write_toml
 from training.data.datasets import Shapes, active_voxels, to_device
 from training.data.latent_moments import LatentMoments, set_latent_scale
