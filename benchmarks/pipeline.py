@@ -46,7 +46,7 @@ from d3ds2.networks.sdf_vae import SDFVAE, SDFVAEConfig  # noqa: E402
 from d3ds2.networks.structure_dit import StructureDiT, StructureDiTConfig  # noqa: E402
 from d3ds2.networks.structure_vae import StructureVAE, StructureVAEConfig  # noqa: E402
 from d3ds2.offload import on_device  # noqa: E402
-from d3ds2.pipeline import Pipeline  # noqa: E402
+from d3ds2.pipeline import Pipeline, build_pipeline  # noqa: E402
 from d3ds2.storage.model_folder import FineSamplingConfig, SamplingConfig  # noqa: E402
 
 START = time.perf_counter()
@@ -101,7 +101,7 @@ def make_pipeline(version: str, dtype: torch.dtype, device: str, small: bool) ->
         networks[name] = network.to("cpu", dtype).eval().requires_grad_(False)
     fine_sampling = FineSamplingConfig(sdf_resolution=2 * resolution)
     sampling = SamplingConfig(sdf_resolution=resolution, level=LEVEL, fine=fine_sampling)
-    return Pipeline(**networks, sampling=sampling, device=device)
+    return build_pipeline(networks, sampling, device)
 
 
 def solid_values(voxels: Voxels) -> SDFBlocks:

@@ -27,7 +27,7 @@ from .official.convert import (
     download_image_encoder,
     download_release,
 )
-from .pipeline import FINE_STAGES, STAGES, TINY, GenerationError, load_pipeline
+from .pipeline import TINY, GenerationError, load_pipeline
 from .storage.atomic_file import replacing
 from .storage.model_folder import ModelFolderError, load_settings
 
@@ -126,8 +126,8 @@ def run(argv: list[str] | None) -> None:
     budget = None if arguments.memory is None else int(arguments.memory * 2**30)
     pipeline = load_pipeline(arguments.model, arguments.device, memory_budget=budget)
     options = {"fine": not arguments.coarse, "use_refiners": arguments.refine, "fine_steps": arguments.steps}
-    has_fine = pipeline.sampling.fine is not None and not arguments.coarse
-    bars = ProgressBars((*STAGES, *FINE_STAGES) if has_fine else STAGES)
+    stages = pipeline.stages[:1] if arguments.coarse else pipeline.stages
+    bars = ProgressBars(("image", *(name for stage in stages for name in stage.progress)))
     try:
         mesh = pipeline.generate(image, arguments.seed, bars, arguments.steps, arguments.steps, **options)
     except MemoryBudgetError as error:

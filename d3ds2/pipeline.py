@@ -1,23 +1,23 @@
-"""One image -> one mesh: the whole path, a method for each stage.
+"""One image -> one mesh: the whole path, a method for each step of it.
 
     pipeline = load_pipeline("d3ds2/weights/tiny")
     mesh = pipeline.generate(load_image("chair.png"), seed=0)
 
-Each stage runs on the device and in the dtype of its own network, and moves what it is given there; noise is drawn on
-the CPU, for each sample from its own seed. A model of two stages voxelises the mesh of the first one anew, samples
-latents for it and decodes those; `sample_latents` and the decoding know the stage by the resolution of the voxels.
+Each network runs on its own device and in its own dtype; a method moves what it is given there. Noise is drawn on the
+CPU, for each sample from its own seed. A model of two stages voxelises the mesh of the first, samples latents for those
+voxels and decodes them. `sample_latents` and the decoding find the stage by the resolution of the voxels.
 
 Sizes named in this file:
-    B  images      L  image tokens, all images packed      N  latent voxels, all samples packed
+    B  images      E  latent channels      R  latent voxels per edge      N  occupied latent voxels, all samples packed
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from .generation_error import EmptyResultError, GenerationError, empty_result
 from .geometry.sdf_blocks import SDFBlocks
@@ -30,25 +30,30 @@ from .meshes.sdf_to_mesh import DECODED
 from .meshes.sdf_to_mesh_gpu import blocks_to_mesh
 from .networks.chunked_decode import OnChunk, decode_in_chunks
 from .networks.image_encoder import ImageEncoder, ImageTokens
-from .networks.latent_dit import LatentDiT
 from .networks.model_files import load_model
 from .networks.refined_blocks import OnPatch, refine_blocks
-from .networks.refiner import Refiner, SignRefiner
-from .networks.sdf_vae import FACTOR, SDFVAE
+from .networks.sdf_vae import FACTOR
 from .networks.structure_dit import StructureDiT
 from .networks.structure_vae import StructureVAE
 from .offload import on_device
 from .rectified_flow import OnStep, euler_sample, guided_velocity, noise_for, time_schedule
+from .stage import FINE_STAGES, STAGES, Stage, stages_of
 from .storage.model_folder import ModelFolderError, SamplingConfig, network_names
 
 TINY = Path(__file__).parent / "weights" / "tiny"  # the shipped model
-STAGES = ("image", "structure", "latents", "sdf", "mesh")
-FINE_STAGES = ("fine structure", "fine latents", "fine sdf", "fine mesh")  # of a model with a second stage
-LATENT_STREAM = 0x5EED_0F_1A7E57  # so that the noises of one seed have nothing in common
-FINE_LATENT_STREAM = 0x5EED_0F_F1E1A7
-TOGETHER = 32768  # tokens of a sample up to which both guidance branches are one batch
+GUIDED_BATCH_TOKENS = 32768  # tokens of a sample up to which both guidance branches run as one batch
 
-__all__ = ["FINE_STAGES", "STAGES", "TINY", "EmptyResultError", "GenerationError", "Pipeline", "load_pipeline"]
+__all__ = [
+    "FINE_STAGES",
+    "STAGES",
+    "TINY",
+    "EmptyResultError",
+    "GenerationError",
+    "Pipeline",
+    "Stage",
+    "build_pipeline",
+    "load_pipeline",
+]
 
 OnProgress = Callable[[str, int, int], None]  # stage, finished steps, all steps
 
@@ -58,9 +63,10 @@ class Pipeline:
     """The networks of a model and how they are sampled.
 
     Args:
-        fine_latent_dit, fine_sdf_vae: of a second stage; `sampling.fine` belongs to them.
-        refiner, fine_refiner: of the decoded SDF of the first and the second stage.
-        device: where each network is brought for its stage alone. Default: they stay where they are.
+        stages: one or two, the coarse one first.
+        sampling: of the structure; also the level of the surface and the rounding of times. The steps, shift and
+            guidance of latents are those of their `Stage`.
+        device: where each network is brought while it runs. Default: they stay where they are.
         memory_budget: bytes that decoding may take beside weights. Default: see `decode_in_chunks`.
 
     Raises:
@@ -70,38 +76,23 @@ class Pipeline:
     image_encoder: ImageEncoder
     structure_vae: StructureVAE
     structure_dit: StructureDiT
-    latent_dit: LatentDiT
-    sdf_vae: SDFVAE
+    stages: tuple[Stage, ...]
     sampling: SamplingConfig
-    fine_latent_dit: LatentDiT | None = None
-    fine_sdf_vae: SDFVAE | None = None
-    refiner: Refiner | None = None
-    fine_refiner: SignRefiner | None = None
     device: torch.device | str | None = None
     memory_budget: int | None = None
 
     def __post_init__(self):
-        encoder, structure = self.image_encoder.config, self.structure_dit.config
-        latent_resolution = structure.resolution * self.structure_vae.config.factor
+        hidden_size, structure = self.image_encoder.config.hidden_size, self.structure_dit.config
+        sdf_resolution = FACTOR * self.structure_vae.config.factor * structure.resolution
         sizes = [
-            ("context_size of structure_dit", encoder.hidden_size, structure.context_size),
+            ("context_size of structure_dit", hidden_size, structure.context_size),
             ("latent_channels of structure_dit", self.structure_vae.config.latent_channels, structure.latent_channels),
-            ("sdf_resolution", FACTOR * latent_resolution, self.sampling.sdf_resolution),
+            ("sdf_resolution", sdf_resolution, self.stages[0].sdf_resolution),
         ]
-        stages = ("", self.latent_dit, self.sdf_vae), ("fine_", self.fine_latent_dit, self.fine_sdf_vae)
-        for prefix, dit, vae in stages:
-            if ((dit is None) != (self.sampling.fine is None) and prefix) or (dit is None) != (vae is None):
-                raise ModelFolderError("expected fine_latent_dit, fine_sdf_vae and sampling.fine all together")
-            if dit is not None:
-                channels = vae.config.latent_channels, dit.config.latent_channels
-                sizes.append((f"context_size of {prefix}latent_dit", encoder.hidden_size, dit.config.context_size))
-                sizes.append((f"latent_channels of {prefix}latent_dit", *channels))
-        if self.refiner is not None:
-            features = self.sdf_vae.config.widths[0], self.refiner.config.feature_channels
-            sizes.append(("feature_channels of refiner", *features))
-        for what, expected, got in sizes:
+        sizes += [size for stage in self.stages for size in stage.sizes(hidden_size)]
+        for name, expected, got in sizes:
             if expected != got:
-                raise ModelFolderError(f"the networks do not fit together: expected {what} {expected}, got {got}")
+                raise ModelFolderError(f"the networks do not fit together: expected {name} {expected}, got {got}")
 
     def generate(
         self,
@@ -151,34 +142,33 @@ class Pipeline:
             return lambda step, x_t, x_0: report(stage, step + 1, steps)
 
         structure_steps = structure_steps or self.sampling.structure_steps
-        stages = [("", latent_steps or self.sampling.latent_steps)]
-        if fine and self.sampling.fine is not None:
-            stages.append(("fine ", fine_steps or self.sampling.fine.steps))
-        if use_refiners and None in (self.refiner, self.fine_refiner)[: len(stages)]:
+        stages = self.stages if fine else self.stages[:1]
+        if use_refiners and any(stage.refiner is None for stage in stages):
             raise ModelFolderError("the model has no refiners for this")
 
         report("image", 0, 1)
         image_tokens = self.encode_image(images)
         report("image", 1, 1)
 
-        meshes = []
-        for prefix, steps in stages:
-            if not meshes:
-                told = on_step("structure", structure_steps)
-                voxels = self.sample_structure(image_tokens, seeds, structure_steps, on_step=told)
+        meshes = None
+        for stage, steps in zip(stages, (latent_steps, fine_steps), strict=False):
+            structure_name, latents_name, sdf_name, mesh_name = stage.progress
+            if meshes is None:
+                count_step = on_step(structure_name, structure_steps)
+                voxels = self.sample_structure(image_tokens, seeds, structure_steps, on_step=count_step)
             else:
-                report("fine structure", 0, 1)
+                report(structure_name, 0, 1)
                 voxels = self.structure_of(meshes)
-                report("fine structure", 1, 1)
+                report(structure_name, 1, 1)
 
-            told = on_step(f"{prefix}latents", steps)
-            latents = self.sample_latents(voxels, image_tokens, seeds, steps, on_step=told)
-            report(f"{prefix}sdf", 0, 1)
+            count_step = on_step(latents_name, steps or stage.steps)
+            latents = self.sample_latents(voxels, image_tokens, seeds, steps, on_step=count_step)
+            report(sdf_name, 0, 1)
             blocks, level = self.decode_surface(latents, voxels, use_refiners)
-            report(f"{prefix}sdf", 1, 1)
-            report(f"{prefix}mesh", 0, 1)
+            report(sdf_name, 1, 1)
+            report(mesh_name, 0, 1)
             meshes = self.blocks_to_meshes(blocks, level=level)
-            report(f"{prefix}mesh", 1, 1)
+            report(mesh_name, 1, 1)
         return meshes
 
     @torch.no_grad()
@@ -243,24 +233,21 @@ class Pipeline:
         on_step: OnStep | None = None,
     ) -> Tensor:
         """The latents (N, E) of the structure's voxels, as `decode_sdf` takes them. Arguments as `sample_structure`."""
-        dit, vae, sampling = self.latent_dit, self.sdf_vae, self.sampling
-        defaults, stream = (sampling.latent_steps, sampling.latent_shift, sampling.latent_guidance), LATENT_STREAM
-        if self.is_fine(voxels):
-            dit, vae, sampling = self.fine_latent_dit, self.fine_sdf_vae, self.sampling.fine
-            defaults, stream = (sampling.steps, sampling.shift, sampling.guidance), FINE_LATENT_STREAM
+        stage = self.stage_of(voxels)
+        dit, E = stage.latent_dit, stage.latent_dit.config.latent_channels
         context = image_tokens.select_foreground() if dit.config.sparse_context else image_tokens  # eq. 9
-        E, (default_steps, shift, default_guidance) = dit.config.latent_channels, defaults
-        guidance_scale = default_guidance if guidance_scale is None else guidance_scale
-        noise = noise_for([seed ^ stream for seed in seeds], [(count, E) for count in voxels.counts])
-        times = time_schedule(steps or default_steps, shift)
-        options = {"together": max(voxels.counts) <= TOGETHER, "half_times": self.sampling.half_times}
+        guidance_scale = stage.guidance_scale if guidance_scale is None else guidance_scale
+        noise = noise_for([seed ^ stage.noise_stream for seed in seeds], [(count, E) for count in voxels.counts])
+        times = time_schedule(steps or stage.steps, stage.shift)
+        together = max(voxels.counts) <= GUIDED_BATCH_TOKENS
+        options = {"together": together, "half_times": self.sampling.half_times}
         with on_device(dit, self.device) as device:
             velocity = guided_velocity(dit, context.to(device), guidance_scale, voxels.to(device), **options)
-            return vae.denormalize_latents(euler_sample(velocity, noise.to(device), times, on_step))
+            return stage.sdf_vae.denormalize_latents(euler_sample(velocity, noise.to(device), times, on_step))
 
-    def is_fine(self, voxels: Voxels) -> bool:
-        """Whether latent voxels are those of the model's second stage, by their resolution."""
-        return self.sampling.fine is not None and FACTOR * voxels.resolution == self.sampling.fine.sdf_resolution
+    def stage_of(self, voxels: Voxels) -> Stage:
+        """The stage of latent voxels, by their resolution; the first one for any other resolution."""
+        return next((stage for stage in self.stages if stage.resolution == voxels.resolution), self.stages[0])
 
     def structure_of(self, meshes: Sequence[Mesh]) -> Voxels:
         """The structure of the second stage, from the meshes of the first: one sample for each.
@@ -268,14 +255,16 @@ class Pipeline:
         As the released pipeline, a mesh is scaled to 0.95 of the cube, and a latent voxel within four SDF voxels of
         its surface is occupied.
         """
-        if self.sampling.fine is None:
+        if len(self.stages) == 1:
             raise ModelFolderError("the model has no second stage")
-        R = self.sampling.fine.sdf_resolution
+        stage = self.stages[-1]
         samples = []
         for i, mesh in enumerate(meshes):
-            blocks = torch.from_numpy(mesh_to_structure(normalize_mesh(mesh.vertices), mesh.faces, R))
+            blocks = torch.from_numpy(
+                mesh_to_structure(normalize_mesh(mesh.vertices), mesh.faces, stage.sdf_resolution)
+            )
             samples.append(torch.nn.functional.pad(blocks, (1, 0), value=i))
-        return Voxels.sort(torch.cat(samples), R // FACTOR, len(samples))[0]
+        return Voxels.sort(torch.cat(samples), stage.resolution, len(samples))[0]
 
     def decode_sdf(
         self, latents: Tensor, voxels: Voxels, memory_budget: int | None = None, on_chunk: OnChunk | None = None
@@ -293,7 +282,7 @@ class Pipeline:
         features_out: Tensor | None = None,
     ) -> SDFBlocks:
         """`decode_sdf` without the coordinates of voxels, which take more than all else; see `decode_in_chunks`."""
-        vae = self.fine_sdf_vae if self.is_fine(voxels) else self.sdf_vae
+        vae = self.stage_of(voxels).sdf_vae
         budget = self.memory_budget if memory_budget is None else memory_budget
         with on_device(vae, self.device) as device:
             latents, voxels = latents.to(device), voxels.to(device)
@@ -307,20 +296,19 @@ class Pipeline:
         Raises:
             ModelFolderError: the model has no refiner of this stage.
         """
-        level, is_fine = self.sampling.level, self.is_fine(voxels)
+        stage, level, features = self.stage_of(voxels), self.sampling.level, None
         if not use_refiners:
             return self.decode_blocks(latents, voxels), level
-        refiner, features = self.fine_refiner if is_fine else self.refiner, None
-        if refiner is None:
+        if stage.refiner is None:
             raise ModelFolderError("the model has no refiner of this stage")
-        if not is_fine:
-            shape = FACTOR**3 * len(voxels), refiner.config.feature_channels
-            device = self.device or next(self.sdf_vae.parameters()).device
-            features = torch.empty(shape, dtype=next(self.sdf_vae.parameters()).dtype, device=device)
+        if stage.refines_with_features:
+            weight = next(stage.sdf_vae.parameters())
+            shape = FACTOR**3 * len(voxels), stage.refiner.config.feature_channels
+            features = torch.empty(shape, dtype=weight.dtype, device=self.device or weight.device)
+            level = 2 * level  # as the released pipeline
         decoded = self.decode_blocks(latents, voxels, features_out=features)
-        level = level if is_fine else 2 * level  # as the released pipeline
-        with on_device(refiner, self.device) as device:
-            return refine_blocks(refiner, decoded, features, level, device, on_patch), level
+        with on_device(stage.refiner, self.device) as device:
+            return refine_blocks(stage.refiner, decoded, features, level, device, on_patch), level
 
     def to_mesh(
         self,
@@ -363,22 +351,41 @@ class Pipeline:
         return meshes
 
 
+def build_pipeline(
+    networks: Mapping[str, nn.Module],
+    sampling: SamplingConfig,
+    device: torch.device | str | None = None,
+    memory_budget: int | None = None,
+) -> Pipeline:
+    """The pipeline of networks by their names in a model folder; `device` and `memory_budget` as in `Pipeline`.
+
+    Raises:
+        ModelFolderError: the networks do not fit together, or the second stage is there in part.
+    """
+    shared = {name: networks[name] for name in ("image_encoder", "structure_vae", "structure_dit")}
+    return Pipeline(
+        **shared, stages=stages_of(networks, sampling), sampling=sampling, device=device, memory_budget=memory_budget
+    )
+
+
 def load_pipeline(
     folder: str | Path | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     offload: bool | None = None,
     memory_budget: int | None = None,
+    sampling: SamplingConfig | None = None,
 ) -> Pipeline:
     """Load the model of a folder; default: the shipped `tiny`.
 
     Args:
-        folder: a model folder, see checkpoint.py.
+        folder: a model folder, see storage/model_folder.py.
         device: where all networks run.
         dtype: of all networks; default: float32 on the CPU, float16 elsewhere.
-        offload: keep the networks in the computer's memory and bring each to the device for its stage alone. Default:
-            do so for a model of two stages.
+        offload: keep the networks in the computer's memory and bring each to the device while it runs. Default: do so
+            for a model of two stages.
         memory_budget: bytes that decoding may take beside weights.
+        sampling: default: as the folder's config.json says.
 
     Raises:
         ModelFolderError: the folder is missing, damaged, or its networks do not fit together.
@@ -388,6 +395,5 @@ def load_pipeline(
         dtype = torch.float32 if device.type == "cpu" else torch.float16
     if offload is None:
         offload = device.type != "cpu" and "fine_latent_dit" in network_names(folder)
-    networks, sampling = load_model(folder, "cpu" if offload else device, dtype)
-    place = {"device": device} if offload else {}
-    return Pipeline(**networks, sampling=sampling, memory_budget=memory_budget, **place)
+    networks, own_sampling = load_model(folder, "cpu" if offload else device, dtype)
+    return build_pipeline(networks, sampling or own_sampling, device if offload else None, memory_budget)

@@ -55,7 +55,7 @@ class LoadD3DS2Model(io.ComfyNode):
         import torch
 
         from ..d3ds2.networks.model_files import load_network
-        from ..d3ds2.pipeline import Pipeline
+        from ..d3ds2.pipeline import build_pipeline
         from ..d3ds2.storage.model_folder import (
             ALL_NETWORKS,
             NETWORKS,
@@ -78,11 +78,10 @@ class LoadD3DS2Model(io.ComfyNode):
                 with torch.inference_mode(False):  # else nobody could move them outside of a node, as /free does
                     networks[network] = run_cancellable(load_network, folder, network, dtype=dtype)
                 progress.update(done + 1)
-            pipeline = Pipeline(**networks, sampling=sampling)
+            pipeline = build_pipeline(networks, sampling)
         except ModelFolderError as error:
             raise ValueError(f"{error}. Copy or convert the model {model!r} again, or choose another.") from None
-        finest = sampling.sdf_resolution if sampling.fine is None else sampling.fine.sdf_resolution
-        progress.status(f"{name}: {finest}³, {_dtypes(networks)}")
+        progress.status(f"{name}: {pipeline.stages[-1].sdf_resolution}³, {_dtypes(networks)}")
         return io.NodeOutput(Model(name, pipeline, {key: make_patcher(value) for key, value in networks.items()}))
 
 

@@ -53,7 +53,7 @@ class SSADiTSample(io.ComfyNode):
 
         from ..d3ds2.images.voxel_picture import latent_colors, voxel_picture
         from ..d3ds2.networks.activation_memory import image_encoder_bytes, latent_dit_bytes
-        from ..d3ds2.pipeline import TOGETHER
+        from ..d3ds2.pipeline import GUIDED_BATCH_TOKENS
         from .comfy.memory import dtype_of, load_networks
         from .comfy.progress import Progress, cancellable
         from .comfy.samples import check_structure, object_pictures, sample, seed_of, token_text
@@ -61,7 +61,7 @@ class SSADiTSample(io.ComfyNode):
         check_structure(model, structure)
         pipeline, voxels = model.pipeline, structure.voxels()
         stage = model.stages[structure.resolution]
-        encoder, dit = pipeline.image_encoder, model.network(stage.latent_dit)
+        encoder, dit = pipeline.image_encoder, stage.latent_dit
         largest = max(voxels.counts)
         if largest > max_tokens:
             raise ValueError(
@@ -72,14 +72,14 @@ class SSADiTSample(io.ComfyNode):
         if len(pictures) not in (1, structure.batch_size):
             raise ValueError(f"expected 1 image or {structure.batch_size}, one a structure, got {len(pictures)}")
         steps, guidance_scale = steps or stage.steps, guidance_scale or stage.guidance_scale
-        branches = 1 if guidance_scale == 1 or largest > TOGETHER else 2
+        branches = 1 if guidance_scale == 1 or largest > GUIDED_BATCH_TOKENS else 2
         needed = max(
             image_encoder_bytes(encoder.config, 1, dtype_of(encoder)),
             latent_dit_bytes(dit.config, branches * largest, dtype_of(dit)),
         )
         load_networks(
             model,
-            ("image_encoder", stage.latent_dit),
+            ("image_encoder", f"{stage.prefix}latent_dit"),
             needed,
             f"sampling {largest:,} tokens",
             "use a model of lower resolution, or guidance_scale 1",

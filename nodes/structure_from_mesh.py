@@ -33,17 +33,18 @@ class StructureFromMesh(io.ComfyNode):
         from .comfy.progress import Progress
         from .comfy.samples import pack_structure, token_text, voxel_grid
 
-        resolution = 8 * max(model.stages)
+        stages = model.pipeline.stages
+        resolution = stages[-1].sdf_resolution
 
         def blocks_of(vertices, faces):
-            if len(model.stages) == 2:  # a second stage has learned the structures of the released pipeline
+            if len(stages) == 2:  # a second stage has learned the structures of the released pipeline
                 return mesh_to_structure(vertices, faces, resolution)
             return distances(vertices, faces, resolution, shell).block_coords
 
         meshes = from_socket(mesh)
         progress = Progress(cls.hidden.unique_id, len(meshes))
         parts = [
-            Voxels.sort(with_sample(blocks), resolution // 8)[0]
+            Voxels.sort(with_sample(blocks), stages[-1].resolution)[0]
             for blocks in for_each_mesh(meshes, fit, resolution, progress, blocks_of)
         ]
         structure = pack_structure(parts)

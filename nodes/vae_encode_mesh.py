@@ -39,9 +39,8 @@ class VAEEncodeMesh(io.ComfyNode):
         from .comfy.progress import Progress, cancellable, run_networks
         from .comfy.samples import pack_structure, token_text
 
-        resolution = 8 * max(model.stages)
-        name = model.stages[max(model.stages)].sdf_vae
-        vae, device = model.network(name), mm.get_torch_device()
+        stage = model.pipeline.stages[-1]
+        resolution, vae, device = stage.sdf_resolution, stage.sdf_vae, mm.get_torch_device()
         meshes = from_socket(mesh)
         progress = Progress(cls.hidden.unique_id, len(meshes))
         parts, latents = [], []
@@ -50,7 +49,7 @@ class VAEEncodeMesh(io.ComfyNode):
             progress.status(f"encoding {len(coords):,} voxels")
             load_networks(
                 model,
-                (name,),
+                (f"{stage.prefix}sdf_vae",),
                 sdf_encode_bytes(vae.config, len(coords), dtype_of(vae)),
                 f"encoding {len(coords):,} voxels",
                 "use a model of lower resolution",

@@ -6,14 +6,14 @@ import torch
 
 from d3ds2.geometry.voxels import Voxels
 from d3ds2.images.foreground import ImageError
-from d3ds2.pipeline import STAGES, EmptyResultError, GenerationError, Pipeline, load_pipeline
+from d3ds2.pipeline import STAGES, EmptyResultError, GenerationError, build_pipeline, load_pipeline
 from d3ds2.storage.model_folder import ModelFolderError, SamplingConfig
 from tests.support.tiny_model import SAMPLING, draw_object, make_networks, write_model
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return Pipeline(**make_networks(), sampling=SAMPLING)
+    return build_pipeline(make_networks(), SAMPLING)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_latents_are_denormalized_for_the_decoder():
     sampled = {}
     for scale in (0.5, 1.0):
         networks = make_networks(sdf_vae={"latents_scale": scale, "latents_shift": 0.25})
-        p = Pipeline(**networks, sampling=SAMPLING)
+        p = build_pipeline(networks, SAMPLING)
         tokens = p.encode_image([draw_object()])
         sampled[scale] = p.sample_latents(p.sample_structure(tokens, [0]), tokens, [0])
     torch.testing.assert_close((sampled[0.5] - 0.25) * 0.5, sampled[1.0] - 0.25)
@@ -122,7 +122,7 @@ def test_progress_tells_every_step(pipeline):
 def test_an_empty_structure_is_an_error(pipeline):
     networks = make_networks()
     networks["structure_vae"].decoder.out_conv.bias.fill_(-1e4)
-    empty = Pipeline(**networks, sampling=SAMPLING)
+    empty = build_pipeline(networks, SAMPLING)
     with pytest.raises(EmptyResultError, match="structure of image came out empty; try another seed"):
         empty.generate(draw_object())
     with pytest.raises(EmptyResultError, match="structure of image 1 of 2 came out empty"):
@@ -133,14 +133,14 @@ def test_an_sdf_without_inside_is_an_error():
     networks = make_networks()
     networks["sdf_vae"].decoder.out_layer.bias.fill_(1e4)
     with pytest.raises(EmptyResultError, match="surface of image came out empty"):
-        Pipeline(**networks, sampling=SAMPLING).generate(draw_object())
+        build_pipeline(networks, SAMPLING).generate(draw_object())
 
 
 def test_values_that_are_not_finite_are_an_error():
     networks = make_networks()
     networks["sdf_vae"].decoder.out_layer.bias.fill_(float("nan"))
     with pytest.raises(GenerationError, match="not finite on cpu; try float32"):
-        Pipeline(**networks, sampling=SAMPLING).generate(draw_object())
+        build_pipeline(networks, SAMPLING).generate(draw_object())
 
 
 def test_an_image_without_object_is_an_error(pipeline):
@@ -160,7 +160,7 @@ def test_an_image_without_object_is_an_error(pipeline):
 )
 def test_networks_that_do_not_fit_are_named(name, change, message):
     with pytest.raises(ModelFolderError, match=message):
-        Pipeline(**make_networks(**{name: change}), sampling=SAMPLING)
+        build_pipeline(make_networks(**{name: change}), SAMPLING)
 
 
 def test_half_precision_runs(tmp_path):

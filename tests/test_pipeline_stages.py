@@ -14,7 +14,7 @@ from d3ds2.meshes.sdf_to_mesh import sdf_to_mesh
 from d3ds2.networks.model_files import load_model
 from d3ds2.official.convert import convert
 from d3ds2.offload import on_device
-from d3ds2.pipeline import FINE_STAGES, STAGES, Pipeline, load_pipeline
+from d3ds2.pipeline import FINE_STAGES, STAGES, build_pipeline, load_pipeline
 from d3ds2.rectified_flow import guided_velocity, time_schedule
 from d3ds2.storage.model_folder import ModelFolderError
 from tests.support.official_release import write_release
@@ -56,7 +56,7 @@ def test_both_stages_run_with_the_models_own_steps(pipeline):
 
 def test_the_other_version_runs(tmp_path):
     pipeline = load_pipeline(converted(tmp_path, "v1.1"))
-    assert not pipeline.fine_latent_dit.config.sparse_context
+    assert not pipeline.stages[1].latent_dit.config.sparse_context
     assert_closed(pipeline.generate(draw_object(), 3, **STEPS))
 
 
@@ -64,13 +64,13 @@ def test_the_path_is_its_stages_in_turn(pipeline):
     tokens = pipeline.encode_image([draw_object()])
     voxels = pipeline.sample_structure(tokens, [4], 2)
     latents = pipeline.sample_latents(voxels, tokens, [4], 2)
-    assert voxels.resolution == 8 and not pipeline.is_fine(voxels)
+    assert voxels.resolution == 8 and pipeline.stage_of(voxels) is pipeline.stages[0]
     coarse = pipeline.blocks_to_meshes(pipeline.decode_blocks(latents, voxels))
     alone = pipeline.generate(draw_object(), 4, fine=False, **STEPS)
     assert coarse[0].vertices.tobytes() == alone.vertices.tobytes()
 
     fine_voxels = pipeline.structure_of(coarse)
-    assert fine_voxels.resolution == 16 and pipeline.is_fine(fine_voxels)
+    assert fine_voxels.resolution == 16 and pipeline.stage_of(fine_voxels) is pipeline.stages[1]
     expected = mesh_to_structure(normalize_mesh(coarse[0].vertices, 0.95), coarse[0].faces, 128)
     assert {*map(tuple, fine_voxels.coords[:, 1:].tolist())} == {*map(tuple, expected.tolist())}
     fine_latents = pipeline.sample_latents(fine_voxels, tokens, [4], 2)
@@ -81,15 +81,23 @@ def test_the_path_is_its_stages_in_turn(pipeline):
     assert mesh.vertices.tobytes() == whole.vertices.tobytes() and mesh.faces.tobytes() == whole.faces.tobytes()
 
 
+def with_fine(pipeline, **changes):
+    """The pipeline with fields of its second stage changed."""
+    coarse, fine = pipeline.stages
+    return dataclasses.replace(pipeline, stages=(coarse, dataclasses.replace(fine, **changes)))
+
+
 def test_the_second_stage_uses_its_own_networks_and_noise(pipeline):
     tokens = pipeline.encode_image([draw_object()])
     voxels = pipeline.structure_of(pipeline.generate_batch([draw_object()], [1], fine=False, **STEPS))
     fine = pipeline.sample_latents(voxels, tokens, [1], 2)
-    swapped = dataclasses.replace(pipeline, fine_latent_dit=pipeline.latent_dit)
+    swapped = with_fine(pipeline, latent_dit=pipeline.stages[0].latent_dit)
     assert not torch.equal(fine, swapped.sample_latents(voxels, tokens, [1], 2))
     decoded = pipeline.decode_blocks(fine, voxels).values
-    swapped = dataclasses.replace(pipeline, fine_sdf_vae=pipeline.sdf_vae)
+    swapped = with_fine(pipeline, sdf_vae=pipeline.stages[0].sdf_vae)
     assert not torch.equal(decoded, swapped.decode_blocks(fine, voxels).values)
+    swapped = with_fine(pipeline, noise_stream=pipeline.stages[0].noise_stream)
+    assert not torch.equal(fine, swapped.sample_latents(voxels, tokens, [1], 2))
 
 
 def test_a_batch_is_its_samples(pipeline):
@@ -117,8 +125,8 @@ def test_refined_surfaces_are_those_of_the_refined_volumes(pipeline):
     latents = pipeline.sample_latents(voxels, tokens, [6], 2)
     blocks, level = pipeline.decode_surface(latents, voxels, use_refiners=True)
     assert level == 0.4  # 2 x 0.2, as released
-    sdf, features, fine = pipeline.sdf_vae.decode(latents, voxels, return_features=True)
-    volume = refine(pipeline.refiner, sdf, features, fine)
+    sdf, features, fine = pipeline.stages[0].sdf_vae.decode(latents, voxels, return_features=True)
+    volume = refine(pipeline.stages[0].refiner, sdf, features, fine)
     volume = volume.view(8, 8, 8, 8, 8, 8).permute(0, 2, 4, 1, 3, 5).reshape(-1, 8, 8, 8)
     everywhere = torch.cartesian_prod(*[torch.arange(8)] * 3)
     expected = sdf_to_mesh(everywhere.numpy(), volume.numpy(), 64, level)
@@ -129,7 +137,7 @@ def test_refined_surfaces_are_those_of_the_refined_volumes(pipeline):
 
 def test_offloaded_networks_make_the_same_mesh(folder, pipeline):
     networks, sampling = load_model(folder)
-    offloaded = Pipeline(**networks, sampling=sampling, device="cpu")
+    offloaded = build_pipeline(networks, sampling, device="cpu")
     pointers = [p.data_ptr() for network in networks.values() for p in network.parameters()]
     expected = pipeline.generate(draw_object(), 7, **STEPS)
     assert offloaded.generate(draw_object(), 7, **STEPS).vertices.tobytes() == expected.vertices.tobytes()
@@ -153,7 +161,7 @@ def test_weights_are_on_the_gpu_for_the_block_alone(folder):
     assert not network.weight.is_cuda and not network.running_mean.is_cuda
     pipeline = load_pipeline(folder, "cuda", torch.float32)
     assert_closed(pipeline.generate(draw_object(), 3, use_refiners=True, **STEPS))
-    assert not any(parameter.is_cuda for parameter in pipeline.fine_latent_dit.parameters())
+    assert not any(parameter.is_cuda for parameter in pipeline.stages[1].latent_dit.parameters())
 
 
 def test_a_memory_budget_changes_rounding_alone(pipeline):
@@ -176,15 +184,16 @@ def test_guidance_together_and_apart(pipeline):
     voxels = pipeline.structure_of(pipeline.generate_batch([draw_object()], [1], fine=False, **STEPS))
     x_t = torch.randn(len(voxels), 16)
     velocities = [
-        guided_velocity(pipeline.fine_latent_dit, tokens, 7.0, voxels, together)(x_t, 0.5) for together in (True, False)
+        guided_velocity(pipeline.stages[1].latent_dit, tokens, 7.0, voxels, together)(x_t, 0.5)
+        for together in (True, False)
     ]
     torch.testing.assert_close(*velocities, atol=2e-3, rtol=2e-3)
 
 
 def test_times_are_told_in_half_precision(pipeline, monkeypatch):
     told = []
-    for name in ("structure_dit", "latent_dit", "fine_latent_dit"):
-        embedder = getattr(pipeline, name).time_embedder
+    for network in (pipeline.structure_dit, *(stage.latent_dit for stage in pipeline.stages)):
+        embedder = network.time_embedder
         monkeypatch.setattr(embedder, "forward", lambda t, f=embedder.forward: told.append(t[0].item() * 1000) or f(t))
     pipeline.generate(draw_object(), 1, **STEPS)
     # two steps and the released shifts: 1000, and shift(shift(1 / 1000)) = 34.8 or 60.2, which float16 cannot hold
@@ -194,22 +203,34 @@ def test_times_are_told_in_half_precision(pipeline, monkeypatch):
         assert t == pytest.approx(torch.tensor(exact).half().item(), abs=1e-4) and abs(t - exact) > 1e-3
 
 
-def test_models_that_do_not_fit_are_named(pipeline):
-    for change, message in (
-        ({"fine_sdf_vae": None}, "all together"),
-        ({"fine_latent_dit": None, "fine_sdf_vae": None}, "all together"),
-        ({"sampling": dataclasses.replace(pipeline.sampling, fine=None)}, "all together"),
+def test_models_that_do_not_fit_are_named(folder):
+    networks, sampling = load_model(folder)
+    for missing, kept in (
+        ({"fine_sdf_vae"}, sampling),
+        ({"fine_latent_dit", "fine_sdf_vae"}, sampling),
+        (set(), dataclasses.replace(sampling, fine=None)),
     ):
-        with pytest.raises(ModelFolderError, match=message):
-            dataclasses.replace(pipeline, **change)
-    plain = dataclasses.replace(pipeline, refiner=None, fine_refiner=None)
+        with pytest.raises(ModelFolderError, match="all together"):
+            build_pipeline({name: networks[name] for name in networks.keys() - missing}, kept)
+
+
+def test_a_model_says_which_networks_it_lacks(folder):
+    networks, sampling = load_model(folder)
+    plain = {name: network for name, network in networks.items() if "refiner" not in name}
     with pytest.raises(ModelFolderError, match="has no refiner"):
-        plain.generate(draw_object(), use_refiners=True, **STEPS)
-    sampling = dataclasses.replace(pipeline.sampling, fine=None)
-    single = dataclasses.replace(plain, fine_latent_dit=None, fine_sdf_vae=None, sampling=sampling)
+        build_pipeline(plain, sampling).generate(draw_object(), use_refiners=True, **STEPS)
+    coarse = {name: network for name, network in plain.items() if not name.startswith("fine_")}
+    single = build_pipeline(coarse, dataclasses.replace(sampling, fine=None))
     assert_closed(single.generate(draw_object(), 3, **STEPS))
     with pytest.raises(ModelFolderError, match="no second stage"):
         single.structure_of([])
+
+
+def test_sampling_may_be_another_than_the_folders(folder, pipeline):
+    sampling = dataclasses.replace(pipeline.sampling, latent_steps=3, level=0.1)
+    changed = load_pipeline(folder, sampling=sampling)
+    assert changed.stages[0].steps == 3 and changed.sampling.level == 0.1
+    assert changed.stages[1].steps == pipeline.stages[1].steps == 15
 
 
 def test_an_empty_sample_of_blocks_is_an_error(pipeline):

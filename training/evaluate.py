@@ -115,8 +115,7 @@ def evaluate_generation(
 ) -> tuple[dict, str]:
     """Summaries and scores for evaluation.json, and the tables; writes the contact sheet."""
     device = find_device(config.device)
-    pipeline = load_pipeline(config.model_dir, device, dtype_of(config, device))
-    pipeline = dataclasses.replace(pipeline, sampling=sampling)
+    pipeline = load_pipeline(config.model_dir, device, dtype_of(config, device), sampling=sampling)
     items, baselines = generation.run(pipeline, sources, config.generation, config.seed, scoring, pool)
     sheet = generation_scores.sheet_of(items)
     if sheet is not None:

@@ -37,8 +37,8 @@ def decode(model: Model, latents: Tensor, voxels: Voxels, memory_budget_gb: floa
     """
     from ...d3ds2.networks.chunked_decode import HALO, kept_bytes, latent_bytes
 
-    name, N = model.stages[voxels.resolution].sdf_vae, len(voxels)
-    vae = model.network(name)
+    stage, N = model.stages[voxels.resolution], len(voxels)
+    name, vae = f"{stage.prefix}sdf_vae", stage.sdf_vae
     size, dtype = vae.config.hidden_size, dtype_of(vae)
     kept, each = kept_bytes(size, N, dtype), 2 * latent_bytes(size, dtype)
     whole, least = kept + each * N, kept + each * min(N, (2 * HALO + 1) ** 3)

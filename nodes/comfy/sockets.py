@@ -18,7 +18,7 @@ from comfy_api.latest import io
 
 if TYPE_CHECKING:
     from ...d3ds2.geometry.voxels import Voxels
-    from ...d3ds2.pipeline import Pipeline
+    from ...d3ds2.pipeline import Pipeline, Stage
 
 ModelSocket = io.Custom("D3DS2_MODEL")
 StructureSocket = io.Custom("D3DS2_STRUCTURE")
@@ -57,16 +57,6 @@ def structure_outputs() -> list[io.Output]:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """The networks of one resolution by name, and how its latents are sampled unless a node says otherwise."""
-
-    latent_dit: str
-    sdf_vae: str
-    steps: int
-    guidance_scale: float
-
-
-@dataclass(frozen=True)
 class Model:
     """A loaded model: its networks belong to ComfyUI's memory manager, each in a ModelPatcher of its own."""
 
@@ -85,20 +75,12 @@ class Model:
 
     @property
     def stages(self) -> dict[int, Stage]:
-        """The stage for each resolution of structures: one, or two of a model with a second, finer stage."""
-        sampling = self.pipeline.sampling
-        first = Stage("latent_dit", "sdf_vae", sampling.latent_steps, sampling.latent_guidance)
-        if sampling.fine is None:
-            return {sampling.sdf_resolution // 8: first}
-        fine = Stage("fine_latent_dit", "fine_sdf_vae", sampling.fine.steps, sampling.fine.guidance)
-        return {sampling.sdf_resolution // 8: first, sampling.fine.sdf_resolution // 8: fine}
-
-    def network(self, name: str) -> torch.nn.Module:
-        return getattr(self.pipeline, name)
+        """Its one or two stages, by the resolution of their structures; the finest comes last."""
+        return {stage.resolution: stage for stage in self.pipeline.stages}
 
     def latent_space(self, resolution: int) -> tuple[str, Any]:
-        """What latents of a resolution are made for: the model's name and the configuration of its SDF VAE."""
-        return self.name, self.network(self.stages[resolution].sdf_vae).config
+        """The model's name and the configuration of the SDF VAE that decodes latents of this resolution."""
+        return self.name, self.stages[resolution].sdf_vae.config
 
 
 @dataclass(frozen=True)

@@ -38,11 +38,11 @@ def test_the_nodes_run_and_leave_their_values_on_the_cpu(comfy, model):
     again = comfy.run("D3DS2StructureFromMesh", model=model, mesh=mesh)[0]
     values = [structure.coords, voxel.data, latent.latents, mesh.vertices, mesh.faces, sdf.values, encoded.latents]
     assert {value.device.type for value in values} == {"cpu"} and latent.latents.dtype == torch.float32
-    assert next(model.pipeline.latent_dit.parameters()).device.type == "cuda"
+    assert next(model.pipeline.stages[0].latent_dit.parameters()).device.type == "cuda"
     assert mesh.faces.shape[1] > 100 and again.voxels().counts[0] > 10
     for patcher in model.get_models():
         patcher.detach(unpatch_all=False)
-    assert next(model.pipeline.latent_dit.parameters()).device.type == "cuda"
+    assert next(model.pipeline.stages[0].latent_dit.parameters()).device.type == "cuda"
     for patcher in model.get_models():
         patcher.detach()
     assert {p.device.type for patcher in model.get_models() for p in patcher.model.parameters()} == {"cpu"}
@@ -56,7 +56,8 @@ def test_the_estimates_cover_what_is_taken(comfy, model):
     resolution = 64
     voxels = sphere(resolution)
     tokens = image_tokens(pipeline.image_encoder.config.hidden_size).to("cuda")
-    dit, vae = pipeline.latent_dit.cuda(), pipeline.sdf_vae.cuda()
+    stage = pipeline.stages[0]
+    dit, vae = stage.latent_dit.cuda(), stage.sdf_vae.cuda()
     dtype = next(dit.parameters()).dtype
     coarse = fresh(voxels).to("cuda")
     x_t, t = torch.randn(len(coarse), 16, device="cuda"), torch.full((1,), 0.5, device="cuda")

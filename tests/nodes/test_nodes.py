@@ -230,7 +230,7 @@ def test_the_memory_manager_loads_what_runs_with_room_for_its_tokens(comfy, mode
     assert names[1] == names[2] == ["ImageEncoder", "LatentDiT"] and names[3] == ["SDFVAE"]
     assert sizes[1] > sizes[2] > 0
     bytes_of = comfy.module("d3ds2.networks.activation_memory")
-    tokens, dit = len(structure.coords), model.pipeline.latent_dit
+    tokens, dit = len(structure.coords), model.pipeline.stages[0].latent_dit
     assert sizes[1] == bytes_of.latent_dit_bytes(dit.config, 2 * tokens, torch.float32)
     assert model.patcher.model is dit and len(model.get_models()) == 5
     weights = [tensor for patcher in model.get_models() for tensor in patcher.model.state_dict().values()]
@@ -335,7 +335,7 @@ def test_meshes_of_newer_versions_carry_their_counts_as_arguments(tmp_path):
 
 def test_a_memory_budget_changes_nothing_but_rounding(comfy, model, latent, mesh):
     chunked = comfy.module("d3ds2.networks.chunked_decode")
-    size, tokens = model.pipeline.sdf_vae.config.hidden_size, len(latent.latents)
+    size, tokens = model.pipeline.stages[0].sdf_vae.config.hidden_size, len(latent.latents)
     least = chunked.kept_bytes(size, tokens, torch.float32) + 2 * 343 * chunked.latent_bytes(size, torch.float32)
     budget = (least + 1) / (1 << 30)
     sdf = comfy.run("D3DS2VAEDecodeSDF", model=model, latent=latent)[1]

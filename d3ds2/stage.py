@@ -1,0 +1,87 @@
+"""A stage: the networks that turn a structure into a surface, and how its latents are sampled.
+
+A model has one stage or two. The first takes its structure from the image, the second from the mesh of the first.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from .networks.latent_dit import LatentDiT
+from .networks.refiner import Refiner, SignRefiner
+from .networks.sdf_vae import FACTOR, SDFVAE
+from .storage.model_folder import ModelFolderError, SamplingConfig
+
+STAGES = ("image", "structure", "latents", "sdf", "mesh")  # what progress reports, in turn
+FINE_STAGES = ("fine structure", "fine latents", "fine sdf", "fine mesh")  # and then, in a model of two stages
+LATENT_STREAM = 0x5EED_0F_1A7E57  # so that the noises of one seed have nothing in common
+FINE_LATENT_STREAM = 0x5EED_0F_F1E1A7
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The networks of one resolution and how its latents are sampled.
+
+    Args:
+        prefix: of its networks' names in a model folder.
+        progress: the names of its structure, latents, sdf and mesh in progress reports.
+        noise_stream: is mixed into every seed.
+        sdf_resolution: voxels per edge of its SDF.
+        steps, shift, guidance_scale: of the sampler.
+        refiner: of the decoded SDF. A `Refiner` also reads the decoder's features, a `SignRefiner` does not.
+    """
+
+    prefix: str
+    progress: tuple[str, str, str, str]
+    noise_stream: int
+    sdf_resolution: int
+    steps: int
+    shift: float
+    guidance_scale: float
+    latent_dit: LatentDiT
+    sdf_vae: SDFVAE
+    refiner: Refiner | SignRefiner | None = None
+
+    @property
+    def resolution(self) -> int:
+        """Latent voxels per edge."""
+        return self.sdf_resolution // FACTOR
+
+    @property
+    def refines_with_features(self) -> bool:
+        return isinstance(self.refiner, Refiner)
+
+    def sizes(self, hidden_size: int) -> list[tuple[str, int, int]]:
+        """The sizes that must agree within the stage, and with the image encoder's: (name, expected, got)."""
+        dit, vae = self.latent_dit.config, self.sdf_vae.config
+        sizes = [
+            (f"context_size of {self.prefix}latent_dit", hidden_size, dit.context_size),
+            (f"latent_channels of {self.prefix}latent_dit", vae.latent_channels, dit.latent_channels),
+        ]
+        if self.refines_with_features:
+            channels = self.refiner.config.feature_channels
+            sizes.append((f"feature_channels of {self.prefix}refiner", vae.widths[0], channels))
+        return sizes
+
+
+def stages_of(networks: Mapping[str, nn.Module], sampling: SamplingConfig) -> tuple[Stage, ...]:
+    """The one or two stages of a model, from its networks by name.
+
+    Raises:
+        ModelFolderError: the second stage is there in part.
+    """
+
+    def own(prefix: str) -> dict[str, nn.Module | None]:
+        return {name: networks.get(prefix + name) for name in ("latent_dit", "sdf_vae", "refiner")}
+
+    how = sampling.latent_steps, sampling.latent_shift, sampling.latent_guidance
+    first = Stage("", STAGES[1:], LATENT_STREAM, sampling.sdf_resolution, *how, **own(""))
+    fine = sampling.fine
+    parts = [networks.get("fine_latent_dit"), networks.get("fine_sdf_vae"), fine]
+    if all(part is None for part in parts):
+        return (first,)
+    if any(part is None for part in parts):
+        raise ModelFolderError("expected fine_latent_dit, fine_sdf_vae and sampling.fine all together")
+    how = fine.steps, fine.shift, fine.guidance
+    return first, Stage("fine_", FINE_STAGES, FINE_LATENT_STREAM, fine.sdf_resolution, *how, **own("fine_"))
