@@ -1,15 +1,16 @@
-# Two commands for a stranger: `make demo` and `make test`. Each sets up .venv first; a second run does not reinstall.
+# Two commands for a stranger: `make demo` and `make test`. Each sets up .venv first; a second run installs nothing.
+# Before a commit: `make lint`. `make house` reports on the wings, their imports, docstrings and English.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLD_TRITON := $(VENV)/triton-3.1.0
-# not compiling what may never be imported halves the time; the first import compiles, and keeps it
+# compile no bytecode yet: that halves the time, and each module is compiled when it is first imported
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
-# tests/conftest.py says what stays together, and what comes first
+# tests/conftest.py decides which tests share a process, and which come first
 IN_TWO_PROCESSES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint bench clean comfyui
+.PHONY: demo test lint house bench clean comfyui
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m d3ds2 workflows/demo_input.png -o demo.glb --preview demo.png
@@ -21,6 +22,11 @@ test:
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/pyrefly check
+
+house: | $(BIN)/python
+	$(BIN)/python tests/house.py
 
 bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/geometry.py
@@ -37,7 +43,7 @@ $(VENV)/.demo: requirements.txt constraints.txt pyproject.toml | $(BIN)/python
 
 $(VENV)/.test: $(VENV)/.demo Makefile
 	$(INSTALL) --constraint constraints.txt \
-		pytest pytest-xdist ruff tensorboard onnx onnxruntime rembg triton websocket-client
+		pytest pytest-xdist ruff codespell pyrefly tensorboard onnx onnxruntime rembg triton websocket-client
 	touch $@
 
 # the oldest Triton whose interpreter the kernels support; its interpreter was built for NumPy 1
@@ -46,6 +52,6 @@ $(OLD_TRITON)/.done: | $(BIN)/python
 	$(INSTALL) --no-deps --target $(OLD_TRITON) triton==3.1.0 numpy==1.26.4
 	touch $@
 
-# real ComfyUIs, a browser and the registry's tool, outside of this folder; tests that miss one say why
+# real ComfyUIs, a browser and the registry's tool, outside this folder; a test that lacks one is skipped and says why
 comfyui: | $(BIN)/python
 	-@$(BIN)/python -m tests.comfy.installation

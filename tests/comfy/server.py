@@ -125,13 +125,6 @@ class ComfyServer:
     def log(self) -> str:
         return re.sub(r"\x1b\[\d+m", "", self.log_file.read_text())
 
-    @property
-    def pack_seconds(self) -> float:
-        """What the pack added to the start, by ComfyUI's own clock."""
-        line = re.search(rf"([\d.]+) seconds(.*): .*{PACK_NAME}", self.log)
-        assert line and "IMPORT FAILED" not in line[2], self.log[-4000:]
-        return float(line[1])
-
     def memory(self) -> int:
         """Bytes of main memory that the server holds."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()

@@ -65,11 +65,11 @@ def test_translations_name_every_socket(comfyui, nodes, language):
         assert len(texts[node]["outputs"]) == len(nodes[node]["output"]), node
 
 
-def test_the_start_is_short_and_silent(comfyui):
-    assert comfyui.pack_seconds < 0.5
+def test_the_start_is_silent(comfyui):
+    """ComfyUI's own line is all that the log says of the pack. How little it imports, test_nodes_schema.py counts."""
     beginning = comfyui.log.split("Starting server")[0]
     about_us = [line for line in beginning.splitlines() if PACK_NAME.lower() in line.lower()]
-    assert len(about_us) == 1 and "seconds" in about_us[0], about_us
+    assert len(about_us) == 1 and "seconds" in about_us[0] and "IMPORT FAILED" not in about_us[0], about_us
 
 
 def test_templates_are_listed_with_their_pictures(comfyui):
