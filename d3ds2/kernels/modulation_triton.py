@@ -200,10 +200,10 @@ class _GatedSum(torch.autograd.Function):
 
 
 def modulated_norm_triton(
-    h: Tensor, shift: Tensor, scale: Tensor, samples: Ragged | None, eps: float, dtype: torch.dtype
+    h: Tensor, shift: Tensor, scale: Tensor, samples: Ragged, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """`modulated_norm` of the rows of `samples` (None: of one), in `dtype`."""
-    return _ModulatedNorm.apply(h.contiguous(), _packed(shift), _packed(scale), samples, eps, 1.0, dtype)
+    """`modulated_norm` in `dtype`."""
+    return _ModulatedNorm.apply(h.contiguous(), _packed(shift), _packed(scale), _several(samples), eps, 1.0, dtype)
 
 
 def affine_norm_triton(h: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -212,9 +212,14 @@ def affine_norm_triton(h: Tensor, weight: Tensor, bias: Tensor, eps: float, dtyp
     return _ModulatedNorm.apply(rows, _packed(bias[None]), _packed(weight[None]), None, eps, 0.0, dtype).view(h.shape)
 
 
-def gated_sum_triton(h: Tensor, gate: Tensor, x: Tensor, samples: Ragged | None, dtype: torch.dtype) -> Tensor:
-    """`gated_sum` of the rows of `samples` (None: of one), in `dtype`."""
-    return _GatedSum.apply(h.contiguous(), _packed(gate), x.contiguous(), samples, dtype)
+def gated_sum_triton(h: Tensor, gate: Tensor, x: Tensor, samples: Ragged, dtype: torch.dtype) -> Tensor:
+    """`gated_sum` in `dtype`."""
+    return _GatedSum.apply(h.contiguous(), _packed(gate), x.contiguous(), _several(samples), dtype)
+
+
+def _several(samples: Ragged) -> Ragged | None:
+    """The samples, or None where there is one: the kernels then read no tables."""
+    return None if len(samples) == 1 else samples
 
 
 def _packed(x: Tensor) -> Tensor:

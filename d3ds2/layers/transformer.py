@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..geometry.voxels import Voxels
 from ..kernels.modulation import affine_norm, modulated_norm
+from ..kernels.ragged import Ragged
 
 NUM_FREQUENCIES = 128  # of the time embedding
 SLICE_ROWS = 8192  # tokens at a time in a feed-forward without gradient: its hidden layer is four times as wide
@@ -31,9 +31,9 @@ class LayerNorm32(nn.LayerNorm):
 class ModulatedNorm(LayerNorm32):
     """Layer norm without affine, then x (1 + scale) + shift."""
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, voxels: Voxels) -> Tensor:
-        """x (N, C), shift and scale (B, C) of the samples of its voxels -> (N, C)."""
-        return modulated_norm(x, shift, scale, voxels, self.eps)
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, samples: Ragged) -> Tensor:
+        """x (N, C), the rows of `samples`, with shift and scale (B, C) of each sample -> (N, C)."""
+        return modulated_norm(x, shift, scale, samples, self.eps)
 
 
 class FeedForward(nn.Module):

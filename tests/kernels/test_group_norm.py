@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from d3ds2.geometry.segments import samples_of
 from d3ds2.kernels import group_norm_triton as kernels
-from d3ds2.layers.sparse_conv import PackedGroupNorm, samples_of
+from d3ds2.layers.sparse_conv import PackedGroupNorm
 from tests.support.random_voxels import random_voxels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU in Triton's interpreter, see conftest.py
