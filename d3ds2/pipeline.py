@@ -31,7 +31,7 @@ from .meshes.sdf_to_mesh_gpu import blocks_to_mesh
 from .networks.chunked_decode import OnChunk, decode_in_chunks
 from .networks.image_encoder import ImageEncoder, ImageTokens
 from .networks.latent_dit import LatentDiT
-from .networks.refined_blocks import OnPatch, refine_blocks
+from .networks.refined_blocks import OnPatch, refine_surface
 from .networks.refiner import Refiner, SignRefiner
 from .networks.sdf_vae import FACTOR, SDFVAE
 from .networks.structure_dit import StructureDiT
@@ -319,7 +319,7 @@ class Pipeline:
         decoded = self.decode_blocks(latents, voxels, features_out=features)
         level = level if is_fine else 2 * level  # as the released pipeline
         with on_device(refiner, self.device) as device:
-            return refine_blocks(refiner, decoded, features, level, device, on_patch), level
+            return refine_surface(refiner, decoded, features, level, device, on_patch), level
 
     def to_mesh(
         self,

@@ -1,7 +1,7 @@
 """Layer norm with adaptive modulation and the gated residual, around the blocks of a diffusion transformer.
 
-On CUDA each is one pass over the tokens, forward and backward (modulation_triton.py); elsewhere, and in float64, the
-definition is what runs.
+On CUDA each is one pass over the tokens, forward and backward, by the kernels of modulation_triton.py. Elsewhere, and
+in float64, the definitions run.
 
 Sizes named in this file:
     N  tokens, all samples packed      B  samples      C  hidden size
@@ -17,9 +17,9 @@ from .segment_sum import per_token
 
 
 def modulated_norm(h: Tensor, shift: Tensor, scale: Tensor, samples: Ragged, eps: float) -> Tensor:
-    """norm(h) (1 + scale) + shift: h (N, C), rows of `samples`, shift and scale (B, C) -> (N, C).
+    """norm(h) (1 + scale) + shift: h (N, C), the rows of `samples`, shift and scale (B, C) -> (N, C).
 
-    Under autocast the result is float32, as of torch's layer norm.
+    Under autocast the result is float32, as that of torch's layer norm is.
     """
     if not half_on_triton(h) or torch.compiler.is_compiling():  # the compiler fuses its own
         return modulated_norm_reference(h, shift, scale, samples, eps)
@@ -39,7 +39,7 @@ def affine_norm(h: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def gated_sum(h: Tensor, gate: Tensor, x: Tensor, samples: Ragged) -> Tensor:
-    """h + gate x: h and x (N, C), rows of `samples`, gate (B, C) -> (N, C), in the widest dtype."""
+    """h + gate x: h and x (N, C), the rows of `samples`, gate (B, C) -> (N, C), in the widest dtype."""
     if not half_on_triton(h) or torch.compiler.is_compiling():
         return gated_sum_reference(h, gate, x, samples)
     from .modulation_triton import gated_sum_triton
