@@ -1,12 +1,12 @@
 """Submanifold convolution of rows and their known neighbours, and permutations of rows.
 
-A convolution gathers the 27 neighbours of each voxel and is one matrix product. On CUDA the kernels of
-gather_conv_triton.py gather inside the product; elsewhere it is made in chunks of rows, so that the gathered copy stays
-small whatever N is.
+Once the 27 neighbours of each voxel are gathered, a convolution is one matrix product. On CUDA the kernels of
+gather_conv_triton.py gather inside the product. Elsewhere chunks of rows are gathered, so that the copy stays small
+whatever N is.
 
 Sizes named in this file:
     N  voxels      M  rows of a result      C  channels      Cin, Cout  channels in and out
-    J  taps: a tap is the weight of one offset for one child, 27 in a plain convolution
+    J  taps: the weights of one offset for one child; 27 in a plain convolution, 8 for each of 8 children
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from .device_constant import device_constant
 from .devices import on_triton
 
-CPU_CHUNK_BYTES = 4 << 20  # neighbours gathered at a time: what stays in a core's cache
+CPU_CHUNK_BYTES = 4 << 20  # neighbours gathered at a time; they stay in a core's cache
 DEVICE_CHUNK_BYTES = 512 << 20
 MIN_CHUNK_ROWS = 1024
 
@@ -32,7 +32,7 @@ def submanifold_conv(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Tensor,
     Args:
         x: (N, Cin).
         neighbors: (27, N) rows of x around each voxel, N where there is none.
-        weight: (27, Cin, Cout), or of 8 children (64, Cin, Cout), as `children_weight` makes it.
+        weight: (27, Cin, Cout), or for 8 children (64, Cin, Cout), as `children_weight` makes it.
         bias: (Cout,).
         children: 1 or 8 rows of the result for each voxel.
 
@@ -43,7 +43,7 @@ def submanifold_conv(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Tensor,
 
 
 def gather_conv(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The same convolution with dense weights, for some rows of the result and without a gradient.
+    """Apply the same convolution with dense weights, for some rows of the result and without a gradient.
 
     Args:
         x: (N, Cin).
@@ -73,7 +73,7 @@ def gather_conv_reference(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Te
 def gather_conv_gradients_reference(
     x: Tensor, neighbors: Tensor, weight: Tensor, dout: Tensor, children: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Definition of the gradients of x, weight and bias from that of the result, dout (children N, Cout).
+    """Definition of the gradients of x, weight and bias, given dout (children N, Cout), that of the result.
 
     One gathering serves both products: voxel m is read at offset k by its neighbour at the opposite offset.
     """
@@ -140,7 +140,7 @@ def children_weight(weight: Tensor) -> Tensor:
 
 
 class _ChildrenWeight(torch.autograd.Function):
-    """Along an axis, the taps are before and centre + after (of child 0), before + centre and after (of child 1)."""
+    """Along an axis, child 0 has the taps before and centre + after, child 1 before + centre and after."""
 
     @staticmethod
     def forward(ctx, weight):
@@ -166,7 +166,7 @@ class _ChildrenWeight(torch.autograd.Function):
 
 
 def _taps(children: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Coarse offset (J,) and child (J,) which each weight joins: 27 of a single child, or 8 for each of 8 children."""
+    """Coarse offset and child of each tap, (J,) long each: 27 of a single child, or 8 for each of 8 children."""
     offset, child = CHILDREN_TAPS if children == 8 else (tuple(range(27)), (0,) * 27)
     return device_constant(offset, device, torch.long), device_constant(child, device, torch.long)
 

@@ -1,6 +1,6 @@
 """Layers on packed voxels: submanifold convolution, mean pooling, group norm.
 
-Features are (N, C), their rows follow `Voxels.coords`. A submanifold convolution has its outputs where its inputs are,
+Features are (N, C); their rows follow `Voxels.coords`. A submanifold convolution has outputs only where it has inputs,
 and a neighbour that is not occupied counts as zero.
 
 Sizes named in this file:
@@ -33,23 +33,27 @@ class SubmanifoldConv3d(nn.Module):
         nn.init.normal_(self.weight, std=math.sqrt(2 / (27 * in_channels)))  # keeps the variance before a SiLU
 
     def forward(self, x: Tensor, voxels: Voxels) -> Tensor:
-        """(N, Cin) -> (N, Cout), in the autocast dtype under autocast; ValueError if x does not fit the voxels."""
+        """(N, Cin) -> (N, Cout), in the autocast dtype under autocast.
+
+        Raises:
+            ValueError: if x does not fit the voxels.
+        """
         return _convolve(x, voxels, self.weight, self.bias, children=1)
 
     def dense_weights(self) -> Tensor:
-        """What `gather_conv` takes, (27, Cin, Cout)."""
+        """The weights as `gather_conv` takes them, (27, Cin, Cout)."""
         return self.weight
 
 
 class SubdivideConv3d(SubmanifoldConv3d):
     """Subdivide every voxel into its 8 children, which copy its features, then `SubmanifoldConv3d` on the children.
 
-    The 27 neighbours of a child lie in 2³ of its parent's 27 neighbours, and those with one parent share features. So
-    the same sum is a convolution of the coarse voxels with 8 Cout output channels, whose weights are sums of `weight`:
-    an eighth of the gathered rows, and neither features nor neighbours of the fine grid are needed.
+    The 27 neighbours of a child lie in 2³ of its parent's 27 neighbours, and children of one parent share features. So
+    the same sum is a convolution of the coarse voxels with 8 Cout output channels, whose weights are sums of `weight`.
+    It gathers an eighth of the rows and needs neither features nor neighbours of the fine grid.
 
-    With `place` every child also has a weight of its own for its parent, `place` (8, Cin, Cout), zeros at first: so it
-    costs nothing more.
+    With `place` every child also has its own weight for its parent, `place` (8, Cin, Cout), at first zero. It is added
+    to a weight that is there anyway, so it costs nothing more.
     """
 
     def __init__(self, in_channels: int, out_channels: int, place: bool = False):
@@ -57,11 +61,11 @@ class SubdivideConv3d(SubmanifoldConv3d):
         self.place = nn.Parameter(torch.zeros(8, in_channels, out_channels)) if place else None
 
     def forward(self, x: Tensor, voxels: Voxels) -> Tensor:
-        """(N, Cin) -> (8 N, Cout), child i, j, k of voxel n in row 8 n + 4 i + 2 j + k: `Voxels.child_order` sorts."""
+        """(N, Cin) -> (8 N, Cout), child i, j, k of voxel n in row 8 n + 4 i + 2 j + k; `Voxels.child_order` sorts."""
         return _convolve(x, voxels, self._tap_weights(), self.bias, children=8)
 
     def dense_weights(self) -> Tensor:
-        """What `gather_conv` takes, (27, Cin, 8 Cout)."""
+        """The weights as `gather_conv` takes them, (27, Cin, 8 Cout)."""
         return dense_weight(self._tap_weights(), 8)
 
     def _tap_weights(self) -> Tensor:
@@ -85,14 +89,18 @@ def _convolve(x: Tensor, voxels: Voxels, weight: Tensor, bias: Tensor, children:
 def mean_pool(x: Tensor, voxels: Voxels, factor: int) -> tuple[Tensor, Voxels]:
     """Pool the voxels of each factor³ cell: `sum / (count + 1)`.
 
-    The divisor is that of the released models, which average into a zero that is counted; it is kept everywhere.
+    The released models divide so: they average into a zero, which is counted. This divisor is kept everywhere.
 
     Args:
         x: features (N, C).
-        voxels: their voxels; factor must divide the resolution.
+        voxels: the voxels of the rows.
+        factor: voxels along the edge of a cell.
 
     Returns:
         Pooled features, dtype of x, summed in at least float32; and their voxels, `voxels.coarsen(factor)[0]`.
+
+    Raises:
+        ValueError: if `factor` does not divide the resolution.
     """
     coarse, parent = voxels.coarsen(factor)
     total = segment_sum(x, tokens_of_cells(voxels, factor), parent)
@@ -100,7 +108,7 @@ def mean_pool(x: Tensor, voxels: Voxels, factor: int) -> tuple[Tensor, Voxels]:
 
 
 def side_by_side(x: Tensor, voxels: Voxels) -> Tensor:
-    """Features (N, C) of the 2³ children of every coarse voxel in one row, zero where there is no child.
+    """Put the features (N, C) of the 2³ children of every coarse voxel into one row, zero where there is no child.
 
     Returns (coarse N, 8 C) in the order of `voxels.coarsen(2)[0]`, child i, j, k in columns from (4 i + 2 j + k) C.
     """
@@ -111,7 +119,8 @@ def side_by_side(x: Tensor, voxels: Voxels) -> Tensor:
 class PackedGroupNorm(nn.Module):
     """Group norm of each sample over its tokens and the channels of a group; statistics in at least float32.
 
-    Raises ValueError if `num_groups` does not divide `channels`.
+    Raises:
+        ValueError: if `num_groups` does not divide `channels`.
     """
 
     def __init__(self, num_groups: int, channels: int, eps: float = 1e-5):
@@ -123,5 +132,5 @@ class PackedGroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, voxels: Voxels, silu: bool = False) -> Tensor:
-        """(N, C) -> (N, C), dtype of x; with `silu` the SiLU of the norm."""
+        """(N, C) -> (N, C), dtype of x; with `silu`, SiLU follows the norm."""
         return packed_group_norm(x, self.weight, self.bias, samples_of(voxels), self.num_groups, self.eps, silu)

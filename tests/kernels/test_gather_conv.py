@@ -17,7 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU in Triton's 
 )
 def test_convolution_and_gradients(children, Cin, Cout, monkeypatch):
     monkeypatch.setattr(gather_conv_triton, "SLICE", 128)  # several partial sums
-    if (children, Cin) != (1, 16):  # of few voxels 16 are one program, and Triton's interpreter takes long for each
+    if (children, Cin) != (1, 16):  # else a program has 16 voxels, and Triton's interpreter takes long for each
         monkeypatch.setattr(gather_conv_triton, "CONV_PROGRAMS", 1)
     torch.manual_seed(0)
     voxels = random_voxels([150, 0, 1], 10)

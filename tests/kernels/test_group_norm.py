@@ -1,4 +1,4 @@
-"""The Triton kernels of the group norm of packed samples against their definition, `PackedGroupNorm` on a CPU."""
+"""The Triton kernels of the group norm of packed samples against their definition, which runs on a CPU."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU in Triton's 
 
 @pytest.fixture(autouse=True)
 def nan_in_what_is_not_written(monkeypatch):
-    """New tensors hold NaN, and tiles are small, so that there are several of a sample."""
+    """Fill new tensors with NaN, and make tiles so small that a sample has several."""
     empty, empty_like = torch.empty, torch.empty_like
     monkeypatch.setattr(torch, "empty", lambda *a, **k: _filled(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: _filled(empty_like(*a, **k)))

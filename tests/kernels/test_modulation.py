@@ -32,7 +32,7 @@ CASES = [
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Whatever a kernel leaves unwritten is NaN; programs take their rows in several steps."""
+    """Fill new tensors with NaN, for what a kernel leaves unwritten; programs take their rows in several steps."""
     from d3ds2.kernels import modulation_triton
 
     for name in ("NORM", "NORM_BACKWARD", "GATE", "GATE_BACKWARD"):

@@ -18,13 +18,13 @@ OLDEST = "3.1.0"  # Makefile names it too
 NAMES = [
     "block_scores",
     "selection_attention",
-    "spatial_attention",
+    "spatial_sparse_attention_triton",
     "gather_conv",
-    "run_sums",
+    "segment_sum",
     "modulation",
     "group_norm",
     "compression",
-    "run_attention",
+    "ragged_attention",
 ]
 ELSEWHERE = ("torch_compile", "block_by_block", "block-by-block", "by_loops")  # concern torch, not Triton
 RUN = """
@@ -42,7 +42,7 @@ def test_kernels_in_the_oldest_triton():
     paths = [str(packages), str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TRITON_INTERPRET": "1"}
     environment["CUDA_VISIBLE_DEVICES"] = ""
-    tests = [str(ROOT / "tests" / f"test_{name}.py") for name in NAMES]
+    tests = [str(ROOT / "tests" / "kernels" / f"test_{name}.py") for name in NAMES]
     options = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "-k", f"not ({' or '.join(ELSEWHERE)})"]
     command = [sys.executable, "-c", RUN, OLDEST, *options, *tests]
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)

@@ -1,4 +1,4 @@
-"""Sparse layers against dense ones on a volume with zeros where no voxel is: outputs and gradients."""
+"""Sparse layers against dense ones on a volume that is zero between the voxels: outputs and gradients."""
 
 import pytest
 import torch

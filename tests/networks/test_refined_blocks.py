@@ -1,4 +1,4 @@
-"""From refined volumes to blocks: the same mesh as of the whole volume, and patches that leave no seam."""
+"""Blocks of refined volumes give the mesh of the whole volume, and patches leave no seam."""
 
 import numpy as np
 import pytest
@@ -120,7 +120,7 @@ def test_gradients_flow_through_a_refiner():
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_pieces_of_a_patch_give_what_the_whole_gives(layers, monkeypatch):
-    """Without a gradient the widest layers are made in groups of channels, convolutions in layers of the patch."""
+    """Without a gradient, the widest layers are computed in groups of channels, convolutions in layers of the patch."""
     torch.manual_seed(0)
     sizes = {"widths": (8, 16, 32), "layers": layers, "middle_layers": 1, "patch_size": 24}
     signs, refiner = SignRefiner(SignRefinerConfig(**sizes)), Refiner(RefinerConfig(**sizes, feature_channels=4))
