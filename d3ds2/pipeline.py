@@ -31,7 +31,7 @@ from .meshes.sdf_to_mesh_gpu import blocks_to_mesh
 from .networks.chunked_decode import OnChunk, decode_in_chunks
 from .networks.image_encoder import ImageEncoder, ImageTokens
 from .networks.model_files import load_model
-from .networks.refined_blocks import OnPatch, refine_blocks
+from .networks.refined_blocks import OnPatch, refine_surface
 from .networks.sdf_vae import FACTOR
 from .networks.structure_dit import StructureDiT
 from .networks.structure_vae import StructureVAE
@@ -308,7 +308,7 @@ class Pipeline:
             level = 2 * level  # as the released pipeline
         decoded = self.decode_blocks(latents, voxels, features_out=features)
         with on_device(stage.refiner, self.device) as device:
-            return refine_blocks(stage.refiner, decoded, features, level, device, on_patch), level
+            return refine_surface(stage.refiner, decoded, features, level, device, on_patch), level
 
     def to_mesh(
         self,

@@ -118,7 +118,7 @@ def test_refiners_say_what_is_inside(pipeline):
 
 def test_refined_surfaces_are_those_of_the_refined_volumes(pipeline):
     """The blocks handed to the mesh against the dense volume that the refiner made of the same decoded values."""
-    from d3ds2.networks.refined_blocks import refine
+    from d3ds2.networks.refined_blocks import refine_distances
 
     tokens = pipeline.encode_image([draw_object()])
     voxels = pipeline.sample_structure(tokens, [6], 2)
@@ -126,7 +126,7 @@ def test_refined_surfaces_are_those_of_the_refined_volumes(pipeline):
     blocks, level = pipeline.decode_surface(latents, voxels, use_refiners=True)
     assert level == 0.4  # 2 x 0.2, as released
     sdf, features, fine = pipeline.stages[0].sdf_vae.decode(latents, voxels, return_features=True)
-    volume = refine(pipeline.stages[0].refiner, sdf, features, fine)
+    volume = refine_distances(pipeline.stages[0].refiner, sdf, features, fine)
     volume = volume.view(8, 8, 8, 8, 8, 8).permute(0, 2, 4, 1, 3, 5).reshape(-1, 8, 8, 8)
     everywhere = torch.cartesian_prod(*[torch.arange(8)] * 3)
     expected = sdf_to_mesh(everywhere.numpy(), volume.numpy(), 64, level)

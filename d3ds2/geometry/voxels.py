@@ -173,12 +173,6 @@ class Voxels:
         return _first_of_samples(self.coords, self.batch_size)
 
     @per_grid_property
-    def membership(self) -> Tensor:
-        """1 where a voxel belongs to a sample, else 0: (B, N) float32."""
-        samples = torch.arange(self.batch_size, device=self.device)
-        return (samples[:, None] == self.batch_index).float()
-
-    @per_grid_property
     def counts(self) -> list[int]:
         """Voxels of each sample, on the host."""
         return self.cu_seqlens.diff().tolist()
@@ -341,37 +335,6 @@ class Voxels:
         if key not in self.tables:
             self.tables[key] = make()
         return self.tables[key]
-
-
-def per_token(x: Tensor, voxels: Voxels) -> Tensor:
-    """What belongs to a sample, for each of its tokens: (B, C) -> (N, C), or (1, C) where there is one sample."""
-    return x if voxels.batch_size == 1 else _PerToken.apply(x, voxels)
-
-
-def sample_sums(x: Tensor, voxels: Voxels) -> Tensor:
-    """Sum over the tokens of each sample, (N, C) -> (B, C)."""
-    if x.is_cuda and voxels.batch_size > 1:  # one product instead of B launches; TF32 rounds it if torch allows that
-        with torch.autocast("cuda", enabled=False):
-            return voxels.membership @ x.float()
-    return torch.stack([rows.sum(0) for rows in x.split(voxels.counts)])
-
-
-def sample_means(x: Tensor, voxels: Voxels) -> Tensor:
-    """Mean over the tokens of each sample, (N, C) -> (B, C); 0 for an empty sample."""
-    return sample_sums(x, voxels) / voxels.cached("divisors", lambda: voxels.cu_seqlens.diff().clamp(min=1)[:, None])
-
-
-class _PerToken(torch.autograd.Function):
-    """A gather whose backward pass sums runs of rows: the general one sorts the indices, or adds atomically."""
-
-    @staticmethod
-    def forward(ctx, x, voxels):
-        ctx.voxels = voxels
-        return torch.cat([row.expand(n, -1) for row, n in zip(x.split(1), voxels.counts, strict=True)])
-
-    @staticmethod
-    def backward(ctx, dout):
-        return sample_sums(dout, ctx.voxels), None
 
 
 def _check_coords(coords: Tensor, resolution: int, batch_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Small integer tables on a device, copied there once: every copy from the host makes the host wait for the device."""
+"""Small integer tables that are copied to a device once: with every copy, the host waits for the device."""
 
 from functools import cache
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def device_constant(values: tuple, device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:
-    """The tensor of (nested tuples of) numbers, shared by all callers: not to be written to."""
+    """Return the tensor of a (nested) tuple of numbers. All callers share it: never write to it."""
     return _made(values, device, dtype)
 
 

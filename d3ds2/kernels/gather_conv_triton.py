@@ -1,9 +1,10 @@
-"""Triton kernels of the submanifold convolution and of row permutations; definitions are in ../sparse_conv.py.
+"""Triton kernels of the submanifold convolution and of row permutations; the definitions are in gather_conv.py.
 
-The 27 neighbours are gathered inside the matrix product, so no gathered copy is ever stored. torch's own gather takes
-one thread block per row, which wastes most of it on the narrow rows (16-64 bytes) of the finest grids.
+The convolution gathers the 27 neighbours inside the matrix product, so no gathered copy is stored. One launch serves
+several convolutions over the same neighbours.
 
-One launch serves several convolutions over the same neighbours.
+Rows have their own kernel because torch's gather takes one thread block per row, and the rows of the finest grids are
+narrow (16-64 bytes): most of the block would idle.
 
 Sizes named in this file:
     N  voxels      K  offsets, 27      Cin, Cout  channels in and out      S  slices of the voxels
@@ -16,11 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_N = 128  # voxels at a time
-MIN_BLOCK_N = 16  # of a small result, so that all of a GPU works on it
+MIN_BLOCK_N = 16  # voxels at a time in a small result, so that it keeps a whole GPU busy
 MAX_BLOCK_C = 64  # channels at a time
 SLICE, MIN_SLICE = 16384, 128  # voxels summed into one partial weight gradient
-CONV_PROGRAMS, DWEIGHT_PROGRAMS = 264, 1024  # aimed at
-STAGES, DEEP_STAGES = 3, 5  # of the loads; those of few rows wait the longest for what they gather
+CONV_PROGRAMS, DWEIGHT_PROGRAMS = 264, 1024  # programs that a launch aims at
+STAGES, DEEP_STAGES = 3, 5  # loads in flight; with few rows at a time, the wait for gathered rows is longest
 BLOCK_S, SUMMED = 8, 512  # slices, and numbers of each, summed at a time
 
 
@@ -33,7 +34,7 @@ def _conv_kernel(
 ):  # fmt: skip
     """One program: BLOCK_N rows of the result and BLOCK_O output channels of one convolution.
 
-    The bias has CB channels, and is repeated. TRANSPOSED is the gradient: weight (G, K, Cout, Cin), offsets reversed.
+    The bias has CB channels and is repeated. TRANSPOSED is the gradient: weight (G, K, Cout, Cin), offsets reversed.
     """
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_i, offs_o = tl.arange(0, BLOCK_I), tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -71,7 +72,7 @@ def _dweight_kernel(
 ):  # fmt: skip
     """One program: the sum over one slice of voxels, for one offset and one tile of channels of one convolution.
 
-    Behind the offsets comes the bias: partial is (S, G, K CIN + 1, COUT).
+    The gradient of the bias follows those of the offsets: partial is (S, G, K CIN + 1, COUT).
     """
     s, k = tl.program_id(0).to(tl.int64), tl.program_id(1) % (K + 1)
     conv, convs = (tl.program_id(1) // (K + 1)).to(tl.int64), tl.num_programs(1) // (K + 1)
@@ -140,8 +141,8 @@ def gather_convs(
     Args:
         x: (G, N, Cin).
         neighbors: (K, M) int32, N where there is none.
-        weight: (G, K, Cin, Cout); with `transposed` (G, K, Cout, Cin), and weight[g, K - 1 - k]ᵀ takes part.
-        bias: (G, channels) that repeat over Cout.
+        weight: (G, K, Cin, Cout); with `transposed` (G, K, Cout, Cin), and weight[g, K - 1 - k]ᵀ is multiplied.
+        bias: (G, channels), repeated over Cout.
         added: (G, M, Cout).
 
     Returns:
@@ -166,14 +167,14 @@ def gather_convs(
 
 
 def gather_conv_triton(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`gather_convs` of one convolution, without the leading G."""
+    """`gather_convs` for one convolution, without the leading G."""
     return gather_convs(x[None], neighbors, weight[None], None if bias is None else bias[None])[0]
 
 
 def gather_convs_gradients(x: Tensor, neighbors: Tensor, dout: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Σ_n x[g, neighbors[k, n]]ᵀ dout[g, n] and Σ_n dout[g, n].
 
-    Slices of the voxels are summed apart, then together, in a fixed order: deterministic.
+    Slices of the voxels are summed first, then their sums, in a fixed order: the result is deterministic.
 
     Args:
         x, dout: (G, N, Cin) and (G, N, Cout).

@@ -1,8 +1,8 @@
-"""Triton kernels of the group norm of packed samples; the definition is `_PackedGroupNorm` in ../sparse_conv.py.
+"""Triton kernels of the group norm of packed samples; the definition is in group_norm.py.
 
-One launch serves T tensors of the same shape. The samples are cut into tiles of rows; each tile gives the mean and the
-squared deviations of each channel, and these are merged per sample and group. So nothing cancels, as in two passes over
-the rows, and the order of all sums is fixed.
+One launch serves T tensors of the same shape. The samples are cut into tiles of rows. A first kernel computes the mean
+and the squared deviations of each channel in each tile; a second merges them per sample and group. So nothing cancels,
+as if the rows were read twice, and the order of all sums is fixed.
 
 Sizes named in this file:
     T  tensors      N  rows of each      B  samples      C  channels      G  groups of channels
@@ -18,19 +18,19 @@ from torch.autograd.function import once_differentiable
 
 from .ragged import Ragged
 
-PROGRAMS = 1024  # aimed at; what a large GPU runs at once
+PROGRAMS = 1024  # programs of a launch, about as many as a large GPU runs at once
 MIN_TILE, MAX_BLOCK_N, MAX_BLOCK_C = 32, 64, 64  # rows of a tile; rows and channels at a time
-MERGED = 2048  # numbers merged at a time
+MERGED = 2048  # numbers that a program merges at a time
 
 
 @dataclass(frozen=True)
 class Pooled:
-    """A gradient of the means of cells (`mean_pool`), to be taken back to the rows.
+    """The cells of a `mean_pool` after the norm, through which the gradient passes.
 
     Args:
         parent: cell of each row, (N,) long.
         cells: rows of each cell.
-        skip: a gradient of the means of x itself, added to that of x, (T, cells, C).
+        skip: gradient of the means of x itself, (T, cells, C); it is added to that of x.
     """
 
     parent: Tensor
@@ -39,14 +39,14 @@ class Pooled:
 
 
 @triton.jit
-def _tile_rows(offsets, tile_offsets, run_of_tile, B, SIZE):
-    """Sample of this program's tile, its first row and the end of its rows; without rows beyond the last tile."""
+def _tile_rows(offsets, tile_offsets, tile_samples, B, SIZE):
+    """Sample of this program's tile, its first row and the row after its last; tiles beyond the last have no rows."""
     tile = tl.program_id(0)
-    run = tl.load(run_of_tile + tile)
-    sample = tl.minimum(run, B - 1)
+    loaded = tl.load(tile_samples + tile)
+    sample = tl.minimum(loaded, B - 1)
     first = tl.load(offsets + sample) + (tile - tl.load(tile_offsets + sample)) * SIZE
     last = tl.minimum(first + SIZE, tl.load(offsets + sample + 1))
-    return sample, first, tl.where(run < B, last, first)
+    return sample, first, tl.where(loaded < B, last, first)
 
 
 @triton.jit
@@ -57,17 +57,17 @@ def silu_gradient(z):
 
 @triton.jit
 def _statistics_kernel(
-    x, keys, values, position, place, offsets, tile_offsets, run_of_tile, partial, B, N, SIZE,
+    x, keys, values, position, place, offsets, tile_offsets, tile_samples, partial, B, N, SIZE,
     C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
     """One program: mean and squared deviations of the channels over one tile -> partial (tiles, T, 2, C).
 
-    With JOIN, x is written first: tensor 0 is keys + position[place], tensor 1 is values.
+    With JOIN the program first writes x: tensor 0 is keys + position[place], tensor 1 is values.
     """
     tensor = tl.program_id(2).to(tl.int64)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_c = offs_c < C
-    _, begin, end = _tile_rows(offsets, tile_offsets, run_of_tile, B, SIZE)
+    _, begin, end = _tile_rows(offsets, tile_offsets, tile_samples, B, SIZE)
     mean, deviations = tl.zeros([BLOCK_C], dtype=tl.float32), tl.zeros([BLOCK_C], dtype=tl.float32)
     for first in range(begin, end, BLOCK_N):
         row = (first + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -137,14 +137,14 @@ def _merge_statistics_kernel(
 
 @triton.jit
 def _normalize_kernel(
-    x, statistics, weight, bias, out, offsets, tile_offsets, run_of_tile, B, N, SIZE,
+    x, statistics, weight, bias, out, offsets, tile_offsets, tile_samples, B, N, SIZE,
     C: tl.constexpr, G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """One program: the norm, and SiLU with SILU, of one tile."""
     tensor = tl.program_id(2).to(tl.int64)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_c = offs_c < C
-    sample, begin, end = _tile_rows(offsets, tile_offsets, run_of_tile, B, SIZE)
+    sample, begin, end = _tile_rows(offsets, tile_offsets, tile_samples, B, SIZE)
     group = statistics + (tensor * B + sample) * G + offs_c // (C // G)
     mean = tl.load(group, mask=is_c, other=0.0)
     rstd = tl.load(group + tl.num_programs(2) * B * G, mask=is_c, other=0.0)
@@ -163,19 +163,21 @@ def _normalize_kernel(
 @triton.jit
 def _gradient_kernel(
     x, statistics, weight, bias, dy, parent, cells, skip, group_means, partial, dx,
-    offsets, tile_offsets, run_of_tile, B, N, M, SIZE,
+    offsets, tile_offsets, tile_samples, B, N, M, SIZE,
     C: tl.constexpr, G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     SILU: tl.constexpr, POOLED: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """One program, of one tile. With SUM: the sums of dy and of dy times the normed x -> partial (tiles, T, 2, C).
+    """One program, for one tile. With SUM: the sums of dy and of dy times the normed x -> partial (tiles, T, 2, C).
 
-    Otherwise dx, from `group_means` (2, T, B, G), the means of both over a group. dy belongs to the norm, with SILU to
-    its SiLU, with POOLED to the means of either over M cells, as does `skip` to the means of x.
+    Otherwise: dx, from `group_means` (2, T, B, G), the means of both over a group.
+
+    dy is the gradient of the norm; with SILU, of its SiLU; with POOLED, of the mean of that over each of M cells.
+    `skip` is then the gradient of the mean of x over each cell.
     """
     tensor = tl.program_id(2).to(tl.int64)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_c = offs_c < C
-    sample, begin, end = _tile_rows(offsets, tile_offsets, run_of_tile, B, SIZE)
+    sample, begin, end = _tile_rows(offsets, tile_offsets, tile_samples, B, SIZE)
     at_group = (tensor * B + sample) * G + offs_c // (C // G)
     second = tl.num_programs(2) * B * G
     mean = tl.load(statistics + at_group, mask=is_c, other=0.0)
@@ -260,9 +262,9 @@ class _Tiling:
         BLOCK_C = min(MAX_BLOCK_C, triton.next_power_of_2(C))
         columns = triton.cdiv(C, BLOCK_C)
         self.size = max(MIN_TILE, triton.next_power_of_2(triton.cdiv(N * T * columns, PROGRAMS)))
-        self.tile_offsets, run_of_tile = samples.tiles(self.size)
-        self.runs = samples.offsets, self.tile_offsets, run_of_tile
-        self.grid = len(run_of_tile), columns, T
+        self.tile_offsets, tile_samples = samples.tiles(self.size)
+        self.tables = samples.offsets, self.tile_offsets, tile_samples
+        self.grid = len(tile_samples), columns, T
         self.blocks = {"BLOCK_N": min(MAX_BLOCK_N, self.size), "BLOCK_C": BLOCK_C}
         J = C // num_groups
         BLOCK_J = triton.next_power_of_2(J)
@@ -280,7 +282,7 @@ def group_norm_statistics(
 ) -> Tensor:
     """Mean and 1 / deviation of x (T, N, C) in each sample and group: (2, T, B, G) float32.
 
-    With `joined` = keys (N, C), values (N, C), position (P, C) and place (N,) long, x is written first, T = 2: keys +
+    With `joined` = keys (N, C), values (N, C), position (P, C) and place (N,) long, x is first written, T = 2: keys +
     position[place], and values.
     """
     (T, N, C), B = x.shape, len(samples)
@@ -288,7 +290,7 @@ def group_norm_statistics(
     tiling = _Tiling(x, samples, num_groups)
     partial = tiling.partial(x)
     _statistics_kernel[tiling.grid](
-        x, *(joined or (x, x, x, x)), *tiling.runs, partial, B, N, tiling.size,
+        x, *(joined or (x, x, x, x)), *tiling.tables, partial, B, N, tiling.size,
         C=C, JOIN=joined is not None, **tiling.blocks,
     )  # fmt: skip
     _merge_statistics_kernel[B, tiling.group_blocks, T](
@@ -301,11 +303,11 @@ def group_norm_statistics(
 def group_norm_apply(
     x: Tensor, samples: Ragged, statistics: Tensor, weight: Tensor, bias: Tensor, silu: bool, out: Tensor
 ) -> None:
-    """The norm of x (T, N, C), and its SiLU if `silu`, with weight and bias (T, C), into `out` (T, N, C)."""
+    """Write the norm of x (T, N, C) with weight and bias (T, C), then SiLU if `silu`, into `out` (T, N, C)."""
     (_, N, C), G = x.shape, statistics.shape[3]
     tiling = _Tiling(x, samples, G)
     _normalize_kernel[tiling.grid](
-        x, statistics, weight, bias, out, *tiling.runs, len(samples), N, tiling.size,
+        x, statistics, weight, bias, out, *tiling.tables, len(samples), N, tiling.size,
         C=C, G=G, SILU=silu, **tiling.blocks,
     )  # fmt: skip
 
@@ -314,16 +316,16 @@ def group_norm_backward(
     dy: Tensor, x: Tensor, samples: Ragged, statistics: Tensor, weight: Tensor, bias: Tensor, silu: bool,
     dx: Tensor, dweight: Tensor, dbias: Tensor, pooled: Pooled | None = None,
 ) -> None:  # fmt: skip
-    """Gradients of `group_norm_apply` into dx (T, N, C), dweight and dbias (T, C), of any floating dtype.
+    """Write the gradients of `group_norm_apply` into dx (T, N, C), dweight and dbias (T, C), of any floating dtype.
 
-    dy is (T, N, C), or with `pooled` the gradient of the means of cells, (T, cells, C).
+    dy is (T, N, C), or with `pooled` the gradient of the means over cells, (T, cells, C).
     """
     (T, N, C), B, G = x.shape, len(samples), statistics.shape[3]
     tiling = _Tiling(x, samples, G)
     partial, group_means = tiling.partial(x), torch.empty_like(statistics)
     parent, cells, skip = (dy, dy, dy) if pooled is None else (pooled.parent, pooled.cells.offsets, pooled.skip)
     inputs = x, statistics, weight, bias, dy, parent, cells, skip, group_means, partial, dx
-    sizes = *tiling.runs, B, N, dy.shape[1], tiling.size
+    sizes = *tiling.tables, B, N, dy.shape[1], tiling.size
     kinds = {"C": C, "G": G, "SILU": silu, "POOLED": pooled is not None, **tiling.blocks}
     _gradient_kernel[tiling.grid](*inputs, *sizes, SUM=True, **kinds)
     _merge_sums_kernel[B + 1, tiling.group_blocks, T](
@@ -359,8 +361,5 @@ class _GroupNorm(torch.autograd.Function):
 def group_norm_triton(
     x: Tensor, weight: Tensor, bias: Tensor, samples: Ragged, num_groups: int, eps: float, silu: bool = False
 ) -> Tensor:
-    """Group norm of each sample, then SiLU if `silu`: x (N, C), weight and bias (C,) -> (N, C), dtype of x.
-
-    Differentiable in x, weight and bias.
-    """
+    """`packed_group_norm` with sums in float32."""
     return _GroupNorm.apply(x, weight, bias, samples, num_groups, eps, silu)

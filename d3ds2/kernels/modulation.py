@@ -1,7 +1,7 @@
 """Layer norm with adaptive modulation and the gated residual, around the blocks of a diffusion transformer.
 
-On CUDA each is one pass over the tokens, forward and backward (modulation_triton.py); elsewhere, and in float64, the
-definition is what runs.
+On CUDA each is one pass over the tokens, forward and backward, by the kernels of modulation_triton.py. Elsewhere, and
+in float64, the definitions run.
 
 Sizes named in this file:
     N  tokens, all samples packed      B  samples      C  hidden size
@@ -11,48 +11,47 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..geometry.voxels import Voxels, per_token
-from ..layers.sparse_conv import samples_of
-from .devices import HAS_TRITON
+from .devices import half_on_triton
 from .ragged import Ragged
+from .segment_sum import per_token
 
 
-def modulated_norm(h: Tensor, shift: Tensor, scale: Tensor, voxels: Voxels, eps: float) -> Tensor:
-    """norm(h) (1 + scale) + shift: h (N, C), rows of `voxels`, shift and scale (B, C) of their samples -> (N, C).
+def modulated_norm(h: Tensor, shift: Tensor, scale: Tensor, samples: Ragged, eps: float) -> Tensor:
+    """norm(h) (1 + scale) + shift: h (N, C), the rows of `samples`, shift and scale (B, C) -> (N, C).
 
-    Under autocast the result is float32, as of torch's layer norm.
+    Under autocast the result is float32, as that of torch's layer norm is.
     """
-    if not _on_triton(h) or torch.compiler.is_compiling():  # the compiler fuses its own
-        return modulated_norm_reference(h, shift, scale, voxels, eps)
+    if not half_on_triton(h) or torch.compiler.is_compiling():  # the compiler fuses its own
+        return modulated_norm_reference(h, shift, scale, samples, eps)
     from .modulation_triton import modulated_norm_triton
 
     dtype = torch.promote_types(_norm_dtype(h), torch.promote_types(shift.dtype, scale.dtype))
-    return modulated_norm_triton(h, shift, scale, ragged_samples(voxels), eps, dtype)
+    return modulated_norm_triton(h, shift, scale, samples, eps, dtype)
 
 
 def affine_norm(h: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """norm(h) weight + bias: h (..., C), weight and bias (C,) -> the shape of h."""
-    if not _on_triton(h) or torch.compiler.is_compiling():
+    if not half_on_triton(h) or torch.compiler.is_compiling():
         return affine_norm_reference(h, weight, bias, eps)
     from .modulation_triton import affine_norm_triton
 
     return affine_norm_triton(h, weight, bias, eps, _norm_dtype(h))
 
 
-def gated_sum(h: Tensor, gate: Tensor, x: Tensor, voxels: Voxels) -> Tensor:
-    """h + gate x: h and x (N, C), rows of `voxels`, gate (B, C) of their samples -> (N, C), in the widest dtype."""
-    if not _on_triton(h) or torch.compiler.is_compiling():
-        return gated_sum_reference(h, gate, x, voxels)
+def gated_sum(h: Tensor, gate: Tensor, x: Tensor, samples: Ragged) -> Tensor:
+    """h + gate x: h and x (N, C), the rows of `samples`, gate (B, C) -> (N, C), in the widest dtype."""
+    if not half_on_triton(h) or torch.compiler.is_compiling():
+        return gated_sum_reference(h, gate, x, samples)
     from .modulation_triton import gated_sum_triton
 
     dtype = torch.promote_types(h.dtype, torch.promote_types(gate.dtype, x.dtype))
-    return gated_sum_triton(h, gate, x, ragged_samples(voxels), dtype)
+    return gated_sum_triton(h, gate, x, samples, dtype)
 
 
-def modulated_norm_reference(h: Tensor, shift: Tensor, scale: Tensor, voxels: Voxels, eps: float) -> Tensor:
+def modulated_norm_reference(h: Tensor, shift: Tensor, scale: Tensor, samples: Ragged, eps: float) -> Tensor:
     """Definition of `modulated_norm`."""
     normed = F.layer_norm(h, h.shape[-1:], eps=eps)  # statistics in float32
-    return torch.addcmul(per_token(shift, voxels), normed, 1 + per_token(scale, voxels))
+    return torch.addcmul(per_token(shift, samples), normed, 1 + per_token(scale, samples))
 
 
 def affine_norm_reference(h: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -60,18 +59,9 @@ def affine_norm_reference(h: Tensor, weight: Tensor, bias: Tensor, eps: float) -
     return F.layer_norm(h, h.shape[-1:], weight.to(h.dtype), bias.to(h.dtype), eps)
 
 
-def gated_sum_reference(h: Tensor, gate: Tensor, x: Tensor, voxels: Voxels) -> Tensor:
+def gated_sum_reference(h: Tensor, gate: Tensor, x: Tensor, samples: Ragged) -> Tensor:
     """Definition of `gated_sum`."""
-    return torch.addcmul(h, per_token(gate, voxels), x)
-
-
-def ragged_samples(voxels: Voxels) -> Ragged | None:
-    """The rows of each sample; None where there is one sample."""
-    return None if voxels.batch_size == 1 else samples_of(voxels)
-
-
-def _on_triton(h: Tensor) -> bool:
-    return h.is_cuda and HAS_TRITON and h.dtype != torch.float64
+    return torch.addcmul(h, per_token(gate, samples), x)
 
 
 def _norm_dtype(h: Tensor) -> torch.dtype:

@@ -1,7 +1,7 @@
 """Triton kernels of layer norm with modulation and of the gated residual; the definitions are in modulation.py.
 
-A program takes up to `rows` rows of one sample, so it reads the sample's parameters once. In the backward pass it also
-writes their gradients over its rows, which are then added tile by tile in a fixed order.
+A program takes a tile: up to `rows` rows of one sample, whose parameters it reads once. In the backward pass it also
+writes their gradients over its rows; another kernel adds these tile by tile, in a fixed order.
 
 Sizes named in this file:
     N  rows      B  samples      C  channels
@@ -20,7 +20,7 @@ from .segment_sum_triton import segment_sum_triton
 
 
 class RowTile(NamedTuple):
-    """Rows of a program, and the numbers it holds at a time in its warps."""
+    """Rows of a program, the numbers that it holds at a time, and its warps."""
 
     rows: int
     elements: int
@@ -35,7 +35,7 @@ GATE_BACKWARD = RowTile(32, 4096, 4)
 
 @triton.jit
 def _rows_of_tile(offsets, tile_offsets, tile_samples, N, B, ROWS: tl.constexpr, RAGGED: tl.constexpr):
-    """The sample of this program's tile, and its first row and the one after its last."""
+    """The sample of this program's tile, the first row of the tile, and the row after its last."""
     tile = tl.program_id(0)
     if RAGGED:
         sample = tl.minimum(tl.load(tile_samples + tile), B - 1)  # tiles beyond the last come out empty
@@ -50,14 +50,14 @@ def _rows_of_tile(offsets, tile_offsets, tile_samples, N, B, ROWS: tl.constexpr,
 
 @triton.jit
 def _parameters(x, sample, STRIDE, C: tl.constexpr, CP: tl.constexpr):
-    """Those of one sample, [CP] float32."""
+    """Load the parameters of one sample, [CP] float32."""
     offs_c = tl.arange(0, CP)
     return tl.load(x + tl.cast(sample, tl.int64) * STRIDE + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _normed(b_h, is_c, C: tl.constexpr, EPS: tl.constexpr):
-    """Rows with mean 0 and variance 1, and the factor of each, [BLOCK_N, 1]."""
+    """The rows with mean 0 and variance 1, and the factor that makes their variance 1, [BLOCK_N, 1]."""
     centred = tl.where(is_c, b_h - (tl.sum(b_h, 1) / C)[:, None], 0.0)
     rstd = (1.0 / tl.sqrt(tl.sum(centred * centred, 1) / C + EPS))[:, None]
     return centred * rstd, rstd
@@ -89,7 +89,7 @@ def _norm_backward_kernel(
     C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr,
     EPS: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
-    """One program: dh of a tile, and in `partial` (tiles, 2, C) what its rows give to dshift and dscale."""
+    """One program: dh of a tile, and in `partial` (tiles, 2, C) the sums over its rows for dshift and dscale."""
     sample, first, last = _rows_of_tile(offsets, tile_offsets, tile_samples, N, B, ROWS, RAGGED)
     offs_c = tl.arange(0, CP)
     b_factor = _parameters(scale, sample, SCALE_STRIDE, C, CP) + ONE
@@ -134,7 +134,7 @@ def _gate_backward_kernel(
     gate, x, dout, dx, partial, offsets, tile_offsets, tile_samples, N, B, STRIDE,
     C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """One program: dx of a tile, and in `partial` (tiles, C) what its rows give to dgate."""
+    """One program: dx of a tile, and in `partial` (tiles, C) the sum over its rows for dgate."""
     sample, first, last = _rows_of_tile(offsets, tile_offsets, tile_samples, N, B, ROWS, RAGGED)
     offs_c = tl.arange(0, CP)
     b_gate = _parameters(gate, sample, STRIDE, C, CP)
@@ -200,10 +200,10 @@ class _GatedSum(torch.autograd.Function):
 
 
 def modulated_norm_triton(
-    h: Tensor, shift: Tensor, scale: Tensor, samples: Ragged | None, eps: float, dtype: torch.dtype
+    h: Tensor, shift: Tensor, scale: Tensor, samples: Ragged, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """`modulated_norm` of the rows of `samples` (None: of one), in `dtype`."""
-    return _ModulatedNorm.apply(h.contiguous(), _packed(shift), _packed(scale), samples, eps, 1.0, dtype)
+    """`modulated_norm` in `dtype`."""
+    return _ModulatedNorm.apply(h.contiguous(), _packed(shift), _packed(scale), _several(samples), eps, 1.0, dtype)
 
 
 def affine_norm_triton(h: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -212,18 +212,23 @@ def affine_norm_triton(h: Tensor, weight: Tensor, bias: Tensor, eps: float, dtyp
     return _ModulatedNorm.apply(rows, _packed(bias[None]), _packed(weight[None]), None, eps, 0.0, dtype).view(h.shape)
 
 
-def gated_sum_triton(h: Tensor, gate: Tensor, x: Tensor, samples: Ragged | None, dtype: torch.dtype) -> Tensor:
-    """`gated_sum` of the rows of `samples` (None: of one), in `dtype`."""
-    return _GatedSum.apply(h.contiguous(), _packed(gate), x.contiguous(), samples, dtype)
+def gated_sum_triton(h: Tensor, gate: Tensor, x: Tensor, samples: Ragged, dtype: torch.dtype) -> Tensor:
+    """`gated_sum` in `dtype`."""
+    return _GatedSum.apply(h.contiguous(), _packed(gate), x.contiguous(), _several(samples), dtype)
+
+
+def _several(samples: Ragged) -> Ragged | None:
+    """The samples, or None where there is one: the kernels then read no tables."""
+    return None if len(samples) == 1 else samples
 
 
 def _packed(x: Tensor) -> Tensor:
-    """With the channels of a row side by side; rows may be apart, as those of a chunk are."""
+    """The parameters with the channels of a row side by side; rows may lie apart, as those of a chunk do."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _launch(x: Tensor, samples: Ragged | None, tile: RowTile) -> tuple[tuple[int], tuple, dict]:
-    """Grid, and the kernels' arguments that say which rows are whose, for x (N, C)."""
+    """Grid, tables that assign the rows of x (N, C) to samples, and compile-time sizes."""
     N, C = x.shape
     CP = triton.next_power_of_2(C)
     BLOCK_N = min(tile.rows, max(1, tile.elements // CP))
@@ -236,7 +241,7 @@ def _launch(x: Tensor, samples: Ragged | None, tile: RowTile) -> tuple[tuple[int
 
 
 def _sum_tiles(partial: Tensor, samples: Ragged | None, tile: RowTile) -> Tensor:
-    """(tiles, C) -> sums over the tiles of each sample (B, C) float32."""
+    """Sum the tiles of each sample: (tiles, C) -> (B, C) float32."""
     if samples is None:
         return partial.sum(0, keepdim=True)
     return segment_sum_triton(partial, Ragged(samples.tiles(tile.rows)[0], len(partial)))

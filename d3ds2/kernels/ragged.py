@@ -5,6 +5,7 @@ Sizes named in this file:
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,10 +25,28 @@ class Ragged:
     total: int
     ids: Tensor | None = None
     longest: int | None = None
+    known_lengths: list[int] | None = None
     _tiles: dict = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return self.offsets.numel() - 1
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """The rows of each segment, on the host; unless they are known, the host waits for the device."""
+        return self.offsets.diff().tolist() if self.known_lengths is None else self.known_lengths
+
+    @cached_property
+    def membership(self) -> Tensor:
+        """One where a row belongs to a segment, else zero: (S, total) float32, for rows 0, 1, 2, … without `ids`."""
+        rows = torch.arange(self.total, dtype=torch.int32, device=self.offsets.device)
+        segment_of_row = torch.searchsorted(self.offsets[1:], rows, right=True)
+        return (torch.arange(len(self), device=self.offsets.device)[:, None] == segment_of_row).float()
+
+    @cached_property
+    def divisors(self) -> Tensor:
+        """The length of each segment, 1 where it is empty: (S, 1) int32, to make means of sums."""
+        return self.offsets.diff().clamp(min=1)[:, None]
 
     def tiles(self, size: int) -> tuple[Tensor, Tensor]:
         """Cut the runs into tiles of at most `size`, without asking the device how many there are.

@@ -1,70 +1,104 @@
-"""Sums of runs of rows, and the rows taken back from them: each is the gradient of the other.
+"""Sums of segments of rows, and rows taken back from the sums: each operation is the gradient of the other.
+
+`segment_sum` and `take_segments` serve many short segments in any order. `sample_sums`, `sample_means` and `per_token`
+serve the few long segments of a batch, its samples, whose rows are consecutive.
 
 Sizes named in this file:
-    N  rows      R  runs      C  channels
+    N  rows      S  segments      C  channels
+    B  samples, the segments of a batch
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .devices import HAS_TRITON
+from .devices import half_on_triton
+from .gather_conv import take_rows
 from .ragged import Ragged
 
 
-def segment_sum(x: Tensor, runs: Ragged, segment_of_row: Tensor) -> Tensor:
-    """The rows of x (N, C) summed run by run, in a fixed order on CUDA: (R, C), at least float32.
+def segment_sum(x: Tensor, segments: Ragged, segment_of_row: Tensor) -> Tensor:
+    """Sum the rows of x (N, C) in each segment: (S, C), at least float32; on CUDA in a fixed order.
 
-    Every row is in one run: `segment_of_row` (N,) long says in which.
+    Every row lies in one segment, which `segment_of_row` (N,) long names.
     """
-    return _SegmentSum.apply(x, runs, segment_of_row)
+    return _SegmentSum.apply(x, segments, segment_of_row)
 
 
-def take_segments(x: Tensor, runs: Ragged, segment_of_row: Tensor) -> Tensor:
-    """x[segment_of_row], of x (R, C): (N, C)."""
-    return _TakeSegments.apply(x, runs, segment_of_row)
+def take_segments(x: Tensor, segments: Ragged, segment_of_row: Tensor) -> Tensor:
+    """x[segment_of_row] for x (S, C): (N, C)."""
+    return _TakeSegments.apply(x, segments, segment_of_row)
+
+
+def segment_sum_reference(x: Tensor, segments: Ragged, segment_of_row: Tensor) -> Tensor:
+    """Definition of `segment_sum`, without a gradient."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    sums = torch.zeros(len(segments), x.shape[1], dtype=dtype, device=x.device)
+    return sums.index_add_(0, segment_of_row, x.to(dtype))
+
+
+def per_token(x: Tensor, samples: Ragged) -> Tensor:
+    """Give every token the row of its sample: (B, C) -> (N, C), or (1, C) where there is one sample."""
+    return x if len(samples) == 1 else _PerToken.apply(x, samples)
+
+
+def sample_sums(x: Tensor, samples: Ragged) -> Tensor:
+    """Sum over the tokens of each sample, (N, C) -> (B, C)."""
+    if x.is_cuda and len(samples) > 1:  # one product instead of B launches; TF32 rounds it if torch allows that
+        with torch.autocast("cuda", enabled=False):
+            return samples.membership @ x.float()
+    return torch.stack([rows.sum(0) for rows in x.split(samples.lengths)])
+
+
+def sample_means(x: Tensor, samples: Ragged) -> Tensor:
+    """Mean over the tokens of each sample, (N, C) -> (B, C); 0 for an empty sample."""
+    return sample_sums(x, samples) / samples.divisors
 
 
 class _SegmentSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, runs, segment_of_row):
+    def forward(ctx, x, segments, segment_of_row):
         ctx.save_for_backward(segment_of_row)
         ctx.dtype = x.dtype
-        return _sum(x, runs, segment_of_row)
+        return _sum(x, segments, segment_of_row)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         (segment_of_row,) = ctx.saved_tensors
-        return _take(dout.to(ctx.dtype), segment_of_row), None, None
+        return take_rows(dout.to(ctx.dtype), segment_of_row), None, None
 
 
 class _TakeSegments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, runs, segment_of_row):
+    def forward(ctx, x, segments, segment_of_row):
         ctx.save_for_backward(segment_of_row)
-        ctx.runs = runs
-        return _take(x, segment_of_row)
+        ctx.segments = segments
+        return take_rows(x, segment_of_row)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         (segment_of_row,) = ctx.saved_tensors
-        return _sum(dout, ctx.runs, segment_of_row).to(dout.dtype), None, None
+        return _sum(dout, ctx.segments, segment_of_row).to(dout.dtype), None, None
 
 
-def _sum(x: Tensor, runs: Ragged, segment_of_row: Tensor) -> Tensor:
-    if x.is_cuda and HAS_TRITON and x.dtype != torch.float64:
+class _PerToken(torch.autograd.Function):
+    """Expand the row of each sample. The backward pass sums them: a general gather would sort, or add atomically."""
+
+    @staticmethod
+    def forward(ctx, x, samples):
+        ctx.samples = samples
+        return torch.cat([row.expand(n, -1) for row, n in zip(x.split(1), samples.lengths, strict=True)])
+
+    @staticmethod
+    def backward(ctx, dout):
+        return sample_sums(dout, ctx.samples), None
+
+
+def _sum(x: Tensor, segments: Ragged, segment_of_row: Tensor) -> Tensor:
+    if half_on_triton(x):
         from .segment_sum_triton import segment_sum_triton
 
-        return segment_sum_triton(x, runs)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.zeros(len(runs), x.shape[1], dtype=dtype, device=x.device).index_add_(0, segment_of_row, x.to(dtype))
-
-
-def _take(x: Tensor, segment_of_row: Tensor) -> Tensor:
-    if x.is_cuda and HAS_TRITON:
-        from .gather_conv_triton import take_rows_triton
-
-        return take_rows_triton(x, segment_of_row)
-    return x.index_select(0, segment_of_row)
+        return segment_sum_triton(x, segments)
+    return segment_sum_reference(x, segments, segment_of_row)

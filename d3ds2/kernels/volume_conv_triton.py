@@ -1,11 +1,11 @@
-"""Triton kernels of the dense refiners: convolutions of a volume of few channels, without a copy of it.
+"""Triton kernels of convolutions of a dense volume of few channels; the definitions are in volume_conv.py.
 
-A volume is a matrix of rows: voxel (x, y, z) is row (x Y + y) Z + z. Here a convolution reads its 27 neighbours in
-place, the group norm and SiLU before it are applied on the way, and two volumes side by side are read from where they
-are: nothing is ever stored but what comes out.
+A volume is a matrix of rows: voxel (x, y, z) is row (x Y + y) Z + z. A convolution reads the 27 neighbours in place,
+applies the group norm and SiLU before it on the way, and reads two volumes side by side from where they lie. So only
+results are stored.
 
-Channels are 16 or a multiple of it, and known only when a kernel runs, or any number that it is compiled for (`FIXED`):
-either way a row is read in wide words.
+The number of channels is a multiple of 16, known when the kernel runs, or any number, for which the kernel is compiled
+(`FIXED`). Either way a row is read in wide words.
 
 Sizes named in this file:
     V  voxels, X · Y · Z      C, D  channels of the first and the second input      M  channels of the result
@@ -18,12 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_N = 128  # voxels at a time
-SLICE = 8192  # voxels whose statistics one program makes
+SLICE = 8192  # voxels whose moments one program computes
 
 
 @triton.jit
 def _load_rows(x, row, found, first, C, FIXED: tl.constexpr, BLOCK: tl.constexpr):
-    """x[row, first : first + BLOCK], zero where not found; and which channels there are."""
+    """Load x[row, first : first + BLOCK], zero where not found; also return which of the channels exist."""
     c = first + tl.arange(0, BLOCK)
     if FIXED > 0:
         base, has_channel = row * FIXED, c < FIXED
@@ -60,7 +60,7 @@ def _source(
 
 @triton.jit
 def _neighbor(n, i, j, l, X, Y, Z):  # noqa: E741
-    """Row of the neighbour of voxels n at an offset, and whether it is in the volume."""
+    """Rows of the neighbours of voxels n at an offset, and whether they lie in the volume."""
     at_z, at_y, at_x = n % Z + l, n // Z % Y + j, n // Z // Y + i
     found = (at_x >= 0) & (at_x < X) & (at_y >= 0) & (at_y < Y) & (at_z >= 0) & (at_z < Z)
     return (n + (i * Y + j) * Z + l).to(tl.int64), found & (n < X * Y * Z)
@@ -124,7 +124,7 @@ def _moments_kernel(
 
 @triton.jit(do_not_specialize=["X", "Y", "Z"])
 def _adaptive_kernel(x, weights, out, X, Y, Z, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """One program: BLOCK_N voxels, each with 27 weights of its own, over the sum of their absolute values."""
+    """One program: BLOCK_N voxels, each with its own 27 weights, over the sum of their absolute values."""
     n, c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
     inside = n < X * Y * Z
     acc, total = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float32), tl.zeros([BLOCK_N], dtype=tl.float32)
@@ -147,20 +147,7 @@ def volume_conv_triton(
     norm: tuple[Tensor, Tensor] | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`conv3d` that keeps the size, of x and y side by side, plus the residual.
-
-    Args:
-        x: rows (V, C).
-        size: X, Y, Z.
-        weight: (M, C + D, 1, 1, 1) or (M, C + D, 3, 3, 3), of the dtype of x.
-        bias: (M,) or None.
-        y: rows (V, D) or None.
-        norm: scale and shift (C + D,) float32; then SiLU(x · scale + shift) is convolved, zero beyond the volume.
-        residual: rows (V, M) or None.
-
-    Returns:
-        (V, M), dtype of x; sums in fp32.
-    """
+    """`volume_conv`, summed in float32."""
     (V, C), M, D = x.shape, len(weight), 0 if y is None else y.shape[1]
     out = x.new_empty(V, M)
     rows = weight.permute(2, 3, 4, 1, 0).flatten(0, 2).contiguous()  # (K, C + D, M)
@@ -177,7 +164,7 @@ def volume_conv_triton(
 
 
 def channel_moments_triton(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel of rows (V, C): two of (C,), float64."""
+    """`channel_moments`: slices are summed in float32 and merged in float64."""
     V, C = x.shape
     slices, block = triton.cdiv(V, SLICE), _block(C)
     mean, spread = (torch.empty(slices, C, dtype=torch.float32, device=x.device) for _ in range(2))
@@ -192,7 +179,7 @@ def channel_moments_triton(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def adaptive_conv_triton(x: Tensor, size: tuple[int, int, int], weights: Tensor) -> Tensor:
-    """out[n] = Σ_k w[n, k] x[neighbour k of n] / Σ_k |w[n, k]|: rows (V, C) and (V, 27), x slowest -> (V, C)."""
+    """`adaptive_conv`, summed in float32."""
     V, C = x.shape
     out = torch.empty_like(x)
     arguments = x.contiguous(), weights.contiguous(), out, *size, C
@@ -201,12 +188,12 @@ def adaptive_conv_triton(x: Tensor, size: tuple[int, int, int], weights: Tensor)
 
 
 def _fixed(channels: int) -> int:
-    """The number that a kernel is compiled for; 0 for a multiple of 16."""
+    """The number of channels a kernel is compiled for; 0 for a multiple of 16."""
     return channels if channels % 16 else 0
 
 
 def _block(channels: int) -> int:
-    """Channels at a time: a divisor of them, where they are a multiple of 16."""
+    """Channels at a time: a divisor of their number where that is a multiple of 16."""
     if channels % 16:
         return max(16, min(64, triton.next_power_of_2(channels)))
     return next(width for width in (64, 32, 16) if channels % width == 0)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..geometry.segments import samples_of, tokens_of_cells
 from ..geometry.voxels import BLOCK, Voxels, Windows
 from ..kernels.block_scores import select_blocks
 from ..kernels.devices import HAS_TRITON
@@ -19,7 +20,7 @@ from ..kernels.packed_attention import packed_attention, packed_attention_with_l
 from ..kernels.ragged import AttentionPlan, Ragged
 from ..kernels.segment_sum import take_segments
 from ..kernels.selection_attention import selection_attention
-from .sparse_conv import PackedGroupNorm, SubmanifoldConv3d, mean_pool, samples_of, tokens_of_cells
+from .sparse_conv import PackedGroupNorm, SubmanifoldConv3d, mean_pool
 
 MAX_NORM_GROUPS = 32
 

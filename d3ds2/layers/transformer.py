@@ -1,6 +1,7 @@
-"""What the transformers share: layer norm, feed-forward, time embedding and adaptive modulation.
+"""Layers that the transformers share: layer norm, feed-forward, time embedding and adaptive modulation.
 
-N  tokens, all samples packed      B  samples      C  hidden size
+Sizes named in this file:
+    N  tokens, all samples packed      B  samples      C  hidden size
 """
 
 import math
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..geometry.voxels import Voxels
 from ..kernels.modulation import affine_norm, modulated_norm
+from ..kernels.ragged import Ragged
 
 NUM_FREQUENCIES = 128  # of the time embedding
-SLICE_ROWS = 8192  # tokens at a time in a feed-forward without gradient: its hidden layer is four times as wide
+SLICE_ROWS = 8192  # tokens at a time in a feed-forward without a gradient: its hidden layer is the widest tensor
 
 
 class LayerNorm32(nn.LayerNorm):
@@ -31,9 +32,9 @@ class LayerNorm32(nn.LayerNorm):
 class ModulatedNorm(LayerNorm32):
     """Layer norm without affine, then x (1 + scale) + shift."""
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, voxels: Voxels) -> Tensor:
-        """x (N, C), shift and scale (B, C) of the samples of its voxels -> (N, C)."""
-        return modulated_norm(x, shift, scale, voxels, self.eps)
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, samples: Ragged) -> Tensor:
+        """x (N, C), the rows of `samples`, with shift and scale (B, C) of each sample -> (N, C)."""
+        return modulated_norm(x, shift, scale, samples, self.eps)
 
 
 class FeedForward(nn.Module):
@@ -50,7 +51,7 @@ class FeedForward(nn.Module):
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
     def _in_slices(self, x: Tensor) -> Tensor:
-        """The same without a gradient, `SLICE_ROWS` tokens at a time, written where they stay."""
+        """The same without a gradient, `SLICE_ROWS` tokens at a time, written straight into the result."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         weight, bias = self.down.weight.to(dtype), self.down.bias.to(dtype)
@@ -84,8 +85,8 @@ class TimestepEmbedder(nn.Module):
 class Modulation(nn.Module):
     """The six adaptive parameters of a block: shift, scale and gate of its attention, then of its feed-forward.
 
-    With `shared` the model owns one projection for all blocks (`modulation_projection`) and each block learns an
-    offset to it; otherwise every block projects the time embedding itself.
+    With `shared`, the model owns one projection for all blocks (`modulation_projection`), and each block learns an
+    offset to it. Otherwise every block projects the time embedding itself.
     """
 
     def __init__(self, hidden_size: int, shared: bool):
@@ -97,13 +98,13 @@ class Modulation(nn.Module):
         self.shared = shared
 
     def forward(self, embedding: Tensor) -> tuple[Tensor, ...]:
-        """embedding: the time embedding (B, C) or, when shared, its projection (B, 6 C). Returns six (B, C)."""
+        """The time embedding (B, C) or, when shared, its projection (B, 6 C) -> six tensors (B, C)."""
         parameters = embedding + self.offset if self.shared else self.projection(embedding)
         return parameters.chunk(6, dim=-1)
 
 
 def modulation_projection(hidden_size: int) -> nn.Sequential:
-    """SiLU and a zero-initialised Linear C -> 6 C: at the start of training every block is the identity."""
+    """Return SiLU and a zero-initialised Linear C -> 6 C: training starts with every block as the identity."""
     projection = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
     nn.init.zeros_(projection[1].weight)
     nn.init.zeros_(projection[1].bias)
@@ -111,7 +112,7 @@ def modulation_projection(hidden_size: int) -> nn.Sequential:
 
 
 def initialize_linear(module: nn.Module) -> None:
-    """For `Module.apply` on networks trained from scratch: Xavier-uniform weights and zero biases."""
+    """Give a Linear Xavier-uniform weights and zero biases; for `Module.apply` on networks trained from scratch."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -119,7 +120,7 @@ def initialize_linear(module: nn.Module) -> None:
 
 
 def zero_linear(linear: nn.Linear) -> None:
-    """Zero weights and bias: the layer begins by saying nothing."""
+    """Zero the weights and the bias, so that the layer adds nothing at first."""
     nn.init.zeros_(linear.weight)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)

@@ -24,7 +24,7 @@ from ..geometry.neighbors import CELL_OFFSET, CHILD
 from ..geometry.sdf_blocks import SDFBlocks
 from ..geometry.voxels import Voxels, Windows, absolute_position_embedding
 from ..kernels.device_constant import device_constant
-from ..layers.sparse_conv import gather_conv
+from ..kernels.gather_conv import gather_conv
 from .sdf_vae import FACTOR, SDFVAE
 
 HALO = 3  # latents around a box that its voxels depend on

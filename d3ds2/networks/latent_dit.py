@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..geometry.segments import samples_of
 from ..geometry.voxels import BLOCK, Voxels, absolute_position_embedding
 from ..kernels.modulation import gated_sum
 from ..layers.attention import CrossAttention
@@ -93,13 +94,14 @@ class LatentBlock(nn.Module):
     ) -> Tensor:
         """h (N, C), embedding (B, C) or, with a shared modulation, (B, 6 C), context (L, ·) -> (N, C)."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(embedding)
-        attended = self.self_attention(self.norm1(h, shift_1, scale_1, voxels), voxels)
-        h = gated_sum(h, gate_1, attended, voxels)
+        samples = samples_of(voxels)
+        attended = self.self_attention(self.norm1(h, shift_1, scale_1, samples), voxels)
+        h = gated_sum(h, gate_1, attended, samples)
         h = h + self.cross_attention(
             self.norm2(h), context, voxels.cu_seqlens, context_cu, voxels.counts, context_lengths
         )
-        forwarded = self.feed_forward(self.norm3(h, shift_2, scale_2, voxels))
-        return gated_sum(h, gate_2, forwarded, voxels)
+        forwarded = self.feed_forward(self.norm3(h, shift_2, scale_2, samples))
+        return gated_sum(h, gate_2, forwarded, samples)
 
 
 class LatentDiT(nn.Module):

@@ -1,12 +1,12 @@
 """The refiners over a whole volume: a decoded SDF -> the 8³ blocks that the refined surface crosses.
 
-Patches of the size that a refiner was trained on (its norms average over a patch) pass over the grid one by one, and
-nothing dense of more than a volume of distances (`refine`) or of signs at half the resolution (`refine_signs`) is ever
-held. Beyond the decoded voxels a released decoder means +1, whether inside the solid or outside.
+A refiner works on patches of the size that it was trained on, for its norms average over a patch. They pass over the
+grid one by one. The largest dense tensor held is one volume: of distances in `refine_distances`, of signs at half the
+resolution in `refine_signs`. Where nothing was decoded, the released decoder means +1, inside the solid and outside.
 
 Sizes named in this file:
     N  decoded voxels of one sample      R  voxels per edge      G = R / 8  blocks per edge
-    P  voxels per edge of a patch        D  channels of the decoder's features      K  blocks
+    P  voxels per edge of a patch        D  channels of the decoder's features      M  blocks
 """
 
 from collections.abc import Callable, Iterator
@@ -20,27 +20,29 @@ from ..geometry.sdf_blocks import SDFBlocks
 from ..geometry.voxels import BLOCK, Voxels
 from .refiner import Refiner, SignRefiner
 
-OVERLAP = 6  # neighbouring patches of `refine` share P / 6 voxels, over which one fades into the next
+OVERLAP = 6  # neighbouring patches of `refine_distances` share P / 6 voxels, where one fades into the next
 
 OnPatch = Callable[[int, int], None]  # finished patches, all patches
 
 
 @torch.no_grad()
-def refine(refiner: Refiner, sdf: Tensor, features: Tensor, voxels: Voxels, on_patch: OnPatch | None = None) -> Tensor:
-    """New distances everywhere.
+def refine_distances(
+    refiner: Refiner, sdf: Tensor, features: Tensor, voxels: Voxels, on_patch: OnPatch | None = None
+) -> Tensor:
+    """Refine the distances of a whole volume.
 
     Args:
         refiner: on the device of the other arguments.
         sdf: (N, 1) decoded distances in [-1, 1].
         features: (N, D) of the decoder.
-        voxels: of one sample at resolution R, which patches that overlap by P / 6 must cover evenly.
+        voxels: one sample at resolution R, which patches that overlap by P / 6 must cover evenly.
         on_patch: called after every patch; may raise to stop.
 
     Returns:
         (R, R, R) float32 in (-1, 1), negative inside, indexed [x, y, z].
 
     Raises:
-        ValueError: more than one sample, or patches that do not cover the grid evenly.
+        ValueError: if there is more than one sample, or patches do not cover the grid evenly.
     """
     R, P = voxels.resolution, refiner.config.patch_size
     starts = _starts(R, P, P - P // OVERLAP)
@@ -65,9 +67,10 @@ def refine(refiner: Refiner, sdf: Tensor, features: Tensor, voxels: Voxels, on_p
 
 @torch.no_grad()
 def refine_signs(refiner: SignRefiner, sdf: Tensor, voxels: Voxels, on_patch: OnPatch | None = None) -> Tensor:
-    """Which cells of 2³ voxels are outside, where nothing was decoded.
+    """Tell which cells of 2³ voxels are outside; it counts where nothing was decoded.
 
-    Arguments as `refine`. Patches lie on the grid of R / 2 and overlap by P / 2, of which the later one counts.
+    Arguments and errors as for `refine_distances`. Patches lie on the grid of R / 2 and overlap by P / 2, where the
+    later one counts.
 
     Returns:
         (R/2, R/2, R/2) bool, True outside.
@@ -86,7 +89,7 @@ def refine_signs(refiner: SignRefiner, sdf: Tensor, voxels: Voxels, on_patch: On
     return outside
 
 
-def refine_blocks(
+def refine_surface(
     refiner: Refiner | SignRefiner,
     blocks: SDFBlocks,
     features: Tensor | None,
@@ -94,13 +97,18 @@ def refine_blocks(
     device: torch.device,
     on_patch: OnPatch | None = None,
 ) -> SDFBlocks:
-    """The blocks that the refined surface of each sample crosses, maybe none.
+    """Refine each sample; return the blocks that its refined surface crosses, perhaps none.
 
     Args:
         refiner: on `device`; a `SignRefiner` where `features` is None.
         blocks: decoded.
-        features: (512 K, D) of the decoder, in the order of the blocks.
-        level: of the refined surface.
+        features: (512 M, D) of the decoder, in the order of the blocks.
+        level: value of the SDF on the refined surface.
+        device: where the work is done.
+        on_patch: called with the finished and all patches of a sample; may raise to stop.
+
+    Raises:
+        ValueError: if patches do not cover the grid evenly.
     """
     first, coords, values = 0, [], []
     for index, count in enumerate(blocks.counts):
@@ -109,12 +117,13 @@ def refine_blocks(
         sample = SDFBlocks(own.to(device), blocks.values[some].to(device), blocks.resolution, 1)
         if features is None:
             outside = refine_signs(refiner, *sample.to_voxels(), on_patch)
-            crossed = signed_blocks(*sample.to_voxels(), outside, level)  # made again: coordinates are the largest
+            # made a second time: voxels kept while refining would be the largest tensor
+            crossed = blocks_of_signs(*sample.to_voxels(), outside, level)
             del outside
         else:
             rows = features[BLOCK**3 * first : BLOCK**3 * (first + count)].to(device)
-            crossed = refined_blocks(
-                refine(refiner, sample.values.reshape(-1, 1), rows, sample.to_voxels()[1], on_patch), level
+            crossed = blocks_of_distances(
+                refine_distances(refiner, sample.values.reshape(-1, 1), rows, sample.to_voxels()[1], on_patch), level
             )
         coords.append(F.pad(crossed[0].int(), (1, 0), value=index))
         values.append(crossed[1])
@@ -122,21 +131,24 @@ def refine_blocks(
     return SDFBlocks(torch.cat(coords), torch.cat(values), blocks.resolution, blocks.batch_size)
 
 
-def refined_blocks(volume: Tensor, level: float) -> tuple[Tensor, Tensor]:
-    """The blocks of a volume (R, R, R) that hold an end of a grid edge on which it crosses `level`.
+def blocks_of_distances(volume: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    """Return the blocks of a volume (R, R, R) that hold an end of a grid edge where it crosses `level`.
 
-    Returns block coordinates (K, 3) long and values (K, 8, 8, 8), for `sdf_to_mesh`.
+    They are block coordinates (M, 3) long and values (M, 8, 8, 8), as `sdf_to_mesh` takes them.
     """
     return _crossed_blocks(lambda first, last: volume[first:last], len(volume), level)
 
 
-def signed_blocks(sdf: Tensor, voxels: Voxels, outside: Tensor, level: float) -> tuple[Tensor, Tensor]:
-    """As `refined_blocks`, of the decoded distances (N, 1) and, where nothing was decoded, +1 or -1 by `outside`."""
+def blocks_of_signs(sdf: Tensor, voxels: Voxels, outside: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    """Return the same blocks of a volume of decoded distances, sdf (N, 1), and of signs where nothing was decoded.
+
+    `outside` is the result of `refine_signs`: +1 where it is True, else -1.
+    """
     return _crossed_blocks(lambda first, last: signed_slab(sdf, voxels, outside, first, last), voxels.resolution, level)
 
 
 def signed_slab(sdf: Tensor, voxels: Voxels, outside: Tensor, first: int, last: int) -> Tensor:
-    """Layers first <= x < last of the signed volume, (last - first, R, R) float32; arguments as `signed_blocks`."""
+    """Layers first <= x < last of the volume of `blocks_of_signs`, (last - first, R, R) float32."""
     cells = outside[first // 2 : (last + 1) // 2]
     for dim in range(3):
         cells = cells.repeat_interleave(2, dim)
@@ -153,7 +165,7 @@ def _starts(resolution: int, patch: int, stride: int) -> list[int]:
 
 
 def _ramp(start: int, starts: list[int], patch: int, device: torch.device) -> Tensor:
-    """Share of a patch along one axis, (P,): it rises linearly from 0 to 1, and falls, where neighbours overlap."""
+    """Weight of a patch along one axis, (P,): where it overlaps a neighbour it rises linearly from 0 to 1, or falls."""
     ramp, rise = torch.ones(patch, device=device), torch.linspace(0, 1, patch // OVERLAP, device=device)
     if start > starts[0]:
         ramp[: len(rise)] = rise
@@ -163,7 +175,7 @@ def _ramp(start: int, starts: list[int], patch: int, device: torch.device) -> Te
 
 
 def _inside(voxels: Voxels, corner: Tensor, patch: int) -> tuple[Tensor, Tensor]:
-    """Rows of the voxels in a patch, and their flat places in it."""
+    """Rows of the voxels in a patch, and their flat places in the patch."""
     if voxels.batch_size != 1:
         raise ValueError(f"expected one sample, got {voxels.batch_size}")
     place = voxels.coords[:, 1:] - corner
@@ -173,7 +185,7 @@ def _inside(voxels: Voxels, corner: Tensor, patch: int) -> tuple[Tensor, Tensor]
 
 
 def _in_layers(voxels: Voxels, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """Rows of the voxels with first <= x < last, and their flat places in these layers of the grid."""
+    """Rows of the voxels with first <= x < last, and their flat places in these layers."""
     if voxels.batch_size != 1:
         raise ValueError(f"expected one sample, got {voxels.batch_size}")
     R = voxels.resolution
@@ -199,7 +211,7 @@ def _mean_of_cells(sdf: Tensor, voxels: Voxels, dtype: torch.dtype = torch.float
 
 
 def _crossed_blocks(slab: Callable[[int, int], Tensor], resolution: int, level: float) -> tuple[Tensor, Tensor]:
-    """Blocks of a volume of which `slab(first, last)` gives layers; beyond the grid everything is outside."""
+    """Crossed blocks of the volume whose layers `slab(first, last)` returns; all is outside beyond the grid."""
     found = [*_crossed_in_layers(slab, resolution, level)]
     coords, values = zip(*found, strict=True)
     return torch.cat(coords), torch.cat(values)

@@ -1,8 +1,8 @@
 """The two refiners of the released models: dense U-Nets on patches of the decoded SDF volume.
 
-`Refiner` gives new distances for every voxel of a patch, from the decoder's distances and features. `SignRefiner` says
-only whether a voxel is outside (+1) or inside (-1). Both have the same U-Net; `refined_blocks.py` runs them over a
-volume.
+`Refiner` makes new distances for every voxel of a patch from the decoder's distances and features. `SignRefiner` only
+tells whether a voxel is outside (+1) or inside (-1). Both have the same U-Net. refined_blocks.py runs them over a
+volume; on CUDA and without a gradient, refiner_rows.py computes the same with voxels as rows.
 
 Sizes named in this file:
     B  patches      P  voxels along the edge of a patch      C  channels      D  channels of the decoder's features
@@ -15,21 +15,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.devices import HAS_TRITON
+from ..kernels.volume_conv import OFFSETS, Size, rows_are_faster
+from .refiner_rows import adaptive_rows, conv_rows, unet_rows
 
 GROUPS = 4  # of every group norm
-KERNEL = 27  # weights of an adaptive convolution at each voxel
-ADAPTIVE_STEPS = 3  # times that it is applied
-SLAB_BYTES = 64 << 20  # of a convolution's input and output at a time, without gradients: cuDNN copies what it is given
+ADAPTIVE_STEPS = 3  # times an adaptive convolution is applied
+SLAB_BYTES = 64 << 20  # input and output of a convolution at a time, without a gradient: cuDNN copies its input
 
 
 @dataclass(frozen=True)
 class RefinerConfig:
     """Sizes of a refiner; the defaults are those of the released 512³ one.
 
-    `widths` are the channels of the levels, each at half the resolution of the one before. A level has `layers`
-    residual blocks on the way down and one more on the way up, the middle `middle_layers` + 1. `patch_size` P is what
-    the network was trained on: its norms average over a patch. Raises ValueError for sizes that do not fit together.
+    `widths` are the channels of the levels; each level has half the resolution of the one before. A level has `layers`
+    residual blocks on the way down and one more on the way up; the middle has `middle_layers` + 1. The network was
+    trained on patches of `patch_size` P, and its norms average over a patch.
+
+    Raises:
+        ValueError: for sizes that do not fit together.
     """
 
     widths: tuple[int, ...] = (8, 32, 128, 512)
@@ -50,7 +53,7 @@ class RefinerConfig:
 
 @dataclass(frozen=True)
 class SignRefinerConfig(RefinerConfig):
-    """Sizes of a sign refiner; the defaults are those of the released 1024³ one. It reads no features."""
+    """Sizes of a sign refiner; the defaults are those of the released 1024³ one, which reads no features."""
 
     patch_size: int = 256
 
@@ -73,14 +76,14 @@ class ResBlock(nn.Module):
         return self.finish(_conv(normed, self.conv1))
 
     def finish(self, h: Tensor) -> Tensor:
-        """What follows the first convolution; overwrites h."""
+        """Apply the layers after the first convolution; overwrites h."""
         return _conv(_norm_silu(h, self.norm2, overwrite=True), self.conv2)
 
     def forward_cat(self, h: Tensor, skip: Tensor, upsample: nn.ConvTranspose3d | None) -> Tensor:
-        """`forward` of the upsampled h and of skip side by side.
+        """Apply `forward` to the upsampled h and skip side by side.
 
-        Both together would be the largest thing here. Without a gradient they are made one group of the norm at a time,
-        and the convolutions are sums over the groups.
+        Joined, they would be the largest tensor of the network. Without a gradient they are joined one group of the
+        norm at a time, and the convolutions are sums over the groups.
         """
         if torch.is_grad_enabled():
             return self(torch.cat([h if upsample is None else upsample(h), skip], dim=1))
@@ -148,7 +151,7 @@ class UNet(nn.Module):
 
 
 class AdaptiveConv(nn.Module):
-    """A 3³ convolution with weights of its own at each voxel, the same for all channels, applied three times.
+    """A 3³ convolution whose weights differ from voxel to voxel but not between channels, applied three times.
 
     The weights (B, 27, P, P, P), x slowest, follow from `guide` (B, C, P, P, P); their absolute values sum to one.
     """
@@ -156,7 +159,7 @@ class AdaptiveConv(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.hidden_conv = nn.Conv3d(channels, channels, 3, padding=1)
-        self.weight_conv = nn.Conv3d(channels, KERNEL, 3, padding=1, bias=False)
+        self.weight_conv = nn.Conv3d(channels, OFFSETS, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor, guide: Tensor) -> Tensor:
         weights = _conv(F.relu(_conv(guide, self.hidden_conv)), self.weight_conv)
@@ -165,14 +168,14 @@ class AdaptiveConv(nn.Module):
         for _ in range(ADAPTIVE_STEPS):
             padded = F.pad(x, (1,) * 6)
             x = torch.zeros_like(x)
-            for k in range(KERNEL):
+            for k in range(OFFSETS):
                 i, j, l = k // 9, k // 3 % 3, k % 3  # noqa: E741
                 x = torch.addcmul(x, weights[:, k : k + 1], padded[:, :, i : i + X, j : j + Y, l : l + Z])
         return x
 
 
 class Refiner(nn.Module):
-    """Better distances from the decoder's: the released `Voxel_RefinerXL`."""
+    """Better distances than the decoder's: the released `Voxel_RefinerXL`."""
 
     def __init__(self, config: RefinerConfig):
         super().__init__()
@@ -193,12 +196,12 @@ class Refiner(nn.Module):
 
         Args:
             sdf: (B, 1, P, P, P) distances over the band, 1 where nothing was decoded.
-            embedded: (B, C, P, P, P) features of `embed_features`, those of zero where nothing was decoded.
+            embedded: (B, C, P, P, P) from `embed_features`; where nothing was decoded, its result for zeros.
 
         Returns:
             (B, 1, P, P, P) in (-1, 1), negative inside.
         """
-        if _by_rows(sdf):
+        if rows_are_faster(sdf):
             return _volumes(sdf, embedded, run=self._forward_rows)
         h = self.unet(torch.cat([_conv(sdf, self.input_conv), embedded], dim=1))
         h = self.adaptive1(h, h)
@@ -206,10 +209,8 @@ class Refiner(nn.Module):
         h = self.adaptive2(h, h)
         return self.adaptive3(self.output_conv(h), h).tanh()
 
-    def _forward_rows(self, size: tuple[int, int, int], sdf: Tensor, embedded: Tensor) -> Tensor:
+    def _forward_rows(self, size: Size, sdf: Tensor, embedded: Tensor) -> Tensor:
         """`forward` of one patch: (V, 1) and (V, C) -> (V, 1)."""
-        from .refiner_rows import adaptive_rows, conv_rows, unet_rows
-
         h = unet_rows(self.unet, conv_rows(sdf, size, self.input_conv), embedded, size)
         h = adaptive_rows(self.adaptive1, h, h, size, ADAPTIVE_STEPS)
         h = conv_rows(h, size, self.middle_conv)
@@ -217,12 +218,12 @@ class Refiner(nn.Module):
         return adaptive_rows(self.adaptive3, conv_rows(h, size, self.output_conv), h, size, ADAPTIVE_STEPS).tanh_()
 
     def embed_features(self, features: Tensor) -> Tensor:
-        """The decoder's features of single voxels, (N, D) -> (N, C). What a voxel without any has is that of zeros."""
+        """Embed the decoder's features of single voxels, (N, D) -> (N, C); a voxel without any counts as zeros."""
         return self.feature_mlp(features)
 
 
 class SignRefiner(nn.Module):
-    """Outside or inside, from the decoder's distances: the released `Voxel_RefinerXL_sign`."""
+    """Whether voxels are outside or inside, from the decoder's distances: the released `Voxel_RefinerXL_sign`."""
 
     def __init__(self, config: SignRefinerConfig):
         super().__init__()
@@ -233,27 +234,20 @@ class SignRefiner(nn.Module):
         self.output_conv = nn.Conv3d(C, 1, 3, padding=1)
 
     def forward(self, sdf: Tensor) -> Tensor:
-        """Logits (B, 1, P, P, P), outside where they are at least 0; `sdf` as `Refiner` reads it."""
-        if _by_rows(sdf):
+        """sdf (B, 1, P, P, P), as `Refiner` takes it -> logits (B, 1, P, P, P), at least 0 outside."""
+        if rows_are_faster(sdf):
             return _volumes(sdf, run=self._forward_rows)
         return self.output_conv(self.unet(_conv(sdf, self.input_conv)))
 
-    def _forward_rows(self, size: tuple[int, int, int], sdf: Tensor) -> Tensor:
+    def _forward_rows(self, size: Size, sdf: Tensor) -> Tensor:
         """`forward` of one patch: (V, 1) -> (V, 1)."""
-        from .refiner_rows import conv_rows, unet_rows
-
         return conv_rows(
             unet_rows(self.unet, conv_rows(sdf, size, self.input_conv), None, size), size, self.output_conv
         )
 
 
-def _by_rows(x: Tensor) -> bool:
-    """Whether Triton does the work: on a GPU without a gradient."""
-    return x.is_cuda and HAS_TRITON and not torch.is_grad_enabled()
-
-
 def _volumes(*volumes: Tensor, run: Callable) -> Tensor:
-    """run(size, rows of each volume (V, C)) for each patch of volumes (B, C, X, Y, Z) -> (B, 1, X, Y, Z)."""
+    """Apply run(size, rows (V, C) of each volume) to each patch of volumes (B, C, X, Y, Z) -> (B, 1, X, Y, Z)."""
     size = tuple(volumes[0].shape[2:])
     patches = zip(*volumes, strict=True)
     made = [run(size, *(x.flatten(1).t().contiguous() for x in patch)).view(1, *size) for patch in patches]
@@ -261,7 +255,7 @@ def _volumes(*volumes: Tensor, run: Callable) -> Tensor:
 
 
 def _norm_silu(x: Tensor, norm: nn.GroupNorm, overwrite: bool = False) -> Tensor:
-    """SiLU of the normed x; without a gradient and with leave to overwrite x, in its memory, a group at a time."""
+    """SiLU of the normed x. Without a gradient, `overwrite` lets it be written into x, a group at a time."""
     if torch.is_grad_enabled() or not overwrite:
         return F.silu(norm(x), inplace=not torch.is_grad_enabled())
     parts = (tensor.chunk(norm.num_groups, dim) for tensor, dim in ((x, 1), (norm.weight, 0), (norm.bias, 0)))
@@ -286,9 +280,9 @@ def _channels(h: Tensor, skip: Tensor, upsample: nn.ConvTranspose3d | None, firs
 
 
 def _conv(x: Tensor, conv: nn.Conv3d, some: slice = slice(None), total: Tensor | None = None) -> Tensor:
-    """A convolution of stride 1 that keeps the size, of `some` of its input channels, onto the sum `total` of others.
+    """Convolve `some` of the input channels with stride 1, keeping the size, and add to `total`, the sum over others.
 
-    Without a gradient some layers of x at a time. The bias comes with the first sum.
+    Without a gradient it takes a few layers of x at a time. The bias is added with the first sum.
     """
     weight, bias, margin = conv.weight[:, some], conv.bias if total is None else None, conv.padding[0]
     if torch.is_grad_enabled():
@@ -307,7 +301,7 @@ def _conv(x: Tensor, conv: nn.Conv3d, some: slice = slice(None), total: Tensor |
 
 
 def _double(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`conv_transpose3d` of stride 2, with weights (in, out, 2, 2, 2): every voxel makes its eight children alone."""
+    """`conv_transpose3d` of stride 2, weights (in, out, 2, 2, 2), as a product: a child has one parent."""
     x = F.conv3d(h, weight.flatten(1).t()[:, :, None, None, None], bias.repeat_interleave(8))  # (B, 8 out, X, Y, Z)
     x = x.unflatten(1, (-1, 2, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4)
     return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)

@@ -1,25 +1,23 @@
-"""The refiners' U-Net on a GPU without gradients: the same layers on volumes as rows (V, C), by Triton.
+"""The refiners' U-Net without gradients, with the voxels of a patch as rows (V, C); refiner.py is the definition.
 
-`refiner.py` is the definition. Here the narrow levels, which hold nearly all of the memory, are read where they lie.
+Nearly all memory belongs to the narrow levels. The convolutions of volume_conv.py read them in place.
 
-Sizes: V  voxels of one patch, X · Y · Z      C  channels
+Sizes named in this file:
+    V  voxels of one patch, X · Y · Z      C  channels
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.volume_conv_triton import adaptive_conv_triton, channel_moments_triton, volume_conv_triton
+from ..kernels.volume_conv import Norm, Size, adaptive_conv, channel_moments, volume_conv
 
-WIDE = 64  # channels from which the activations before a convolution are stored
-SLAB_BYTES = 64 << 20  # of rows that are changed at a time
-
-Size = tuple[int, int, int]
-Norm = tuple[Tensor, Tensor]  # scale and shift of each channel, float32
+MAX_FUSED_CHANNELS = 64  # of a result; before wider convolutions the activations are stored
+SLAB_BYTES = 64 << 20  # rows computed at a time, in float32
 
 
 def unet_rows(unet: nn.Module, x: Tensor, y: Tensor | None, size: Size) -> Tensor:
-    """`UNet.forward` of x and y (V, ·) side by side -> (V, widths[0])."""
+    """Apply `UNet.forward` to x and y (V, ·) side by side -> (V, widths[0])."""
     h = _conv(x, size, unet.input_conv, y)
     skips = [h]
     for level, blocks in enumerate(unet.down_blocks):
@@ -40,15 +38,15 @@ def unet_rows(unet: nn.Module, x: Tensor, y: Tensor | None, size: Size) -> Tenso
 
 
 def adaptive_rows(module: nn.Module, x: Tensor, guide: Tensor, size: Size, steps: int) -> Tensor:
-    """`AdaptiveConv.forward` of rows."""
+    """Apply `AdaptiveConv.forward`: x (V, ·) and guide (V, C) -> the shape of x."""
     weights = _conv(_conv(guide, size, module.hidden_conv).relu_(), size, module.weight_conv)
     for _ in range(steps):
-        x = adaptive_conv_triton(x, size, weights)
+        x = adaptive_conv(x, size, weights)
     return x
 
 
 def conv_rows(x: Tensor, size: Size, conv: nn.Conv3d) -> Tensor:
-    """A convolution that keeps the size: (V, C) -> (V, ·)."""
+    """Apply a convolution that keeps the size: (V, C) -> (V, ·)."""
     return _conv(x, size, conv)
 
 
@@ -56,11 +54,11 @@ def _conv(
     x: Tensor, size: Size, conv: nn.Conv3d, y: Tensor | None = None, norm: Norm | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    return volume_conv_triton(x, size, conv.weight, conv.bias, y, norm, residual)
+    return volume_conv(x, size, conv.weight, conv.bias, y, norm, residual)
 
 
 def _res_block(block: nn.Module, x: Tensor, size: Size, y: Tensor | None = None) -> Tensor:
-    """`ResBlock.forward` of x and y side by side."""
+    """Apply `ResBlock.forward` to x and y side by side."""
     shortcut = x if isinstance(block.shortcut, nn.Identity) else _conv(x, size, block.shortcut, y)
     h = _norm_conv(block.norm1, block.conv1, x, y, size)
     return _norm_conv(block.norm2, block.conv2, h, None, size, shortcut)
@@ -69,9 +67,9 @@ def _res_block(block: nn.Module, x: Tensor, size: Size, y: Tensor | None = None)
 def _norm_conv(
     norm: nn.GroupNorm, conv: nn.Conv3d, x: Tensor, y: Tensor | None, size: Size, residual: Tensor | None = None
 ) -> Tensor:
-    """Group norm, SiLU and a convolution; where many channels come out, each activation would be made many times."""
+    """Apply group norm, SiLU and a convolution, fused unless wide: each activation would be computed too often."""
     scale, shift = _norm(norm, x, y)
-    if len(conv.weight) <= WIDE:
+    if len(conv.weight) <= MAX_FUSED_CHANNELS:
         return _conv(x, size, conv, y, (scale, shift), residual)
     C = x.shape[1]
     x = _silu_(x.clone(), (scale[:C], shift[:C]))
@@ -81,8 +79,8 @@ def _norm_conv(
 
 
 def _norm(norm: nn.GroupNorm, x: Tensor, y: Tensor | None = None) -> Norm:
-    """What a group norm of x and y side by side multiplies each channel with, and adds."""
-    parts = [channel_moments_triton(part) for part in (x, y) if part is not None]
+    """Scale and shift of each channel in a group norm of x and y side by side."""
+    parts = [channel_moments(part) for part in (x, y) if part is not None]
     mean, variance = (torch.cat(values).unflatten(0, (norm.num_groups, -1)) for values in zip(*parts, strict=True))
     group_mean = mean.mean(1, keepdim=True)
     group_variance = (variance + (mean - group_mean).square()).mean(1, keepdim=True)
@@ -100,7 +98,7 @@ def _silu_(x: Tensor, norm: Norm) -> Tensor:
 
 
 def _halve(x: Tensor, size: Size, conv: nn.Conv3d) -> tuple[Tensor, Size]:
-    """A convolution of kernel and stride 2."""
+    """Apply a convolution of kernel and stride 2; returns its rows and size."""
     (X, Y, Z), C = size, conv.weight.shape[1]
     weight = conv.weight.permute(2, 3, 4, 1, 0).flatten(0, 3)  # (8 C, ·)
     cells = x.view(X // 2, 2, Y // 2, 2, Z // 2, 2, C).permute(0, 2, 4, 1, 3, 5, 6)
@@ -110,7 +108,7 @@ def _halve(x: Tensor, size: Size, conv: nn.Conv3d) -> tuple[Tensor, Size]:
 
 
 def _double(x: Tensor, size: Size, conv: nn.ConvTranspose3d) -> tuple[Tensor, Size]:
-    """A transposed convolution of kernel and stride 2."""
+    """Apply a transposed convolution of kernel and stride 2; returns its rows and size."""
     (X, Y, Z), (C, M) = size, conv.weight.shape[:2]
     weight = conv.weight.permute(0, 2, 3, 4, 1).flatten(1)  # (C, 8 M), children i, j, k
     out = x.new_empty(8 * len(x), M)
@@ -122,4 +120,5 @@ def _double(x: Tensor, size: Size, conv: nn.ConvTranspose3d) -> tuple[Tensor, Si
 
 
 def _rows(channels: int) -> int:
+    """Rows of so many channels that are computed at a time."""
     return max(1, SLAB_BYTES // (4 * channels))

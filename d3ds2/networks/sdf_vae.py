@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..geometry.voxels import Voxels
+from ..kernels.gather_conv import permute_rows
 from ..layers.attention import WindowAttention
 from ..layers.sparse_conv import (
     PackedGroupNorm,
     SubdivideConv3d,
     SubmanifoldConv3d,
     mean_pool,
-    permute_rows,
     side_by_side,
 )
 from ..layers.transformer import FeedForward, LayerNorm32, initialize_linear

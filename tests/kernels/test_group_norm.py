@@ -1,11 +1,12 @@
-"""The Triton kernels of the group norm of packed samples against their definition, `PackedGroupNorm` on a CPU."""
+"""The Triton kernels of the group norm of packed samples against their definition, which runs on a CPU."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from d3ds2.geometry.segments import samples_of
 from d3ds2.kernels import group_norm_triton as kernels
-from d3ds2.layers.sparse_conv import PackedGroupNorm, samples_of
+from d3ds2.layers.sparse_conv import PackedGroupNorm
 from tests.support.random_voxels import random_voxels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU in Triton's interpreter, see conftest.py
@@ -13,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU in Triton's 
 
 @pytest.fixture(autouse=True)
 def nan_in_what_is_not_written(monkeypatch):
-    """New tensors hold NaN, and tiles are small, so that there are several of a sample."""
+    """Fill new tensors with NaN, and make tiles so small that a sample has several."""
     empty, empty_like = torch.empty, torch.empty_like
     monkeypatch.setattr(torch, "empty", lambda *a, **k: _filled(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: _filled(empty_like(*a, **k)))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from d3ds2.geometry.segments import samples_of
 from d3ds2.kernels.devices import HAS_TRITON
 from d3ds2.kernels.modulation import (
     affine_norm,
@@ -12,7 +13,6 @@ from d3ds2.kernels.modulation import (
     gated_sum_reference,
     modulated_norm,
     modulated_norm_reference,
-    ragged_samples,
 )
 from d3ds2.networks.latent_dit import LatentBlock, LatentDiTConfig
 from tests.support.random_voxels import random_voxels
@@ -32,7 +32,7 @@ CASES = [
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Whatever a kernel leaves unwritten is NaN; programs take their rows in several steps."""
+    """Fill new tensors with NaN, for what a kernel leaves unwritten; programs take their rows in several steps."""
     from d3ds2.kernels import modulation_triton
 
     for name in ("NORM", "NORM_BACKWARD", "GATE", "GATE_BACKWARD"):
@@ -50,11 +50,11 @@ def poisoned(monkeypatch):
 
 
 def problem(counts, C):
-    """The voxels; h, parameters of a token's sample in the middle of a chunk, x and the gradient of the result."""
-    voxels = random_voxels(counts, 16).to(DEVICE)
-    h, x, dout = (torch.randn(len(voxels), C, dtype=torch.float64) for _ in range(3))
+    """The rows of the samples; h, parameters of a sample in the middle of a chunk, x and the gradient of the result."""
+    samples = samples_of(random_voxels(counts, 16).to(DEVICE))
+    h, x, dout = (torch.randn(sum(counts), C, dtype=torch.float64) for _ in range(3))
     parameters = torch.randn(len(counts), 6 * C, dtype=torch.float64)
-    return voxels, 3 * h + 1, parameters, x, dout
+    return samples, 3 * h + 1, parameters, x, dout
 
 
 def outputs_and_gradients(function, inputs, dout, dtype):
@@ -88,9 +88,9 @@ def check(kernel, definition, inputs, dout, dtype):
 def test_modulated_norm(counts, C, dtype, poisoned):
     from d3ds2.kernels.modulation_triton import modulated_norm_triton
 
-    voxels, h, parameters, _, dout = problem(counts, C)
-    definition = on_chunk(lambda h, shift, scale: modulated_norm_reference(h, shift, scale, voxels, EPS))
-    kernel = on_chunk(lambda h, *p: modulated_norm_triton(h, *p, ragged_samples(voxels), EPS, dtype))
+    samples, h, parameters, _, dout = problem(counts, C)
+    definition = on_chunk(lambda h, shift, scale: modulated_norm_reference(h, shift, scale, samples, EPS))
+    kernel = on_chunk(lambda h, *p: modulated_norm_triton(h, *p, samples, EPS, dtype))
     check(kernel, definition, (h, parameters), dout, dtype)
 
 
@@ -104,9 +104,9 @@ def on_chunk(function):
 def test_gated_sum(counts, C, dtype, poisoned):
     from d3ds2.kernels.modulation_triton import gated_sum_triton
 
-    voxels, h, parameters, x, dout = problem(counts, C)
-    definition = lambda h, gate, x: gated_sum_reference(h, gate.chunk(6, dim=-1)[2], x, voxels)  # noqa: E731
-    kernel = lambda h, gate, x: gated_sum_triton(h, gate.chunk(6, dim=-1)[2], x, ragged_samples(voxels), dtype)  # noqa: E731
+    samples, h, parameters, x, dout = problem(counts, C)
+    definition = lambda h, gate, x: gated_sum_reference(h, gate.chunk(6, dim=-1)[2], x, samples)  # noqa: E731
+    kernel = lambda h, gate, x: gated_sum_triton(h, gate.chunk(6, dim=-1)[2], x, samples, dtype)  # noqa: E731
     check(kernel, definition, (h, parameters, x), dout, dtype)
 
 
@@ -137,15 +137,15 @@ def test_mixed_dtypes():
     """As in training: h is float32, the parameters and x are bfloat16; every gradient has its input's dtype."""
     from d3ds2.kernels.modulation_triton import gated_sum_triton, modulated_norm_triton
 
-    voxels, h, parameters, x, dout = problem([30, 0, 12], 40)
+    samples, h, parameters, x, dout = problem([30, 0, 12], 40)
     h, dout = h.to(DEVICE, torch.float32).requires_grad_(), dout.to(DEVICE, torch.float32)
     shift, scale, gate = (p.to(DEVICE, torch.bfloat16).requires_grad_() for p in parameters.chunk(6, dim=-1)[:3])
-    x, samples = x.to(DEVICE, torch.bfloat16).requires_grad_(), ragged_samples(voxels)
+    x = x.to(DEVICE, torch.bfloat16).requires_grad_()
     normed = modulated_norm_triton(h, shift, scale, samples, EPS, torch.float32)
     summed = gated_sum_triton(h, gate, x, samples, torch.float32)
     expected = (
-        modulated_norm_reference(h, shift.float(), scale.float(), voxels, EPS),
-        gated_sum_reference(h, gate, x, voxels),
+        modulated_norm_reference(h, shift.float(), scale.float(), samples, EPS),
+        gated_sum_reference(h, gate, x, samples),
     )
     for actual, wanted, inputs in zip((normed, summed), expected, ((h, shift, scale), (h, gate, x)), strict=True):
         torch.testing.assert_close(actual, wanted)
@@ -185,9 +185,9 @@ def test_a_block_with_its_kernels(counts, share_modulation, monkeypatch):
         out = checkpoint(block, *arguments, use_reentrant=False)
         return out, *torch.autograd.grad(out, inputs, dout)
 
-    monkeypatch.setattr("d3ds2.kernels.modulation._on_triton", lambda h: False)
+    monkeypatch.setattr("d3ds2.kernels.modulation.half_on_triton", lambda h: False)
     expected = step()
-    monkeypatch.setattr("d3ds2.kernels.modulation._on_triton", lambda h: True)
+    monkeypatch.setattr("d3ds2.kernels.modulation.half_on_triton", lambda h: True)
     actual = step()
     assert "_GatedSum" in type(actual[0].grad_fn).__name__
     tolerance = 1e-6 if DEVICE == "cpu" else 1e-3  # where the kernels of attention multiply in TF32
@@ -197,20 +197,20 @@ def test_a_block_with_its_kernels(counts, share_modulation, monkeypatch):
 
 
 def on_gpu(counts, C, dtype):
-    voxels, h, parameters, x, dout = problem(counts, C)
-    return voxels, *(t.to("cuda", dtype) for t in (h, *parameters.chunk(6, dim=-1)[:3], x, dout))
+    samples, h, parameters, x, dout = problem(counts, C)
+    return samples, *(t.to("cuda", dtype) for t in (h, *parameters.chunk(6, dim=-1)[:3], x, dout))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("counts", "C"), [([3000, 0, 500, 37], 1024), ([2500], 1024), ([700, 1], 1536), ([300], 3000)])
 def test_on_the_gpu_by_its_public_names(counts, C, dtype):
-    voxels, h, parameters, x, dout = problem(counts, C)
-    norm = on_chunk(lambda h, shift, scale: modulated_norm(h, shift, scale, voxels, EPS))
-    reference = on_chunk(lambda h, shift, scale: modulated_norm_reference(h, shift, scale, voxels, EPS))
+    samples, h, parameters, x, dout = problem(counts, C)
+    norm = on_chunk(lambda h, shift, scale: modulated_norm(h, shift, scale, samples, EPS))
+    reference = on_chunk(lambda h, shift, scale: modulated_norm_reference(h, shift, scale, samples, EPS))
     check(norm, reference, (h, parameters), dout, dtype)
     gate = parameters[:, :C]
-    summed, reference = (lambda h, gate, x, f=f: f(h, gate, x, voxels) for f in (gated_sum, gated_sum_reference))
+    summed, reference = (lambda h, gate, x, f=f: f(h, gate, x, samples) for f in (gated_sum, gated_sum_reference))
     check(summed, reference, (h, gate, x), dout, dtype)
     affine, reference = (lambda h, w, b, f=f: f(h, w, b, EPS) for f in (affine_norm, affine_norm_reference))
     check(affine, reference, (h, parameters[0, :C], parameters[0, C : 2 * C]), dout, dtype)
@@ -220,7 +220,7 @@ def test_on_the_gpu_by_its_public_names(counts, C, dtype):
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16, None])
 def test_dtypes_are_those_of_torch(autocast):
     """With and without autocast, for every pair of dtypes of tokens and parameters that autocast takes."""
-    voxels, *tensors = on_gpu([40, 3], 64, torch.float32)
+    samples, *tensors = on_gpu([40, 3], 64, torch.float32)
     half = autocast or torch.bfloat16
     for first in (torch.float32, half):
         for second in (torch.float32, half):
@@ -228,10 +228,10 @@ def test_dtypes_are_those_of_torch(autocast):
             with torch.autocast("cuda", dtype=autocast, enabled=autocast is not None):
                 pairs = (
                     (
-                        modulated_norm(h, shift, scale, voxels, EPS),
-                        modulated_norm_reference(h, shift, scale, voxels, EPS),
+                        modulated_norm(h, shift, scale, samples, EPS),
+                        modulated_norm_reference(h, shift, scale, samples, EPS),
                     ),
-                    (gated_sum(h, gate, x, voxels), gated_sum_reference(h, gate, x, voxels)),
+                    (gated_sum(h, gate, x, samples), gated_sum_reference(h, gate, x, samples)),
                     (affine_norm(h, shift[0], scale[0], EPS), affine_norm_reference(h, shift[0], scale[0], EPS)),
                 )
             for actual, wanted in pairs:
@@ -243,12 +243,12 @@ def test_dtypes_are_those_of_torch(autocast):
 @pytest.mark.parametrize("counts", [[3000], [1000, 0, 2000]])
 def test_equal_bits_again_and_from_a_graph(counts):
     with torch.cuda.stream(torch.cuda.Stream()):
-        voxels, h, shift, scale, gate, x, dout = on_gpu(counts, 1024, torch.float16)
+        samples, h, shift, scale, gate, x, dout = on_gpu(counts, 1024, torch.float16)
         inputs = [t.detach().requires_grad_() for t in (h, shift, scale, gate, x)]
         h, shift, scale, gate, x = inputs
 
         def step():
-            out = gated_sum(modulated_norm(h, shift, scale, voxels, EPS), gate, x, voxels)
+            out = gated_sum(modulated_norm(h, shift, scale, samples, EPS), gate, x, samples)
             return out.detach(), *torch.autograd.grad(out, inputs, dout)
 
         expected = step()

@@ -1,10 +1,10 @@
-"""Sparse layers against dense ones on a volume with zeros where no voxel is: outputs and gradients."""
+"""Sparse layers against dense ones on a volume that is zero between the voxels: outputs and gradients."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from d3ds2.layers import sparse_conv
+from d3ds2.kernels import gather_conv
 from d3ds2.layers.sparse_conv import PackedGroupNorm, SubdivideConv3d, SubmanifoldConv3d, mean_pool, side_by_side
 from tests.support.random_voxels import random_voxels
 
@@ -86,7 +86,7 @@ def test_place_adds_a_linear_layer_of_each_child():
     inputs = (x, conv.weight, conv.place)
     actual = outputs_and_gradients(lambda: conv(x, voxels), *inputs)
     neighbors = voxels.neighbors
-    again = sparse_conv.gather_conv(x.detach(), neighbors, conv.dense_weights().detach(), conv.bias.detach())
+    again = gather_conv.gather_conv(x.detach(), neighbors, conv.dense_weights().detach(), conv.bias.detach())
     torch.testing.assert_close(actual[0], again)
     expected = torch.autograd.grad(torch.einsum("ni,cio->nco", x, conv.place).flatten(0, 1).sum(), conv.place)
     torch.testing.assert_close(torch.autograd.grad(conv(x, voxels).sum(), conv.place), expected)
@@ -120,9 +120,9 @@ def test_chunks_change_nothing(monkeypatch):
     conv = SubmanifoldConv3d(4, 6).double()
     x = torch.randn(len(voxels), 4, dtype=torch.float64, requires_grad=True)
     whole = outputs_and_gradients(lambda: conv(x, voxels), x, conv.weight, conv.bias)
-    monkeypatch.setattr(sparse_conv, "CPU_CHUNK_BYTES", 1)
-    monkeypatch.setattr(sparse_conv, "MIN_CHUNK_ROWS", 100)
-    assert len(list(sparse_conv._gathered(x, voxels.neighbors))) == 6
+    monkeypatch.setattr(gather_conv, "CPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr(gather_conv, "MIN_CHUNK_ROWS", 100)
+    assert len(list(gather_conv._gathered(x, voxels.neighbors))) == 6
     assert_all_close(outputs_and_gradients(lambda: conv(x, voxels), x, conv.weight, conv.bias), whole)
 
 

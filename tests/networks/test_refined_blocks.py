@@ -1,4 +1,4 @@
-"""From refined volumes to blocks: the same mesh as of the whole volume, and patches that leave no seam."""
+"""Blocks of refined volumes give the mesh of the whole volume, and patches leave no seam."""
 
 import numpy as np
 import pytest
@@ -9,10 +9,10 @@ from d3ds2.meshes.sdf_to_mesh import sdf_to_mesh
 from d3ds2.networks import refiner as refiner_module
 from d3ds2.networks.refined_blocks import (
     _mean_of_cells,
-    refine,
+    blocks_of_distances,
+    blocks_of_signs,
+    refine_distances,
     refine_signs,
-    refined_blocks,
-    signed_blocks,
     signed_slab,
 )
 from d3ds2.networks.refiner import Refiner, RefinerConfig, SignRefiner, SignRefinerConfig
@@ -37,7 +37,7 @@ def blocks_of(volume):
 def test_crossed_blocks_make_the_mesh_of_the_volume(level):
     volume = smooth_volume(48)
     volume[:, :, 40:] = 1.0  # some blocks are far from the surface; elsewhere it meets the border of the grid
-    coords, values = refined_blocks(volume, level)
+    coords, values = blocks_of_distances(volume, level)
     assert 0 < len(coords) < 6**3
     whole = sdf_to_mesh(*(x.numpy() for x in blocks_of(volume)), 48, level)
     part = sdf_to_mesh(coords.numpy(), values.numpy(), 48, level)
@@ -47,7 +47,7 @@ def test_crossed_blocks_make_the_mesh_of_the_volume(level):
 def test_blocks_without_a_crossing_are_left_out():
     volume = torch.ones(64, 64, 64)
     volume[20:40, 20:40, 20:40] = -1
-    coords, values = refined_blocks(volume, 0.2)
+    coords, values = blocks_of_distances(volume, 0.2)
     near = {c for c in np.ndindex(8, 8, 8) if all(2 <= x <= 5 for x in c)}  # of voxels 16 to 47: 19 and 40 are ends
     assert {tuple(c) for c in coords.tolist()} == near - {(3, 3, 3)}
     assert values.shape == (len(coords), 8, 8, 8)
@@ -67,7 +67,9 @@ def test_signed_blocks_are_those_of_the_signed_volume(whole_blocks):
     volume[tuple(voxels.coords[:, 1:].long().T)] = sdf[:, 0]
     for first, last in ((0, R), (3, 12), (8, 9)):
         assert torch.equal(signed_slab(sdf, voxels, outside, first, last), volume[first:last])
-    for actual, expected in zip(signed_blocks(sdf, voxels, outside, 0.2), refined_blocks(volume, 0.2), strict=True):
+    for actual, expected in zip(
+        blocks_of_signs(sdf, voxels, outside, 0.2), blocks_of_distances(volume, 0.2), strict=True
+    ):
         assert torch.equal(actual, expected)
 
 
@@ -86,7 +88,7 @@ def test_patches_of_a_constant_network_blend_to_a_constant():
     model.adaptive3.register_forward_hook(lambda _m, _a, out: out + 1.0)
     voxels = random_voxels([50], 64)
     calls = []
-    volume = refine(model, torch.rand(50, 1), torch.rand(50, 3), voxels, lambda *call: calls.append(call))
+    volume = refine_distances(model, torch.rand(50, 1), torch.rand(50, 3), voxels, lambda *call: calls.append(call))
     torch.testing.assert_close(volume, torch.full((64, 64, 64), np.tanh(1.0).item()))
     assert calls == [(i + 1, 27) for i in range(27)]
 
@@ -96,7 +98,7 @@ def test_grids_and_samples_that_do_not_fit_are_named():
     signs = SignRefiner(SignRefinerConfig(**SMALL, patch_size=16))
     voxels = random_voxels([50], 56)
     with pytest.raises(ValueError, match="patches of 24 every 20 voxels cover, got 56"):
-        refine(refiner, torch.rand(50, 1), torch.rand(50, 3), voxels)
+        refine_distances(refiner, torch.rand(50, 1), torch.rand(50, 3), voxels)
     with pytest.raises(ValueError, match="patches of 16 every 8 voxels cover, got 28"):
         refine_signs(signs, torch.rand(50, 1), voxels)
     with pytest.raises(ValueError, match="expected one sample, got 2"):
@@ -118,7 +120,7 @@ def test_gradients_flow_through_a_refiner():
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_pieces_of_a_patch_give_what_the_whole_gives(layers, monkeypatch):
-    """Without a gradient the widest layers are made in groups of channels, convolutions in layers of the patch."""
+    """Without a gradient, the widest layers are computed in groups of channels, convolutions in layers of the patch."""
     torch.manual_seed(0)
     sizes = {"widths": (8, 16, 32), "layers": layers, "middle_layers": 1, "patch_size": 24}
     signs, refiner = SignRefiner(SignRefinerConfig(**sizes)), Refiner(RefinerConfig(**sizes, feature_channels=4))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from d3ds2.geometry.voxels import Voxels
-from d3ds2.networks.refined_blocks import refine, refine_signs, signed_slab
+from d3ds2.networks.refined_blocks import refine_distances, refine_signs, signed_slab
 from d3ds2.networks.refiner import Refiner, RefinerConfig, SignRefiner, SignRefinerConfig
 from d3ds2.official.weights import refiner_state_dict
 from tests.support.golden import Golden, assert_close, golden, over, released_shapes
@@ -85,7 +85,7 @@ def test_refined_volume(name):
     data = golden(name)
     expected = data.outputs["volume"]
     voxels, sdf, order = decoded(data, len(expected))
-    assert_close(refine(network(data), sdf, data.inputs["feat"][order], voxels), expected, TANH)
+    assert_close(refine_distances(network(data), sdf, data.inputs["feat"][order], voxels), expected, TANH)
 
 
 @over("refiner_sign*", holding="outputs/volume")

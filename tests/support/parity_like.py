@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from d3ds2.geometry.voxels import Voxels
 from d3ds2.networks.latent_dit import LatentDiT, LatentDiTConfig
-from d3ds2.networks.refined_blocks import refine, refine_signs, signed_slab
+from d3ds2.networks.refined_blocks import refine_distances, refine_signs, signed_slab
 from d3ds2.networks.refiner import Refiner, RefinerConfig, SignRefiner, SignRefinerConfig
 from d3ds2.networks.sdf_vae import SDFVAE, SDFVAEConfig
 from d3ds2.networks.structure_dit import StructureDiT, StructureDiTConfig
@@ -271,7 +271,7 @@ def write_run(folder: Path, meta: dict, params: dict, model: nn.Module, resoluti
         volume = signed_slab(inputs["sdf"], voxels, outside, 0, resolution)
     else:
         inputs["feat"] = torch.randn(2000, 10)
-        volume = refine(model, inputs["sdf"], inputs["feat"], voxels)
+        volume = refine_distances(model, inputs["sdf"], inputs["feat"], voxels)
     write(folder, meta, params, inputs=inputs, outputs={"volume": volume})
 
 

@@ -1,0 +1,228 @@
+"""Submanifold convolution of rows and their known neighbours, and permutations of rows.
+
+Once the 27 neighbours of each voxel are gathered, a convolution is one matrix product. On CUDA the kernels of
+gather_conv_triton.py gather inside the product. Elsewhere chunks of rows are gathered, so that the copy stays small
+whatever N is.
+
+Sizes named in this file:
+    N  voxels      M  rows of a result      C  channels      Cin, Cout  channels in and out
+    J  taps: the weights of one offset for one child; 27 in a plain convolution, 8 for each of 8 children
+"""
+
+from collections.abc import Iterator
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .device_constant import device_constant
+from .devices import on_triton
+
+CPU_CHUNK_BYTES = 4 << 20  # neighbours gathered at a time; they stay in a core's cache
+DEVICE_CHUNK_BYTES = 512 << 20
+MIN_CHUNK_ROWS = 1024
+
+
+def submanifold_conv(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Tensor, children: int = 1) -> Tensor:
+    """`out[children n + c] = bias + Σ_j x[neighbors[offset_j, n]] @ weight[j]` over the taps j of child c.
+
+    Differentiable in x, weight and bias.
+
+    Args:
+        x: (N, Cin).
+        neighbors: (27, N) rows of x around each voxel, N where there is none.
+        weight: (27, Cin, Cout), or for 8 children (64, Cin, Cout), as `children_weight` makes it.
+        bias: (Cout,).
+        children: 1 or 8 rows of the result for each voxel.
+
+    Returns:
+        (children N, Cout).
+    """
+    return _SubmanifoldConv.apply(x, neighbors, weight, bias, children)
+
+
+def gather_conv(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Apply the same convolution with dense weights, for some rows of the result and without a gradient.
+
+    Args:
+        x: (N, Cin).
+        neighbors: (27, M) rows of x around each of M voxels, N where there is none.
+        weight: (27, Cin, children · Cout), as `dense_weight` makes it.
+        bias: (Cout,).
+
+    Returns:
+        (M · children, Cout), child c of voxel m in row children · m + c.
+    """
+    if on_triton(x):
+        from .gather_conv_triton import gather_conv_triton
+
+        return gather_conv_triton(x, neighbors, weight, bias).view(-1, len(bias))
+    return gather_conv_reference(x, neighbors, weight, bias)
+
+
+def gather_conv_reference(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Definition of `gather_conv`."""
+    (_, _, channels), Cout = weight.shape, len(bias)
+    out = x.new_empty(neighbors.shape[1], channels)
+    for rows, columns in _gathered(x, neighbors):
+        torch.addmm(bias.repeat(channels // Cout), columns, weight.flatten(0, 1), out=out[rows])
+    return out.view(-1, Cout)
+
+
+def gather_conv_gradients_reference(
+    x: Tensor, neighbors: Tensor, weight: Tensor, dout: Tensor, children: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Definition of the gradients of x, weight and bias, given dout (children N, Cout), that of the result.
+
+    One gathering serves both products: voxel m is read at offset k by its neighbour at the opposite offset.
+    """
+    J, Cin, Cout = weight.shape
+    matrix = weight.transpose(1, 2).reshape(J * Cout, Cin)
+    dx = torch.empty_like(x)
+    dmatrix = matrix.new_zeros(matrix.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+    offset, child = _taps(children, x.device)
+    for rows, columns in _gathered(dout, neighbors, 26 - offset, child, children):
+        torch.mm(columns, matrix, out=dx[rows])
+        dmatrix += columns.t() @ x[rows]
+    dweight = dmatrix.view(J, Cout, Cin).transpose(1, 2).to(weight.dtype)
+    return dx, dweight, dout.sum(0)
+
+
+def gather_conv_gradients_triton(
+    x: Tensor, neighbors: Tensor, weight: Tensor, dout: Tensor, children: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same gradients by the kernels."""
+    from .gather_conv_triton import gather_convs, gather_convs_gradients
+
+    rows = dout.reshape(1, len(x), -1)  # (1, N, children Cout)
+    dx = gather_convs(rows, neighbors, dense_weight(weight, children)[None], transposed=True)[0]
+    dtype = weight.dtype if children == 1 else torch.float32
+    (dweight,), (dbias,) = gather_convs_gradients(x[None], neighbors, rows, dtype)  # (27, Cin, children Cout)
+    if children > 1:
+        dweight = dweight.unflatten(2, (children, -1)).transpose(1, 2)[_taps(children, x.device)]
+        dbias = dbias.unflatten(0, (children, -1)).sum(0)
+    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+class _SubmanifoldConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, neighbors, weight, bias, children):
+        ctx.save_for_backward(x, neighbors, weight)
+        ctx.children = children
+        return gather_conv(x, neighbors, dense_weight(weight, children), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        x, neighbors, weight = ctx.saved_tensors
+        gradients = gather_conv_gradients_triton if on_triton(x) else gather_conv_gradients_reference
+        dx, dweight, dbias = gradients(x, neighbors, weight, dout, ctx.children)
+        return dx, None, dweight, dbias, None
+
+
+def dense_weight(weight: Tensor, children: int) -> Tensor:
+    """Weights of the taps (J, Cin, Cout) -> (27, Cin, children · Cout), zero where a child has no tap."""
+    if children == 1:
+        return weight
+    offset, child = _taps(children, weight.device)
+    dense = weight.new_zeros(27, children, *weight.shape[1:])
+    dense[offset, child] = weight
+    return dense.transpose(1, 2).flatten(2)
+
+
+def children_weight(weight: Tensor) -> Tensor:
+    """Weights (27, Cin, Cout) on the subdivided grid -> those of the taps on the coarse one, (64, Cin, Cout).
+
+    Per axis, child 0 finds its fine offsets (-1, 0, 1) at the coarse offsets (-1, 0, 0), child 1 at (0, 0, 1).
+    """
+    return _ChildrenWeight.apply(weight)
+
+
+class _ChildrenWeight(torch.autograd.Function):
+    """Along an axis, child 0 has the taps before and centre + after, child 1 before + centre and after."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        first, second = (device_constant(rows, weight.device) for rows in ((0, 1, 0, 2), (2, 1)))
+        ctx.shape = weight.shape
+        weight = weight.unflatten(0, (3, 3, 3))  # (x, y, z, Cin, Cout)
+        for axis in (2, 1, 0):
+            taps = weight.index_select(axis, first)
+            taps.narrow(axis, 1, 2).add_(weight.index_select(axis, second))
+            weight = taps
+        channels = weight.shape[3:]
+        return weight.view(2, 2, 2, 2, 2, 2, *channels).permute(0, 2, 4, 1, 3, 5, 6, 7).reshape(64, *channels)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dtaps):
+        first, second = (device_constant(rows, dtaps.device) for rows in ((0, 1, 1), (2, 2, 3)))
+        dtaps = dtaps.unflatten(0, (2, 2, 2, 2, 2, 2)).permute(0, 3, 1, 4, 2, 5, 6, 7)
+        dtaps = dtaps.reshape(4, 4, 4, *ctx.shape[1:])
+        for axis in (0, 1, 2):
+            dtaps = dtaps.index_select(axis, first).add_(dtaps.index_select(axis, second))
+        return dtaps.flatten(0, 2)
+
+
+def _taps(children: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Coarse offset and child of each tap, (J,) long each: 27 of a single child, or 8 for each of 8 children."""
+    offset, child = CHILDREN_TAPS if children == 8 else (tuple(range(27)), (0,) * 27)
+    return device_constant(offset, device, torch.long), device_constant(child, device, torch.long)
+
+
+def _children_taps() -> tuple[tuple, tuple]:
+    pairs = list(product(product((0, 1), repeat=3), repeat=2))  # child and tap, per axis: together 0, 1, 2 are -1, 0, 1
+    offset = tuple(sum(9 // 3**i * (c + t) for i, (c, t) in enumerate(zip(*pair, strict=True))) for pair in pairs)
+    return offset, tuple(4 * i + 2 * j + k for (i, j, k), _ in pairs)
+
+
+CHILDREN_TAPS = _children_taps()  # (64,) each
+
+
+def permute_rows(x: Tensor, order: Tensor) -> Tensor:
+    """x[order] for a permutation: x (N, C), order (N,) long. Its gradient is the inverse permutation, not a sum."""
+    return _PermuteRows.apply(x, order)
+
+
+def take_rows(x: Tensor, order: Tensor) -> Tensor:
+    """x[order] without a gradient: x (N, C), order (M,) long -> (M, C)."""
+    if on_triton(x):
+        from .gather_conv_triton import take_rows_triton
+
+        return take_rows_triton(x, order)
+    return x.index_select(0, order)
+
+
+class _PermuteRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, order):
+        ctx.save_for_backward(order)
+        return take_rows(x, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        (order,) = ctx.saved_tensors
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order), device=order.device)
+        return take_rows(dout, inverse), None
+
+
+def _gathered(
+    x: Tensor, neighbors: Tensor, offset: Tensor | None = None, child: Tensor | int = 0, children: int = 1
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield chunks of voxels n: their slice, and x[children · neighbors[offset, n] + child], zero where there is none.
+
+    The rows taken for a voxel lie side by side, (rows, J C).
+    """
+    J, C = 27 if offset is None else len(offset), x.shape[1]
+    padded = torch.nn.functional.pad(x, (0, 0, 0, children))
+    chunk_bytes = CPU_CHUNK_BYTES if x.device.type == "cpu" else DEVICE_CHUNK_BYTES
+    num_rows = max(MIN_CHUNK_ROWS, chunk_bytes // (J * C * x.element_size()))
+    for first in range(0, neighbors.shape[1], num_rows):
+        rows = slice(first, first + num_rows)
+        index = neighbors[:, rows].t()  # (rows, 27)
+        if offset is not None:
+            index = index[:, offset] * children + child
+        yield rows, padded.index_select(0, index.reshape(-1)).view(-1, J * C)
