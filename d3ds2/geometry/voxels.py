@@ -1,8 +1,8 @@
 """The geometry of a packed batch of voxels, and everything that follows from geometry alone.
 
-Features are plain tensors (N, C) whose rows follow `Voxels.coords`. What depends on the coordinates only (sample
-offsets, selection blocks, windows, neighbours, coarser and finer grids, position embeddings) is computed once
-and kept in `Voxels.tables`, where all layers, both guidance branches and all sampling steps find it: see `per_grid`.
+Features are plain tensors (N, C) whose rows follow `Voxels.coords`. Whatever depends on the coordinates alone (sample
+offsets, selection blocks, windows, neighbours, coarser and finer grids, position embeddings) is computed once and kept
+in `Voxels.tables`, where all layers, both guidance branches and all sampling steps find it; see `per_grid`.
 
 Sizes named in this file:
     N  voxels, all samples packed      B  samples
@@ -36,8 +36,8 @@ class Voxels:
         coords: (N, 4) int32 rows [batch, x, y, z]. Unsorted ones go through `Voxels.sort`.
         resolution: voxels along an edge of the grid.
         batch_size: number of samples B; some may be empty.
-        tables: results that are known beforehand, by `per_grid.key`; what is computed later joins them.
-        check: False skips the checks, which make the host wait for the device: for coords sorted by construction.
+        tables: results known beforehand, under their `per_grid.key`. Those computed later are added.
+        check: False for coords that are sorted by construction. The checks make the host wait for the device.
 
     Raises:
         ValueError: for a wrong shape or dtype, coordinates outside the grid, rows out of order or given twice.
@@ -90,7 +90,8 @@ class Voxels:
 
         Args:
             block_coords: (M, 4) int32 [batch, x, y, z] in blocks, lexicographic and without repeats; not checked.
-            resolution, batch_size: of the voxels.
+            resolution: voxels along an edge of the grid.
+            batch_size: number of samples.
         """
         offset = device_constant(PLACES, block_coords.device)  # (512, 4)
         corners = block_coords * device_constant((1, BLOCK, BLOCK, BLOCK), block_coords.device)

@@ -92,9 +92,7 @@ class StructureDiT(nn.Module):
         self.time_embedder = TimestepEmbedder(C)
         self.shared_modulation = modulation_projection(C) if config.share_modulation else nn.Identity()
         self.input_layer = nn.Linear(config.latent_channels, C)
-        steps = torch.arange(
-            config.resolution, device="cpu"
-        )  # so that the buffer has values even if the rest is on "meta"
+        steps = torch.arange(config.resolution, device="cpu")  # the buffer needs values even if the rest is on "meta"
         grid = torch.stack(torch.meshgrid(steps, steps, steps, indexing="ij"), dim=-1).flatten(0, 2)  # (R³, 3)
         self.register_buffer("position", absolute_position_embedding(grid, C), persistent=False)
         self.blocks = nn.ModuleList(StructureBlock(config) for _ in range(config.depth))

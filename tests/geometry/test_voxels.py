@@ -162,8 +162,8 @@ def lowest(voxels, axis, factor=1):
 def test_results_are_kept_under_their_function_and_arguments(voxels):
     assert voxels.windows(4) is voxels.windows(4, 8) is voxels.windows(size=8, shift=4)
     assert voxels.windows(4) is not voxels.windows(0)
-    assert voxels.tables[Voxels.windows.key(4)] is voxels.windows(4)
-    assert voxels.tables[Voxels.neighbors.key()] is voxels.neighbors
+    assert voxels.windows(4) is voxels.tables[Voxels.windows.key(4)]
+    assert voxels.neighbors is voxels.tables[Voxels.neighbors.key()]
     assert lowest(voxels, 0) is lowest(voxels, axis=0, factor=1) is voxels.tables[lowest.key(0)]
     assert lowest(voxels, 0) is not lowest(voxels, 1)
     with pytest.raises(TypeError, match="axis"):
