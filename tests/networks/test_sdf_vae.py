@@ -172,7 +172,7 @@ def slab(y: int) -> tuple[torch.Tensor, Voxels]:
 
 
 def test_place_of_voxels_tells_the_halves_of_a_block_apart():
-    """The released networks cannot: pooling and submanifold convolutions do not see where in its block a surface lies."""
+    """Released networks cannot: pooling and submanifold convolutions do not see where in its block a surface lies."""
     torch.manual_seed(0)
     released = SDFVAE(CONFIG)
     placed = SDFVAE(dataclasses.replace(CONFIG, voxel_place=True))
