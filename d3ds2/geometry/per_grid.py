@@ -41,7 +41,7 @@ class per_grid:
 
 
 class per_grid_property(per_grid):
-    """The same for a property: `voxels.name` is the result."""
+    """Decorate a property likewise: `voxels.name` is the result."""
 
     def __get__(self, voxels, owner=None) -> Any:
         return self if voxels is None else self(voxels)

@@ -5,14 +5,14 @@ from torch import Tensor
 
 
 def absolute_position_embedding(positions: Tensor, channels: int) -> Tensor:
-    """Sine and cosine embedding of points, per axis, with `channels // 3 // 2` frequencies 10000^(-i/F).
+    """Embed points by sines and cosines of each axis, at F = `channels // 3 // 2` frequencies 10000^(-i/F).
 
     Args:
         positions: coordinates (..., 3).
-        channels: width C; what three axes cannot fill evenly stays zero at the end.
+        channels: width C. The last channels, C - 6 F, are zero.
 
     Returns:
-        Embeddings (..., C), float32: per axis all sines, then all cosines; axes x, y, z one after the other.
+        Embeddings (..., C), float32: sines then cosines of x, then those of y, then those of z.
     """
     num_frequencies = channels // 3 // 2
     exponent = torch.arange(num_frequencies, dtype=torch.float64, device=positions.device) / num_frequencies

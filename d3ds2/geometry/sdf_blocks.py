@@ -1,6 +1,9 @@
-"""A decoded SDF as blocks of 8³ voxels, one for each latent: a hundredth of the memory of its voxels' coordinates.
+"""A decoded SDF as blocks of 8³ voxels, one for each latent.
 
-K  blocks, all samples packed      R  SDF voxels per edge
+The coordinates of the blocks take a hundredth of the memory that those of the voxels would take.
+
+Sizes named in this file:
+    M  blocks, all samples packed      R  SDF voxels per edge
 """
 
 from dataclasses import dataclass
@@ -14,11 +17,11 @@ from .voxels import BLOCK, Voxels
 
 @dataclass(frozen=True, eq=False)
 class SDFBlocks:
-    """Distances of whole blocks.
+    """The SDF at all voxels of the blocks.
 
     Args:
-        coords: (K, 4) int32 [batch, x, y, z] in blocks, lexicographic.
-        values: (K, 8, 8, 8) floats, indexed [x, y, z]: distance over the band.
+        coords: (M, 4) int32 [batch, x, y, z] in blocks, lexicographic.
+        values: (M, 8, 8, 8) floats, indexed [x, y, z]: distance over the band.
         resolution: R.
         batch_size: number of samples; some may be empty.
     """
@@ -30,11 +33,11 @@ class SDFBlocks:
 
     @staticmethod
     def of_voxels(sdf: Tensor, voxels: Voxels) -> "SDFBlocks":
-        """Of sdf (512 K, 1) on sorted voxels that fill their blocks, as `SDFVAE.decode` gives them."""
+        """Return the blocks of an sdf (512 M, 1) on sorted voxels that fill them, as `SDFVAE.decode` returns it."""
         return SDFBlocks(voxels.block_coords, sdf.view(-1, BLOCK, BLOCK, BLOCK), voxels.resolution, voxels.batch_size)
 
     def to_voxels(self) -> tuple[Tensor, Voxels]:
-        """The inverse of `of_voxels`: sdf (512 K, 1) and its voxels."""
+        """Return the sdf (512 M, 1) and its voxels: the inverse of `of_voxels`."""
         return self.values.reshape(-1, 1), Voxels.of_blocks(self.coords, self.resolution, self.batch_size)
 
     @cached_property
@@ -43,5 +46,5 @@ class SDFBlocks:
         return torch.bincount(self.coords[:, 0].long(), minlength=self.batch_size).tolist()
 
     def samples(self) -> list[tuple[Tensor, Tensor]]:
-        """Block coordinates (K, 3) and values (K, 8, 8, 8) of each sample."""
+        """Return block coordinates (m, 3) and values (m, 8, 8, 8) of each sample with its m blocks."""
         return [*zip(self.coords[:, 1:].split(self.counts), self.values.split(self.counts), strict=True)]

@@ -1,8 +1,8 @@
 """The geometry of a packed batch of voxels, and everything that follows from geometry alone.
 
-Features are plain tensors (N, C) whose rows follow `Voxels.coords`. What depends on the coordinates only (sample
-offsets, selection blocks, windows, neighbours, coarser and finer grids, position embeddings) is computed once
-and kept in `Voxels.tables`, where all layers, both guidance branches and all sampling steps find it: see `per_grid`.
+Features are plain tensors (N, C) whose rows follow `Voxels.coords`. Whatever depends on the coordinates alone (sample
+offsets, selection blocks, windows, neighbours, coarser and finer grids, position embeddings) is computed once and kept
+in `Voxels.tables`, where all layers, both guidance branches and all sampling steps find it; see `per_grid`.
 
 Sizes named in this file:
     N  voxels, all samples packed      B  samples
@@ -36,8 +36,8 @@ class Voxels:
         coords: (N, 4) int32 rows [batch, x, y, z]. Unsorted ones go through `Voxels.sort`.
         resolution: voxels along an edge of the grid.
         batch_size: number of samples B; some may be empty.
-        tables: results that are known beforehand, by `per_grid.key`; what is computed later joins them.
-        check: False skips the checks, which make the host wait for the device: for coords sorted by construction.
+        tables: results known beforehand, under their `per_grid.key`. Those computed later are added.
+        check: False for coords that are sorted by construction. The checks make the host wait for the device.
 
     Raises:
         ValueError: for a wrong shape or dtype, coordinates outside the grid, rows out of order or given twice.
@@ -90,7 +90,8 @@ class Voxels:
 
         Args:
             block_coords: (M, 4) int32 [batch, x, y, z] in blocks, lexicographic and without repeats; not checked.
-            resolution, batch_size: of the voxels.
+            resolution: voxels along an edge of the grid.
+            batch_size: number of samples.
         """
         offset = device_constant(PLACES, block_coords.device)  # (512, 4)
         corners = block_coords * device_constant((1, BLOCK, BLOCK, BLOCK), block_coords.device)
@@ -130,7 +131,14 @@ class Voxels:
     def map(self, move: Callable[[Tensor], Tensor]) -> "Voxels":
         """Return prepared voxels with all tensors moved."""
         coords = move(self.coords)
-        tables = {key: _moved(table, move) for key, table in self.tables.items()}
+        tables = {}
+        for key, table in self.tables.items():  # what is none of these is left out, to be computed there if needed
+            if isinstance(table, Tensor):
+                tables[key] = move(table)
+            elif isinstance(table, Windows):
+                tables[key] = table.map(move)
+            elif isinstance(table, list):
+                tables[key] = table  # counts, which stay on the host
         return Voxels(coords, self.resolution, self.batch_size, tables, check=False)
 
     def pin_memory(self) -> "Voxels":
@@ -196,7 +204,7 @@ class Voxels:
 
     @per_grid_property
     def block_coords(self) -> Tensor:
-        """Blocks as [batch, x, y, z] in units of 8 voxels, lexicographic, (M, 4) int32."""
+        """The occupied blocks, (M, 4) int32 [batch, x, y, z] in units of 8 voxels, lexicographic."""
         first_rows = self.coords[self.block_offsets[:-1].long()]
         return torch.cat([first_rows[:, :1], first_rows[:, 1:] // BLOCK], dim=1)
 
@@ -214,9 +222,9 @@ class Voxels:
 
     @per_grid_property
     def neighbors(self) -> Tensor:
-        """Rows of the 27 neighbours, (27, N) int32, N where there is none.
+        """Rows of the 27 neighbours of each voxel, (27, N) int32; N where there is none.
 
-        Row k = 9 (dx+1) + 3 (dy+1) + (dz+1) holds the voxels at coords + (dx, dy, dz); row 13 is the voxel itself.
+        Row k = 9 (dx+1) + 3 (dy+1) + (dz+1) is for the voxels at coords + (dx, dy, dz); row 13 is the voxel itself.
         """
         if self._subdivided is not None and (coarse := self._subdivided()) is not None:
             return child_neighbors(coarse.neighbors, coarse.child_order)
@@ -280,10 +288,9 @@ class Voxels:
 
     @per_grid_property
     def child_order(self) -> Tensor:
-        """Children in the order of `subdivide()[0]`, whose row i is child 4 i + 2 j + k = `child_order[i] % 8` of voxel
-        `child_order[i] // 8` here: (8N,) long.
+        """All children, sorted as `subdivide()[0]`: (8N,) long, 8 n + 4 i + 2 j + k for child (i, j, k) of voxel n.
 
-        So features (8N, C) in rows 8 n + child are sorted by `x[child_order]`.
+        Features (8N, C) in rows 8 n + child are sorted by `x[child_order]`.
         """
         first = sort_keys(self.coords * device_constant((1, 2, 2, 2), self.device), 2 * self.resolution)
         places = tuple((i * BLOCK + j) * BLOCK + k for _, i, j, k in CHILDREN)
@@ -352,12 +359,6 @@ def _check_coords(coords: Tensor, resolution: int, batch_size: int) -> None:
 def _known_grids(counts: list[list[int]], coarsest: Voxels) -> dict:
     """Return the tables of voxels over a known grid; arguments as for `Voxels.above`."""
     return {Voxels.counts.key(): counts[0], Voxels._coarser_grids.key(): (counts[1:], coarsest)}
-
-
-def _moved(table, move: Callable[[Tensor], Tensor]):
-    if isinstance(table, Tensor):
-        return move(table)
-    return table.map(move) if isinstance(table, Windows) else table  # counts stay on the host
 
 
 def _first_of_samples(coords: Tensor, batch_size: int) -> Tensor:

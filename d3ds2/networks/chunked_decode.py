@@ -1,16 +1,19 @@
 """Decode latents to an SDF in bounded memory: the same numbers as `SDFVAE.decode`, in pieces.
 
-The transformer part goes from window to window: a window's result depends on the window alone. The convolutions that
-follow go over boxes of latents. A latent's SDF voxels depend on latents at most three away: seen from the edge of a
-box, the six convolutions reach 1 voxel at R, 1 + 1 at R/2, 1 + 1 at R/4 and 1 latent, so
-
-    features at R/2 of cells up to 2 beyond, at R/4 up to 3 beyond, and latents up to 3 beyond
-
-are all that is needed, and all that is computed. Boxes do not overlap, and every latent lies in one. A box is halved
+The transformer goes a few windows at a time, since the result of a window depends on that window alone. The
+convolutions that follow go over boxes of latents, which do not overlap and together hold every latent. A box is halved
 until what it needs fits the memory.
 
+The SDF voxels of a latent depend on latents at most three away. From the edge of a box, the six convolutions reach 1
+voxel at R, 1 + 1 at R/2, 1 + 1 at R/4 and 1 latent. So a box needs features of
+
+    cells at R/2 up to 2 beyond its edge, cells at R/4 up to 3 beyond, and latents up to 3 beyond,
+
+and no others are computed.
+
 Sizes named in this file:
-    L  latents, all samples packed     C  hidden size     N  cells of one level in one chunk     M  rows of a result
+    L  latents, all samples packed      C  hidden size
+    N  cells of one level in one chunk  P  of them or of their children, those taken further
 """
 
 from collections.abc import Callable, Iterator
@@ -21,22 +24,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..geometry.neighbors import CELL_OFFSET, CHILD
+from ..geometry.position_embedding import absolute_position_embedding
 from ..geometry.sdf_blocks import SDFBlocks
-from ..geometry.voxels import Voxels, Windows, absolute_position_embedding
+from ..geometry.voxels import Voxels
+from ..geometry.windows import Windows
 from ..kernels.device_constant import device_constant
 from ..kernels.gather_conv import gather_conv
 from .sdf_vae import FACTOR, SDFVAE
 
-HALO = 3  # latents around a box that its voxels depend on
-MARGINS = (3, 3, 2)  # cells around a box whose features are needed, at R/8, R/4 and R/2
+HALO = 3  # latents beyond the edge of a box on which its voxels depend
+MARGINS = (3, 3, 2)  # cells beyond that edge whose features are needed, at R/8, R/4 and R/2
+CELLS = (FACTOR // 2) ** 3  # of a latent, at R/2
 DEFAULT_BUDGET = 2 << 30  # bytes
-MIN_SLICE = 1024  # rows of a result, or tokens, at a time
+MIN_SLICE = 1024  # cells or tokens at a time, at least
 
-OnChunk = Callable[[int, int], None]  # finished latents, all latents
+OnChunk = Callable[[int, int], None]  # takes the number of finished latents, and of all
 
 
 class MemoryBudgetError(ValueError):
-    """A budget too small for the least that can be decoded at a time. The message says how much would do."""
+    """The budget is too small for the smallest possible chunk. The message says how much is enough."""
 
 
 @torch.no_grad()
@@ -49,24 +55,24 @@ def decode_in_chunks(
     on_chunk: OnChunk | None = None,
     features_out: Tensor | None = None,
 ) -> SDFBlocks:
-    """Decode without a gradient, in as few pieces as the memory allows.
+    """Decode without gradients, in as few chunks as the memory allows.
 
     Args:
         vae: on the device of the latents.
-        latents: (L, E), as the encoder gives them (not normalised).
+        latents: (L, E), as the encoder returns them (not normalised).
         voxels: their voxels at R / 8.
         memory_budget: bytes that this may take beside weights and latents, its result included. Default: 2 GiB.
-        position_factor: as `SDFVAE.decode`.
-        on_chunk: called with the finished and all latents; may raise to stop.
+        position_factor: as in `SDFVAE.decode`.
+        on_chunk: called after each chunk with the number of finished latents and of all; may raise to stop.
         features_out: (512 L, C / 16), to be filled with the features before the output layer, in the order of
             `SDFBlocks.to_voxels`; not counted in the budget.
 
     Returns:
-        The SDF on the latents' device, float32. The chunks change it by rounding alone.
+        The SDF, float32, on the device of the latents. Only its rounding depends on the chunks.
 
     Raises:
-        ValueError: latents and voxels that do not fit together.
-        MemoryBudgetError: a budget that is too small for any chunk.
+        ValueError: if latents and voxels do not fit together.
+        MemoryBudgetError: if the budget is too small for any chunk.
     """
     config, L = vae.config, len(voxels)
     if latents.shape != (L, config.latent_channels):
@@ -98,28 +104,31 @@ def decode_in_chunks(
 
 
 def kept_bytes(hidden_size: int, latents: int, dtype: torch.dtype) -> int:
-    """Bytes of what stays while the chunks pass: features, neighbours, the result, and weights as they are used."""
+    """Count the bytes kept through all chunks: features, neighbours, the result, and the weights as dense tensors."""
     weights = 27 * 8 * sum((hidden_size // n) ** 2 for n in (4, 8, 16)) * dtype.itemsize
     return weights + latents * (hidden_size * dtype.itemsize + 27 * 4 + 4 * FACTOR**3 + 64)
 
 
 def latent_bytes(hidden_size: int, dtype: torch.dtype) -> int:
-    """Bytes that a chunk needs for each of its latents, those of the halo counted."""
+    """Count the bytes that a chunk needs for each of its latents, those of the halo included."""
     C = hidden_size // 8
-    features = dtype.itemsize * 64 * (C + C + C // 2)  # at R/2, before and after the rows needed are taken
-    neighbors = 27 * 4 * (1 + 8 + 64) + 64 * (4 * 8)
+    features = dtype.itemsize * CELLS * (C + C + C // 2)  # at R/2, before and after the needed rows are taken
+    neighbors = 27 * 4 * (1 + 8 + CELLS) + CELLS * (4 * 8)
     return features + neighbors
 
 
 def max_latents(hidden_size: int, budget: int, dtype: torch.dtype) -> int:
+    """Return how many latents, those of the halo included, a chunk may have within `budget` bytes."""
     return budget // latent_bytes(hidden_size, dtype)
 
 
 def chunk_boxes(voxels: Voxels, limit: int) -> list[tuple[np.ndarray, np.ndarray, Tensor]] | None:
-    """Boxes of latents that with their halo hold at most `limit`.
+    """Cut the latents into boxes that hold at most `limit` latents, halo included.
 
-    Returns (low (4,), high (4,), rows) of each: a box holds low <= [batch, x, y, z] < high, `rows` are the latents in
-    it and in its halo. Every latent lies in one box. None where a single latent has too large a halo.
+    Returns:
+        (low (4,), high (4,), rows) for each box. Every latent lies in exactly one box, the one with
+        low <= [batch, x, y, z] < high; `rows` (N,) long are the latents in the box and in its halo. None if even the
+        halo of a single latent holds too many.
     """
     coords = voxels.coords.cpu().numpy()
     if not len(coords):
@@ -152,12 +161,12 @@ def chunk_boxes(voxels: Voxels, limit: int) -> list[tuple[np.ndarray, np.ndarray
 
 
 def transform(vae: SDFVAE, latents: Tensor, voxels: Voxels, position_factor: float, slice_bytes: int) -> Tensor:
-    """The transformer part of the decoder, (L, E) -> (L, C), a few windows at a time."""
+    """Run the transformer of the decoder, (L, E) -> (L, C), a few windows at a time."""
     decoder, C = vae.decoder, vae.config.hidden_size
     dtype = decoder.input_layer.weight.dtype
     tokens = max(MIN_SLICE, slice_bytes // (C * (12 * dtype.itemsize + 4)))  # queries, keys, values, feed-forward
     x = latents.new_empty(len(voxels), C, dtype=dtype)
-    for first in range(0, len(voxels), tokens):  # not through the cache of `voxels`, which would keep the embedding
+    for first in range(0, len(voxels), tokens):  # not `voxels.position_embedding`, which would be kept
         rows = slice(first, first + tokens)
         position = absolute_position_embedding(voxels.coords[rows, 1:].float() * position_factor, C)
         x[rows] = decoder.input_layer(latents[rows].to(dtype)) + position.to(dtype)
@@ -171,7 +180,7 @@ def transform(vae: SDFVAE, latents: Tensor, voxels: Voxels, position_factor: flo
 
 
 def _window_slices(windows: Windows, tokens: int) -> Iterator[tuple[slice | Tensor, Windows]]:
-    """Ragged of whole windows of about `tokens` in all: their rows, and the windows as if they were alone."""
+    """Yield groups of whole windows with about `tokens` tokens: their rows, and the windows numbered among these."""
     ends = np.concatenate([[0], np.cumsum(windows.lengths)])
     first = 0
     while first < len(windows.lengths):
@@ -184,14 +193,14 @@ def _window_slices(windows: Windows, tokens: int) -> Iterator[tuple[slice | Tens
 
 
 class _Table:
-    """Neighbours of all latents, from which those of a chunk are taken."""
+    """The neighbours of all latents, from which those of a chunk are taken."""
 
     def __init__(self, voxels: Voxels):
         self.neighbors = voxels.neighbors
         self.local = torch.empty(len(voxels) + 1, dtype=torch.int32, device=voxels.device)
 
     def of_rows(self, rows: Tensor) -> Tensor:
-        """Neighbours (27, N) among `rows` (N,), N where there is none."""
+        """Return the neighbours (27, N) among `rows` (N,), N where there is none."""
         N = len(rows)
         self.local.fill_(N)
         self.local[rows] = torch.arange(N, dtype=torch.int32, device=rows.device)
@@ -199,11 +208,11 @@ class _Table:
 
 
 def _decode_box(vae, weights, features, table, voxels, low, high, rows, place, results, slice_bytes) -> int:
-    """Write the results (512 L, ...) of the latents in a box; returns how many latents they are."""
+    """Write the rows of the results (512 L, ...) that belong to the latents in a box; return their number."""
     low, high = (torch.from_numpy(corner[1:]).to(rows.device) for corner in (low, high))
     blocks, x, neighbors = vae.decoder.up_blocks, features[rows], table.of_rows(rows)
     cells = voxels.coords[rows, 1:]  # (N, 3) at this level
-    origin = rows  # latent of each cell
+    origin = rows  # the latent of each cell
     for level in range(2):
         x = F.silu(gather_conv(x, neighbors, weights[2 * level], blocks[level].conv1.bias), inplace=True)
         scale, margin = 2 << level, MARGINS[level + 1]
@@ -217,39 +226,40 @@ def _decode_box(vae, weights, features, table, voxels, low, high, rows, place, r
     x = F.silu(gather_conv(x, neighbors, weights[4], blocks[2].conv1.bias), inplace=True)  # (N, C / 16) at R/2
 
     core = ((cells >= 4 * low) & (cells < 4 * high)).all(1).nonzero()[:, 0]
-    corner = 2 * (cells[core] % 4).long()  # of its 2³ voxels in their block
-    base = place[origin[core]] * FACTOR**3 + (corner * corner.new_tensor([64, 8, 1])).sum(1)
+    corner = 2 * (cells[core] % 4).long()  # of its 2³ voxels, in their block
+    base = place[origin[core]] * FACTOR**3 + (corner * corner.new_tensor([FACTOR**2, FACTOR, 1])).sum(1)
     child = torch.arange(8, device=rows.device)
-    offset = child // 4 * 64 + child // 2 % 2 * 8 + child % 2
+    offset = (child // 4 * FACTOR + child // 2 % 2) * FACTOR + child % 2
     size = max(MIN_SLICE, slice_bytes // (8 * (3 * x.shape[1] * x.element_size() + 40)))
     for some, to in zip(core.split(size), base.split(size), strict=True):
         h = F.silu(gather_conv(x, neighbors[:, some], weights[5], blocks[2].conv2.bias), inplace=True)
-        sdf, to = vae.decoder.out_layer(h)[:, 0].float().tanh_(), (to[:, None] + offset).view(-1)  # (8 M,)
+        sdf, to = vae.decoder.out_layer(h)[:, 0].float().tanh_(), (to[:, None] + offset).view(-1)  # (8 P,)
         for result, part in zip(results, (sdf, h), strict=True):
             if result is not None:
                 result[to] = part
-    return len(core) // 64
+    return len(core) // CELLS
 
 
 def _children(cells: Tensor) -> Tensor:
-    """Coordinates (8 N, 3) of the children of cells (N, 3), row 8 n + child."""
+    """Return the coordinates (8 N, 3) of the children of cells (N, 3), in rows 8 n + child."""
     child = torch.arange(8, dtype=cells.dtype, device=cells.device)
     offset = torch.stack([child // 4, child // 2 % 2, child % 2], dim=1)
     return (2 * cells[:, None] + offset).flatten(0, 1)
 
 
 def _child_neighbors(neighbors: Tensor, needed: Tensor) -> Tensor:
-    """Neighbours (27, M) among the children in rows `needed` (M,) of 8 n + child, from those of their parents (27, N).
+    """Return the neighbours (27, P) among the children in rows `needed` (P,) of 8 n + child.
 
-    As `child_neighbors`, one offset at a time: what it takes must fit the budget.
+    They follow from the neighbours of the parents (27, N) as in `child_neighbors`, but one offset at a time, so that
+    the memory stays within the budget.
     """
-    N, M = neighbors.shape[1], len(needed)
-    rank = torch.full((8 * N + 8,), M, dtype=torch.int32, device=needed.device)
-    rank[needed] = torch.arange(M, dtype=torch.int32, device=needed.device)
+    N, P = neighbors.shape[1], len(needed)
+    rank = torch.full((8 * N + 8,), P, dtype=torch.int32, device=needed.device)
+    rank[needed] = torch.arange(P, dtype=torch.int32, device=needed.device)
     parent, child = needed // 8, needed % 8
     tables = (device_constant(table, needed.device, torch.long) for table in (CELL_OFFSET, CHILD))
     coarse_offset, neighbor_child = tables  # (27, 8) each
-    table = torch.empty(27, M, dtype=torch.int32, device=needed.device)
+    table = torch.empty(27, P, dtype=torch.int32, device=needed.device)
     for k in range(27):
         row = neighbors[coarse_offset[k][child], parent].long()
         table[k] = rank[row * 8 + neighbor_child[k][child]]
@@ -257,7 +267,7 @@ def _child_neighbors(neighbors: Tensor, needed: Tensor) -> Tensor:
 
 
 def _lexicographic(voxels: Voxels) -> tuple[Tensor, Tensor]:
-    """Coordinates (L, 4) of the voxels by sample, x, y, z, and `order` (L,): coords[order] are they."""
+    """Return the coordinates (L, 4) sorted by sample, x, y, z, and `order` (L,): they are voxels.coords[order]."""
     batch, x, y, z = voxels.coords.long().unbind(1)
     R = voxels.resolution
     order = (((batch * R + x) * R + y) * R + z).argsort()

@@ -1,6 +1,6 @@
-"""Image -> image tokens: DINOv2 with registers, its patches kept where they touch the foreground (eq. 9).
+"""Image -> image tokens: DINOv2 with registers, of whose patches those that touch the foreground are kept (eq. 9).
 
-Shapes (these capital letters name the sizes in this file):
+Sizes named in this file:
     B  images        S  pixels per edge        P  patches per edge, S / patch_size
     L  tokens, all images packed: for each image the class token, the registers, then the patches row by row
     C  channels per token
@@ -28,6 +28,9 @@ class ImageTokens:
             Sorted by batch.
         foreground: (L,) bool, True where the patch touches the object; always True for class token and registers.
         batch_size: number of images, B.
+
+    Raises:
+        ValueError: if the shapes do not fit together.
     """
 
     features: Tensor
@@ -62,21 +65,21 @@ class ImageTokens:
         return offsets.to(self.device)
 
     def select_foreground(self) -> "ImageTokens":
-        """The tokens that see the object: class token, registers and foreground patches, f of eq. 9."""
+        """Return the tokens that see the object: class token, registers and foreground patches, f of eq. 9."""
         keep = self.foreground
         return ImageTokens(self.features[keep], self.coords[keep], self.foreground[keep], self.batch_size)
 
     def zeroed(self) -> "ImageTokens":
-        """The unconditional tokens: features 0 on the same coordinates."""
+        """Return the unconditional tokens: zero features at the same coordinates."""
         return ImageTokens(torch.zeros_like(self.features), self.coords, self.foreground, self.batch_size)
 
     def where(self, keep: Tensor) -> "ImageTokens":
-        """Zero the features of the images whose entry in `keep`, (B,) bool, is False (dropout of the condition)."""
+        """Zero the features of images whose entry in `keep` (B,) bool is False, to drop the condition in training."""
         kept = keep.to(self.device)[self.coords[:, 0].long(), None]
         return ImageTokens(self.features * kept, self.coords, self.foreground, self.batch_size)
 
     def sample(self, index: int) -> "ImageTokens":
-        """The tokens of one image, as a batch of one."""
+        """Return the tokens of one image as a batch of one. Raises ValueError for an index outside the batch."""
         if not 0 <= index < self.batch_size:
             raise ValueError(f"expected an image index below {self.batch_size}, got {index}")
         first = sum(self.counts[:index])
@@ -87,7 +90,7 @@ class ImageTokens:
 
     @staticmethod
     def cat(batches: "list[ImageTokens]") -> "ImageTokens":
-        """One batch of several: the images of the first, then those of the second, and so on."""
+        """Join batches into one: the images of the first, then those of the second, and so on."""
         coords, batch_size = [], 0
         for tokens in batches:
             offset = torch.tensor([batch_size, 0, 0, 0], dtype=torch.int32, device=tokens.device)
@@ -98,14 +101,17 @@ class ImageTokens:
         return ImageTokens(features, torch.cat(coords), foreground, batch_size)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "ImageTokens":
-        """Move all tensors; `dtype` is for the features alone."""
+        """Move all tensors; only the features take `dtype`."""
         features = self.features.to(device=device, dtype=dtype)
         return ImageTokens(features, self.coords.to(device), self.foreground.to(device), self.batch_size)
 
 
 @dataclass(frozen=True)
 class ImageEncoderConfig:
-    """Sizes of the vision transformer. The defaults are DINOv2 ViT-L/14 with registers, as the paper uses it."""
+    """Sizes of the vision transformer. The defaults are those of DINOv2 ViT-L/14 with registers, which the paper uses.
+
+    Raises ValueError for sizes that do not fit together.
+    """
 
     image_size: int = 518
     patch_size: int = 14
@@ -124,7 +130,7 @@ class ImageEncoderConfig:
             raise ValueError(f"expected positive sizes, got {self}")
 
 
-# what transformers 5.2x calls the projections -> what the published weights, and all versions before, call them
+# names of the projections in transformers 5.2x -> in the published weights and all earlier versions
 PUBLISHED_NAMES = {
     ".attention.q_proj.": ".attention.attention.query.",
     ".attention.k_proj.": ".attention.attention.key.",
@@ -134,10 +140,10 @@ PUBLISHED_NAMES = {
 
 
 class ImageEncoder(nn.Module):
-    """DINOv2 with registers (transformers' implementation), without its final norm; eq. 9's E.
+    """DINOv2 with registers, as transformers implements it, without its final norm: E of eq. 9.
 
-    A new encoder has random weights and downloads nothing. `from_dinov2` reads the pretrained ones from a folder.
-    Its state dict has the names of the published weights, whatever the installed transformers calls its layers.
+    A new encoder has random weights; nothing is downloaded. `from_dinov2` reads pretrained weights from a folder. The
+    state dict uses the names of the published weights, whatever the installed transformers calls its layers.
     """
 
     def __init__(self, config: ImageEncoderConfig):
@@ -160,7 +166,7 @@ class ImageEncoder(nn.Module):
         self.embeddings = model.embeddings
         self.encoder = model.encoder
         self.embeddings.mask_token = None  # only DINOv2's own pretraining reads it
-        # transformers starts all registers at zero; equal tokens without a position would stay equal for ever
+        # transformers starts all registers at zero; equal tokens without a position would stay equal forever
         nn.init.trunc_normal_(self.embeddings.register_tokens, std=0.02)
         self.register_state_dict_post_hook(_to_published_names)
         self.register_load_state_dict_pre_hook(_to_installed_names)
@@ -170,13 +176,13 @@ class ImageEncoder(nn.Module):
         """Load pretrained DINOv2 with registers from a local folder of transformers (config.json, model.safetensors).
 
         Raises:
-            ValueError: the folder holds no such model, or one of another form (the giant, with SwiGLU).
+            ValueError: if the folder holds no such model, or another variant (the giant one, with SwiGLU).
         """
         from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
         folder = Path(folder)
         if not (folder / "config.json").is_file():
-            raise ValueError(f"expected a transformers folder of DINOv2 with registers, no config.json in {folder}")
+            raise ValueError(f"expected a transformers folder of DINOv2 with registers, got no config.json in {folder}")
         theirs = Dinov2WithRegistersConfig.from_pretrained(folder, local_files_only=True)
         form = (theirs.model_type, theirs.use_swiglu_ffn, theirs.qkv_bias, theirs.hidden_act, theirs.layer_norm_eps)
         if form != ("dinov2_with_registers", False, True, "gelu", 1e-6):
@@ -205,7 +211,10 @@ class ImageEncoder(nn.Module):
             images: (B, 4, S, S) floats in [0, 1]: the object on white, and its mask.
 
         Returns:
-            All tokens, (B * (1 + num_registers + P * P), C), layer-normed without affine (eps 1e-5).
+            All tokens, L = B (1 + num_registers + P²), with layer-normed features (eps 1e-5, no weight or bias).
+
+        Raises:
+            ValueError: for another shape.
         """
         B, S = len(images), self.config.image_size
         if images.shape != (B, 4, S, S):
@@ -217,7 +226,7 @@ class ImageEncoder(nn.Module):
         return ImageTokens(features.flatten(0, 1), self._coords(B, images.device), self._foreground(images[:, 3]), B)
 
     def _coords(self, batch_size: int, device: torch.device) -> Tensor:
-        """(L, 4) int32 [batch, x, y, z] of the tokens of `batch_size` images."""
+        """Coordinates (L, 4) int32 [batch, x, y, z] of the tokens of `batch_size` images."""
         P, num_special = self.config.image_size // self.config.patch_size, 1 + self.config.num_registers
         row, column = torch.meshgrid(torch.arange(P), torch.arange(P), indexing="ij")
         patches = torch.stack([column, row, torch.zeros_like(row)], dim=-1).reshape(P * P, 3)
@@ -226,13 +235,13 @@ class ImageEncoder(nn.Module):
         return torch.cat([batch[:, None], xyz.repeat(batch_size, 1)], dim=1).int().to(device)
 
     def _foreground(self, masks: Tensor) -> Tensor:
-        """(B, S, S) masks -> (L,) bool: the patches that hold a foreground pixel, and all other tokens."""
+        """Masks (B, S, S) -> (L,) bool, True for patches that hold a foreground pixel and for all other tokens."""
         is_object = F.max_pool2d(masks[:, None].float(), self.config.patch_size).flatten(1) > 0  # (B, P * P)
         return F.pad(is_object, (1 + self.config.num_registers, 0), value=True).flatten()
 
 
 def published_name(name: str) -> str:
-    """The name of a parameter in the published weights, from that of any version of transformers."""
+    """Return the name of a parameter in the published weights, given its name in any version of transformers."""
     for installed, published in PUBLISHED_NAMES.items():
         name = name.replace(installed, published)
     return name

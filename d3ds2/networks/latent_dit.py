@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..geometry.position_embedding import absolute_position_embedding
 from ..geometry.segments import samples_of
-from ..geometry.voxels import BLOCK, Voxels, absolute_position_embedding
+from ..geometry.voxels import BLOCK, Voxels
 from ..kernels.modulation import gated_sum
 from ..layers.attention import CrossAttention
 from ..layers.spatial_sparse_attention import SpatialSparseAttention
@@ -31,7 +32,11 @@ from .image_encoder import ImageTokens
 
 @dataclass(frozen=True)
 class LatentDiTConfig:
-    """Defaults are the paper's (sizes of the released models, m_cmp 4, convolutional compression, top-k 8)."""
+    """Sizes of the latent DiT; the defaults are the paper's.
+
+    Those are the sizes of the released models, m_cmp 4, convolutional compression and top-k 8. Raises ValueError for
+    sizes that do not fit together.
+    """
 
     latent_channels: int = 16
     hidden_size: int = 1024
@@ -42,7 +47,7 @@ class LatentDiTConfig:
     context_size: int = 1024
     compression_block: int = 4
     pooled_conv: bool = True
-    selection_block: int = 8
+    selection_block: int = BLOCK
     top_k: int = 8
     window: int = 8
     sparse_context: bool = True
@@ -67,7 +72,7 @@ class LatentDiTConfig:
 
 
 class LatentBlock(nn.Module):
-    """Spatial sparse attention, cross attention to the image, feed-forward."""
+    """Spatial sparse attention, cross-attention to the image, feed-forward."""
 
     def __init__(self, config: LatentDiTConfig, shift: int):
         super().__init__()
@@ -92,7 +97,7 @@ class LatentBlock(nn.Module):
     def forward(
         self, h: Tensor, embedding: Tensor, voxels: Voxels, context: Tensor, context_cu: Tensor, context_lengths: list
     ) -> Tensor:
-        """h (N, C), embedding (B, C) or, with a shared modulation, (B, 6 C), context (L, ·) -> (N, C)."""
+        """h (N, C), embedding (B, C) (or (B, 6 C), with a shared modulation), context (L, ·) -> (N, C)."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(embedding)
         samples = samples_of(voxels)
         attended = self.self_attention(self.norm1(h, shift_1, scale_1, samples), voxels)
@@ -126,10 +131,10 @@ class LatentDiT(nn.Module):
         self.initialize()
 
     def initialize(self) -> None:
-        """For training from scratch: every block starts as the identity, the velocity as zero."""
+        """Start training from scratch, with every block the identity and the velocity zero."""
         self.apply(initialize_linear)
         for block in self.blocks:
-            zero_linear(block.self_attention.gate)  # all three branches at one half
+            zero_linear(block.self_attention.gate)  # the gates of all three branches are one half
             zero_linear(block.cross_attention.to_out)
             if not self.config.share_modulation:
                 zero_linear(block.modulation.projection[1])
@@ -138,16 +143,16 @@ class LatentDiT(nn.Module):
         zero_linear(self.output_layer)
 
     def forward(self, x_t: Tensor, t: Tensor, voxels: Voxels, image_tokens: ImageTokens) -> Tensor:
-        """Velocity at x_t.
+        """Return the velocity at x_t.
 
         Args:
             x_t: noisy latents (N, latent_channels), rows of `voxels`.
-            t: time of each sample, (B,) in [0, 1], 1 is noise.
+            t: time of each sample, (B,) in [0, 1]; 1 is noise.
             voxels: the structure, B samples.
-            image_tokens: conditioning of the B samples; with `sparse_context` only its foreground.
+            image_tokens: conditioning of the B samples; with `sparse_context` the foreground tokens alone.
 
         Returns:
-            (N, latent_channels), in the dtype of the parameters (or of autocast).
+            The velocity (N, latent_channels), in the dtype of the parameters (or of autocast).
 
         Raises:
             ValueError: for inputs that do not fit together.

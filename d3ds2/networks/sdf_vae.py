@@ -1,7 +1,7 @@
 """SS-VAE: the sparse SDF autoencoder (Direct3D-S2, section 3).
 
-The SDF in a narrow band around the surface, at resolution R, becomes 16 numbers per latent voxel, at R / 8. The decoder
-gives back all 8³ SDF voxels of every latent. The architecture is that of the released weights.
+The encoder turns the SDF in a narrow band around the surface, at resolution R, into 16 numbers for each latent voxel,
+at R / 8. The decoder returns all 8³ SDF voxels of every latent. The architecture is that of the released weights.
 
 Sizes named in this file:
     N  active SDF voxels      L  latents, of all samples packed
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..geometry.voxels import Voxels
+from ..geometry.voxels import BLOCK, Voxels
 from ..kernels.gather_conv import permute_rows
 from ..layers.attention import WindowAttention
 from ..layers.sparse_conv import (
@@ -27,19 +27,20 @@ from ..layers.sparse_conv import (
 )
 from ..layers.transformer import FeedForward, LayerNorm32, initialize_linear
 
-FACTOR = 8  # SDF voxels along the edge of a latent voxel: three times doubled
+FACTOR = BLOCK  # SDF voxels along the edge of a latent voxel, which decodes to one block by doubling three times
 
 
 @dataclass(frozen=True)
 class SDFVAEConfig:
     """Sizes of the SS-VAE; the defaults are the released ones.
 
-    `position_resolution` is the SDF resolution at which latent coordinates enter the position embedding as they are;
-    at R they are multiplied by position_resolution / R. `latents_scale` and `latents_shift` normalise latents for the
-    diffusion model. With `voxel_place` the eight children of a voxel are told apart by their place, each with a weight
-    of its own, in the encoder's pooling and in the decoder's subdivision. In the released networks they are not: there
-    a surface whose band fits into half a block gives the same latents in both halves, since mean pooling and
-    submanifold convolutions do not see the place. Raises ValueError for sizes that do not fit together.
+    The position embedding takes latent coordinates times position_resolution / R. `latents_scale` and `latents_shift`
+    normalise latents for the diffusion model. Raises ValueError for sizes that do not fit together.
+
+    With `voxel_place` each of the eight children of a voxel has a weight of its own in the encoder's pooling and in the
+    decoder's subdivision. The released networks lack these weights. Since mean pooling and submanifold convolutions do
+    not see where in its cell a voxel lies, a surface whose band fits into half a block then has the same latents in
+    either half.
     """
 
     latent_channels: int = 16
@@ -74,7 +75,7 @@ class SDFVAEConfig:
 
 
 class WindowBlock(nn.Module):
-    """Transformer block with attention in windows of `window`³ latents, shifted by half a window in odd blocks."""
+    """A transformer block with attention in windows of `window`³ latents, shifted by half a window in odd blocks."""
 
     def __init__(self, config: SDFVAEConfig, index: int):
         super().__init__()
@@ -91,7 +92,7 @@ class WindowBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Residual block from resolution R to R / 2. With `voxel_place` also a weight for each of the 2³ children."""
+    """A residual block from resolution R to R / 2; `voxel_place` adds a weight for each of the 2³ children."""
 
     def __init__(self, in_channels: int, out_channels: int, num_groups: int, voxel_place: bool):
         super().__init__()
@@ -103,7 +104,7 @@ class DownBlock(nn.Module):
         self.place = nn.Linear(8 * in_channels, out_channels, bias=False) if voxel_place else None
 
     def forward(self, x: Tensor, voxels: Voxels) -> tuple[Tensor, Voxels]:
-        """(N, in_channels) -> (coarse N, out_channels) and the coarse voxels."""
+        """(N, in_channels) -> (coarse N, out_channels), and the coarse voxels."""
         fine = self.norm1(x, voxels, silu=True)
         h, coarse = mean_pool(fine, voxels, 2)
         h = self.conv1(h, coarse)
@@ -114,7 +115,7 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """From resolution R to 2 R, all eight children of every voxel."""
+    """From resolution R to 2 R: all eight children of every voxel."""
 
     def __init__(self, in_channels: int, out_channels: int, voxel_place: bool):
         super().__init__()
@@ -122,7 +123,7 @@ class UpBlock(nn.Module):
         self.conv2 = SubdivideConv3d(out_channels, out_channels, voxel_place)
 
     def forward(self, x: Tensor, voxels: Voxels) -> Tensor:
-        """(N, in_channels) -> (8 N, out_channels), children in the order that `Voxels.child_order` sorts."""
+        """(N, in_channels) -> (8 N, out_channels), children in rows 8 n + child, which `Voxels.child_order` sorts."""
         return F.silu(self.conv2(F.silu(self.conv1(x, voxels)), voxels))
 
 
@@ -142,7 +143,7 @@ class Encoder(nn.Module):
     def forward(self, sdf: Tensor, voxels: Voxels, position_factor: float, run) -> tuple[Tensor, Voxels]:
         x = self.sdf_layer(sdf)  # (N, C / 16)
         coarse = voxels
-        for _ in self.down_blocks:  # first, so that neighbours on each grid follow from the grid below it
+        for _ in self.down_blocks:  # before any block runs, so that neighbours on each grid follow from the coarser one
             coarse = coarse.coarsen(2)[0]
         for block in self.down_blocks:
             x, voxels = run(block, x, voxels)
@@ -175,7 +176,7 @@ class Decoder(nn.Module):
 
 
 class SDFVAE(nn.Module):
-    """The SS-VAE. Set `gradient_checkpointing` to recompute every block in the backward pass instead of keeping it."""
+    """The SS-VAE. Set `gradient_checkpointing` to recompute every block in the backward pass."""
 
     def __init__(self, config: SDFVAEConfig):
         super().__init__()
@@ -225,14 +226,14 @@ class SDFVAE(nn.Module):
         """Reconstruct all 8³ SDF voxels of every latent.
 
         Args:
-            latents: (L, E), as the encoder gives them (not normalised).
+            latents: (L, E), as the encoder returns them (not normalised).
             voxels: their voxels at R / 8.
             position_factor: factor on latent coordinates. Default: position_resolution / R.
             return_features: also return the features before the output layer, (512 L, C / 16).
 
         Returns:
-            sdf (512 L, 1) float32 in [-1, 1] and its voxels at R, sorted: `sdf.view(L, 8, 8, 8)` are the blocks
-            `block_coords` of those voxels. With `return_features`: sdf, features, voxels.
+            sdf (512 L, 1) float32 in [-1, 1], and its voxels at R, sorted: block i of `sdf.view(L, 8, 8, 8)` lies at
+            `block_coords[i]` of those voxels. With `return_features`: sdf, features, voxels.
 
         Raises:
             ValueError: if latents and voxels do not fit together.
@@ -262,11 +263,11 @@ class SDFVAE(nn.Module):
         return decoded, fine, mean, logvar
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
-        """Latents of the encoder -> what the diffusion model sees."""
+        """Latents of the encoder -> latents for the diffusion model."""
         return (latents - self.config.latents_shift) * self.config.latents_scale
 
     def denormalize_latents(self, latents: Tensor) -> Tensor:
-        """What the diffusion model made -> latents for `decode`."""
+        """Latents of the diffusion model -> latents for `decode`."""
         return latents / self.config.latents_scale + self.config.latents_shift
 
     def _run(self, block: nn.Module, x: Tensor, voxels: Voxels):
@@ -276,6 +277,6 @@ class SDFVAE(nn.Module):
 
 
 def _embed(x: Tensor, voxels: Voxels, layer: nn.Linear, position_factor: float) -> Tensor:
-    """Linear, plus the position embedding of the latent coordinates; in the parameters' dtype, also under autocast."""
+    """Project x (L, ·) to (L, C) and add the embedding of the latent coordinates, in the dtype of the parameters."""
     embedding = voxels.position_embedding(layer.out_features, position_factor)
     return layer(x) + embedding.to(layer.weight.dtype)

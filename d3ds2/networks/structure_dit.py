@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..geometry.voxels import absolute_position_embedding
+from ..geometry.position_embedding import absolute_position_embedding
 from ..layers.attention import CrossAttention, SelfAttention
 from ..layers.transformer import (
     FeedForward,
@@ -26,7 +26,10 @@ from .image_encoder import ImageTokens
 
 @dataclass(frozen=True)
 class StructureDiTConfig:
-    """Defaults are those of the released models."""
+    """Sizes of the structure DiT; the defaults are those of the released models.
+
+    Raises ValueError for sizes that do not fit together.
+    """
 
     resolution: int = 16
     latent_channels: int = 8
@@ -49,7 +52,7 @@ class StructureDiTConfig:
 
 
 class StructureBlock(nn.Module):
-    """Full self attention, cross attention to the image, feed-forward."""
+    """Full self-attention, cross-attention to the image, feed-forward."""
 
     def __init__(self, config: StructureDiTConfig):
         super().__init__()
@@ -65,7 +68,7 @@ class StructureBlock(nn.Module):
     def forward(
         self, h: Tensor, embedding: Tensor, cu_seqlens: Tensor, context: Tensor, context_cu: Tensor, context_lengths
     ) -> Tensor:
-        """h (B, R³, C), embedding (B, C) or, with a shared modulation, (B, 6 C), context (L, ·) -> (B, R³, C)."""
+        """h (B, R³, C), embedding (B, C) (or (B, 6 C), with a shared modulation), context (L, ·) -> (B, R³, C)."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (m[:, None] for m in self.modulation(embedding))
         B, lengths = len(h), [h.shape[1]] * len(h)
         h = h + gate_1 * self.self_attention(torch.addcmul(shift_1, self.norm1(h), 1 + scale_1))
@@ -89,7 +92,7 @@ class StructureDiT(nn.Module):
         self.time_embedder = TimestepEmbedder(C)
         self.shared_modulation = modulation_projection(C) if config.share_modulation else nn.Identity()
         self.input_layer = nn.Linear(config.latent_channels, C)
-        steps = torch.arange(config.resolution, device="cpu")  # a buffer with values also where the rest is on "meta"
+        steps = torch.arange(config.resolution, device="cpu")  # the buffer needs values even if the rest is on "meta"
         grid = torch.stack(torch.meshgrid(steps, steps, steps, indexing="ij"), dim=-1).flatten(0, 2)  # (R³, 3)
         self.register_buffer("position", absolute_position_embedding(grid, C), persistent=False)
         self.blocks = nn.ModuleList(StructureBlock(config) for _ in range(config.depth))
@@ -98,7 +101,7 @@ class StructureDiT(nn.Module):
         self.initialize()
 
     def initialize(self) -> None:
-        """For training from scratch: every block starts as the identity, the velocity as zero."""
+        """Start training from scratch, with every block the identity and the velocity zero."""
         self.apply(initialize_linear)
         for block in self.blocks:
             zero_linear(block.cross_attention.to_out)
@@ -109,15 +112,15 @@ class StructureDiT(nn.Module):
         zero_linear(self.output_layer)
 
     def forward(self, x_t: Tensor, t: Tensor, image_tokens: ImageTokens) -> Tensor:
-        """Velocity at x_t.
+        """Return the velocity at x_t.
 
         Args:
             x_t: noisy latents (B, latent_channels, R, R, R), indexed [x, y, z].
-            t: time of each sample, (B,) in [0, 1], 1 is noise.
+            t: time of each sample, (B,) in [0, 1]; 1 is noise.
             image_tokens: conditioning of the B samples.
 
         Returns:
-            The shape of x_t, in the dtype of the parameters (or of autocast).
+            The velocity, shaped as x_t, in the dtype of the parameters (or of autocast).
 
         Raises:
             ValueError: for inputs that do not fit together.

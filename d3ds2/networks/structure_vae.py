@@ -1,7 +1,10 @@
-"""The structure autoencoder: which latent voxels are occupied, as a dense grid <-> a small latent volume.
+"""The structure autoencoder: a dense grid that says which latent voxels are occupied <-> a small latent volume.
 
-Occupancy (B, 1, S, S, S) becomes latents (B, E, S/4, S/4, S/4): each further width of the config halves the grid once.
-The architecture is that of the released dense VAE. Volumes are indexed [x, y, z].
+Occupancy (B, 1, S, S, S) becomes latents (B, E, S/4, S/4, S/4). Each width of the config after the first halves the
+grid; the released VAE has three. The architecture is that of the released dense VAE. Volumes are indexed [x, y, z].
+
+Sizes named in this file:
+    B  samples      S  occupancy voxels per edge      E  latent channels      C  channels of a layer
 """
 
 import itertools
@@ -19,7 +22,7 @@ from ..geometry.voxels import Voxels
 class StructureVAEConfig:
     """Sizes of the structure VAE; the defaults are the released ones.
 
-    `encoder_widths` go from the finest grid to the latent's, `decoder_widths` back. A voxel is occupied where its
+    `encoder_widths` lead from the finest grid to the latents, `decoder_widths` back. A voxel is occupied if its
     probability reaches `threshold`. `latents_scale` and `latents_shift` normalise latents for the diffusion model.
     Raises ValueError for sizes that do not fit together.
     """
@@ -55,7 +58,7 @@ class StructureVAEConfig:
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of a volume (B, C, X, Y, Z), statistics in at least float32."""
+    """Layer norm over the channels of a volume (B, C, X, Y, Z), with statistics in at least float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -65,7 +68,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions beside a skip, width unchanged."""
+    """Two convolutions and a skip; the width stays the same."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -91,7 +94,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the grid: a convolution to 8 · out_channels, of which channel 8 c + 4 i + 2 j + k is child (i, j, k)."""
+    """Double the grid by a convolution to 8 · out_channels; channel 8 c + 4 i + 2 j + k is c of child (i, j, k)."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -137,7 +140,7 @@ class Decoder(nn.Module):
 
 
 def _levels(widths: tuple[int, ...], num_res_blocks: int, resample: type[nn.Module]) -> nn.ModuleList:
-    """Residual blocks of each width in one flat list, a resampler between any two widths."""
+    """Return the residual blocks of all widths in one flat list, with a resampler between two widths."""
     blocks = []
     for i, width in enumerate(widths):
         blocks += [ResBlock(width) for _ in range(num_res_blocks)]
@@ -177,7 +180,10 @@ class StructureVAE(nn.Module):
         return mean, logvar.clamp(-30.0, 20.0)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, E, S/4, S/4, S/4), as the encoder gives them -> occupancy logits (B, 1, S, S, S) float32."""
+        """Latents (B, E, S/4, S/4, S/4), as the encoder returns them -> occupancy logits (B, 1, S, S, S) float32.
+
+        Raises ValueError for another shape.
+        """
         if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels:
             raise ValueError(
                 f"expected latents (B, {self.config.latent_channels}, X, Y, Z), got {tuple(latents.shape)}"
@@ -185,7 +191,11 @@ class StructureVAE(nn.Module):
         return self.decoder(latents.to(self.decoder.input_conv.weight.dtype), self._run).float()
 
     def occupied(self, logits: Tensor, threshold: float | None = None) -> Voxels:
-        """The voxels whose probability is at least `threshold` (default: the config's): logits (B, 1, S, S, S)."""
+        """Return the voxels whose probability is at least `threshold` (default: the config's).
+
+        Args:
+            logits: (B, 1, S, S, S).
+        """
         threshold = self.config.threshold if threshold is None else threshold
         coords = (logits[:, 0].sigmoid() >= threshold).nonzero()  # (N, 4): batch, x, y, z
         return Voxels.sort(coords, logits.shape[-1], len(logits))[0]
@@ -193,7 +203,7 @@ class StructureVAE(nn.Module):
     def forward(self, occupancy: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Encode, sample the posterior, decode: the training pass.
 
-        `generator` draws the noise, on its own device. Returns logits (B, 1, S, S, S), mean and logvar.
+        `generator` draws the noise, on its own device. Returns logits (B, 1, S, S, S), and mean and logvar as `encode`.
         """
         mean, logvar = self.encode(occupancy)
         device = mean.device if generator is None else generator.device
@@ -201,11 +211,11 @@ class StructureVAE(nn.Module):
         return self.decode(mean + (0.5 * logvar).exp() * noise), mean, logvar
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
-        """Latents of the encoder -> what the diffusion model sees."""
+        """Latents of the encoder -> latents for the diffusion model."""
         return (latents - self.config.latents_shift) * self.config.latents_scale
 
     def denormalize_latents(self, latents: Tensor) -> Tensor:
-        """What the diffusion model made -> latents for `decode`."""
+        """Latents of the diffusion model -> latents for `decode`."""
         return latents / self.config.latents_scale + self.config.latents_shift
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:
@@ -215,7 +225,7 @@ class StructureVAE(nn.Module):
 
 
 def _initialize(module: nn.Module) -> None:
-    """Variance-preserving convolutions; residual branches begin at zero."""
+    """Start with convolutions that keep the variance, and with residual branches at zero."""
     if isinstance(module, nn.Conv3d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
         nn.init.zeros_(module.bias)

@@ -1,11 +1,15 @@
-"""Voxels: order, blocks, neighbours, windows and grids against plain Python on sets of coordinates."""
+"""Voxels: order, blocks, neighbours, windows and grids, against plain Python on sets of coordinates."""
 
+import gc
 import itertools
+import pickle
+import weakref
 
 import pytest
 import torch
 
 from d3ds2.geometry import neighbors
+from d3ds2.geometry.per_grid import per_grid
 from d3ds2.geometry.position_embedding import absolute_position_embedding
 from d3ds2.geometry.voxels import Voxels
 from tests.support.random_voxels import random_coords, random_voxels
@@ -147,3 +151,44 @@ def test_neighbors_searched_a_few_at_a_time(voxels, monkeypatch):
     expected = voxels.neighbors
     monkeypatch.setattr(neighbors, "SEARCH_CHUNK", 5 * len(voxels))
     assert torch.equal(Voxels(voxels.coords, voxels.resolution, voxels.batch_size).neighbors, expected)
+
+
+@per_grid
+def lowest(voxels, axis, factor=1):
+    """A free function with a table of its own."""
+    return voxels.coords[:, 1 + axis].amin() * factor
+
+
+def test_results_are_kept_under_their_function_and_arguments(voxels):
+    assert voxels.windows(4) is voxels.windows(4, 8) is voxels.windows(size=8, shift=4)
+    assert voxels.windows(4) is not voxels.windows(0)
+    assert voxels.windows(4) is voxels.tables[Voxels.windows.key(4)]
+    assert voxels.neighbors is voxels.tables[Voxels.neighbors.key()]
+    assert lowest(voxels, 0) is lowest(voxels, axis=0, factor=1) is voxels.tables[lowest.key(0)]
+    assert lowest(voxels, 0) is not lowest(voxels, 1)
+    with pytest.raises(TypeError, match="axis"):
+        lowest(voxels)
+
+
+def test_prepared_voxels_are_pickled_and_mapped_with_their_tables(voxels):
+    prepared = voxels.prepared()
+    prepared.coarse_counts(2)  # also keeps the coarser voxels, which `map` leaves behind
+    for copy in (pickle.loads(pickle.dumps(voxels.prepared())), prepared.map(torch.clone)):
+        assert Voxels.coarsen.key(2) not in copy.tables
+        assert torch.equal(copy.tables[Voxels.neighbors.key()], voxels.neighbors) and copy.counts == voxels.counts
+        assert copy.neighbors is copy.tables[Voxels.neighbors.key()] and copy.neighbors is not prepared.neighbors
+        windows, expected = copy.windows(4), voxels.windows(4)
+        assert torch.equal(windows.order, expected.order) and torch.equal(windows.inverse, expected.inverse)
+
+
+def test_finer_voxels_do_not_keep_the_coarser_ones():
+    coarse = random_voxels([20], 16)
+    fine, alive = coarse.subdivide()[0], weakref.ref(coarse)
+    expected = Voxels(fine.coords, fine.resolution, fine.batch_size).neighbors
+    gc.disable()  # so that a cycle would keep it
+    try:
+        del coarse
+        assert alive() is None
+    finally:
+        gc.enable()
+    assert torch.equal(fine.neighbors, expected)

@@ -1,4 +1,4 @@
-"""Decoding in chunks: the same voxels and, up to rounding, the same values as in one piece, whatever the budget."""
+"""Decoding in chunks: whatever the budget, the same voxels and, up to rounding, the same values as in one piece."""
 
 import copy
 
@@ -28,7 +28,7 @@ def vae():
 
 
 def shell(radius, resolution=R):
-    """Cells that a sphere crosses."""
+    """Return the cells (N, 3) that a sphere crosses."""
     axis = torch.arange(resolution) - resolution / 2 + 0.5
     distance = (axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2).sqrt()
     return ((distance - radius).abs() < 0.9).nonzero()
@@ -56,14 +56,14 @@ def voxels_of(*samples):
 
 
 class Calls(list):
-    """A callback that keeps what it is called with."""
+    """A callback that keeps the arguments of its calls."""
 
     def __call__(self, *call):
         self.append(call)
 
 
 def budget_for(vae, voxels, latents):
-    """Bytes with which a chunk may have `latents`, halo counted."""
+    """Return the bytes with which a chunk may have `latents` latents, halo included."""
     size, dtype = vae.config.hidden_size, torch.float32
     return kept_bytes(size, len(voxels), dtype) + 2 * latents * latent_bytes(size, dtype)
 
@@ -79,7 +79,7 @@ def test_chunks_give_the_whole(vae, name):
         calls = Calls()
         blocks = decode_in_chunks(vae, latents, voxels, budget_for(vae, voxels, limit), on_chunk=calls)
         sdf, found = blocks.to_voxels()
-        assert torch.equal(found.coords, fine.coords) and found.resolution == 8 * R  # sorted alike: each voxel once
+        assert torch.equal(found.coords, fine.coords) and found.resolution == 8 * R  # sorted, each voxel once
         assert (sdf - expected).abs().max() < 2e-5
         assert calls[-1] == (len(voxels), len(voxels)) and [*calls] == sorted(calls)
         counts.append(len(calls))

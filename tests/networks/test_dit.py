@@ -24,7 +24,7 @@ def make_tokens(counts=(5, 8)):
 
 
 def problem(kind, **changes):
-    """A model with random weights, and the arguments of its forward pass."""
+    """Return a model with random weights, and the arguments of its forward pass."""
     torch.manual_seed(0)
     if kind == "latent":
         model, voxels = LatentDiT(dataclasses.replace(LATENT, **changes)), random_voxels([40, 25], 16)

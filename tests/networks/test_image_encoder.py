@@ -49,7 +49,7 @@ def test_foreground_is_where_the_mask_touches(encoder, images):
 
 
 def test_a_change_of_a_patch_moves_its_token_most(encoder, images):
-    """Rows are rows and columns are columns: a bright patch at row 0, column 3 is token 3 of the patches."""
+    """Rows and columns are not swapped: a bright patch at row 0, column 3 is token 3 of the patches."""
     changed = images.clone()
     changed[0, :3, :14, 42:] = 1
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_a_folder_that_is_no_dinov2_is_named(tmp_path):
 
 
 def test_every_parameter_is_trained(encoder, images):
-    """A parameter without gradient would be dead weight in the file; equal registers would be one register."""
+    """A parameter without a gradient would be dead weight in the file; equal registers would act as one."""
     tokens = encoder(images)
     generator = torch.Generator().manual_seed(0)
     (tokens.features * torch.randn(tokens.features.shape, generator=generator)).sum().backward()

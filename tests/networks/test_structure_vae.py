@@ -19,7 +19,7 @@ CONFIG = StructureVAEConfig(
 
 
 def shells(batch_size, resolution):
-    """Hollow balls of different radii, (B, 1, S, S, S) bool."""
+    """Return hollow balls of different radii, (B, 1, S, S, S) bool."""
     centres = (torch.arange(resolution) + 0.5) / resolution * 2 - 1
     distance = torch.cartesian_prod(centres, centres, centres).norm(dim=1).view(1, 1, *[resolution] * 3)
     radii = torch.linspace(0.4, 0.8, batch_size).view(-1, 1, 1, 1, 1)
