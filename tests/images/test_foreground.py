@@ -376,6 +376,7 @@ def test_preprocess_wants_alpha():
 
 
 def test_reading_an_image_needs_neither_rembg_nor_transformers():
-    code = "import sys, d3ds2.foreground, d3ds2.image_encoder; print(sys.modules.keys() & {'rembg', 'transformers'})"
+    code = "import sys, d3ds2.images.foreground, d3ds2.networks.image_encoder\n"
+    code += "print(sys.modules.keys() & {'rembg', 'transformers'})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
