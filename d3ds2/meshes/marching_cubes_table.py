@@ -83,7 +83,7 @@ def triangulate(loop: list[int]) -> list[tuple[int, int, int]]:
 
 @cache
 def marching_cubes_table() -> tuple[np.ndarray, np.ndarray]:
-    """Return the edges of each case's triangles, (256,T,3) int8 with -1 after the last, and their counts (256,) int8."""
+    """Return the edges of each case's triangles, (256,T,3) int8 padded with -1, and their counts (256,) int8."""
     cases = [[t for loop in loops_of_case(case) for t in triangulate(loop)] for case in range(256)]
     counts = np.array([len(triangles) for triangles in cases], np.int8)
     table = np.full((256, counts.max(), 3), -1, np.int8)

@@ -33,7 +33,7 @@ def releases(tmp_path_factory):
 
 @pytest.fixture
 def release(releases, tmp_path):
-    """A copy of v1.1 that a test may damage; hard links, so write anew instead of in place."""
+    """A copy of v1.1 that a test may damage; hard links, so replace a file instead of writing into it."""
     shutil.copytree(releases["v1.1"][0], tmp_path / "release", copy_function=os.link)
     return tmp_path / "release"
 
@@ -100,7 +100,7 @@ def test_half_precision_stays_half(release, tmp_path):
 def test_the_one_release_inside_a_folder_is_found(release, tmp_path):
     assert convert(release.parent, tmp_path / "model") == "v1.1"
     shutil.copytree(release, tmp_path / "other")
-    with pytest.raises(OfficialError, match=r"several releases in .*, name one: other, release"):
+    with pytest.raises(OfficialError, match=r"several releases in .*, choose one: other, release"):
         convert(tmp_path, tmp_path / "model2")
 
 
