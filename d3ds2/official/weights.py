@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Naming:
-    """Pairs of a piece of an official key and ours. A piece begins after a dot or at the start of a key; `#` is a number.
+    """Pairs of a piece of an official key and ours. A piece begins after a dot or at the start; `#` is a number.
 
     In `sparse` networks every official `….conv.` is a torchsparse convolution, which calls its weight kernel.
     """

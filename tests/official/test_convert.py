@@ -262,7 +262,7 @@ def test_command(release, tmp_path, capsys):
     assert main(["convert", str(release), str(tmp_path / "model")]) == 0
     assert capsys.readouterr().err.splitlines()[-1].endswith("model: Direct3D-S2 v1.1")
     assert main(["convert", str(release), str(tmp_path / "model")]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "absent"), str(tmp_path / "other")]) == 2
     assert capsys.readouterr().err == f"error: no folder {tmp_path / 'absent'}\n"
     assert main(["convert", str(release)]) == 2
@@ -295,7 +295,7 @@ def hash_of(contents: bytes) -> str:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What the hub's client asks of huggingface.co for one repository, whose files lie in `folder`."""
+    """The answers of huggingface.co to the hub's client for one repository, whose files lie in `folder`."""
 
     folder: Path
     asked: list
