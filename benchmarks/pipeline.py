@@ -36,7 +36,7 @@ from benchmarks.structures import real_voxels  # noqa: E402
 from d3ds2.generation_error import EmptyResultError  # noqa: E402
 from d3ds2.geometry.sdf_blocks import SDFBlocks  # noqa: E402
 from d3ds2.geometry.voxels import Voxels  # noqa: E402
-from d3ds2.meshes.sdf_to_mesh import DECODED, sdf_to_mesh  # noqa: E402
+from d3ds2.meshes.sdf_to_mesh import DECODED_OPTIONS, sdf_to_mesh  # noqa: E402
 from d3ds2.meshes.sdf_to_mesh_gpu import device_mesh  # noqa: E402
 from d3ds2.networks.chunked_decode import MemoryBudgetError  # noqa: E402
 from d3ds2.networks.image_encoder import ImageEncoder, ImageEncoderConfig  # noqa: E402
@@ -269,7 +269,7 @@ def time_device_meshing(coords: Tensor, values: Tensor, resolution: int) -> dict
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
         start = time.perf_counter()
-        device_mesh(coords, values, resolution, **DECODED)
+        device_mesh(coords, values, resolution, **DECODED_OPTIONS)
         seconds.append(time.perf_counter() - start)
     return {"gpu_seconds": min(seconds), "gpu_gib": (torch.cuda.max_memory_allocated() - before) / GIB}
 
@@ -277,7 +277,7 @@ def time_device_meshing(coords: Tensor, values: Tensor, resolution: int) -> dict
 def time_meshing(arguments: argparse.Namespace, results: dict, save: Callable[[], None]) -> None:
     """Marching cubes alone, with the flood fill, the gaps closed and small parts dropped, and skimage's."""
     rows = results["meshing"] = []
-    sdf_to_mesh(*ball_blocks(64), 64, **DECODED)  # compile
+    sdf_to_mesh(*ball_blocks(64), 64, **DECODED_OPTIONS)  # compile
     if arguments.device == "cuda":
         time_device_meshing(*(torch.from_numpy(x).cuda() for x in ball_blocks(64)), 64)  # and load
     for resolution in arguments.resolutions:
@@ -290,7 +290,7 @@ def time_meshing(arguments: argparse.Namespace, results: dict, save: Callable[[]
         seconds = []
         for _ in range(3):
             start, cpu = time.perf_counter(), time.process_time()
-            mesh = sdf_to_mesh(coords, values, resolution, threads=arguments.threads, **DECODED)
+            mesh = sdf_to_mesh(coords, values, resolution, threads=arguments.threads, **DECODED_OPTIONS)
             seconds.append((time.perf_counter() - start, time.process_time() - cpu))
         row |= {"faces": len(mesh.faces), "threads": arguments.threads}
         row |= {"seconds": min(s for s, _ in seconds), "cpu_seconds": min(c for _, c in seconds)}

@@ -26,7 +26,7 @@ from .images.foreground import cut_out, preprocess
 from .meshes.mesh import Mesh
 from .meshes.mesh_to_sdf import normalize_mesh
 from .meshes.mesh_to_structure import mesh_to_structure
-from .meshes.sdf_to_mesh import DECODED
+from .meshes.sdf_to_mesh import DECODED_OPTIONS
 from .meshes.sdf_to_mesh_gpu import blocks_to_mesh
 from .networks.chunked_decode import OnChunk, decode_in_chunks
 from .networks.image_encoder import ImageEncoder, ImageTokens
@@ -314,7 +314,7 @@ class Pipeline:
         self,
         sdf: Tensor,
         voxels: Voxels,
-        min_component: float = DECODED["min_component"],
+        min_component: float = DECODED_OPTIONS["min_component"],
         level: float | None = None,
         keep_largest: bool = False,
     ) -> list[Mesh]:
@@ -324,7 +324,7 @@ class Pipeline:
     def blocks_to_meshes(
         self,
         blocks: SDFBlocks,
-        min_component: float = DECODED["min_component"],
+        min_component: float = DECODED_OPTIONS["min_component"],
         level: float | None = None,
         keep_largest: bool = False,
     ) -> list[Mesh]:
@@ -342,7 +342,7 @@ class Pipeline:
         if not blocks.values.isfinite().all():
             message = f"the SDF came out with values that are not finite on {blocks.values.device}; try float32"
             raise GenerationError(message)
-        options = DECODED | {"min_component": min_component, "level": level, "keep_largest": keep_largest}
+        options = DECODED_OPTIONS | {"min_component": min_component, "level": level, "keep_largest": keep_largest}
         meshes = []
         for coords, values in blocks.samples():
             if not (values < level).any():

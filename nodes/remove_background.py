@@ -126,7 +126,7 @@ def _masks_for(image: torch.Tensor, mask: torch.Tensor | None, invert: bool, met
 
 def _choose(method: str, picture: Image.Image, has_mask: bool, has_model: bool) -> str:
     """The method for a picture. Raises ValueError if it needs what is not connected."""
-    from ..d3ds2.images.foreground import rembg_at_hand
+    from ..d3ds2.images.foreground import rembg_is_ready
 
     if method == "mask" and not has_mask:
         raise ValueError("method is `mask`, and no mask is connected: connect one, or choose `auto`.")
@@ -143,4 +143,4 @@ def _choose(method: str, picture: Image.Image, has_mask: bool, has_model: bool) 
         return "alpha"
     if has_model:
         return "model"
-    return "rembg" if rembg_at_hand() else "plain"
+    return "rembg" if rembg_is_ready() else "plain"

@@ -1,12 +1,12 @@
-"""Pictures in rows with headings and captions, as one picture."""
+"""One picture of many: rows of pictures with headings and captions."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-MARGIN = 4
-TEXT_HEIGHT = 18
+MARGIN = 4  # pixels
+TEXT_HEIGHT = 18  # pixels of a line
 INK = (40, 40, 40)
 
 
@@ -16,16 +16,17 @@ def contact_sheet(
     captions: Sequence[str | Sequence[str]] = (),
     cell: int = 256,
 ) -> Image.Image:
-    """A table of pictures on white, RGB.
+    """Lay out pictures as a table on white, and return it as an RGB image.
 
     Args:
         rows: one sequence of pictures per row; a picture is a PIL image or an (H,W,3 or 4) uint8 array with straight
             alpha, or None for an empty place. Each is fitted into `cell` x `cell` pixels.
-        labels: a heading for each column, or nothing.
-        captions: a line of text under each row, or several, which share its width evenly; or nothing.
+        labels: a heading for each column, or none at all.
+        captions: a text under each row, or several that share its width evenly; or none at all.
+        cell: pixels.
 
     Raises:
-        ValueError: no picture at all, or a number of labels or captions that does not match.
+        ValueError: there is no picture, the number of labels or captions does not match, or cell is below 1.
     """
     columns = max((len(row) for row in rows), default=0)
     if columns == 0:

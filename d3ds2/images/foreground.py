@@ -1,6 +1,6 @@
-"""Image file -> the object cut out of its background -> the square, white-backed picture that the encoder reads.
+"""Image file -> the object cut out of its background -> the square picture on white that the encoder reads.
 
-Nothing here downloads anything: rembg is used only when it is installed and its model file is already there.
+Nothing is downloaded: rembg runs only if it is installed and its model file is on this machine.
 """
 
 import struct
@@ -16,20 +16,20 @@ from torch import Tensor
 from .plain_background import remove_plain_background
 
 METHODS = ("auto", "alpha", "plain", "rembg")
-SIZE, MARGIN = 518, 16  # pixels per edge of the picture that the encoder reads, and around the object in it
-MIN_FOREGROUND = 1e-3  # of the pixels; less is no foreground
+SIZE, MARGIN = 518, 16  # pixels: edge of the picture that the encoder reads, and space around the object in it
+MIN_FOREGROUND = 1e-3  # share of the pixels; an object that covers less is none
 REMBG_MODELS = ("birefnet-general", "isnet-general-use", "u2net", "u2netp", "silueta", "bria-rmbg")  # best first
 
 
 class ImageError(ValueError):
-    """The image cannot be read, or shows no object that can be told from its background."""
+    """An image that cannot be read, or shows no object that stands out from its background."""
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """Read an image file of any kind that Pillow knows, turned upright as its EXIF says.
+    """Read an image file of any kind that Pillow knows, and turn it upright as its EXIF data says.
 
     Returns:
-        An 8-bit image of mode RGBA if the file has transparency, else RGB. 16-bit samples lose their low byte.
+        An 8-bit image, RGBA if the file has transparency, else RGB. 16-bit samples lose their low byte.
 
     Raises:
         ImageError: the file is missing, not an image, or damaged.
@@ -48,7 +48,7 @@ def load_image(path: str | Path) -> Image.Image:
     except Image.DecompressionBombError:
         raise ImageError(f"the image has too many pixels: {path}") from None
     except OSError as error:
-        if error.errno is not None:  # Pillow's own errors about the content have none
+        if error.errno is not None:  # Pillow's own errors about the content have no errno
             raise ImageError(f"cannot read {path}: {error.strerror}") from None
         raise _damaged(path, error) from None
     except (SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as error:
@@ -61,7 +61,7 @@ def _damaged(path: Path, error: Exception) -> ImageError:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB, or RGBA where there is transparency."""
+    """Convert any Pillow mode to RGB, or to RGBA if there is transparency."""
     if image.mode.startswith(("I", "F")):  # 16-bit, 32-bit and float samples, always one channel
         samples = np.asarray(image).astype(np.float64)
         white = 1.0 if image.mode == "F" and samples.max() <= 1 else 255.0 if samples.max() <= 255 else 65535.0
@@ -73,22 +73,23 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 def cut_out(
     image: Image.Image, mask: Image.Image | None = None, method: str = "auto", rembg_model: str | None = None
 ) -> Image.Image:
-    """Give the image an alpha channel that covers its object alone.
+    """Give an image an alpha channel that covers only its object.
 
-    With "auto", the first of these that applies: the given mask, the image's own alpha, a plain background, rembg.
+    A given mask decides. Else "auto" takes the first that works: the image's own alpha, a plain background, rembg.
 
     Args:
         image: RGB or RGBA.
-        mask: of the image's size, mode L (or 1), 255 on the object; it overrides `method`.
+        mask: as large as the image, mode L or 1, 255 on the object; it overrides `method`.
         method: "auto", "alpha", "plain" or "rembg".
         rembg_model: name of the rembg model to use; default: the best one whose file is on this machine.
 
     Returns:
-        RGBA image of the same size. Colours at soft edges are freed of the background where it is known ("plain").
+        An RGBA image of the same size. A plain background is also removed from the colours at soft edges.
 
     Raises:
-        ImageError: fully transparent, no foreground (< 0.1 % of the pixels), or no way to find it.
-        ValueError: unknown method, mask of another size.
+        ImageError: the image is fully transparent, its object covers less than 0.1 % of the pixels, or there is no way
+            to find it.
+        ValueError: the method is unknown, or the mask is not as large as the image.
     """
     if method not in METHODS:
         raise ValueError(f"expected a method of {METHODS}, got {method!r}")
@@ -116,7 +117,7 @@ def cut_out(
 
 
 def _with_foreground(cut: Image.Image, reason: str) -> Image.Image:
-    """The image itself if its alpha covers anything, else an error."""
+    """Return the image if its alpha covers enough pixels. Raises ImageError."""
     covered = np.count_nonzero(np.asarray(cut.getchannel("A"))) / (cut.width * cut.height)
     if covered < MIN_FOREGROUND:
         raise ImageError(f"no foreground in the image: {reason} (object {covered:.2%} of the pixels)")
@@ -124,9 +125,9 @@ def _with_foreground(cut: Image.Image, reason: str) -> Image.Image:
 
 
 def _rembg(image: Image.Image, name: str | None) -> Image.Image:
-    """Cut out by rembg with a model file that is already on this machine."""
+    """Cut out the object with rembg and a model file that is already on this machine."""
     advice = "give an image with transparency or a plain background, or a mask"
-    # rembg without onnxruntime ends the whole process when imported, so look first
+    # importing rembg without onnxruntime ends the whole process, so look first
     if find_spec("rembg") is None or find_spec("onnxruntime") is None:
         raise ImageError(f'the background is not plain and rembg is not installed; {advice}, or install "rembg[cpu]"')
     from rembg import new_session, remove
@@ -137,19 +138,19 @@ def _rembg(image: Image.Image, name: str | None) -> Image.Image:
         raise ImageError(f"expected a rembg model of {sorted(known)}, got {name!r}")
     wanted = [n for n in REMBG_MODELS if n in known] if name is None else [name]
     files = {n: _rembg_file(known[n], n) for n in wanted}
-    at_hand = [n for n in wanted if files[n].is_file()]
-    if not at_hand:
+    present = [n for n in wanted if files[n].is_file()]
+    if not present:
         place = files[name or "u2net"]
         raise ImageError(f"the background is not plain and rembg has no model file such as {place}; {advice}")
     try:
-        return remove(image, session=new_session(at_hand[0])).convert("RGBA")
-    except Exception as error:  # onnxruntime has a class of its own for every way to fail
+        return remove(image, session=new_session(present[0])).convert("RGBA")
+    except Exception as error:  # onnxruntime has its own error class for each kind of failure
         reason = " ".join(str(error).split())
-        raise ImageError(f"rembg failed with the model {files[at_hand[0]]}: {reason}") from error
+        raise ImageError(f"rembg failed with the model {files[present[0]]}: {reason}") from error
 
 
-def rembg_at_hand() -> bool:
-    """Whether rembg is installed and has a model file on this machine, so that it can run without a download."""
+def rembg_is_ready() -> bool:
+    """Return whether rembg is installed and has a model file on this machine, so that it runs without a download."""
     if find_spec("rembg") is None or find_spec("onnxruntime") is None:
         return False
     from rembg.sessions import sessions_class
@@ -160,7 +161,7 @@ def rembg_at_hand() -> bool:
 
 
 def _rembg_file(session: type, name: str) -> Path:
-    """Where this version of rembg keeps a model: <home>/models/<name>/<name>.onnx, before 2.0.70 <home>/<name>.onnx."""
+    """Return where rembg keeps a model: <home>/models/<name>/<name>.onnx, or <home>/<name>.onnx before 2.0.70."""
     file = f"{name}.onnx"
     if not hasattr(session, "model_dir"):
         return Path(session.u2net_home()) / file
@@ -168,15 +169,18 @@ def _rembg_file(session: type, name: str) -> Path:
 
 
 def preprocess(image: Image.Image, size: int = SIZE, margin: float = MARGIN) -> Tensor:
-    """Crop to the object, lay it on white, centre it in a square with a margin as the released pipeline does.
+    """Crop to the object, lay it on white and centre it in a square with a margin, as the released pipeline does.
 
     Args:
-        image: RGBA, as `cut_out` gives it.
+        image: RGBA, as `cut_out` returns it.
         size: pixels per edge.
-        margin: pixels at `SIZE`, in proportion elsewhere; training varies it.
+        margin: pixels if size is `SIZE`, and in proportion at other sizes; training varies it.
 
     Returns:
         (4, size, size) float32 in [0, 1]: red, green, blue, mask.
+
+    Raises:
+        ValueError: the image is not RGBA.
     """
     if image.mode != "RGBA":
         raise ValueError(f"expected an RGBA image, got {image.mode}")
@@ -185,7 +189,7 @@ def preprocess(image: Image.Image, size: int = SIZE, margin: float = MARGIN) -> 
         image = image.crop(alpha.getbbox())
     samples = np.asarray(image)
     a = samples[..., 3] / 255.0
-    # float64, this order of operations and truncation: others differ by 1/255 in some pixels
+    # float64, this order of operations, and truncation: anything else differs by 1/255 in some pixels
     on_white = [((samples[..., channel] / 255.0 * a + (1 - a)) * 255).astype(np.uint8) for channel in range(3)]
     rgb = Image.fromarray(np.stack(on_white, axis=-1))
     mask = Image.fromarray((a * 255).astype(np.uint8))
@@ -200,12 +204,16 @@ def centre_object(image: Image.Image, size: int, ratio: float) -> Image.Image:
     """Crop to the object and centre it in a transparent square.
 
     Args:
-        image: RGBA, with something that is not transparent.
+        image: RGBA, not fully transparent.
         size: pixels per edge of the square.
-        ratio: the longer side of the object over that of the square, in (0, 1].
+        ratio: longer side of the object / side of the square, in (0, 1].
 
     Returns:
-        RGBA (size, size). Transparent pixels are black, and lend no colour to the edge.
+        An RGBA image (size, size). Transparent pixels are black and do not tint the edge of the object.
+
+    Raises:
+        ValueError: the ratio is out of range.
+        ImageError: the image is fully transparent.
     """
     if not 0 < ratio <= 1:
         raise ValueError(f"expected a ratio in (0, 1], got {ratio}")

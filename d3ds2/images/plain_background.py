@@ -1,8 +1,8 @@
-"""Cut an object out of a plain background: one colour, or a soft gradient, at the border of the picture.
+"""Cut an object out of a plain background: the border of the picture shows one colour, or a soft gradient.
 
-The background is a smooth colour surface fitted to the border; whatever of its colour is reached from the border is
-background, so parts of the object in the same colour stay. Deterministic, numpy and scipy only.
-A cast shadow counts as part of the object, and so does background that the object fully encloses.
+A smooth colour surface is fitted to the border. Pixels of its colour that connect to the border are background, so
+parts of the object in the same colour stay. A cast shadow counts as part of the object, and so does background that
+the object fully encloses. The result is deterministic.
 """
 
 import numpy as np
@@ -10,8 +10,8 @@ from PIL import Image
 from scipy import ndimage
 
 WORKING_SIZE = 1024  # pixels of the longer side at which the mask is made; the encoder sees 518
-MIN_BORDER_SHARE = 0.6  # of the border must be background: the object may touch or leave the picture at a side
-MAX_NOISE = 12.0  # of 255: more spread at the border is a scene, not a plain background
+MIN_BORDER_SHARE = 0.6  # share of the border that is background: the object may touch or cross one side
+MAX_NOISE = 12.0  # of 255; more spread at the border means a scene, not a plain background
 EDGE_PIXELS = 3  # width of the soft edge
 # rows: red, green, blue; columns: luma and, weighed less because JPEG smears them, the two chromas
 LUMA_CHROMA = np.array([[0.299, -0.068, 0.2], [0.587, -0.132, -0.168], [0.114, 0.2, -0.032]], dtype=np.float32)
@@ -24,8 +24,8 @@ def remove_plain_background(image: Image.Image) -> Image.Image | None:
         image: RGB.
 
     Returns:
-        RGBA of the same size, colours at the soft edge freed of the background; None if the border is not plain.
-        Alpha is 0 everywhere if nothing stands out.
+        An RGBA image of the same size, with the background removed from the colours at the soft edge; None if the
+        border is not plain. Alpha is 0 everywhere if nothing stands out.
     """
     scale = min(1.0, WORKING_SIZE / max(image.size))
     size = tuple(max(1, round(edge * scale)) for edge in image.size)
@@ -50,7 +50,7 @@ def remove_plain_background(image: Image.Image) -> Image.Image | None:
 
 
 def _fit_border(rgb: np.ndarray) -> tuple[np.ndarray, float] | None:
-    """The colour surface (H, W, 3) of the background and its noise (of 255), or None if the border is not plain."""
+    """Return the colour surface (H, W, 3) of the background and its noise (of 255); None if the border is not plain."""
     H, W = rgb.shape[:2]
     width = max(1, min(H, W) // 50)
     y, x = np.meshgrid(np.linspace(-1, 1, H), np.linspace(-1, 1, W), indexing="ij")
@@ -58,14 +58,14 @@ def _fit_border(rgb: np.ndarray) -> tuple[np.ndarray, float] | None:
     is_border[width : H - width, width : W - width] = False
     colors, y_border, x_border = rgb[is_border].astype(np.float64), y[is_border], x[is_border]
 
-    # start from the commonest colour, then refit a plane and a paraboloid to what agrees with it
+    # start from the most common colour, then fit a plane and a paraboloid to the pixels that agree
     bins = (colors // 16).astype(np.int64) @ (1, 16, 256)
     center = np.median(colors[bins == np.bincount(bins).argmax()], axis=0)
     agrees = np.abs(colors - center).max(-1) < 24
     for degree in (0, 1, 1, 2, 2):
         terms = _polynomial(x_border, y_border, degree)
         if agrees.sum() < 10 * terms.shape[1]:
-            terms = terms[:, :1]  # a picture of few pixels: one colour
+            terms = terms[:, :1]  # too few pixels for more than one colour
         coefficients = np.linalg.lstsq(terms[agrees], colors[agrees], rcond=None)[0]
         residual = _difference(colors, terms @ coefficients)
         noise = 1.4826 * float(np.median(residual[agrees]))
@@ -79,18 +79,18 @@ def _fit_border(rgb: np.ndarray) -> tuple[np.ndarray, float] | None:
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(..., 3) colours -> (...) how far apart, of 255."""
+    """Return the distance (...), of 255, between colours (..., 3)."""
     return np.sqrt(np.square((a - b) @ LUMA_CHROMA).sum(-1))
 
 
 def _polynomial(x: np.ndarray, y: np.ndarray, degree: int) -> np.ndarray:
-    """(n, 1 | 3 | 6) monomials of x and y up to the degree."""
+    """Return the monomials of x and y (n,) up to the degree, (n, 1 | 3 | 6)."""
     return np.stack([x**i * y**j for n in range(degree + 1) for i in range(n + 1) for j in [n - i]], axis=-1)
 
 
 def _alpha(distance: np.ndarray, threshold: float) -> np.ndarray:
-    """(H, W) colour distance to the background -> alpha in [0, 1], float32."""
-    # background: what is near its colour and connected to the border of the picture
+    """Turn colour distances to the background (H, W) into alpha in [0, 1], float32."""
+    # background: the pixels near its colour that connect to the border of the picture
     is_near = np.pad(distance < threshold, 1, constant_values=True)
     labels = ndimage.label(is_near)[0]
     is_object = (labels != labels[0, 0])[1:-1, 1:-1]
@@ -102,7 +102,7 @@ def _alpha(distance: np.ndarray, threshold: float) -> np.ndarray:
     is_speck = areas < max(2e-4 * distance.size, 5e-3 * areas.max())  # dust, noise and ringing
     is_object &= ~np.concatenate([[True], is_speck])[labels]
 
-    # a pixel of the edge mixes object and background, so its distance is alpha times that of the object beside it
+    # a pixel of the edge mixes object and background, so its distance is alpha times that of the object next to it
     inside = ndimage.distance_transform_cdt(np.pad(is_object, 1, constant_values=False), "chessboard")[1:-1, 1:-1]
     full = ndimage.maximum_filter(np.where(is_object, distance, 0), size=2 * EDGE_PIXELS + 1)
     mixed = (distance / np.maximum(full, 1e-6) - 0.1) / 0.8  # ringing stays below a tenth
@@ -111,7 +111,7 @@ def _alpha(distance: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def _unmix(image: Image.Image, alpha: np.ndarray, background: np.ndarray) -> Image.Image:
-    """RGBA whose colour, laid over `background` (H, W, 3) with `alpha` (H, W), is the image again."""
+    """Return the RGBA image which, laid over `background` (H, W, 3) with `alpha` (H, W), gives the image again."""
     rgb = np.array(image)
     soft = (alpha > 0) & (alpha < 1)
     a = np.maximum(alpha[soft], 0.05)[:, None]

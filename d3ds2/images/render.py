@@ -1,7 +1,10 @@
-"""A mesh from a camera: primary rays through embree, on the CPU, without a display.
+"""Render a mesh from a camera: primary rays traced by embree on the CPU, without a display.
 
-The picture is a function of the arguments alone. Axes: Y up, the object's front toward +Z.
-Triangles are two-sided: a normal that points away from the camera is turned round.
+The picture depends on the arguments alone. Y is up, and the object's front looks toward +Z. Triangles have two sides:
+a normal that points away from the camera is reversed.
+
+Sizes:
+    V  vertices     F  faces
 """
 
 import math
@@ -12,15 +15,22 @@ import numpy as np
 SENSOR_MM = 36.0  # edge of the square sensor
 GREY = 200  # sRGB albedo of a mesh without colours
 SHADOW_OFFSET = 1e-4  # of the bounding sphere's radius
-EDGE_CONTRAST = 0.03  # difference of neighbouring pixels, summed over linear RGBA, above which both are resampled
+EDGE_CONTRAST = 0.03  # difference between neighbours, summed over linear RGBA, from which both are resampled
+
+# sRGB: linear values in 4096 steps to bytes, and bytes to linear values
+_LEVELS = np.arange(4096) / 4095
+_ENCODE = np.where(_LEVELS <= 0.0031308, 12.92 * _LEVELS, 1.055 * np.maximum(_LEVELS, 1e-9) ** (1 / 2.4) - 0.055)
+_ENCODE = np.round(_ENCODE * 255).astype(np.uint8)
+_BYTES = np.arange(256) / 255
+_DECODE = np.where(_BYTES <= 0.04045, _BYTES / 12.92, ((_BYTES + 0.055) / 1.055) ** 2.4).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Camera:
     """A pinhole camera on a sphere around its target, upright.
 
-    Azimuth 0 looks at the object's +Z side and grows toward +X; elevation grows toward +Y (both in degrees). The
-    distance is such that a sphere of `radius` around `target` just fits into the square picture.
+    At azimuth 0 the camera is on the object's +Z side; it moves toward +X as azimuth grows, and toward +Y as elevation
+    grows (both in degrees). Its distance lets a sphere of `radius` around `target` just fit into the square picture.
     """
 
     elevation: float = 15.0
@@ -37,7 +47,7 @@ class Camera:
 
     @property
     def axes(self) -> np.ndarray:
-        """(3,3) float32: the unit vectors right, up and backward (from the target to the camera)."""
+        """The unit vectors right, up and backward (from the target to the camera), (3,3) float32."""
         backward = direction(self.elevation, self.azimuth)
         azimuth = math.radians(self.azimuth)
         right = np.array([math.cos(azimuth), 0.0, -math.sin(azimuth)])
@@ -50,15 +60,15 @@ class Camera:
 
     @property
     def distance(self) -> float:
-        """From target to camera in radii: 1 / sin of half the field of view."""
+        """The distance from target to camera in radii: 1 / sin of half the field of view."""
         return math.hypot(1.0, self.half_width) / self.half_width
 
 
 @dataclass(frozen=True)
 class Light:
-    """A sky and a ground, one distant key light, and a weak fill at the camera. Linear intensities for white = 1."""
+    """A sky and a ground, a distant key light, and a weak light at the camera. Intensities are linear, white = 1."""
 
-    elevation: float = 50.0  # of the key light, degrees; same angles as the camera's
+    elevation: float = 50.0  # of the key light, in degrees as for the camera
     azimuth: float = -35.0
     key: float = 0.75
     fill: float = 0.12
@@ -68,7 +78,7 @@ class Light:
 
 
 def direction(elevation: float, azimuth: float) -> np.ndarray:
-    """(3,) float32 unit vector; (0, 0) is +Z, azimuth 90 is +X, elevation 90 is +Y. Degrees."""
+    """Return the unit vector (3,) float32 of angles in degrees: (0, 0) is +Z, azimuth 90 is +X, elevation 90 is +Y."""
     e, a = math.radians(elevation), math.radians(azimuth)
     return np.array([math.sin(a) * math.cos(e), math.sin(e), math.cos(a) * math.cos(e)], dtype=np.float32)
 
@@ -85,16 +95,17 @@ def _embree():
 
 
 class MeshRenderer:
-    """One mesh, its ray tracing tree built once for any number of views.
+    """A mesh to be seen from any number of cameras: the tree for ray tracing is built once.
 
     Args:
-        vertices (V,3) float, faces (F,3) int.
-        face_colors: (F,3) or (1,3) uint8 sRGB, None for grey.
-        smooth: shade with area-weighted vertex normals; expects consistent winding.
+        vertices: (V,3) floats.
+        faces: (F,3) integers.
+        face_colors: (F,3) or (1,3) uint8 sRGB; None for grey.
+        smooth: shade with area-weighted vertex normals; the faces must be wound alike.
 
     Raises:
         ImportError: embreex is not installed.
-        ValueError: shapes or values that are not a mesh.
+        ValueError: the shapes or values do not make a mesh.
     """
 
     def __init__(self, vertices, faces, face_colors=None, smooth: bool = False):
@@ -114,17 +125,22 @@ class MeshRenderer:
         triangle_mesh(self.scene, self.vertices, self.faces)
 
     def set_colors(self, face_colors) -> None:
-        """(F,3) uint8 sRGB, or (1,3) for all faces alike."""
+        """Colour the faces: (F,3) uint8 sRGB, or (1,3) for all of them. Raises ValueError for another shape."""
         colors = np.asarray(face_colors, dtype=np.uint8)
         if colors.shape not in (self.faces.shape, (1, 3)):
             raise ValueError(f"expected face_colors {self.faces.shape} or (1, 3), got {colors.shape}")
         self.albedo = _DECODE[colors]  # (F,3) or (1,3), linear
 
     def render(self, camera: Camera, size: int, light: Light | None = None, supersample: int = 1) -> np.ndarray:
-        """(size, size, 4) uint8 sRGB with straight alpha, row 0 at the top.
+        """Render one view: (size, size, 4) uint8 sRGB with straight alpha, row 0 at the top.
 
         Args:
-            supersample: rays per pixel edge; spent only on pixels that differ from a neighbour.
+            size: pixels per edge.
+            light: None for the default one.
+            supersample: rays along a pixel's edge, for pixels that differ from a neighbour.
+
+        Raises:
+            ValueError: size or supersample is below 1.
         """
         if size < 1 or supersample < 1:
             raise ValueError(f"expected size and supersample >= 1, got {size} and {supersample}")
@@ -151,7 +167,7 @@ class MeshRenderer:
         return _encode(picture)
 
     def _window(self, view: "_View") -> tuple[int, int, int, int]:
-        """(top, bottom, left, right): the pixels that the mesh's bounding box can touch."""
+        """Return the pixels that the mesh's bounding box can touch: top, bottom, left, right."""
         corners = np.stack(np.meshgrid(*self.box.T, indexing="ij"), axis=-1).reshape(8, 3)
         x, y, z = view.axes @ (corners - view.origin).T  # (8,) each; z < 0 in front of the camera
         if (z > -1e-6).any():
@@ -164,7 +180,7 @@ class MeshRenderer:
         return int(top), int(bottom), int(left), int(right)
 
     def _shade(self, view: "_View", rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """(n,4) float32 linear RGB and coverage (0 or 1) at picture positions in pixels."""
+        """Return linear RGB and coverage (0 or 1), (n,4) float32, at positions (n,) in pixels."""
         out = np.zeros((len(rows), 4), dtype=np.float32)
         if len(rows) == 0:
             return out
@@ -195,7 +211,7 @@ class MeshRenderer:
         return out
 
     def _lit(self, view: "_View", offsets: np.ndarray, normal: np.ndarray) -> np.ndarray:
-        """(n,) float32: 1 where the key light reaches the point camera + offset, else 0."""
+        """Return 1 where the key light reaches the point at camera + offset (n,3), else 0; (n,) float32."""
         points = view.origin + offsets + normal * (SHADOW_OFFSET * view.radius)
         toward = np.broadcast_to(direction(view.light.elevation, view.light.azimuth), points.shape).copy()
         occluder = self.scene.run(points.astype(np.float32), toward, query="INTERSECT")
@@ -203,7 +219,7 @@ class MeshRenderer:
 
 
 class _View:
-    """A camera placed before its target, in numbers."""
+    """The position and axes of a camera in front of its target."""
 
     def __init__(self, camera: Camera, target: np.ndarray, radius: float, size: int, light: Light):
         self.axes, self.half_width, self.radius = camera.axes, camera.half_width, radius
@@ -211,7 +227,7 @@ class _View:
         self.size, self.light = size, light
 
     def rays(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """(n,3) float32 directions through picture positions in pixels, not normalised."""
+        """Return directions (n,3) float32, not normalised, through positions (n,) in pixels."""
         plane = np.empty((len(rows), 3), dtype=np.float32)
         plane[:, 0] = ((2 / self.size) * columns - 1) * self.half_width
         plane[:, 1] = (1 - (2 / self.size) * rows) * self.half_width
@@ -229,14 +245,17 @@ def render(
     light: Light | None = None,
     supersample: int = 1,
 ) -> np.ndarray:
-    """One view of a mesh: (size, size, 4) uint8 sRGB, straight alpha. `MeshRenderer` is for several views."""
+    """Render one view of a mesh: (size, size, 4) uint8 sRGB with straight alpha.
+
+    Arguments and errors as in `MeshRenderer` and its `render`; use that class for several views.
+    """
     return MeshRenderer(vertices, faces, face_colors, smooth).render(camera, size, light, supersample)
 
 
 def render_sides(vertices, faces, size: int, face_colors=None, elevation: float = 15.0) -> list[np.ndarray]:
-    """The front, right (+X), back and left side: four (size, size, 4) uint8 pictures, shadowed and antialiased.
+    """Render the front, right (+X), back and left side: four (size, size, 4) uint8 pictures, with shadows, antialiased.
 
-    The light turns with the camera, so that no side lies in the dark.
+    The light turns with the camera, so that no side is dark. Arguments and errors as in `MeshRenderer`.
     """
     renderer = MeshRenderer(vertices, faces, face_colors)
     return [
@@ -248,7 +267,7 @@ def render_sides(vertices, faces, size: int, face_colors=None, elevation: float 
 
 
 def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """(V,3) float32 sums of the adjacent faces' normals, weighted by area; not normalised."""
+    """Return for each vertex the sum of its faces' normals weighted by area, not normalised; (V,3) float32."""
     a, b, c = (vertices[faces[:, k]] for k in range(3))
     normals = np.cross(b - a, c - a)  # (F,3)
     sums = [np.bincount(faces.ravel(), np.repeat(normals[:, k], 3), minlength=len(vertices)) for k in range(3)]
@@ -256,7 +275,7 @@ def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
 
 
 def _edges(picture: np.ndarray) -> np.ndarray:
-    """(H,W) bool: pixels that differ from one of their four neighbours."""
+    """Mark the pixels of a picture (H,W,4) that differ from one of their four neighbours, (H,W) bool."""
     edges = np.zeros(picture.shape[:2], dtype=bool)
     channels = np.ones(4, dtype=np.float32)
     across = np.abs(np.diff(picture, axis=1)) @ channels > EDGE_CONTRAST
@@ -268,15 +287,8 @@ def _edges(picture: np.ndarray) -> np.ndarray:
     return edges
 
 
-_LEVELS = np.arange(4096) / 4095
-_ENCODE = np.where(_LEVELS <= 0.0031308, 12.92 * _LEVELS, 1.055 * np.maximum(_LEVELS, 1e-9) ** (1 / 2.4) - 0.055)
-_ENCODE = np.round(_ENCODE * 255).astype(np.uint8)
-_BYTES = np.arange(256) / 255
-_DECODE = np.where(_BYTES <= 0.04045, _BYTES / 12.92, ((_BYTES + 0.055) / 1.055) ** 2.4).astype(np.float32)
-
-
 def _encode(picture: np.ndarray) -> np.ndarray:
-    """(H,W,4) linear premultiplied float to sRGB uint8 with straight alpha."""
+    """Convert (H,W,4) linear, premultiplied floats to sRGB uint8 with straight alpha."""
     out = np.zeros(picture.shape, dtype=np.uint8)
     covered = picture[..., 3] > 0
     pixels = picture[covered]

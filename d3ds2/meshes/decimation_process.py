@@ -1,5 +1,6 @@
-"""`decimate` in a process of its own: fast-simplification keeps Python's lock for all of its work, two seconds for a
-million faces, and a program that must answer meanwhile (ComfyUI, its Cancel button) could not.
+"""Run `decimate` in a process of its own, so that the program can answer meanwhile (ComfyUI's Cancel button).
+
+fast-simplification holds the GIL for all of its work: two seconds for a million faces.
 """
 
 import subprocess
@@ -13,21 +14,21 @@ import numpy as np
 
 from .mesh import Mesh, decimate
 
-SMALL = 200_000  # faces that are simplified at once, here: less than starting a process takes
-POLL = 0.1  # seconds
+MIN_FACES = 200_000  # simplifying fewer takes less time than starting a process
+POLL_SECONDS = 0.1
 # `-c` and not `-m`: an embedded Python does not look into the working directory
 PROGRAM = """import sys; sys.path.insert(0, sys.argv[1])
 from d3ds2.meshes.decimation_process import main; main(sys.argv[2:])"""
 
 
 def decimate_in_process(mesh: Mesh, target_faces: int, on_wait: Callable[[], None]) -> Mesh:
-    """`decimate`; `on_wait` is called ten times a second meanwhile, and may raise to stop.
+    """Simplify as `decimate` does, calling `on_wait` ten times a second meanwhile; it may raise to stop the work.
 
     Raises:
         ValueError: as `decimate`.
-        RuntimeError: the process failed, with its last line.
+        RuntimeError: the process failed; the message has the last line that it wrote.
     """
-    if len(mesh.faces) <= SMALL or len(mesh.faces) <= target_faces:
+    if len(mesh.faces) <= MIN_FACES or len(mesh.faces) <= target_faces:
         return decimate(mesh, target_faces)
     with tempfile.TemporaryDirectory(prefix="d3ds2-") as folder:
         source, result = Path(folder) / "source.npz", Path(folder) / "result.npz"
@@ -38,9 +39,9 @@ def decimate_in_process(mesh: Mesh, target_faces: int, on_wait: Callable[[], Non
         try:
             while process.poll() is None:
                 on_wait()
-                time.sleep(POLL)
+                time.sleep(POLL_SECONDS)
         finally:
-            process.kill()  # nothing where it has ended
+            process.kill()  # does nothing if it has ended
             message = process.communicate()[1].decode(errors="replace").strip()
         if process.returncode:
             raise RuntimeError(f"simplifying the mesh failed: {message.splitlines()[-1] if message else 'no message'}")
@@ -48,7 +49,11 @@ def decimate_in_process(mesh: Mesh, target_faces: int, on_wait: Callable[[], Non
 
 
 def main(arguments: list[str]) -> None:
-    """What the process runs: source file, result file, number of faces."""
+    """Simplify the mesh in a file into another file: the program of the process.
+
+    Args:
+        arguments: source file, result file, number of faces.
+    """
     source, result, target_faces = arguments
     mesh = decimate(_load(source), int(target_faces))
     np.savez(result, vertices=mesh.vertices, faces=mesh.faces, normals=mesh.normals)

@@ -1,34 +1,37 @@
-"""What is solid: all that the outside does not reach through positive voxels and blocks that are not stored."""
+"""Tell inside from outside: all is solid that the outside does not reach through positive voxels and missing blocks."""
 
 import numpy as np
 
+from .block import BLOCK
 from .flood_fill import flood_fill
 
 
 def fill_from_outside(
     block_coords: np.ndarray, positive: np.ndarray, grid: int, outer_only: bool, solid: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which voxels are outside.
+    """Find the voxels that are outside.
 
     Args:
-        block_coords: (B,3) of the stored blocks.
-        positive: the words (B,8) of their voxels that are not below the level.
-        grid, outer_only: see `sdf_to_mesh`.
+        block_coords: (B,3) coordinates of the stored blocks, in [0, G).
+        positive: words (B,8) uint64 with a bit set for each of their voxels that is not below the level (`pack_bits`).
+        grid: G, blocks per edge.
+        outer_only: make solid all that the outside does not reach; otherwise cavities are outside too.
         solid: (S,3) missing blocks that the outside may not enter.
 
     Returns:
-        rows (G^3,) of the blocks, words (B,8) of the outside, and flags (G^3,) of the missing blocks that are outside.
+        The row of each block (G³,), -1 for missing ones; the words (B,8) of the voxels outside; and the missing blocks
+        that are outside, (G³,) bool.
 
     Raises:
-        ValueError: a block given twice.
+        ValueError: a block is given twice.
     """
     rows = np.full(grid**3, -1, np.int32)
     flat, closed = ((c[:, 0] * grid + c[:, 1]) * grid + c[:, 2] for c in (block_coords, solid))
     rows[flat] = np.arange(len(flat), dtype=np.int32)
     if (rows[flat] != np.arange(len(flat))).any():
         raise ValueError("expected each block once, got some twice")
-    rows[closed] = len(flat)  # during the fill they share one row, of which nothing may be entered
-    positive = np.concatenate([positive, np.zeros((1, 8), np.uint64)])
+    rows[closed] = len(flat)  # during the fill they share one row, and no voxel of it may be entered
+    positive = np.concatenate([positive, np.zeros((1, BLOCK), np.uint64)])
     outside, empty = np.zeros_like(positive) if outer_only else positive.copy(), np.zeros(grid**3, bool)
     flood_fill(grid, rows, positive, outside, empty)
     rows[closed] = -1

@@ -1,8 +1,8 @@
-"""What the outside reaches, on a grid of 8^3 blocks of which only some are stored.
+"""Fill a grid from outside. The grid consists of blocks of 8³ voxels, and only some blocks are stored.
 
-The fill goes through the faces of voxels. Beyond the grid everything is outside; a block that is not stored is free as
-a whole. A stored block is eight 64-bit words, one for each x, with the bit 8 y + z for a voxel, so one word operation
-moves the front of 64 voxels. Nothing of the size of the whole voxel grid is made.
+The fill goes through the faces of voxels. Everything beyond the grid is outside. A block that is not stored is free
+as a whole. A stored block is eight 64-bit words, one for each x; bit 8 y + z of a word is a voxel, so one operation
+on a word moves the front of 64 voxels. No array is as large as the whole voxel grid.
 
 Sizes:
     R  voxels per edge     G = R / 8  blocks per edge     B  stored blocks
@@ -10,45 +10,48 @@ Sizes:
 
 import numpy as np
 
+from .block import BLOCK, BLOCK_LAST
 from .numba_kernel import kernel
 
-ONE = np.uint64(1)
-EIGHT = np.uint64(8)
-SEVEN = np.uint64(7)
-FIFTY_SIX = np.uint64(56)
-Z_LOW = np.uint64(0x0101010101010101)  # voxels with z = 0 of one x
+# shifts of a word, in bits
+Z_STEP = np.uint64(1)  # from a voxel to the next in z
+Y_STEP = np.uint64(BLOCK)
+Z_SPAN = np.uint64(BLOCK_LAST)  # from z = 0 to z = 7
+Y_SPAN = np.uint64(BLOCK_LAST * BLOCK)
+# masks of a word
+Z_LOW = np.uint64(0x0101010101010101)  # the voxels with z = 0
 Z_HIGH = np.uint64(0x8080808080808080)  # z = 7
 Y_LOW = np.uint64(0xFF)  # y = 0
 Y_HIGH = np.uint64(0xFF00000000000000)  # y = 7
 
 
 def pack_bits(mask: np.ndarray) -> np.ndarray:
-    """(B,512) bool, or (B,8,8,8), to the words of a fill, (B,8) uint64."""
-    return np.packbits(mask.reshape(-1, 64), axis=1, bitorder="little").view("<u8").reshape(-1, 8)
+    """Pack one bool for each voxel, (B,512) or (B,8,8,8), into the words of a fill, (B,8) uint64."""
+    return np.packbits(mask.reshape(-1, BLOCK * BLOCK), axis=1, bitorder="little").view("<u8").reshape(-1, BLOCK)
 
 
 def unpack_bits(words: np.ndarray) -> np.ndarray:
-    """The words of a fill, (B,8) uint64, to (B,512) bool."""
+    """Unpack the words of a fill, (B,8) uint64, into one bool for each voxel, (B,512)."""
     return np.unpackbits(words.astype("<u8").view(np.uint8), axis=1, bitorder="little").view(bool)
 
 
 @kernel
 def spread_in_block(free, reached):
-    """Fill one block, (8,) words each, until nothing changes."""
+    """Fill one block until nothing changes; free and reached are its (8,) words."""
     changed = True
     while changed:
         changed = False
-        for sweep in range(16):  # to and fro through x
-            layer = sweep if sweep < 8 else 15 - sweep
+        for sweep in range(2 * BLOCK):  # to and fro through x
+            layer = sweep if sweep < BLOCK else 2 * BLOCK - 1 - sweep
             word, start = reached[layer], reached[layer]
             if layer > 0:
                 word |= reached[layer - 1]
-            if layer < 7:
+            if layer < BLOCK_LAST:
                 word |= reached[layer + 1]
             word &= free[layer]
             while True:
                 before = word
-                word |= (word << EIGHT) | (word >> EIGHT) | ((word & ~Z_HIGH) << ONE) | ((word & ~Z_LOW) >> ONE)
+                word |= (word << Y_STEP) | (word >> Y_STEP) | ((word & ~Z_HIGH) << Z_STEP) | ((word & ~Z_LOW) >> Z_STEP)
                 word &= free[layer]
                 if word == before:
                     break
@@ -59,30 +62,30 @@ def spread_in_block(free, reached):
 
 @kernel
 def leaving(words, layer, direction):
-    """Bits that step from a block (8,) into `layer` of its neighbour; directions: -x, +x, -y, +y, -z, +z."""
+    """Return the bits that step from a block (8,) into `layer` of its neighbour; directions: -x, +x, -y, +y, -z, +z."""
     if direction == 0:
-        return words[0] if layer == 7 else np.uint64(0)
+        return words[0] if layer == BLOCK_LAST else np.uint64(0)
     if direction == 1:
-        return words[7] if layer == 0 else np.uint64(0)
+        return words[BLOCK_LAST] if layer == 0 else np.uint64(0)
     if direction == 2:
-        return (words[layer] & Y_LOW) << FIFTY_SIX
+        return (words[layer] & Y_LOW) << Y_SPAN
     if direction == 3:
-        return (words[layer] & Y_HIGH) >> FIFTY_SIX
+        return (words[layer] & Y_HIGH) >> Y_SPAN
     if direction == 4:
-        return (words[layer] & Z_LOW) << SEVEN
-    return (words[layer] & Z_HIGH) >> SEVEN
+        return (words[layer] & Z_LOW) << Z_SPAN
+    return (words[layer] & Z_HIGH) >> Z_SPAN
 
 
 @kernel
 def flood_fill(grid, rows, free, reached, empty):
-    """Turn what is free and connected to the border of the grid, or to what is reached already, into reached.
+    """Reach every free voxel that is connected to the border of the grid, or to a voxel that is already reached.
 
     Args:
         grid: G.
-        rows: row of each block in `free` and `reached`, (G^3,) int32, x slowest; -1 for a block that is not stored.
+        rows: row of each block in `free` and `reached`, (G³,) int32, x slowest; -1 for a block that is not stored.
         free: voxels that may be entered, (B,8) uint64.
         reached: the seeds on entry, all of them free; the filled voxels on return, (B,8) uint64.
-        empty: True for reached blocks among those that are not stored, (G^3,) bool; changed in place like `reached`.
+        empty: True for a block that is not stored and is reached, (G³,) bool; changed in place, like `reached`.
     """
     stack = np.empty(grid * grid * grid, np.int32)  # a block is on it at most once
     waiting = np.zeros(grid * grid * grid, np.bool_)
@@ -96,9 +99,9 @@ def flood_fill(grid, rows, free, reached, empty):
                     if row < 0:
                         empty[block] = True
                     else:
-                        for layer in range(8):
+                        for layer in range(BLOCK):
                             front = np.uint64(0)
-                            if (x == 0 and layer == 0) or (x == grid - 1 and layer == 7):
+                            if (x == 0 and layer == 0) or (x == grid - 1 and layer == BLOCK_LAST):
                                 front = ~front
                             if y == 0:
                                 front |= Y_LOW
@@ -111,13 +114,13 @@ def flood_fill(grid, rows, free, reached, empty):
                             reached[row, layer] |= front & free[row, layer]
                 found = empty[block] if row < 0 else False
                 if row >= 0:
-                    for layer in range(8):
+                    for layer in range(BLOCK):
                         found = found or reached[row, layer] != 0
                 if found:
                     stack[size] = block
                     waiting[block] = True
                     size += 1
-    words = np.empty(8, np.uint64)
+    words = np.empty(BLOCK, np.uint64)
     while size > 0:
         size -= 1
         block = stack[size]
@@ -140,13 +143,13 @@ def flood_fill(grid, rows, free, reached, empty):
             if rows[neighbor] < 0:
                 if not empty[neighbor]:
                     front = np.uint64(0)
-                    for layer in range(8):
+                    for layer in range(BLOCK):
                         front |= leaving(words, layer, direction)
                     entered = front != 0
                     empty[neighbor] = entered
             else:
                 target = rows[neighbor]
-                for layer in range(8):
+                for layer in range(BLOCK):
                     front = leaving(words, layer, direction) & free[target, layer] & ~reached[target, layer]
                     if front != 0:
                         reached[target, layer] |= front

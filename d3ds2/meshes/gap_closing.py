@@ -1,18 +1,19 @@
-"""Blocks that a network left out of a surface: keep the outside from leaking through them into the solid.
+"""Close the gaps where a network left blocks out of a surface, so that the outside does not leak into the solid.
 
-A truncated SDF stores the blocks along the surface; whether a block that is not stored is inside or outside follows
-from a flood fill. One missing block of a surface lets the fill in, and the solid comes out hollow. Here a missing block
-is made solid where what lies around it says so, in either of two ways:
+A truncated SDF stores the blocks along the surface; a flood fill decides whether a block that is not stored is inside
+or outside. One block missing from the surface lets the fill in, and the solid comes out hollow. Here a missing block is
+made solid if its surroundings say so, in either of two ways:
 
-- It looks along 26 lines. The face of the first stored block on each line tells by its values whether it is seen from
-  within or from outside; a line that leaves the grid is a weak sign of the outside. The mean decides. This closes large
-  holes, and leaves cups and arches open, whose walls are seen from outside.
-- It belongs to a region that the outside reaches only through openings narrower than three blocks, and the values that
-  surround the region are negative in the mean.
+- It looks along 26 lines. The values on the face of the first stored block on a line tell whether that face is seen
+  from inside or from outside; a line that leaves the grid is a weak sign of the outside. The mean decides. This closes
+  large holes. Cups and arches stay open, because their walls are seen from outside.
+- It belongs to a region that the outside reaches only through openings narrower than three blocks, and the values
+  around the region are negative on average.
 
-Where no block is missing from the surface neither changes anything.
+If no block is missing from the surface, nothing changes.
 
-G = R / 8 blocks per edge, B blocks.
+Sizes:
+    G = R / 8  blocks per edge     B  stored blocks     S  missing blocks that are solid
 """
 
 from collections.abc import Callable
@@ -21,30 +22,39 @@ from itertools import product
 import numpy as np
 from scipy import ndimage
 
+from .block import BLOCK, BLOCK_LAST
+
 DIRECTIONS = [direction for direction in product((-1, 0, 1), repeat=3) if any(direction)]
-OPEN = 0.4  # what a line that leaves the grid counts, in values of the SDF; chosen on generated shapes of the val split
-FACE = 64  # voxels
+OPEN_VALUE = 0.4  # SDF value that stands for a line that leaves the grid; chosen on generated shapes of the val split
+FACE_VOXELS = BLOCK**2
 
 FaceSums = Callable[[int, int], np.ndarray]
 
 
 def enclosed_solid_blocks(block_coords: np.ndarray, face_sums: FaceSums, grid: int) -> np.ndarray:
-    """Missing blocks that are inside, (S,3) integers.
+    """Find the missing blocks that are inside, (S,3) integers.
 
     Args:
         block_coords: (B,3) integers in [0, G), each block once.
-        face_sums: of (axis, layer), the sum (B,) of the 64 values, negative inside, in that layer of each block.
+        face_sums: called with an axis and a layer; returns the sum (B,) of the 64 values in that layer of each block,
+            negative inside.
         grid: G.
     """
-    faces = {(axis, layer): np.asarray(face_sums(axis, layer)) for axis in range(3) for layer in (0, 7)}
-    stored = np.zeros((grid + 2,) * 3, bool)  # one block of outside all round
+    faces = {(axis, layer): np.asarray(face_sums(axis, layer)) for axis in range(3) for layer in (0, BLOCK_LAST)}
+    stored = np.zeros((grid + 2,) * 3, bool)  # with a margin of one outside block on every side
     stored[tuple(block_coords.T + 1)] = True
     solid = ~stored & ((_sight(block_coords, faces, stored) < 0) | _negative_regions(block_coords, faces, stored))
     return np.argwhere(solid) - 1
 
 
 def border_of_solid(block_coords: np.ndarray, solid: np.ndarray, grid: int) -> np.ndarray:
-    """Those of the solid blocks (S,3) that touch a missing block which is not one, or the end of the grid."""
+    """Select those of the solid blocks (S,3) that touch an open missing block or the border of the grid.
+
+    Args:
+        block_coords: (B,3) integers in [0, G), the stored blocks.
+        solid: (S,3) integers in [0, G), see `enclosed_solid_blocks`.
+        grid: G.
+    """
     if not len(solid):
         return solid
     is_open = np.ones((grid + 2,) * 3, bool)
@@ -53,21 +63,21 @@ def border_of_solid(block_coords: np.ndarray, solid: np.ndarray, grid: int) -> n
 
 
 def _sight(block_coords: np.ndarray, faces: dict[tuple[int, int], np.ndarray], stored: np.ndarray) -> np.ndarray:
-    """What each block sees along the 26 lines, in the mean: (G+2,) * 3 float32, negative where that is the inside."""
+    """Sum what each block sees along the 26 lines: (G+2,) * 3 float32, negative where that is the inside."""
     total = np.zeros(stored.shape, np.float32)
     place = tuple(block_coords.T + 1)
     facing = np.zeros(stored.shape, np.float32)
     for direction in DIRECTIONS:
-        seen = [faces[axis, 0 if step > 0 else 7] for axis, step in enumerate(direction) if step]
-        facing[place] = np.mean(seen, axis=0) / FACE
+        seen = [faces[axis, 0 if step > 0 else BLOCK_LAST] for axis, step in enumerate(direction) if step]
+        facing[place] = np.mean(seen, axis=0) / FACE_VOXELS
         total += _first_met(facing, stored, direction)
     return total
 
 
 def _first_met(facing: np.ndarray, stored: np.ndarray, direction: tuple[int, ...]) -> np.ndarray:
-    """`facing` of the first stored block in the direction of each block, (G+2,) * 3; OPEN where there is none."""
+    """Return `facing` of the first stored block in a direction from each block, (G+2,) * 3; else OPEN_VALUE."""
     axis = next(axis for axis, step in enumerate(direction) if step)
-    met, inner = np.full(stored.shape, OPEN, np.float32), slice(1, -1)
+    met, inner = np.full(stored.shape, OPEN_VALUE, np.float32), slice(1, -1)
     layers, facing, stored = np.moveaxis(met, axis, 0), np.moveaxis(facing, axis, 0), np.moveaxis(stored, axis, 0)
     size = len(layers) - 2
     ahead = tuple(slice(1 + step, 1 + step + size) for a, step in enumerate(direction) if a != axis)
@@ -80,12 +90,12 @@ def _first_met(facing: np.ndarray, stored: np.ndarray, direction: tuple[int, ...
 def _negative_regions(
     block_coords: np.ndarray, faces: dict[tuple[int, int], np.ndarray], stored: np.ndarray
 ) -> np.ndarray:
-    """Missing blocks of nearly closed regions whose surroundings are negative in the mean, (G+2,) * 3 bool."""
+    """Mark missing blocks in nearly closed regions whose surroundings are negative on average, (G+2,) * 3 bool."""
     narrowed = np.pad(~_widened(stored), 1, constant_values=True)
     labels = ndimage.label(narrowed)[0]
     outside = _widened(labels == labels[0, 0, 0])[1:-1, 1:-1, 1:-1]
     labels, count = ndimage.label(~stored & ~outside)
-    total = np.zeros(count + 1)  # of the values that touch each region
+    total = np.zeros(count + 1)  # sum of the values that touch each region
     for (axis, layer), values in faces.items():  # the face of a stored block toward its neighbour
         neighbor = block_coords + 1
         neighbor[:, axis] += -1 if layer == 0 else 1
@@ -94,7 +104,7 @@ def _negative_regions(
 
 
 def _widened(mask: np.ndarray) -> np.ndarray:
-    """A mask (X,Y,Z) and all the neighbours of what is in it, across faces, edges and corners."""
+    """Add to a mask (X,Y,Z) the neighbours of what is in it, across faces, edges and corners."""
     for axis in range(3):
         before, mask = np.moveaxis(mask, axis, 0), mask.copy()
         widened = np.moveaxis(mask, axis, 0)

@@ -1,7 +1,7 @@
-"""Triangle meshes whose sheets touch -> meshes in which every edge has two faces and every vertex one fan of them.
+"""Triangle meshes whose sheets touch -> meshes in which every edge has two faces and every vertex one fan of faces.
 
-Collapsing edges keeps a closed, oriented mesh closed and oriented, but lets sheets meet: four faces at an edge, two
-fans at a vertex, two faces back to back. Here the sheets are taken apart again, outside the solid.
+When edges collapse, a closed, oriented mesh stays closed and oriented, but its sheets may meet: four faces at an edge,
+two fans at a vertex, two faces back to back. The functions here take such sheets apart again.
 
 Sizes:
     V  vertices     F  faces     H = 3 F  half-edges; half-edge 3 f + k runs from corner k of face f to the next
@@ -11,7 +11,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-NUDGE = 1e-3  # share of the way to its neighbours by which a vertex made twice is moved, so nothing welds it again
+NUDGE = 1e-3  # share of the way to its neighbours by which a doubled vertex moves, so that nothing welds it again
 
 
 def separate_sheets(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -19,7 +19,7 @@ def separate_sheets(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray
 
     Args:
         vertices: (V,3) floats.
-        faces: (F,3) int64, closed and wound alike: as many faces run along an edge one way as the other.
+        faces: (F,3) int64, closed and wound alike: along each edge as many faces run one way as the other.
 
     Returns:
         (vertices (V',3) float32, faces (F',3) int64): closed, every edge with two faces.
@@ -35,7 +35,7 @@ def separate_sheets(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray
 
 
 def drop_back_to_back(faces: np.ndarray) -> np.ndarray:
-    """Faces (F,3) without pairs on the same three vertices that look in opposite directions."""
+    """Drop faces (F,3) with two equal corners, and pairs on the same three vertices that look opposite ways."""
     faces = faces[(faces != np.roll(faces, 1, 1)).all(1)]
     corners = np.sort(faces, 1)
     order = np.lexsort(corners.T)
@@ -53,15 +53,15 @@ def drop_back_to_back(faces: np.ndarray) -> np.ndarray:
 
 
 def edge_keys(faces: np.ndarray) -> np.ndarray:
-    """One number for the undirected edge of each half-edge, (H,)."""
+    """Return a number for the undirected edge of each half-edge, (H,), the same for both directions."""
     tail, head = faces.ravel(), np.roll(faces, -1, 1).ravel()
     return np.minimum(tail, head) * (faces.max() + 1) + np.maximum(tail, head)
 
 
 def pair_half_edges(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """The half-edge on the other side of each, (H,); -1 at an open edge.
+    """Return the half-edge on the other side of each, (H,); -1 at an open edge.
 
-    Where more than two faces meet, those pair up that have the same piece of the solid between them.
+    Where more than two faces meet at an edge, those with the same piece of the solid between them pair up.
     """
     order = np.argsort(edge_keys(faces), kind="stable")
     keys = edge_keys(faces)[order]
@@ -90,7 +90,7 @@ def pair_half_edges(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
 
 
 def one_vertex_per_fan(vertices: np.ndarray, faces: np.ndarray, twins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Give every fan of faces a vertex of its own and drop vertices without faces."""
+    """Give every fan of faces a vertex of its own, and drop vertices without faces; return vertices and faces."""
     H = faces.size
     half_edges = np.arange(H)
     following = half_edges - half_edges % 3 + (half_edges + 1) % 3
@@ -111,7 +111,7 @@ def one_vertex_per_fan(vertices: np.ndarray, faces: np.ndarray, twins: np.ndarra
 
 
 def doubled_edges(faces: np.ndarray, twins: np.ndarray) -> np.ndarray:
-    """Half-edges, one a pair, whose two vertices are joined by an earlier pair as well."""
+    """Return a half-edge of each pair whose two vertices are also joined by an earlier pair."""
     pairs = np.flatnonzero(np.arange(len(twins)) < twins)
     keys = edge_keys(faces)[pairs]
     _, first = np.unique(keys, return_index=True)
@@ -121,7 +121,7 @@ def doubled_edges(faces: np.ndarray, twins: np.ndarray) -> np.ndarray:
 def split_edges(
     vertices: np.ndarray, faces: np.ndarray, twins: np.ndarray, half_edges: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put a vertex into the middle of some paired edges; of those that share a face, into the first only."""
+    """Put a vertex into the middle of the edges of `half_edges`; where several share a face, only into the first."""
     faces, added, touched = faces.copy(), [], set()
     points = [vertices]
     for half_edge in half_edges:

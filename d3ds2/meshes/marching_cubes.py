@@ -1,9 +1,9 @@
-"""Marching cubes on 8^3 blocks: which grid edges the surface crosses, and the triangles between them.
+"""Marching cubes on blocks of 8³ voxels: the grid edges that the surface crosses, and the triangles between them.
 
-Inside and outside are one bit for every voxel: eight 64-bit words for a stored block (`flood_fill`), one flag for a
-block that is not stored. A cube belongs to the block of its first corner, a grid edge to that of its first end. Blocks
-one step below the stored ones own cubes and edges too, so block coordinates are counted from -1 here ("owners").
-A vertex is numbered by its owner and its rank among the owner's crossed edges: no vertex is ever made twice.
+One bit for every voxel says whether it is outside: eight 64-bit words for a stored block (`flood_fill`), one flag for
+a block that is not stored. A cube belongs to the block of its first corner, a grid edge to that of its first end.
+Blocks one step below the stored ones own cubes and edges too, so the block coordinates of owners begin at -1.
+A vertex is numbered by its owner and by its rank among the owner's crossed edges, so no vertex is made twice.
 
 Sizes:
     R  voxels per edge     G = R / 8  blocks per edge     B  stored blocks     W  owners     V  vertices     F  faces
@@ -11,33 +11,36 @@ Sizes:
 
 import numpy as np
 
-from .flood_fill import EIGHT, ONE, SEVEN, Y_LOW, Z_LOW
+from .block import BLOCK, BLOCK_BITS, BLOCK_LAST
+from .flood_fill import Y_LOW, Y_SPAN, Y_STEP, Z_LOW, Z_SPAN, Z_STEP
 from .marching_cubes_table import CORNERS, EDGES
 from .numba_kernel import kernel
 
-MARGIN = 1e-3  # a vertex keeps this share of its grid edge from either end: no two vertices in one place
+MARGIN = 1e-3  # share of its grid edge that a vertex keeps from either end, so that no two vertices coincide
 EDGE_CORNER = CORNERS[EDGES]  # (12,3) first end of each edge of a cube
-FIFTY_SIX = np.uint64(56)
+EDGE_WORDS = 3 * BLOCK  # words of an owner's crossed edges: 8 for each axis
+LOWEST_BIT = np.uint64(1)
+TOP_BYTE = np.uint64(56)  # shift in bits
 
 
 @kernel
 def count_bits(word):
-    """Set bits of a word."""
+    """Return the number of set bits in a word."""
     word -= (word >> np.uint64(1)) & np.uint64(0x5555555555555555)
     word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
     word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return np.int64((word * np.uint64(0x0101010101010101)) >> FIFTY_SIX)
+    return np.int64((word * np.uint64(0x0101010101010101)) >> TOP_BYTE)
 
 
 @kernel
 def lowest_bit(word):
-    """Index of the lowest set bit."""
-    return count_bits((word & (~word + ONE)) - ONE)
+    """Return the index of the lowest set bit of a word."""
+    return count_bits((word & (~word + LOWEST_BIT)) - LOWEST_BIT)
 
 
 @kernel
 def block_word(x, y, z, layer, grid, rows, outside, empty):
-    """Word of a layer of any block, a set bit for an outside voxel; beyond the grid all is outside."""
+    """Return the word of a layer of any block: a set bit is an outside voxel. Beyond the grid all is outside."""
     if min(x, y, z) < 0 or max(x, y, z) >= grid:
         return ~np.uint64(0)
     block = (x * grid + y) * grid + z
@@ -48,26 +51,26 @@ def block_word(x, y, z, layer, grid, rows, outside, empty):
 
 @kernel
 def corner_words(owner, grid, rows, outside, empty, words):
-    """words (9,4): bit 8 y + z of words[x, 2 j + k] is voxel (x, y + j, z + k) of an owner, for x up to 8."""
+    """Fill words (9,4): bit 8 y + z of words[x, 2 j + k] is voxel (x, y + j, z + k) of an owner, for x up to 8."""
     side = grid + 1
     bx, by, bz = owner // (side * side) - 1, owner // side % side - 1, owner % side - 1
-    for x in range(9):
-        nx, layer = (bx, x) if x < 8 else (bx + 1, 0)
+    for x in range(BLOCK + 1):
+        nx, layer = (bx, x) if x < BLOCK else (bx + 1, 0)
         here = block_word(nx, by, bz, layer, grid, rows, outside, empty)
         next_z = block_word(nx, by, bz + 1, layer, grid, rows, outside, empty)
         next_y = block_word(nx, by + 1, bz, layer, grid, rows, outside, empty)
         next_yz = block_word(nx, by + 1, bz + 1, layer, grid, rows, outside, empty)
-        z_here = ((here & ~Z_LOW) >> ONE) | ((next_z & Z_LOW) << SEVEN)
-        z_next = ((next_y & ~Z_LOW) >> ONE) | ((next_yz & Z_LOW) << SEVEN)
+        z_here = ((here & ~Z_LOW) >> Z_STEP) | ((next_z & Z_LOW) << Z_SPAN)
+        z_next = ((next_y & ~Z_LOW) >> Z_STEP) | ((next_yz & Z_LOW) << Z_SPAN)
         words[x, 0] = here
         words[x, 1] = z_here
-        words[x, 2] = ((here & ~Y_LOW) >> EIGHT) | ((next_y & Y_LOW) << FIFTY_SIX)
-        words[x, 3] = ((z_here & ~Y_LOW) >> EIGHT) | ((z_next & Y_LOW) << FIFTY_SIX)
+        words[x, 2] = ((here & ~Y_LOW) >> Y_STEP) | ((next_y & Y_LOW) << Y_SPAN)
+        words[x, 3] = ((z_here & ~Y_LOW) >> Y_STEP) | ((z_next & Y_LOW) << Y_SPAN)
 
 
 @kernel
 def mixed_cubes(words, x):
-    """Bits of the cubes in layer x that have corners on both sides."""
+    """Return the bits of the cubes in layer x that have corners on both sides."""
     some, every = np.uint64(0), ~np.uint64(0)
     for k in range(8):
         word = words[x + (k >> 2), k & 3]
@@ -78,69 +81,75 @@ def mixed_cubes(words, x):
 
 @kernel
 def case_of(words, x, bit):
-    """The byte of a cube: bit k set where corner k is inside."""
+    """Return the case of a cube, a byte: bit k is set where corner k is inside."""
     case = 0
     for k in range(8):
-        case |= (1 - np.int64((words[x + (k >> 2), k & 3] >> np.uint64(bit)) & ONE)) << k
+        case |= (1 - np.int64((words[x + (k >> 2), k & 3] >> np.uint64(bit)) & LOWEST_BIT)) << k
     return case
 
 
 @kernel
 def count_surface(start, stop, owners, grid, rows, outside, empty, triangle_counts, crossed, ranks, sizes):
-    """For owners start..stop of owners (W,): the crossed edges, how many come before, and the totals.
+    """Count the vertices and triangles of owners start..stop of owners (W,).
 
-    crossed (W,24) uint64 bits of edges by 8 axis + x; ranks (W,24) int16 vertices in the words before; sizes (W,2)
-    vertices and triangles.
+    Fills crossed (W,24) uint64, a bit for each crossed edge, words by 8 axis + x; ranks (W,24) int16, the number of
+    vertices in the words before; and sizes (W,2), the numbers of vertices and triangles.
     """
-    words = np.empty((9, 4), np.uint64)
+    words = np.empty((BLOCK + 1, 4), np.uint64)
     for w in range(start, stop):
         corner_words(owners[w], grid, rows, outside, empty, words)
         vertices, triangles = 0, 0
         for axis in range(3):
-            for x in range(8):
+            for x in range(BLOCK):
                 other = words[x + 1, 0] if axis == 0 else (words[x, 2] if axis == 1 else words[x, 1])
-                crossed[w, 8 * axis + x] = words[x, 0] ^ other
-                ranks[w, 8 * axis + x] = vertices
+                crossed[w, BLOCK * axis + x] = words[x, 0] ^ other
+                ranks[w, BLOCK * axis + x] = vertices
                 vertices += count_bits(words[x, 0] ^ other)
-        for x in range(8):
+        for x in range(BLOCK):
             cubes = mixed_cubes(words, x)
             while cubes != 0:
                 triangles += triangle_counts[case_of(words, x, lowest_bit(cubes))]
-                cubes &= cubes - ONE
+                cubes &= cubes - LOWEST_BIT
         sizes[w, 0], sizes[w, 1] = vertices, triangles
 
 
 @kernel
 def value_at(x, y, z, grid, rows, outside, empty, values, level):
-    """Value minus level of any voxel, of the sign that its bit says: +-1 where nothing is stored or it was turned."""
-    if min(x, y, z) < 0 or max(x, y, z) >= 8 * grid:
+    """Return value minus level of any voxel; ±1 where no value is stored, or where its sign contradicts its bit."""
+    if min(x, y, z) < 0 or max(x, y, z) >= BLOCK * grid:
         return 1.0
-    block = ((x >> 3) * grid + (y >> 3)) * grid + (z >> 3)
+    block = ((x >> BLOCK_BITS) * grid + (y >> BLOCK_BITS)) * grid + (z >> BLOCK_BITS)
     row = rows[block]
     if row < 0:
         return 1.0 if empty[block] else -1.0
-    value = float(values[row, x & 7, y & 7, z & 7]) - level
-    if (outside[row, x & 7] >> np.uint64((y & 7) * 8 + (z & 7))) & ONE:
+    ix, iy, iz = x & BLOCK_LAST, y & BLOCK_LAST, z & BLOCK_LAST
+    value = float(values[row, ix, iy, iz]) - level
+    if (outside[row, ix] >> np.uint64(iy * BLOCK + iz)) & LOWEST_BIT:
         return value if value >= 0.0 else 1.0
     return value if value < 0.0 else -1.0
 
 
 @kernel
 def make_vertices(start, stop, owners, first, crossed, grid, rows, outside, empty, values, level, vertices, normals):
-    """Vertices (V,3) of owners start..stop in the cube [-1,1]^3, linear along their edges, and the gradient there."""
+    """Fill vertices (V,3), interpolated along their edges in the cube [-1,1]³, and normals (V,3), the gradients there.
+
+    Only those of owners start..stop are made.
+    """
     side = grid + 1
     field = (grid, rows, outside, empty, values, level)
-    scale = 1.0 / (4.0 * grid)  # half of R in the denominator: p = (i + 1/2) / R * 2 - 1
+    scale = 1.0 / (4.0 * grid)  # 2 / R: p = (i + 1/2) / R * 2 - 1
     for w in range(start, stop):
-        x0, y0, z0 = owners[w] // (side * side) * 8 - 8, owners[w] // side % side * 8 - 8, owners[w] % side * 8 - 8
+        x0 = owners[w] // (side * side) * BLOCK - BLOCK
+        y0 = owners[w] // side % side * BLOCK - BLOCK
+        z0 = owners[w] % side * BLOCK - BLOCK
         vertex = first[w]
-        for word in range(24):
-            axis = word >> 3
+        for word in range(EDGE_WORDS):
+            axis = word >> BLOCK_BITS
             bits = crossed[w, word]
             while bits != 0:
                 bit = lowest_bit(bits)
-                bits &= bits - ONE
-                x, y, z = x0 + (word & 7), y0 + (bit >> 3), z0 + (bit & 7)
+                bits &= bits - LOWEST_BIT
+                x, y, z = x0 + (word & BLOCK_LAST), y0 + (bit >> BLOCK_BITS), z0 + (bit & BLOCK_LAST)
                 ox, oy, oz = x + (axis == 0), y + (axis == 1), z + (axis == 2)
                 here, there = value_at(x, y, z, *field), value_at(ox, oy, oz, *field)
                 t = min(max(here / (here - there), MARGIN), 1.0 - MARGIN)
@@ -161,29 +170,31 @@ def make_vertices(start, stop, owners, first, crossed, grid, rows, outside, empt
 def make_faces(
     start, stop, owners, owner_rows, first, first_face, crossed, ranks, grid, rows, outside, empty, table, counts, faces
 ):
-    """Faces (F,3) of owners start..stop, counter-clockwise seen from outside."""
+    """Fill the faces (F,3) of owners start..stop, counter-clockwise seen from outside."""
     side = grid + 1
-    words = np.empty((9, 4), np.uint64)
+    words = np.empty((BLOCK + 1, 4), np.uint64)
     for w in range(start, stop):
         face = first_face[w]
         if face == first_face[w + 1]:
             continue
         corner_words(owners[w], grid, rows, outside, empty, words)
-        for x in range(8):
+        for x in range(BLOCK):
             cubes = mixed_cubes(words, x)
             while cubes != 0:
                 bit = lowest_bit(cubes)
-                cubes &= cubes - ONE
+                cubes &= cubes - LOWEST_BIT
                 case = case_of(words, x, bit)
                 for triangle in range(counts[case]):
                     for corner in range(3):
                         edge = table[case, triangle, corner]
                         ex = x + EDGE_CORNER[edge, 0]
-                        ey, ez = (bit >> 3) + EDGE_CORNER[edge, 1], (bit & 7) + EDGE_CORNER[edge, 2]
-                        owner = owners[w] + ((ex >> 3) * side + (ey >> 3)) * side + (ez >> 3)
-                        row = owner_rows[owner]
-                        word = 8 * (edge >> 2) + (ex & 7)
-                        below = (ONE << np.uint64((ey & 7) * 8 + (ez & 7))) - ONE
+                        ey = (bit >> BLOCK_BITS) + EDGE_CORNER[edge, 1]
+                        ez = (bit & BLOCK_LAST) + EDGE_CORNER[edge, 2]
+                        step = ((ex >> BLOCK_BITS) * side + (ey >> BLOCK_BITS)) * side + (ez >> BLOCK_BITS)
+                        row = owner_rows[owners[w] + step]
+                        word = BLOCK * (edge >> 2) + (ex & BLOCK_LAST)
+                        bit_of_edge = np.uint64((ey & BLOCK_LAST) * BLOCK + (ez & BLOCK_LAST))
+                        below = (LOWEST_BIT << bit_of_edge) - LOWEST_BIT
                         rank = ranks[row, word] + count_bits(crossed[row, word] & below)
                         faces[face, corner] = first[row] + rank
                     face += 1

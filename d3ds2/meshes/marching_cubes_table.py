@@ -1,10 +1,10 @@
-"""The 256 cases of marching cubes, worked out from one rule for the faces of a cube.
+"""The 256 cases of marching cubes, derived from one rule for the faces of a cube.
 
 Corner k of a cube lies at (k >> 2, k >> 1 & 1, k & 1). Edge e runs along axis e // 4 from corner `EDGES[e]`. A case
-is a byte: bit k is set where corner k is inside. Where the inside corners of a face lie on a diagonal, they are joined
-on it, so outside corners meet only through faces of voxels, as in `flood_fill`. Both cubes at a face follow that rule:
-every segment on it belongs to exactly two triangles, and no other edge of a triangle lies on a face. The surface is a
-closed manifold in every case.
+is a byte: bit k is set where corner k is inside. Inside corners on a diagonal of a face are joined across that
+face, so outside corners meet only through faces of voxels, as in `flood_fill`. Both cubes at a face follow that rule.
+Hence every segment on a face belongs to exactly two triangles, and no other edge of a triangle lies on a face: the
+surface is a closed manifold in every case.
 """
 
 from functools import cache
@@ -13,13 +13,13 @@ from itertools import pairwise
 import numpy as np
 
 CORNERS = np.array([(k >> 2, k >> 1 & 1, k & 1) for k in range(8)])  # (8,3)
-ENDS = [(k, k | 4 >> axis) for axis in range(3) for k in range(8) if not k & 4 >> axis]  # 12 pairs of corners
+ENDS = [(k, k | 4 >> axis) for axis in range(3) for k in range(8) if not k & 4 >> axis]  # (12) pairs of corners
 EDGES = np.array([first for first, _ in ENDS])  # (12,) corner at which an edge begins
 EDGE_OF = {frozenset(ends): edge for edge, ends in enumerate(ENDS)}
 
 
 def faces_of_cube() -> list[list[int]]:
-    """Corners of the six faces, counter-clockwise seen from outside the cube."""
+    """Return the four corners of each of the six faces, counter-clockwise seen from outside the cube."""
     faces = []
     for axis in range(3):
         u, v = 4 >> (axis + 1) % 3, 4 >> (axis + 2) % 3  # bits of the next two axes: u x v points along this one
@@ -30,7 +30,7 @@ def faces_of_cube() -> list[list[int]]:
 
 
 def loops_of_case(case: int) -> list[list[int]]:
-    """Closed loops of crossed edges, counter-clockwise seen from outside the solid."""
+    """Return the closed loops of crossed edges, counter-clockwise seen from outside the solid."""
     following = {}
     for face in faces_of_cube():
         inside = [bool(case >> k & 1) for k in face]
@@ -55,13 +55,13 @@ def loops_of_case(case: int) -> list[list[int]]:
 
 
 def share_a_face(edge: int, other: int) -> bool:
-    """Whether two edges of the cube lie on one of its faces."""
+    """Return whether two edges of the cube lie on the same face."""
     corners = {*ENDS[edge], *ENDS[other]}
     return any(corners <= set(face) for face in faces_of_cube())
 
 
 def triangulate(loop: list[int]) -> list[tuple[int, int, int]]:
-    """Triangles of a loop without a diagonal on a face of the cube; of those, with the shortest diagonals."""
+    """Cut a loop into triangles: no diagonal on a face of the cube, and of those cuts the one with the shortest."""
     middle = [(CORNERS[first] + CORNERS[second]) / 2 for first, second in ENDS]
 
     def cost(edge: int, other: int) -> float:
@@ -83,7 +83,7 @@ def triangulate(loop: list[int]) -> list[tuple[int, int, int]]:
 
 @cache
 def marching_cubes_table() -> tuple[np.ndarray, np.ndarray]:
-    """(edges of the triangles (256, T, 3) int8, -1 behind the last; number of triangles (256,) int8)."""
+    """Return the edges of each case's triangles, (256,T,3) int8 padded with -1, and their counts (256,) int8."""
     cases = [[t for loop in loops_of_case(case) for t in triangulate(loop)] for case in range(256)]
     counts = np.array([len(triangles) for triangles in cases], np.int8)
     table = np.full((256, counts.max(), 3), -1, np.int8)

@@ -1,4 +1,4 @@
-"""A triangle mesh, its normals, its connected parts, and fewer faces for it.
+"""A triangle mesh: its normals, its connected parts, and its simplification.
 
 Sizes:
     V  vertices     F  faces
@@ -17,7 +17,7 @@ class Mesh:
     """A triangle mesh.
 
     Attributes:
-        vertices: (V,3) float32 in [-1,1]^3.
+        vertices: (V,3) float32 in [-1,1]³.
         faces: (F,3) int64, counter-clockwise seen from outside.
         normals: (V,3) float32, unit length, outward.
     """
@@ -28,7 +28,10 @@ class Mesh:
 
 
 def area_weighted_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Unit normals (V,3) float32 of vertices (V,3), the mean of their faces' by area; (0,0,1) where that is zero."""
+    """Return unit normals (V,3) float32 of vertices (V,3) in faces (F,3), where larger faces weigh more.
+
+    The normal is (0,0,1) where those of the faces cancel.
+    """
     normals = np.zeros((len(vertices), 3))
     add_face_normals(vertices, faces, normals)
     lengths = np.linalg.norm(normals, axis=1)
@@ -39,7 +42,7 @@ def area_weighted_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray
 
 @kernel
 def add_face_normals(vertices, faces, normals):
-    """Add twice the area vector of each face to its three rows of normals (V,3)."""
+    """Add twice the area vector of each face to the rows of its three vertices in normals (V,3)."""
     for f in range(faces.shape[0]):
         a, b, c = vertices[faces[f, 0]], vertices[faces[f, 1]], vertices[faces[f, 2]]
         ux, uy, uz = float(b[0]) - a[0], float(b[1]) - a[1], float(b[2]) - a[2]
@@ -52,7 +55,7 @@ def add_face_normals(vertices, faces, normals):
 
 @kernel
 def label_parts(faces, parent):
-    """Turn parent (V,), each vertex its own, into the first vertex of its connected part."""
+    """Turn parent (V,), in which each vertex is its own, into the first vertex of its connected part."""
     for f in range(faces.shape[0]):
         a = faces[f, 0]
         while parent[a] != a:
@@ -66,15 +69,23 @@ def label_parts(faces, parent):
             a, b = min(a, b), max(a, b)
             parent[b] = a
     for v in range(parent.size):
-        parent[v] = parent[parent[v]]  # parents come first, so theirs are final
+        parent[v] = parent[parent[v]]  # a parent has a lower index, so its own is final already
 
 
 def drop_parts(mesh: Mesh, min_component: float = 0.0, keep_largest: bool = False) -> Mesh:
-    """Without the connected parts that are too small; `sdf_to_mesh` explains the arguments."""
+    """Return a mesh without the connected parts that are too small.
+
+    Args:
+        min_component: drop parts with fewer faces than this; below 1, a share of the largest part's faces.
+        keep_largest: drop all parts but the one with the most faces.
+
+    Raises:
+        ValueError: min_component is larger than every part.
+    """
     part = np.arange(len(mesh.vertices))
     label_parts(mesh.faces, part)
     if (part == part[0]).all() and min_component <= len(mesh.faces):
-        return mesh  # one part
+        return mesh  # it has one part
     part_of_face = part[mesh.faces[:, 0]]
     sizes = np.bincount(part_of_face, minlength=len(part))  # faces, at each part's first vertex
     largest = int(sizes.argmax())
@@ -91,12 +102,13 @@ def drop_parts(mesh: Mesh, min_component: float = 0.0, keep_largest: bool = Fals
 
 
 def decimate(mesh: Mesh, target_faces: int) -> Mesh:
-    """Simplify to about `target_faces` faces by quadric errors; a mesh that has no more is returned as it is.
+    """Simplify a mesh to about `target_faces` faces by quadric errors; return it unchanged if it has no more.
 
-    A closed mesh stays closed. A mesh of many handles may keep more faces than asked for: each handle needs some.
+    A closed mesh stays closed. A mesh with many handles may keep more faces than asked for, because each handle needs
+    some.
 
     Raises:
-        ValueError: fewer than 4 faces asked for.
+        ValueError: target_faces is below 4.
         ImportError: fast-simplification is not installed.
     """
     if target_faces < 4:
@@ -104,7 +116,7 @@ def decimate(mesh: Mesh, target_faces: int) -> Mesh:
     if len(mesh.faces) <= target_faces:
         return mesh
     try:
-        import fast_simplification  # not needed to make a mesh
+        import fast_simplification  # optional: no mesh needs it to be made
     except ImportError as error:
         raise ImportError("decimate needs fast-simplification: pip install fast-simplification") from error
     vertices, faces = fast_simplification.simplify(

@@ -1,4 +1,4 @@
-"""A mesh -> a file: GLB, OBJ, PLY or STL, written whole or not at all; and a file of any common kind -> a mesh."""
+"""Write a mesh to a GLB, OBJ, PLY or STL file, whole or not at all; read a mesh from a file of any common kind."""
 
 from pathlib import Path
 from typing import BinaryIO
@@ -11,19 +11,19 @@ from .mesh import Mesh, area_weighted_normals
 FORMATS = (".glb", ".obj", ".ply", ".stl")
 READABLE = (*FORMATS, ".gltf", ".off")
 GENERATOR = "ComfyUI-D3DS2"
-OBJ_LINES = 1 << 14  # formatted at once
-GREY = (0.6, 0.6, 0.6, 1.0)  # base colour of the GLB material; the format's own default is white metal
+OBJ_LINES = 1 << 14  # lines formatted at once
+GREY = (0.6, 0.6, 0.6, 1.0)  # base colour of the GLB material; the format's default is white metal
 
 
 class MeshFileError(ValueError):
-    """The file cannot be written or read: its extension, its folder, its content. The message is one line."""
+    """A file that cannot be written or read because of its extension, folder or content. The message is one line."""
 
 
 def check_mesh_path(path: str | Path) -> None:
-    """See that a mesh can be written to `path`, before there is one.
+    """Check that a mesh can be written to `path`, before there is one.
 
     Raises:
-        MeshFileError: unknown extension, no such folder, or no permission to write there.
+        MeshFileError: the extension is unknown, the folder is missing, or it cannot be written to.
     """
     if Path(path).suffix.lower() not in FORMATS:
         raise MeshFileError(f"expected an output that ends in {', '.join(FORMATS)}, got {path}")
@@ -31,10 +31,10 @@ def check_mesh_path(path: str | Path) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """See that a file can be written to `path`, by making an empty one beside it and removing it again.
+    """Check that a file can be written to `path`: make an empty file beside it and remove it again.
 
     Raises:
-        MeshFileError: no such folder, no permission, or a folder of that name.
+        MeshFileError: the folder is missing, it cannot be written to, or `path` is itself a folder.
     """
     path = Path(path)
     if path.is_dir():
@@ -51,15 +51,15 @@ def check_writable(path: str | Path) -> None:
 
 
 def save_mesh(path: str | Path, mesh: Mesh, metadata: dict[str, str | int | float] | None = None) -> None:
-    """Write a mesh with its vertex normals, Y up as it is; the format follows from the extension.
+    """Write a mesh with its vertex normals and its axes unchanged (Y up); the extension decides the format.
 
     Args:
         path: ends in .glb, .obj, .ply or .stl. STL has no vertex normals.
-        mesh: at least one face.
-        metadata: how it was made; GLB keeps it in `asset.extras`, the other formats have no place for it.
+        mesh: one with at least one face.
+        metadata: how the mesh was made. GLB keeps it in `asset.extras`; the other formats have no place for it.
 
     Raises:
-        MeshFileError: no faces, unknown extension, or the file cannot be written.
+        MeshFileError: the mesh has no faces, the extension is unknown, or the file cannot be written.
     """
     path = Path(path)
     data = mesh_bytes(path.suffix.lower(), mesh, metadata)
@@ -71,7 +71,7 @@ def save_mesh(path: str | Path, mesh: Mesh, metadata: dict[str, str | int | floa
 
 
 def mesh_bytes(kind: str, mesh: Mesh, metadata: dict[str, str | int | float] | None = None) -> bytes:
-    """The content of such a file; `kind` is one of FORMATS. Arguments and errors as `save_mesh`."""
+    """Return the content of a mesh file; `kind` is one of FORMATS. Arguments and errors as in `save_mesh`."""
     import trimesh  # slow to import, and only the end of a run needs it
 
     if kind not in FORMATS:
@@ -96,7 +96,7 @@ def mesh_bytes(kind: str, mesh: Mesh, metadata: dict[str, str | int | float] | N
 
 
 def _obj_bytes(mesh: Mesh) -> bytes:
-    """OBJ text, piece by piece: trimesh's writer keeps Python's lock for seconds, and nobody could cancel."""
+    """Return OBJ text, made piece by piece: trimesh's writer holds the GIL for seconds, and nobody could cancel."""
     parts = [f"# {GENERATOR}\n"]
     for line, rows in (
         ("v %.8g %.8g %.8g\n", mesh.vertices),
@@ -110,14 +110,14 @@ def _obj_bytes(mesh: Mesh) -> bytes:
 
 
 def read_mesh(file: BinaryIO, kind: str) -> Mesh:
-    """The triangles of a file, all its parts in one, as its scene places them; colours and textures are left out.
+    """Read the triangles of a file: all parts in one mesh, placed as in its scene, without colours and textures.
 
     Args:
-        file: open for reading; a .gltf must hold its own buffers.
-        kind: one of READABLE.
+        file: open for reading in binary mode; a .gltf must contain its buffers.
+        kind: its extension, one of READABLE.
 
     Raises:
-        MeshFileError: another kind, a damaged file, or one without triangles.
+        MeshFileError: the kind is another, or the file is damaged or has no triangles.
     """
     import trimesh
 
@@ -125,8 +125,8 @@ def read_mesh(file: BinaryIO, kind: str) -> Mesh:
         raise MeshFileError(f"expected a mesh file of {', '.join(READABLE)}, got {kind!r}")
     try:
         loaded = trimesh.load(file, file_type=kind[1:], force="mesh", process=False)
-        merged = trimesh.Trimesh(loaded.vertices, loaded.faces, process=True)  # corners that lie in one point are one
-    except Exception as error:  # its readers raise whatever they stumble over
+        merged = trimesh.Trimesh(loaded.vertices, loaded.faces, process=True)  # welds corners in the same place
+    except Exception as error:  # trimesh's readers raise errors of any class
         reason = " ".join(str(error).split()) or type(error).__name__
         raise MeshFileError(f"the {kind[1:]} file is damaged or holds no mesh ({reason})") from error
     if len(merged.faces) == 0:
@@ -136,7 +136,7 @@ def read_mesh(file: BinaryIO, kind: str) -> Mesh:
 
 
 def turn_z_up(mesh: Mesh) -> Mesh:
-    """The same mesh for programs whose Z points up: (x, y, z) becomes (x, -z, y)."""
+    """Turn a mesh for programs whose Z points up: (x, y, z) becomes (x, -z, y)."""
     turned = (points[:, [0, 2, 1]] * np.array([1, -1, 1], np.float32) for points in (mesh.vertices, mesh.normals))
     vertices, normals = turned
     return Mesh(vertices, mesh.faces, normals)

@@ -1,11 +1,11 @@
-"""Any triangle mesh -> the signed distance of a solid, in a narrow band of 8^3 blocks.
+"""Any triangle mesh -> the signed distance of a solid, in a narrow band stored as blocks of 8³ voxels.
 
-The surface is thickened to a shell of `shell` voxels on either side; what the outside reaches around the shell is
-outside, everything else is solid. Open sheets become closed slabs, faces inside the solid never make a surface, holes
-and self-intersections need no repair. One block with a voxel in the band is one token of the latent grid.
+The surface is thickened by `shell` voxels on either side. Whatever can be reached from beyond the grid without crossing
+this shell is outside; everything else is solid. Open sheets become closed slabs, faces inside the solid never make a
+surface, and self-intersections need no repair. Each block with a voxel in the band is one token of the latent grid.
 
 Sizes:
-    V  vertices     F  faces     R  voxels per edge of the cube [-1,1]^3     B  blocks     N  active voxels
+    V  vertices     F  faces     R  voxels per edge of the cube [-1,1]³     B  blocks     N  active voxels
 """
 
 import math
@@ -13,25 +13,32 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .block import BLOCK, BLOCK_VOXELS, MAX_RESOLUTION
 from .flood_fill import flood_fill, pack_bits
 from .numba_kernel import for_ranges, kernel
 from .sharp_edges import find_sharp_edges, mark_near_edges
 from .triangle_distance import blocks_near_triangles, measure_blocks, sign_blocks
 
-BAND = {128: 2.0, 256: 2.0, 384: 3.0, 512: 4.0, 1024: 4.0}  # voxels; paper, Table 1: 1/128 of the edge, 1/256 at 1024
+BAND = {
+    128: 2.0,
+    256: 2.0,
+    384: 3.0,
+    512: 4.0,
+    1024: 4.0,
+}  # voxels by resolution (paper, Table 1)
 SHARP_RADIUS = 2.0  # voxels
 
 
 @dataclass(frozen=True)
 class SparseSDF:
-    """A truncated signed distance, negative inside, on the blocks that hold at least one active voxel.
+    """A truncated signed distance, negative inside, on the blocks with at least one active voxel.
 
     Attributes:
         block_coords: (B,3) int32, each in [0, R/8), lexicographic.
         values: (B,8,8,8) float32, [x,y,z], distance / band clipped to [-1,1]; beyond the band +1 outside, -1 inside.
         sharp: (B,8,8,8) bool, active voxels within 2 voxels of a sharp edge.
         resolution: R; the centre of voxel i lies at (i + 1/2) / R * 2 - 1.
-        band: voxels.
+        band: voxels on either side of the surface in which the distance is kept.
     """
 
     block_coords: np.ndarray
@@ -42,26 +49,26 @@ class SparseSDF:
 
     @property
     def active(self) -> np.ndarray:
-        """Voxels inside the band, |value| < 1, (B,8,8,8) bool."""
+        """The voxels inside the band, |value| < 1, (B,8,8,8) bool."""
         return np.abs(self.values) < 1.0
 
     @property
     def coords(self) -> np.ndarray:
-        """Active voxels, (N,3) int32, sorted by block and place in the block."""
+        """The active voxels, (N,3) int32 in [0, R), sorted by block and by place in the block."""
         block, *place = np.nonzero(self.active)
-        return self.block_coords[block] * np.int32(8) + np.stack(place, 1).astype(np.int32)
+        return self.block_coords[block] * np.int32(BLOCK) + np.stack(place, 1).astype(np.int32)
 
     @property
     def sdf(self) -> np.ndarray:
-        """Values at `coords`, (N,) float32."""
+        """The values at `coords`, (N,) float32."""
         return self.values[self.active]
 
 
 def normalize_mesh(vertices: np.ndarray, scale: float = 0.95) -> np.ndarray:
-    """Centre the bounding box at the origin and make its longest side 2 * scale, (V,3) float32.
+    """Centre the bounding box of vertices (V,3) at the origin and make its longest side 2 * scale; (V,3) float32.
 
     Raises:
-        ValueError: no vertices, vertices that are not finite, or all in one point.
+        ValueError: there are no vertices, some are not finite, or all lie in one point.
     """
     vertices = _checked_vertices(vertices)
     low, high = vertices.min(0), vertices.max(0)
@@ -80,28 +87,30 @@ def mesh_to_sdf(
     sharp_angle: float = 30.0,
     threads: int | None = None,
 ) -> SparseSDF:
-    """Voxelise a mesh of any quality to the truncated SDF of a closed solid.
+    """Voxelise a mesh of any quality into the truncated SDF of a closed solid.
 
     The solid's surface lies `shell` voxels outside the triangles: a closed mesh gets its exact SDF minus the shell, an
     open sheet a slab twice as thick as the shell. From 0.5 on nothing leaks through the triangles themselves; larger
     shells also close gaps of up to twice their size.
 
     Args:
-        vertices: (V,3) in [-1,1]^3, see `normalize_mesh`.
+        vertices: (V,3) in [-1,1]³, see `normalize_mesh`.
         faces: (F,3) vertex indices; winding does not matter.
         resolution: R, a multiple of 8.
-        band: voxels on either side in which the distance is kept. Default: `BAND`, else the next smaller entry's.
-        shell: voxels, at least 0.5.
-        sharp_angle: degrees between the normals of two faces from which their edge is sharp. Edges of one face or of
-            more than two are always sharp.
-        threads: how many share the work. Default: all cores. The result does not depend on it.
+        band: voxels on either side of the surface in which the distance is kept. Default: see `default_band`.
+        shell: voxels on either side of the triangles, at least 0.5.
+        sharp_angle: an edge is sharp where the normals of its two faces differ by more degrees than this. An edge of
+            one face, or of more than two, is always sharp.
+        threads: threads that share the work. Default: one for each core. The result does not depend on it.
 
     Raises:
-        ValueError: an empty mesh, vertices that are not finite or outside the cube, indices out of range, a resolution
-            that is not a multiple of 8, a band below 1.5 voxels + shell, a shell below 0.5 voxels.
+        ValueError: the mesh is empty, a vertex is not finite or outside the cube, an index is out of range, the
+            resolution is not a multiple of 8 up to 2048, the shell is below 0.5 voxels, or the band below 1 + shell.
     """
-    if resolution < 8 or resolution % 8 or resolution > 2048:
-        raise ValueError(f"expected a resolution that is a multiple of 8 up to 2048, got {resolution}")
+    if resolution < BLOCK or resolution % BLOCK or resolution > MAX_RESOLUTION:
+        raise ValueError(
+            f"expected a resolution that is a multiple of {BLOCK} up to {MAX_RESOLUTION}, got {resolution}"
+        )
     band = default_band(resolution) if band is None else float(band)
     if not shell >= 0.5 or not math.isfinite(shell):
         raise ValueError(f"expected a shell of at least 0.5 voxels, got {shell}")
@@ -112,11 +121,11 @@ def mesh_to_sdf(
     if outermost > 1.0 + 1e-6:
         raise ValueError(f"expected vertices in [-1, 1], got coordinates up to {outermost:.6g}; see normalize_mesh")
 
-    grid = resolution // 8
-    vertices = (vertices + 1.0) * (resolution / 2) - 0.5  # in voxels: centres at integers
+    grid = resolution // BLOCK
+    vertices = (vertices + 1.0) * (resolution / 2) - 0.5  # in voxels: the centre of voxel i at i
     triangles = np.ascontiguousarray(vertices[faces])  # (F,3,3)
     blocks, offsets, pairs = blocks_near_triangles(triangles, band + shell, grid)
-    values = np.empty((len(blocks), 512), np.float32)
+    values = np.empty((len(blocks), BLOCK_VOXELS), np.float32)
     for_ranges(measure_blocks, len(blocks), threads, triangles, band + shell, grid, blocks, offsets, pairs, values)
 
     wall = pack_bits(values < shell)  # (B,8)
@@ -136,20 +145,20 @@ def mesh_to_sdf(
     sharp = mark_near_edges(edges, SHARP_RADIUS, grid, blocks, threads) & (np.abs(values) < 1.0)
     return SparseSDF(
         block_coords=np.stack(np.unravel_index(blocks, (grid,) * 3), 1).astype(np.int32),
-        values=values.reshape(-1, 8, 8, 8),
-        sharp=sharp.reshape(-1, 8, 8, 8),
+        values=values.reshape(-1, BLOCK, BLOCK, BLOCK),
+        sharp=sharp.reshape(-1, BLOCK, BLOCK, BLOCK),
         resolution=resolution,
         band=band,
     )
 
 
 def default_band(resolution: int) -> float:
-    """Voxels of the band at a resolution: that of the largest resolution in `BAND` that is not larger."""
+    """Return the band in voxels at a resolution: that of the next smaller or equal resolution in `BAND`."""
     return BAND[max((known for known in BAND if known <= resolution), default=min(BAND))]
 
 
 def keep_rows(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """values[kept] in the memory of `values`, which must not be used afterwards."""
+    """Return values[kept], of values (B,C) and kept (B,) bool, in the memory of `values`, which is lost."""
     move_rows(values, np.flatnonzero(kept))
     values.resize((int(kept.sum()), values.shape[1]), refcheck=False)
     return values
@@ -157,7 +166,7 @@ def keep_rows(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 @kernel
 def move_rows(values, kept):
-    """Copy the rows `kept`, ascending, to the front."""
+    """Copy the rows with the ascending indices `kept` to the front."""
     for row in range(kept.size):
         if kept[row] != row:
             values[row] = values[kept[row]]

@@ -1,10 +1,10 @@
-"""Loops over voxels compiled by numba: how they are compiled, and how they share the cores.
+"""Compile loops over voxels with numba, and spread them over the cores.
 
 Kernels release the GIL and run on plain threads, each on its own range of blocks. No numba threading layer is
 involved, so they are safe after a fork, inside worker processes and when called from several threads at once.
 
-A kernel calls only kernels of its own file: numba keeps the machine code on disk until that file changes, and looks at
-no other.
+A kernel calls only kernels of its own file, because numba keeps the machine code on disk until that file changes and
+looks at no other file.
 """
 
 import os
@@ -17,10 +17,10 @@ import numba
 
 
 def kernel(function: Callable) -> Callable:
-    """Compile `function` at its first call; keep the machine code beside it, or nowhere where nothing is writable.
+    """Compile `function` at its first call, and keep the machine code on disk where a folder is writable.
 
-    Kept code names the module that it was compiled in, and ComfyUI loads this package under a name that holds its path.
-    So each such name gets files of its own, which numba names after the function's qualified name.
+    The kept code names the module that it was compiled in, and ComfyUI loads this package under a name that contains
+    its path. So each such name gets its own files, which numba names after the function's qualified name.
     """
     function.__qualname__ += f"_{zlib.crc32(function.__module__.encode()):08x}"
     try:
@@ -30,12 +30,19 @@ def kernel(function: Callable) -> Callable:
 
 
 def for_ranges(function: Callable[..., None], count: int, threads: int | None, *args: Any) -> None:
-    """Call function(start, stop, *args) for ranges that cover [0, count), on `threads` threads (None: all cores)."""
+    """Call function(start, stop, *args) for ranges that cover [0, count), on several threads.
+
+    Args:
+        threads: None for one on each core.
+
+    Raises:
+        ValueError: threads is below 1.
+    """
     if threads is None:
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if threads < 1:
         raise ValueError(f"expected at least 1 thread, got {threads}")
-    size = max(32, -(-count // (16 * threads)))  # 16 ranges a thread even out dense and sparse blocks
+    size = max(32, -(-count // (16 * threads)))  # 16 ranges per thread balance dense and sparse blocks
     ranges = [(start, min(start + size, count)) for start in range(0, count, size)]
     if threads == 1 or len(ranges) < 2:
         for start, stop in ranges:

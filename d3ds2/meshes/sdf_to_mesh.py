@@ -1,25 +1,26 @@
-"""Truncated signed distance on 8^3 blocks -> one closed triangle mesh.
+"""Truncated signed distance on blocks of 8³ voxels -> one closed triangle mesh.
 
-What the outside reaches through positive voxels and through blocks that are not stored is outside, everything else is
-solid: no inner shell can arise, whatever a network puts inside. The surface is a closed, oriented manifold by
-construction (`marching_cubes_table`).
+The outside is whatever can be reached from beyond the grid through positive voxels and missing blocks. Everything else
+is solid, so no inner shell can arise, whatever values a network puts inside. The surface is a closed, oriented manifold
+by construction (`marching_cubes_table`).
 
 Sizes:
-    R  voxels per edge of the cube [-1,1]^3     B  blocks     V  vertices     F  faces
+    R  voxels per edge of the cube [-1,1]³     B  blocks     V  vertices     F  faces
 """
 
 import numpy as np
 
+from .block import BLOCK, MAX_RESOLUTION
 from .fill import fill_from_outside
 from .flood_fill import pack_bits
 from .gap_closing import border_of_solid, enclosed_solid_blocks
-from .marching_cubes import count_surface, make_faces, make_vertices
+from .marching_cubes import EDGE_WORDS, count_surface, make_faces, make_vertices
 from .marching_cubes_table import marching_cubes_table
 from .mesh import Mesh, area_weighted_normals, drop_parts
 from .numba_kernel import for_ranges
 
-# options for values that a network decoded: it may leave gaps in a surface and crumbs beside it
-DECODED = {"close_gaps": True, "min_component": 0.05}
+# options of `sdf_to_mesh` for values that a network decoded: it may leave gaps in a surface, and crumbs beside it
+DECODED_OPTIONS = {"close_gaps": True, "min_component": 0.05}
 
 
 def sdf_to_mesh(
@@ -33,30 +34,30 @@ def sdf_to_mesh(
     close_gaps: bool = False,
     threads: int | None = None,
 ) -> Mesh:
-    """The surface where `values` cross `level`, closed at the border of the grid and wherever blocks are missing.
+    """Extract the surface where `values` cross `level`, closed at the border of the grid and at missing blocks.
 
     Args:
         block_coords: (B,3) integers in [0, R/8), each block once, in any order.
         values: (B,8,8,8) floats, [x,y,z], negative inside; voxel i lies at (i + 1/2) / R * 2 - 1.
         resolution: R, a multiple of 8.
         level: in (-1,1).
-        outer_only: make solid what the outside does not reach. Otherwise cavities keep their surface.
-        min_component: connected parts with fewer faces than this are dropped; below 1, a share of the largest part's.
+        outer_only: make solid whatever the outside does not reach. Otherwise cavities keep their surface.
+        min_component: drop connected parts with fewer faces than this; below 1, a share of the largest part's faces.
         keep_largest: drop all parts but the one with the most faces.
-        close_gaps: before the fill, make solid the missing blocks that `gap_closing` judges to be inside: for values
-            from a network, which may have left blocks out of the surface.
-        threads: how many share the work. Default: all cores. The result does not depend on it.
+        close_gaps: before the fill, make solid the missing blocks that `gap_closing` judges to be inside. This is for
+            values from a network, which may have left blocks out of the surface.
+        threads: threads that share the work. Default: one for each core. The result does not depend on it.
 
     Raises:
-        ValueError: shapes, coordinates or a resolution that do not fit together, values that are not finite, blocks
-            given twice, or no surface at this level.
+        ValueError: shapes, coordinates and resolution do not fit together, a value is not finite, an option is out of
+            range, a block is given twice, or there is no surface at this level.
     """
     block_coords, values = _checked_blocks(block_coords, values, resolution)
     if not -1.0 < level < 1.0:
         raise ValueError(f"expected a level in (-1, 1), got {level}")
     if not min_component >= 0.0:
         raise ValueError(f"expected min_component >= 0, got {min_component}")
-    grid = resolution // 8
+    grid = resolution // BLOCK
     solid = np.zeros((0, 3), np.int64)
     if close_gaps:
         solid = enclosed_solid_blocks(
@@ -65,7 +66,7 @@ def sdf_to_mesh(
     rows, outside, empty = fill_from_outside(block_coords, pack_bits(values >= level), grid, outer_only, solid)
 
     owners = owners_of(np.concatenate([block_coords, border_of_solid(block_coords, solid, grid)]), grid)
-    crossed, ranks = np.empty((len(owners), 24), np.uint64), np.empty((len(owners), 24), np.int16)
+    crossed, ranks = np.empty((len(owners), EDGE_WORDS), np.uint64), np.empty((len(owners), EDGE_WORDS), np.int16)
     sizes = np.empty((len(owners), 2), np.int64)
     table, counts = marching_cubes_table()
     signs = (grid, rows, outside, empty)
@@ -91,7 +92,17 @@ def sdf_to_mesh(
 def finish_mesh(
     vertices: np.ndarray, faces: np.ndarray, gradients: np.ndarray, min_component: float, keep_largest: bool
 ) -> Mesh:
-    """Gradients (V,3) become normals, in place, and small parts go."""
+    """Normalise the gradients in place to make them normals, then drop the parts that are too small.
+
+    Args:
+        vertices: (V,3) float32.
+        faces: (F,3) int64.
+        gradients: (V,3) float32 of any length; overwritten. Where one vanishes, the faces give the normal.
+        min_component, keep_largest: see `sdf_to_mesh`.
+
+    Raises:
+        ValueError: min_component is larger than every part.
+    """
     lengths = np.linalg.norm(gradients, axis=1)
     degenerate = lengths < 1e-6
     if degenerate.any():
@@ -103,26 +114,36 @@ def finish_mesh(
 
 
 def owners_of(block_coords: np.ndarray, grid: int) -> np.ndarray:
-    """Blocks that own a cube or an edge with an end in `block_coords`, ascending flat ids on the grid -1..G-1."""
+    """Find the blocks that own a cube or an edge that ends in one of `block_coords`.
+
+    Args:
+        block_coords: (B,3) integers in [0, G).
+        grid: G.
+
+    Returns:
+        (W,) int64 ascending flat ids, x slowest, on the grid of blocks -1 to G-1.
+    """
     side = grid + 1
     flat = (block_coords[:, 0] * side + block_coords[:, 1]) * side + block_coords[:, 2]
     marked = np.zeros(side**3, bool)
-    for step in range(8):  # an owner is the block itself or one below it; counting from -1 adds one
+    for step in range(8):  # the block itself and those below it; ids begin at block -1
         marked[flat + ((step >> 2) * side + (step >> 1 & 1)) * side + (step & 1)] = True
     return np.flatnonzero(marked)
 
 
 def _checked_blocks(block_coords: np.ndarray, values: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray]:
-    if resolution < 8 or resolution % 8 or resolution > 2048:
-        raise ValueError(f"expected a resolution that is a multiple of 8 up to 2048, got {resolution}")
+    if resolution < BLOCK or resolution % BLOCK or resolution > MAX_RESOLUTION:
+        raise ValueError(
+            f"expected a resolution that is a multiple of {BLOCK} up to {MAX_RESOLUTION}, got {resolution}"
+        )
     block_coords, values = np.asarray(block_coords), np.asarray(values)
     if block_coords.ndim != 2 or block_coords.shape[1] != 3 or not len(block_coords):
         raise ValueError(f"expected block_coords (B, 3) with B > 0, got {block_coords.shape}")
-    if values.shape != (len(block_coords), 8, 8, 8):
+    if values.shape != (len(block_coords), BLOCK, BLOCK, BLOCK):
         raise ValueError(f"expected values ({len(block_coords)}, 8, 8, 8), got {values.shape}")
-    if block_coords.min() < 0 or block_coords.max() >= resolution // 8:
+    if block_coords.min() < 0 or block_coords.max() >= resolution // BLOCK:
         raise ValueError(
-            f"expected block_coords in [0, {resolution // 8}), got {block_coords.min()} to {block_coords.max()}"
+            f"expected block_coords in [0, {resolution // BLOCK}), got {block_coords.min()} to {block_coords.max()}"
         )
     values = np.ascontiguousarray(values, np.float32)
     if not (np.isfinite(values.min()) and np.isfinite(values.max())):

@@ -1,4 +1,4 @@
-"""Sharp edges of a mesh, and the voxels near them (those of the sharp term of the SDF loss, eq. 2).
+"""The sharp edges of a mesh, and the voxels near them, which the sharp term of the SDF loss (eq. 2) weighs.
 
 Sizes:
     V  vertices     F  faces     E  sharp edges     B  blocks
@@ -8,20 +8,21 @@ import math
 
 import numpy as np
 
+from .block import BLOCK, BLOCK_LAST, BLOCK_VOXELS
 from .numba_kernel import for_ranges, kernel
 from .triangle_distance import blocks_near_triangles
 
-STEPS_PER_VOXEL = 1024  # vertices on one step of this grid are one vertex
+STEPS_PER_VOXEL = 1024  # vertices that round to the same step of this grid are one vertex
 
 
 def find_sharp_edges(vertices: np.ndarray, faces: np.ndarray, angle: float, resolution: int) -> np.ndarray:
-    """Edges where two faces meet at more than `angle` degrees, and edges of one face or of more than two.
+    """Find the edges where two faces meet at more than `angle` degrees, and the edges of one face or of more than two.
 
-    Vertices in one place are welded first; faces on the same three vertices count once, faces with two corners in one
-    place not at all. The winding of the faces does not matter.
+    Vertices in the same place are welded first. Of several faces on the same three vertices one counts; a face with two
+    corners in the same place does not. The winding of the faces does not matter.
 
     Args:
-        vertices: (V,3) float64 in voxels, centres at integers, in the cube of `resolution`.
+        vertices: (V,3) float64 in voxels, the centre of voxel i at i.
         faces: (F,3) int64.
         angle: degrees between the normals.
         resolution: R.
@@ -62,22 +63,24 @@ def find_sharp_edges(vertices: np.ndarray, faces: np.ndarray, angle: float, reso
 
 @kernel
 def mark_blocks(start, stop, edges, radius, grid, blocks, offsets, pairs, near):
-    """Set rows start..stop of near (B,512) where a voxel is at most radius from an edge (E,2,3)."""
+    """Set near (B,512), in rows start..stop, for each voxel at most radius away from one of edges (E,2,3)."""
     low, high, corner = np.empty(3, np.int64), np.empty(3, np.int64), np.empty(3, np.int64)
     for row in range(start, stop):
         block = blocks[row]
-        corner[0], corner[1], corner[2] = 8 * (block // (grid * grid)), 8 * (block // grid % grid), 8 * (block % grid)
+        corner[0] = BLOCK * (block // (grid * grid))
+        corner[1] = BLOCK * (block // grid % grid)
+        corner[2] = BLOCK * (block % grid)
         for pair in range(offsets[row], offsets[row + 1]):
             a, b = edges[pairs[pair], 0], edges[pairs[pair], 1]
             ux, uy, uz = b[0] - a[0], b[1] - a[1], b[2] - a[2]
             length = max(ux * ux + uy * uy + uz * uz, 1e-300)
             for axis in range(3):
                 low[axis] = max(int(np.ceil(min(a[axis], b[axis]) - radius)) - corner[axis], 0)
-                high[axis] = min(int(np.floor(max(a[axis], b[axis]) + radius)) - corner[axis], 7)
+                high[axis] = min(int(np.floor(max(a[axis], b[axis]) + radius)) - corner[axis], BLOCK_LAST)
             for x in range(low[0], high[0] + 1):
                 for y in range(low[1], high[1] + 1):
                     for z in range(low[2], high[2] + 1):
-                        voxel = (x * 8 + y) * 8 + z
+                        voxel = (x * BLOCK + y) * BLOCK + z
                         if near[row, voxel]:
                             continue
                         px, py, pz = corner[0] + x - a[0], corner[1] + y - a[1], corner[2] + z - a[2]
@@ -89,19 +92,19 @@ def mark_blocks(start, stop, edges, radius, grid, blocks, offsets, pairs, near):
 def mark_near_edges(
     edges: np.ndarray, radius: float, grid: int, blocks: np.ndarray, threads: int | None = None
 ) -> np.ndarray:
-    """Voxels of `blocks` that are at most `radius` voxels from an edge.
+    """Mark the voxels of `blocks` that are at most `radius` voxels away from an edge.
 
     Args:
         edges: (E,2,3) float64, voxels.
         radius: voxels.
         grid: G, blocks per edge of the grid.
         blocks: (B,) ascending flat block ids, x slowest.
-        threads: how many share the work. Default: all cores.
+        threads: threads that share the work. Default: one for each core.
 
     Returns:
         (B,512) bool.
     """
-    near = np.zeros((len(blocks), 512), bool)
+    near = np.zeros((len(blocks), BLOCK_VOXELS), bool)
     if len(edges) and len(blocks):
         _, offsets, pairs = blocks_near_triangles(edges[:, [0, 1, 1]], radius, grid, blocks)
         for_ranges(mark_blocks, len(blocks), threads, edges, radius, grid, blocks, offsets, pairs, near)

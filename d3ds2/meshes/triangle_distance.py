@@ -1,8 +1,8 @@
-"""Distance from the voxels of 8^3 blocks to the triangles nearby, and its sign once the outside is known.
+"""Distance from the voxels of 8³ blocks to the triangles nearby, and its sign once the outside is known.
 
-Everything here is in voxel units: the centre of voxel i lies at the coordinate i. Triangles are spread to the blocks
-they may touch; each block then measures its 512 voxels against its own triangles, in their order. No two blocks
-write to one place, so the result does not depend on the number of threads.
+All lengths are in voxels: the centre of voxel i lies at the coordinate i. Each triangle is listed in the blocks that it
+may touch; each block then measures its 512 voxels against the triangles in its list, in order. No two blocks write to
+the same place, so the result does not depend on the number of threads.
 
 Sizes:
     F  triangles     G  blocks per edge of the grid     B  blocks     P  (block, triangle) pairs
@@ -10,18 +10,22 @@ Sizes:
 
 import numpy as np
 
+from .block import BLOCK, BLOCK_BITS, BLOCK_LAST, BLOCK_VOXELS
 from .numba_kernel import kernel
 
-WALL, FREE, REACHED = 0, 1, 2  # what a voxel is after a fill
-ONE = np.uint64(1)
-HALF_DIAGONAL = 3.5 * 3.0**0.5  # from a block's centre to its farthest voxel centre
-FLAT = 1e-10  # a triangle with |ab x ac|^2 <= FLAT * (longest edge)^4 is measured as its three edges
+WALL, FREE, REACHED = 0, 1, 2  # state of a voxel after a fill
+LOWEST_BIT = np.uint64(1)
+WORD_BITS = 6  # `voxel >> WORD_BITS` is the word of a voxel in its block (`flood_fill`)
+WORD_LAST = 63  # `voxel & WORD_LAST` is its bit
+MIDDLE = BLOCK_LAST / 2  # voxels from a block's first voxel to its centre
+HALF_DIAGONAL = MIDDLE * 3.0**0.5  # voxels from a block's centre to its farthest voxel
+FLAT = 1e-10  # a triangle is measured as its three edges where |ab x ac|² <= FLAT * (longest edge)⁴
 
 
 def triangle_distance_reference(points: np.ndarray, triangles: np.ndarray) -> np.ndarray:
-    """The definition: distance from each of points (N,3) to the nearest of triangles (F,3,3), (N,) float64.
+    """Return the distance from each of points (N,3) to the nearest of triangles (F,3,3), (N,) float64: the definition.
 
-    The nearest point of a triangle is the foot of the perpendicular where that lies inside, else on one of the edges.
+    The nearest point of a triangle is the foot of the perpendicular if that lies inside it, else a point of an edge.
     """
     p, t = np.asarray(points, np.float64)[:, None], np.asarray(triangles, np.float64)[None]  # (N,1,3), (1,F,3,3)
     distance = np.full((p.shape[0], t.shape[1]), np.inf)
@@ -40,7 +44,7 @@ def triangle_distance_reference(points: np.ndarray, triangles: np.ndarray) -> np
 
 @kernel
 def nearest_on_segment(px, py, pz, ax, ay, az, bx, by, bz):
-    """Nearest point of the segment a-b to p; a point where a = b."""
+    """Return the point of the segment a-b that is nearest to p; a and b may coincide."""
     ux, uy, uz = bx - ax, by - ay, bz - az
     length = ux * ux + uy * uy + uz * uz
     t = 0.0
@@ -51,7 +55,7 @@ def nearest_on_segment(px, py, pz, ax, ay, az, bx, by, bz):
 
 @kernel
 def is_flat(triangle):
-    """True for a triangle too thin for the barycentric form: its three edges say the distance better."""
+    """Return whether a triangle is too thin for barycentric coordinates; its three edges give a better distance."""
     a, b, c = triangle[0], triangle[1], triangle[2]
     ux, uy, uz = b[0] - a[0], b[1] - a[1], b[2] - a[2]
     vx, vy, vz = c[0] - a[0], c[1] - a[1], c[2] - a[2]
@@ -63,7 +67,7 @@ def is_flat(triangle):
 
 @kernel
 def nearest_on_flat(px, py, pz, triangle):
-    """Nearest point of the three edges to p."""
+    """Return the point of the three edges that is nearest to p."""
     nearest, best = (0.0, 0.0, 0.0), np.inf
     for corner in range(3):
         a, b = triangle[corner], triangle[(corner + 1) % 3]
@@ -76,7 +80,7 @@ def nearest_on_flat(px, py, pz, triangle):
 
 @kernel
 def nearest_on_triangle(px, py, pz, ax, ay, az, bx, by, bz, cx, cy, cz):
-    """Nearest point of a triangle that is not flat to p, by its Voronoi regions (Ericson 2005, section 5.1.5)."""
+    """Return the nearest point to p of a triangle that is not flat, by Voronoi regions (Ericson 2005, 5.1.5)."""
     abx, aby, abz = bx - ax, by - ay, bz - az
     acx, acy, acz = cx - ax, cy - ay, cz - az
     apx, apy, apz = px - ax, py - ay, pz - az
@@ -112,7 +116,7 @@ def nearest_on_triangle(px, py, pz, ax, ay, az, bx, by, bz, cx, cy, cz):
 
 @kernel
 def nearest(px, py, pz, triangle):
-    """Nearest point of any triangle to p."""
+    """Return the point of a triangle (3,3), flat or not, that is nearest to p."""
     if is_flat(triangle):
         return nearest_on_flat(px, py, pz, triangle)
     a, b, c = triangle[0], triangle[1], triangle[2]
@@ -121,10 +125,10 @@ def nearest(px, py, pz, triangle):
 
 @kernel
 def spread(triangles, radius, grid, cursor, pairs):
-    """Visit the blocks whose centre is nearer to a triangle than radius + half a diagonal; advance their cursor (G^3,).
+    """List each triangle in the blocks whose centre is nearer than radius + half a diagonal.
 
-    With `pairs` of size 0 this only counts; otherwise the triangle's index is written where the cursor points. Blocks
-    with a negative cursor are passed over.
+    The triangle's index is written to `pairs` where the block's cursor (G³,) points, and the cursor advances. With
+    `pairs` of size 0 the cursors only count. Blocks with a negative cursor are skipped.
     """
     reach = radius + HALF_DIAGONAL
     for f in range(triangles.shape[0]):
@@ -134,28 +138,29 @@ def spread(triangles, radius, grid, cursor, pairs):
         low, high = np.empty(3, np.int64), np.empty(3, np.int64)
         for axis in range(3):
             least, most = min(a[axis], b[axis], c[axis]), max(a[axis], b[axis], c[axis])
-            low[axis] = max(int(np.ceil((least - reach - 3.5) / 8.0)), 0)
-            high[axis] = min(int(np.floor((most + reach - 3.5) / 8.0)), grid - 1)
+            low[axis] = max(int(np.ceil((least - reach - MIDDLE) / BLOCK)), 0)
+            high[axis] = min(int(np.floor((most + reach - MIDDLE) / BLOCK)), grid - 1)
         nx = (b[1] - a[1]) * (c[2] - a[2]) - (b[2] - a[2]) * (c[1] - a[1])
         ny = (b[2] - a[2]) * (c[0] - a[0]) - (b[0] - a[0]) * (c[2] - a[2])
         nz = (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
         length = np.sqrt(nx * nx + ny * ny + nz * nz)
         steep = flat or abs(nz) < 1e-3 * length  # the plane says nothing about z
         for x in range(low[0], high[0] + 1):
-            px = 8.0 * x + 3.5
+            px = BLOCK * x + MIDDLE
             for y in range(low[1], high[1] + 1):
-                py = 8.0 * y + 3.5
+                py = BLOCK * y + MIDDLE
                 first, last = low[2], high[2]
                 if not steep:  # only the blocks whose centre is within reach of the plane
                     middle = a[2] - (nx * (px - a[0]) + ny * (py - a[1])) / nz
                     half = reach * length / abs(nz) + 1e-3
-                    first = max(first, int(np.ceil((max(middle - half, -16.0) - 3.5) / 8.0)))
-                    last = min(last, int(np.floor((min(middle + half, 8.0 * grid + 16.0) - 3.5) / 8.0)))
+                    first = max(first, int(np.ceil((max(middle - half, -2.0 * BLOCK) - MIDDLE) / BLOCK)))
+                    beyond = 1.0 * BLOCK * (grid + 2)
+                    last = min(last, int(np.floor((min(middle + half, beyond) - MIDDLE) / BLOCK)))
                 for z in range(first, last + 1):
                     block = (x * grid + y) * grid + z
                     if cursor[block] < 0:
                         continue
-                    pz = 8.0 * z + 3.5
+                    pz = BLOCK * z + MIDDLE
                     if flat:
                         qx, qy, qz = nearest_on_flat(px, py, pz, triangle)
                     else:
@@ -171,17 +176,18 @@ def spread(triangles, radius, grid, cursor, pairs):
 def blocks_near_triangles(
     triangles: np.ndarray, radius: float, grid: int, blocks: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which triangles may come nearer than `radius` to a voxel of which block.
+    """List the triangles that may come nearer than `radius` to a voxel of each block.
 
     Args:
-        triangles: (F,3,3) float64, voxel units.
+        triangles: (F,3,3) float64, corners in voxels.
         radius: voxels.
         grid: G, blocks per edge.
-        blocks: flat ids (B,) of the only blocks to consider, ascending. Default: all.
+        blocks: (B,) ascending flat ids of the blocks to consider, x slowest. Default: all.
 
     Returns:
-        (blocks (B,) int64 ascending flat ids (x slowest), offsets (B+1,) int64, triangle of each pair (P,) int32
-        ascending within a block). Without `blocks`, those with at least one triangle are returned.
+        blocks: (B,) int64, the argument; without it, the ids of the blocks with at least one triangle.
+        offsets: (B+1,) int64; block i has the pairs offsets[i] to offsets[i + 1].
+        pairs: (P,) int32, the triangle of each pair, ascending within a block.
     """
     cursor = np.zeros(grid**3, np.int64)
     if blocks is not None:
@@ -201,13 +207,14 @@ def blocks_near_triangles(
 
 @kernel
 def measure_block(triangles, radius, corner, pairs, best, which):
-    """Distance (512,) and index (512,) of the nearest of the triangles in `pairs`, from the voxels at corner (3,) on.
+    """Measure the block whose first voxel is corner (3,) against the triangles in `pairs`.
 
-    Where nothing is nearer than radius, the distance is radius and the index -1. Of equals the first is taken.
+    Fills best (512,), the distance to the nearest triangle, and which (512,), its index; the first of equals.
+    Where no triangle is nearer than radius, the distance is radius and the index -1.
     """
     best[:] = radius
     which[:] = -1
-    may_be_nearer = np.empty(8, np.bool_)
+    may_be_nearer = np.empty(BLOCK, np.bool_)
     for f in pairs:
         triangle = triangles[f]
         flat = is_flat(triangle)
@@ -216,8 +223,8 @@ def measure_block(triangles, radius, corner, pairs, best, which):
         cx, cy, cz = triangle[2, 0] - corner[0], triangle[2, 1] - corner[1], triangle[2, 2] - corner[2]
         x_first = max(int(np.ceil(min(ax, bx, cx) - radius)), 0)
         y_first = max(int(np.ceil(min(ay, by, cy) - radius)), 0)
-        x_last = min(int(np.floor(max(ax, bx, cx) + radius)), 7)
-        y_last = min(int(np.floor(max(ay, by, cy) + radius)), 7)
+        x_last = min(int(np.floor(max(ax, bx, cx) + radius)), BLOCK_LAST)
+        y_last = min(int(np.floor(max(ay, by, cy) + radius)), BLOCK_LAST)
         nx = (by - ay) * (cz - az) - (bz - az) * (cy - ay)
         ny = (bz - az) * (cx - ax) - (bx - ax) * (cz - az)
         nz = (bx - ax) * (cy - ay) - (by - ay) * (cx - ax)
@@ -231,18 +238,18 @@ def measure_block(triangles, radius, corner, pairs, best, which):
         extent = np.sqrt(max(a_far, b_far, c_far))
         for x in range(x_first, x_last + 1):
             for y in range(y_first, y_last + 1):
-                line = (x * 8 + y) * 8
+                line = (x * BLOCK + y) * BLOCK
                 across = nx * (x - ax) + ny * (y - ay) - nz * az
                 beside = (x - mx) ** 2 + (y - my) ** 2
                 some = False
-                for z in range(8):  # neither the plane nor the ball around the triangle may be too far
+                for z in range(BLOCK):  # skip voxels too far from the plane, or from a ball around the triangle
                     to_plane, to_ball = abs(across + nz * z), beside + (z - mz) ** 2
                     known = best[line + z]
                     may_be_nearer[z] = (to_plane < known) & (to_ball < (known + extent) ** 2)
                     some |= may_be_nearer[z]
                 if not some:
                     continue
-                for z in range(8):
+                for z in range(BLOCK):
                     if not may_be_nearer[z]:
                         continue
                     px, py, pz = float(x), float(y), float(z)
@@ -259,37 +266,41 @@ def measure_block(triangles, radius, corner, pairs, best, which):
 
 @kernel
 def measure_blocks(start, stop, triangles, radius, grid, blocks, offsets, pairs, distance):
-    """Fill rows start..stop of distance (B,512); inf where nothing is nearer than radius."""
-    best, which = np.empty(512), np.empty(512, np.int32)
+    """Fill rows start..stop of distance (B,512) in voxels: inf where no triangle is nearer than radius."""
+    best, which = np.empty(BLOCK_VOXELS), np.empty(BLOCK_VOXELS, np.int32)
     corner = np.empty(3)
     for row in range(start, stop):
         block = blocks[row]
-        corner[0], corner[1], corner[2] = 8 * (block // (grid * grid)), 8 * (block // grid % grid), 8 * (block % grid)
+        corner[0] = BLOCK * (block // (grid * grid))
+        corner[1] = BLOCK * (block // grid % grid)
+        corner[2] = BLOCK * (block % grid)
         measure_block(triangles, radius, corner, pairs[offsets[row] : offsets[row + 1]], best, which)
-        for voxel in range(512):
+        for voxel in range(BLOCK_VOXELS):
             distance[row, voxel] = best[voxel] if which[voxel] >= 0 else np.inf
 
 
 @kernel
 def side_of(x, y, z, grid, rows, free, reached, empty):
-    """WALL, FREE or REACHED at a voxel after a fill; REACHED beyond the grid."""
-    if min(x, y, z) < 0 or max(x, y, z) >= 8 * grid:
+    """Return WALL, FREE or REACHED for a voxel after a fill; REACHED beyond the grid."""
+    if min(x, y, z) < 0 or max(x, y, z) >= BLOCK * grid:
         return REACHED
-    block = ((x >> 3) * grid + (y >> 3)) * grid + (z >> 3)
+    block = ((x >> BLOCK_BITS) * grid + (y >> BLOCK_BITS)) * grid + (z >> BLOCK_BITS)
     row = rows[block]
     if row < 0:
         return REACHED if empty[block] else FREE
-    bit = ONE << np.uint64((y & 7) * 8 + (z & 7))
-    if reached[row, x & 7] & bit:
+    layer = x & BLOCK_LAST
+    bit = LOWEST_BIT << np.uint64((y & BLOCK_LAST) * BLOCK + (z & BLOCK_LAST))
+    if reached[row, layer] & bit:
         return REACHED
-    return FREE if free[row, x & 7] & bit else WALL
+    return FREE if free[row, layer] & bit else WALL
 
 
 @kernel
 def left_outside(x, y, z, triangle, shell, grid, rows, free, reached, empty):
-    """Whether the way from the triangle through a voxel of the shell ends outside: the side of its first free voxel.
+    """Return whether the way from a triangle through a voxel of the shell leads outside.
 
-    Between two sheets so near that there is no free voxel for 2 voxels, the answer is yes: they make one slab.
+    The side of the first free voxel on the way decides. Two sheets that leave no free voxel for 2 voxels make one slab:
+    there the answer is yes.
     """
     qx, qy, qz = nearest(x, y, z, triangle)
     dx, dy, dz = x - qx, y - qy, z - qz
@@ -307,25 +318,29 @@ def left_outside(x, y, z, triangle, shell, grid, rows, free, reached, empty):
 
 @kernel
 def sign_blocks(start, stop, triangles, shell, band, grid, blocks, offsets, pairs, fill, values):
-    """Turn the distance in rows start..stop of values (B,512) into the truncated signed distance of the solid."""
+    """Turn the distances in rows start..stop of values (B,512), in voxels, into the truncated SDF of the solid."""
     rows, free, reached, empty = fill
-    best, which = np.empty(512), np.empty(512, np.int32)
+    best, which = np.empty(BLOCK_VOXELS), np.empty(BLOCK_VOXELS, np.int32)
     corner = np.empty(3)
     for row in range(start, stop):
         block = blocks[row]
         stored = rows[block]
         if stored < 0:
             sign, shift = (1.0, -shell) if empty[block] else (-1.0, shell)
-            for voxel in range(512):
+            for voxel in range(BLOCK_VOXELS):
                 values[row, voxel] = sign * min((values[row, voxel] + shift) / band, 1.0)
             continue
-        corner[0], corner[1], corner[2] = 8 * (block // (grid * grid)), 8 * (block // grid % grid), 8 * (block % grid)
+        corner[0] = BLOCK * (block // (grid * grid))
+        corner[1] = BLOCK * (block // grid % grid)
+        corner[2] = BLOCK * (block % grid)
         measure_block(triangles, shell, corner, pairs[offsets[row] : offsets[row + 1]], best, which)
-        for voxel in range(512):
-            bit = ONE << np.uint64(voxel & 63)
-            outside = (reached[stored, voxel >> 6] & bit) != 0
-            if not free[stored, voxel >> 6] & bit:
-                x, y, z = corner[0] + (voxel >> 6), corner[1] + (voxel >> 3 & 7), corner[2] + (voxel & 7)
+        for voxel in range(BLOCK_VOXELS):
+            layer, bit = voxel >> WORD_BITS, LOWEST_BIT << np.uint64(voxel & WORD_LAST)
+            outside = (reached[stored, layer] & bit) != 0
+            if not free[stored, layer] & bit:
+                x = corner[0] + layer
+                y = corner[1] + (voxel >> BLOCK_BITS & BLOCK_LAST)
+                z = corner[2] + (voxel & BLOCK_LAST)
                 outside = left_outside(x, y, z, triangles[which[voxel]], shell, grid, rows, free, reached, empty)
             distance = values[row, voxel]
             signed = distance - shell if outside else -(distance + shell)

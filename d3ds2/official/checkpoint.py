@@ -1,9 +1,9 @@
-"""A released .ckpt file -> the tensors of one of our networks, each accounted for.
+"""A released .ckpt file -> the tensors of one of our networks, with none missing and none left over.
 
-Nothing but tensors is ever unpickled, and every byte is checked against the archive's checksums first.
+Only tensors are ever unpickled, and every byte is first checked against the archive's checksums.
 """
 
-import pickle  # for the name of its error alone
+import pickle  # only for the class of its error
 import re
 import zipfile
 from pathlib import Path
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from .config import OfficialError, describe
 from .weights import NAMINGS, our_layout
 
-MAX_NAMES = 12  # of the keys of one kind that a message lists
+MAX_NAMES = 12  # keys that a message lists at most
 
 
 def read_tensors(file: Path) -> dict:
-    """What `torch.save` wrote, if that is nothing but tensors in dicts; the tensors stay on disk until they are used.
+    """Read what `torch.save` wrote, if it is nothing but tensors in dicts; they stay on disk until they are used.
 
     Raises:
         OfficialError: the file is missing, truncated, damaged, or holds more than tensors.
@@ -47,7 +47,11 @@ def read_tensors(file: Path) -> dict:
 
 
 def read_checkpoint(file: Path, parts: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
-    """The state dicts of a released checkpoint by part. Raises OfficialError as `read_tensors`, or for other parts."""
+    """Read the state dicts of a released checkpoint, by part.
+
+    Raises:
+        OfficialError: as `read_tensors`; or the file has other parts, or one that is no state dict.
+    """
     contents = read_tensors(file)
     if contents.keys() != {*parts}:
         found = ", ".join(sorted(map(str, contents))[:MAX_NAMES]) or "nothing"
@@ -58,24 +62,25 @@ def read_checkpoint(file: Path, parts: tuple[str, ...]) -> dict[str, dict[str, T
 
 
 def check_state(file: Path, part: str, state: object) -> None:
-    """See that a state dict is one. Raises OfficialError."""
+    """Check that `state` is a state dict of floating tensors. Raises OfficialError if not."""
     if not isinstance(state, dict) or not state:
         raise OfficialError(f"{file}: expected a state dict in {part}")
     for key, tensor in state.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise OfficialError(f"{file}: expected a floating tensor in {part}, {key} is none")
+            raise OfficialError(f"{file}: expected floating tensors in {part}, {key} is not one")
 
 
 def our_state_dict(network: str, module: nn.Module, official: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """The official tensors by our names and in our layout.
+    """Return the official tensors with our names and in our layout.
 
     Args:
-        network: whose `NAMINGS` apply.
-        module: of ours (on "meta", say), which tells names and shapes.
+        network: a key of `NAMINGS`.
+        module: our network (it may lie on "meta"), for its names and shapes.
         official: the state dict of the official module.
+        file: named in messages.
 
     Raises:
-        OfficialError: missing, unexpected or misshapen tensors, by their official names.
+        OfficialError: tensors are missing, unexpected or misshapen; the message has their official names.
     """
     naming = NAMINGS[network]
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
@@ -106,7 +111,7 @@ def our_state_dict(network: str, module: nn.Module, official: dict[str, Tensor],
 
 
 def form_of(official: dict[str, Tensor]) -> tuple[bool, bool, int]:
-    """What tells v1.0 from v1.1, by the tensors of a sparse transformer: `VERSIONS` has it."""
+    """Return the key of `VERSIONS` that the tensors of a sparse transformer show."""
     pooled_conv = any("compression_key.out_layers" in key for key in official)
     table = official.get("blocks.0.self_attn.intra_block_pe")
     block = 0 if table is None or table.ndim < 1 else len(table)
@@ -114,14 +119,14 @@ def form_of(official: dict[str, Tensor]) -> tuple[bool, bool, int]:
 
 
 def check_version(official: dict[str, Tensor], expected: tuple[bool, bool, int], version: str, file: Path) -> None:
-    """Raises OfficialError where the tensors of a sparse transformer are not of the version that config.yaml says."""
+    """Check that the tensors of a sparse transformer are of the version in config.yaml. Raises OfficialError if not."""
     if (found := form_of(official)) != expected:
         has, wanted = describe(*found), describe(*expected)
         raise OfficialError(f"{file} is not of {version}, as config.yaml says: it has {has} instead of {wanted}")
 
 
 def refiner_widths(official: dict[str, Tensor], file: Path) -> tuple[int, ...]:
-    """Channels of the levels of a refiner, which its configuration does not tell."""
+    """Return the channels of a refiner's levels, which config.yaml does not have. Raises OfficialError if none."""
     widths = []
     while (kernel := official.get(f"unet3d1.down_blocks.{len(widths)}.resnets.0.conv1.weight")) is not None:
         widths.append(len(kernel) if kernel.ndim else 0)
@@ -135,13 +140,13 @@ def _check_archive(file: Path) -> None:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, EOFError, ValueError):
-        raise OfficialError(f"damaged file {file} (truncated, or no archive)") from None
+        raise OfficialError(f"damaged file {file} (truncated, or not an archive)") from None
     if damaged is not None:
-        raise OfficialError(f"damaged file {file} (bytes of {damaged} are not those that were written)")
+        raise OfficialError(f"damaged file {file} (the checksum of {damaged} does not match)")
 
 
 def _check_position(module: nn.Module, tensor: Tensor, file: Path) -> None:
-    """The official transformer keeps its position embedding among its weights; ours computes the same one."""
+    """Check the position embedding, which the official transformer keeps among its weights and ours computes."""
     position = module.position
     if tensor.shape != position.shape or (tensor.float() - position).abs().max() > 2e-3:  # it may be in float16
         raise OfficialError(f"{file}: pos_emb {tuple(tensor.shape)} is not the embedding of the grid")

@@ -1,7 +1,7 @@
-"""config.yaml of the released checkpoints -> the configurations of our networks, and how the model is sampled.
+"""config.yaml of the released checkpoints -> the configurations of our networks, and how to sample the model.
 
-v1.0 and v1.1 differ in the sparse transformers alone: how keys and values are compressed, and which image tokens they
-see. Settings that concern memory or training are passed over; those that would change the numbers must be as released.
+v1.0 and v1.1 differ only in the sparse transformers: in how they compress keys and values, and in the image tokens that
+they see. Settings for memory or training are ignored; settings that change the numbers must be the released ones.
 """
 
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ VERSIONS = {  # (pooled_conv, sparse_context, compression_block) of the latent t
     (False, False, 8): "v1.1",
 }
 STRUCTURE_STEPS, LATENT_STEPS, FINE_STEPS, GUIDANCE = 50, 30, 15, 7.0  # defaults of the released pipeline
-LEVEL = 0.2  # of the distance at the surface; the refined one has twice as much
+LEVEL = 0.2  # value of the SDF at the surface; after refinement it is twice as much
 LATENT_FACTOR = 8  # SDF voxels along the edge of a latent voxel
-MAX_GROUPS = 32  # of the group norms in the SDF encoder
-SETTLED = {  # settings of the transformers with one value that we can run
+MAX_GROUPS = 32  # groups of the group norms in the SDF encoder
+FIXED_SETTINGS = {  # of the transformers: our networks can run these values alone
     "pe_mode": "ape",
     "use_shift": True,
     "share_mod": False,
@@ -34,26 +34,35 @@ SETTLED = {  # settings of the transformers with one value that we can run
 
 
 class OfficialError(ValueError):
-    """Released files that are missing, damaged, of another version, or more than data. The message is one line."""
+    """Released files that are missing, damaged, of another version, or hold more than data. The message is one line."""
 
 
 @dataclass(frozen=True)
 class OfficialModel:
-    """What config.yaml says.
+    """The content of config.yaml.
 
-    `networks` holds the configuration of each of our networks but the refiners, whose widths only their weights tell;
-    `refiners` has what it says of those.
+    Attributes:
+        version: "v1.0" or "v1.1".
+        networks: the configuration of each of our networks except the refiners, whose widths only the weights show.
+        refiners: what is known about the refiners: layers, middle_layers and patch_size.
+        sampling: how to sample the model.
+        context_size: channels of the image tokens.
     """
 
     version: str
     networks: dict[str, Any]
     refiners: dict[str, dict[str, int]]
     sampling: SamplingConfig
-    context_size: int  # channels of the image tokens
+    context_size: int
 
 
 def read_official_config(file: Path) -> OfficialModel:
-    """Read a released config.yaml. Raises OfficialError, with the key that is missing, unknown or of a wrong kind."""
+    """Read a released config.yaml.
+
+    Raises:
+        OfficialError: the file is missing or damaged, or of neither version; or a key is missing, unknown or has a
+            wrong value.
+    """
     entries = _read_yaml(file)
     section = {name: _Section(file, name, entries) for name in ENTRIES}
     dense_vae, dense_dit = section["dense_vae"], section["dense_dit"]
@@ -89,7 +98,7 @@ def read_official_config(file: Path) -> OfficialModel:
     versions = {name: version_of(networks[name]) for name in ("latent_dit", "fine_latent_dit")}
     if None in versions.values() or len({*versions.values()}) != 1:
         forms = " and ".join(describe(*_form(networks[name])) for name in versions)
-        raise OfficialError(f"{file} is neither of v1.0 nor of v1.1: its sparse transformers have {forms}")
+        raise OfficialError(f"{file} is neither v1.0 nor v1.1: its sparse transformers have {forms}")
     sampling = SamplingConfig(
         sdf_resolution=LATENT_FACTOR * section["sparse_vae_512"]["resolution"],
         structure_steps=STRUCTURE_STEPS,
@@ -119,18 +128,18 @@ def read_official_config(file: Path) -> OfficialModel:
 
 
 def version_of(config: LatentDiTConfig) -> str | None:
-    """The released version that a latent transformer belongs to."""
+    """Return the released version that a latent transformer belongs to, or None."""
     return VERSIONS.get(_form(config))
 
 
 def describe(pooled_conv: bool, sparse_context: bool, compression_block: int) -> str:
-    """What tells the versions apart, in words."""
+    """Describe in words what distinguishes the versions; the arguments are a key of `VERSIONS`."""
     compression = "convolutional" if pooled_conv else "pointwise"
     context = "foreground" if sparse_context else "all"
     return f"{compression} compression of {compression_block}³ voxels over {context} image tokens"
 
 
-ENTRIES = {  # of config.yaml, and the class that each must name
+ENTRIES = {  # entry of config.yaml: the class that it must name
     "dense_vae": "DenseShapeVAE",
     "dense_dit": "DenseDiT",
     "sparse_vae_512": "SparseSDFVAE",
@@ -177,8 +186,8 @@ class _Section:
         return float(shift)
 
     def build(self, cls: type, given: dict | None = None, **keys: str) -> Any:
-        """A config of ours; `keys` says what each field is called there, `given` has values to take as they are."""
-        for key, value in SETTLED.items():
+        """Build a config of ours: `keys` maps its fields to keys of this entry, `given` has further values."""
+        for key, value in FIXED_SETTINGS.items():
             if key in self.params and self.params[key] != value:
                 raise OfficialError(f"{self.where}.{key}: expected {value!r}, got {self.params[key]!r}")
         if "in_channels" in self.params and self.params.get("out_channels") != self.params["in_channels"]:

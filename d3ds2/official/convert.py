@@ -1,6 +1,6 @@
 """Folder of the released checkpoints -> model folder:  python -m d3ds2 convert direct3d-s2-v-1-1 models/official
 
-The folder holds config.yaml and five .ckpt files. The image encoder comes from its own file (see `dinov2_weights`).
+The folder holds config.yaml and five .ckpt files. The image encoder comes from its own file (see `dinov2`).
 The model folder appears whole or not at all.
 """
 
@@ -30,27 +30,27 @@ IMAGE_ENCODER_FILE = "dinov2_vitl14_reg4_pretrain.pth"  # as torch.hub calls it
 OFFICIAL_REPO, OFFICIAL_SUBFOLDER = "wushuang98/Direct3D-S2", "direct3d-s2-v-1-1"
 IMAGE_ENCODER_REPO = "facebook/dinov2-with-registers-large"
 
-OnFile = Callable[[str], None]  # what is being converted
+OnFile = Callable[[str], None]  # receives the name of the file that is being converted
 
 
 def convert(source: Path, target: Path, image_encoder: Path | None = None, on_file: OnFile | None = None) -> str:
     """Convert a folder of released checkpoints.
 
     Args:
-        source: holds config.yaml and the five files, or one folder that does.
-        target: the model folder to make; it must not exist, or be empty.
-        image_encoder: torch.hub file or transformers folder of DINOv2. Default: the torch.hub file in `source`.
-        on_file: called before each file is read.
+        source: a folder with config.yaml and the five files, or with one folder that has them.
+        target: the model folder to make; it must be empty or not exist.
+        image_encoder: a torch.hub file or transformers folder of DINOv2. Default: the torch.hub file in `source`.
+        on_file: called with the name of each file before it is read.
 
     Returns:
         The version, "v1.0" or "v1.1".
 
     Raises:
-        OfficialError: something is missing, damaged, of another version, or more than data; nothing is left then.
+        OfficialError: something is missing, damaged, of another version, or more than data. Then nothing is written.
     """
     source, report = find_release(source), on_file or (lambda name: None)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise OfficialError(f"{target} is there already; give a folder that is not")
+        raise OfficialError(f"{target} exists already; give a folder that does not")
     if absent := [name for name in ("config.yaml", *FILES) if not (source / name).is_file()]:
         raise OfficialError(f"missing in {source}: {', '.join(absent)}")
     image_encoder = image_encoder or source / IMAGE_ENCODER_FILE
@@ -87,31 +87,39 @@ def convert(source: Path, target: Path, image_encoder: Path | None = None, on_fi
 
 
 def find_release(source: Path) -> Path:
-    """The folder with config.yaml: `source` or, where that has none, its one folder that has. Raises OfficialError."""
+    """Return the folder with config.yaml: `source`, or else the one folder in it that has the file.
+
+    Raises:
+        OfficialError: `source` does not exist, or several folders in it have the file.
+    """
     if not source.is_dir():
         raise OfficialError(f"no folder {source}")
     if (source / "config.yaml").is_file():
         return source
     inside = sorted(file.parent for file in source.glob("*/config.yaml"))
     if len(inside) > 1:
-        raise OfficialError(f"several releases in {source}, name one: {', '.join(folder.name for folder in inside)}")
+        raise OfficialError(f"several releases in {source}, choose one: {', '.join(folder.name for folder in inside)}")
     return inside[0] if inside else source
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raises OfficialError where a disk has fewer than `needed` bytes left."""
+    """Check that the disk of a folder has `needed` bytes left. Raises OfficialError if not."""
     if (free := shutil.disk_usage(folder).free) < needed:
         raise OfficialError(f"not enough space in {folder}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
 
 
 def download_release(repo: str, subfolder: str) -> Path:
-    """Fetch config.yaml and the five files of a Hugging Face repository; returns their folder in the cache."""
+    """Download config.yaml and the five files from a Hugging Face repository; return their folder in the cache.
+
+    Raises:
+        OfficialError: the download failed.
+    """
     patterns = [f"{subfolder}/{name}" if subfolder else name for name in ("config.yaml", *FILES)]
     return _download(repo, patterns) / subfolder
 
 
 def download_image_encoder() -> Path:
-    """Fetch DINOv2 with registers; returns its transformers folder in the cache."""
+    """Download DINOv2 with registers; return its transformers folder in the cache. Raises as `download_release`."""
     return _download(IMAGE_ENCODER_REPO, ["config.json", "model.safetensors"])
 
 
@@ -120,7 +128,7 @@ def _download(repo: str, patterns: list[str]) -> Path:
 
     try:
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns))
-    except Exception as error:  # no network, no such repository, no permission, no space: whatever it says
+    except Exception as error:  # no network, repository, permission or space
         raise OfficialError(f"cannot download {repo}: {' '.join(str(error).split())[:200]}") from None
 
 

@@ -11,7 +11,7 @@ from .checkpoint import MAX_NAMES, check_state, read_tensors
 from .config import OfficialError
 
 HEAD_DIM = 64  # of every published DINOv2
-NAMES = (  # torch.hub's, and those of the published transformers weights
+NAMES = (  # patterns of torch.hub's names: those of the published transformers weights
     (r"^(cls_token|register_tokens)$", r"embeddings.\1"),
     (r"^pos_embed$", "embeddings.position_embeddings"),
     (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
@@ -19,14 +19,14 @@ NAMES = (  # torch.hub's, and those of the published transformers weights
     (r"\.attn\.proj\.", ".attention.output.dense."),
     (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
 )
-UNUSED = {"mask_token", "norm.weight", "norm.bias"}  # of pretraining; and the norm that conditioning goes without
+UNUSED = {"mask_token", "norm.weight", "norm.bias"}  # for pretraining only, and the last norm, which conditioning omits
 
 
 def load_dinov2(path: Path) -> ImageEncoder:
-    """The encoder of a torch.hub file (dinov2_vitl14_reg4_pretrain.pth) or of a transformers folder.
+    """Load the encoder from a torch.hub file (dinov2_vitl14_reg4_pretrain.pth) or from a transformers folder.
 
     Raises:
-        OfficialError: nothing there, damaged, or not DINOv2 with registers.
+        OfficialError: the file is missing, damaged, or not DINOv2 with registers.
     """
     if not path.is_dir():
         return from_hub_state_dict(read_tensors(path), path)
@@ -37,7 +37,14 @@ def load_dinov2(path: Path) -> ImageEncoder:
 
 
 def from_hub_state_dict(hub: dict[str, Tensor], file: Path) -> ImageEncoder:
-    """Rename, and split the common projection of queries, keys and values. Raises OfficialError; `file` is for it."""
+    """Build the encoder from torch.hub's state dict: rename its tensors, and split the projection of q, k and v.
+
+    Args:
+        file: named in messages.
+
+    Raises:
+        OfficialError: the state dict is not that of DINOv2 with registers.
+    """
     check_state(file, "the file", hub)
     config = _config_of(hub, file)
     state = {}
@@ -69,7 +76,7 @@ def from_hub_state_dict(hub: dict[str, Tensor], file: Path) -> ImageEncoder:
 
 
 def _config_of(hub: dict[str, Tensor], file: Path) -> ImageEncoderConfig:
-    """Sizes, which the shapes tell."""
+    """Read the sizes off the shapes."""
     try:
         hidden_size, patch_size = hub["cls_token"].shape[-1], hub["patch_embed.proj.weight"].shape[-1]
         patches = round((hub["pos_embed"].shape[1] - 1) ** 0.5)

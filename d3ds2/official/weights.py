@@ -1,7 +1,7 @@
-"""Names and layouts of the released checkpoints, as ours, and back.
+"""Translate the names and layouts of the released checkpoints to ours, and back.
 
-Every `*_state_dict` takes the state dict of one official module and returns that of ours, ready for a strict
-`load_state_dict`. Values keep their dtype. `NAMINGS[network].official(key)` says what one of our keys is called there.
+Every `*_state_dict` takes the state dict of an official module and returns that of our module, ready for a strict
+`load_state_dict`. Values keep their dtype. `NAMINGS[network].official(key)` is the official name of one of our keys.
 """
 
 import re
@@ -12,20 +12,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Naming:
-    """Pairs of an official and our piece of a key; a piece begins at a dot or at the beginning, `#` is a number.
+    """Pairs of a piece of an official key and ours. A piece begins after a dot or at the start; `#` is a number.
 
-    In `sparse` networks every official `….conv.` is a torchsparse convolution, whose weight is called kernel.
+    In `sparse` networks every official `….conv.` is a torchsparse convolution, which calls its weight kernel.
     """
 
     pairs: tuple[tuple[str, str], ...]
     sparse: bool = False
 
     def ours(self, key: str) -> str:
+        """Translate an official key."""
         for official, ours in self.pairs:
             key = _substitute(official, ours, key)
         return re.sub(r"\.kernel$", ".weight", key) if self.sparse else key
 
     def official(self, key: str) -> str:
+        """Translate one of our keys."""
         for official, ours in reversed(self.pairs):
             key = _substitute(ours, official, key)
         return re.sub(r"\.conv\.weight$", ".conv.kernel", key) if self.sparse else key
@@ -108,42 +110,42 @@ NAMINGS = {
 
 
 def structure_vae_state_dict(official: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DenseShapeVAE -> `StructureVAE`."""
+    """Translate DenseShapeVAE to `StructureVAE`."""
     return {NAMINGS["structure_vae"].ours(key): tensor for key, tensor in official.items()}
 
 
 def structure_dit_state_dict(official: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DenseDiT -> `StructureDiT`, which computes the buffer `pos_emb` itself."""
+    """Translate DenseDiT to `StructureDiT`, which computes the buffer `pos_emb` itself."""
     return {NAMINGS["structure_dit"].ours(key): tensor for key, tensor in official.items() if key != "pos_emb"}
 
 
 def latent_dit_state_dict(official: dict[str, Tensor]) -> dict[str, Tensor]:
-    """SparseDiT -> `LatentDiT`."""
+    """Translate SparseDiT to `LatentDiT`."""
     return {NAMINGS["latent_dit"].ours(key): our_layout(key, tensor) for key, tensor in official.items()}
 
 
 def ssa_state_dict(official: dict[str, Tensor]) -> dict[str, Tensor]:
-    """SpatialSparseAttention -> ours."""
+    """Translate the official SpatialSparseAttention to ours."""
     prefix = "self_attention."
     renamed = latent_dit_state_dict({f"self_attn.{key}": tensor for key, tensor in official.items()})
     return {key.removeprefix(prefix): tensor for key, tensor in renamed.items()}
 
 
 def sdf_vae_state_dict(official: dict[str, Tensor]) -> dict[str, Tensor]:
-    """SparseSDFVAE -> `SDFVAE`."""
+    """Translate SparseSDFVAE to `SDFVAE`."""
     return {NAMINGS["sdf_vae"].ours(key): our_layout(key, tensor) for key, tensor in official.items()}
 
 
 def refiner_state_dict(official: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Voxel_RefinerXL -> `Refiner`, Voxel_RefinerXL_sign -> `SignRefiner`."""
+    """Translate Voxel_RefinerXL to `Refiner`, and Voxel_RefinerXL_sign to `SignRefiner`."""
     return {NAMINGS["refiner"].ours(key): tensor for key, tensor in official.items()}
 
 
 def our_layout(key: str, tensor: Tensor) -> Tensor:
-    """A tensor of a sparse network in our layout.
+    """Change a tensor of a sparse network to our layout.
 
-    Kernels (27, I, O) run x fastest there, x slowest here; a 1³ kernel (I, O) is the transpose of a Linear's weight;
-    the position table of a block (c, c, c, C) is flat here, (c³, C). Others pass unchanged.
+    x runs fastest in official kernels (27, I, O), slowest in ours. A 1³ kernel (I, O) becomes its transpose, the
+    weight of a Linear. The position table of a block (c, c, c, C) becomes flat, (c³, C). Other tensors pass unchanged.
     """
     if key.endswith("intra_block_pe") and tensor.ndim == 4:
         return tensor.flatten(0, 2)
@@ -155,5 +157,5 @@ def our_layout(key: str, tensor: Tensor) -> Tensor:
 
 
 def convolution(key: str, tensor: Tensor) -> tuple[str, Tensor]:
-    """Key and tensor of a torchsparse convolution (`….conv.kernel`, `….conv.bias`) as ours; others pass unchanged."""
+    """Translate key and tensor of a torchsparse convolution (`….conv.kernel`, `….conv.bias`); others pass unchanged."""
     return key.replace(".conv.bias", ".bias").replace(".conv.kernel", ".weight"), our_layout(key, tensor)

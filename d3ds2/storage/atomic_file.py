@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Write files that appear whole or not at all."""
 
 import os
 import tempfile
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Write a file beside `path` and rename it to `path` when the block ends; drop it when the block raises.
+    """Yield the path of a file beside `path`; rename it to `path` when the block ends, delete it when the block raises.
 
         with replacing("mesh.glb") as temporary:
             temporary.write_bytes(data)

@@ -1,4 +1,4 @@
-"""Plain values (of JSON or TOML) -> dataclasses, where an unknown key or a wrong type is an error."""
+"""Plain values from JSON or TOML -> dataclasses; an unknown key or a wrong type is an error."""
 
 import dataclasses
 import types
@@ -7,10 +7,16 @@ from typing import Any
 
 
 def from_dict(cls, values: dict, prefix: str = ""):
-    """Build a (nested) dataclass of plain values; `prefix` is the key of `values` in the whole, for messages.
+    """Build a dataclass, which may contain others, from plain values.
+
+    Args:
+        cls: the dataclass.
+        values: by field name.
+        prefix: stands before the keys in messages, such as "sampling.".
 
     Raises:
-        ValueError: an unknown key or a value of the wrong type, by its full key; or what the dataclass itself raises.
+        ValueError: a key is unknown, a value has the wrong type, or the dataclass itself refuses its values. The
+            message has the full key.
     """
     known = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
@@ -21,7 +27,7 @@ def from_dict(cls, values: dict, prefix: str = ""):
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
-    """`value` as the annotation `hint` wants it: int becomes float, a list becomes a tuple, a table a dataclass."""
+    """Convert a value to the annotation `hint`: an int to a float, a list to a tuple, a table to a dataclass."""
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise _wrong_type(key, f"a section [{key}]", value)
@@ -51,7 +57,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return {name: _convert(arguments[1], v, f"{key}.{name}") for name, v in value.items()}
     if hint is float and type(value) is int:
         return float(value)
-    if type(value) is not hint:  # type, not isinstance: a bool is no int
+    if type(value) is not hint:  # not isinstance: a bool is not an int here
         raise _wrong_type(key, hint, value)
     return value
 

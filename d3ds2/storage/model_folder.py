@@ -1,9 +1,9 @@
-"""A model is a folder: `config.json` with the dataclasses of its networks, and one `<network>.safetensors` for each.
+"""The folder of a model: `config.json` with the dataclasses of its networks, and a `<network>.safetensors` for each.
 
     {"format": 1, "name": "tiny", "networks": {"sdf_vae": {"latent_channels": 16, ...}, ...}, "sampling": {...}}
 
-Five networks make a model; a second, finer stage (`fine_…`) and refiners of the SDF may stand beside them. No pickle is
-ever read.
+A model has five networks; it may also have a second, finer stage (`fine_…`) and refiners of the SDF. No pickle is ever
+read. `networks/model_files.py` builds, saves and loads the networks themselves.
 """
 
 import json
@@ -25,14 +25,14 @@ ALL_NETWORKS = NETWORKS + EXTRA_NETWORKS
 
 
 class ModelFolderError(ValueError):
-    """A model folder that is missing, damaged, or not of the form this version reads. The message is one line."""
+    """A model folder that is missing, damaged, or of a format that cannot be read. The message is one line."""
 
 
 @dataclass(frozen=True)
 class FineSamplingConfig:
-    """How the second stage is sampled: the mesh of the first one, voxelised again, tells its structure.
+    """How to sample the second stage, whose structure is the voxelised mesh of the first.
 
-    The defaults are the released pipeline's (certainty B).
+    The defaults are those of the released pipeline (certainty B).
     """
 
     sdf_resolution: int = 1024
@@ -49,13 +49,15 @@ class FineSamplingConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How a model is sampled. The defaults are the released pipeline's (certainty B) at 512³ and below.
+    """How to sample a model. The defaults are those of the released pipeline (certainty B) at 512³ and below.
 
-    `level` is the value of the SDF at the surface, 0 where the network learned a signed distance. `half_times`: the
-    transformers are told times rounded to float16. `fine` is the second stage, if the model has one.
+    Attributes:
+        level: value of the SDF at the surface, 0 if the network learned a signed distance.
+        half_times: round the times that the transformers receive to float16.
+        fine: the second stage, if the model has one.
     """
 
-    sdf_resolution: int = 256  # voxels along an edge of the SDF; latents at an eighth of it
+    sdf_resolution: int = 256  # voxels along an edge of the SDF; the latents have an eighth of that
     structure_steps: int = 50
     structure_shift: float = 6.0
     structure_guidance: float = 7.0

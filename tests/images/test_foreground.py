@@ -1,4 +1,4 @@
-"""Every kind of image file is read, the object is found, and what cannot be used is said."""
+"""Every kind of image file is read, its object is found, and errors say what cannot be used."""
 
 import importlib.util
 import subprocess
@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from d3ds2.images import foreground
-from d3ds2.images.foreground import ImageError, centre_object, cut_out, load_image, preprocess, rembg_at_hand
+from d3ds2.images.foreground import ImageError, centre_object, cut_out, load_image, preprocess, rembg_is_ready
 from d3ds2.images.plain_background import remove_plain_background
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -247,7 +247,7 @@ def test_a_single_pixel_image_has_no_foreground():
         cut_out(Image.new("RGB", (1, 1), "red"))
 
 
-def test_what_cannot_be_cut_out_is_said(monkeypatch):
+def test_errors_say_what_cannot_be_cut_out(monkeypatch):
     with pytest.raises(ImageError, match="fully transparent"):
         cut_out(Image.new("RGBA", SIZE))
     with pytest.raises(ImageError, match="no alpha channel"):
@@ -289,7 +289,7 @@ def write_brightness_model(home: Path, name: str) -> Path:
 @pytest.fixture
 def rembg_home(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
-    with monkeypatch.context() as without_jit:  # pymatting, for an alpha matting we never ask for, compiles a minute
+    with monkeypatch.context() as without_jit:  # pymatting, which we never use, compiles for a minute
         without_jit.setattr("numba.config.DISABLE_JIT", 1)
         pytest.importorskip("rembg")
     monkeypatch.setenv("REMBG_HOME", str(tmp_path))
@@ -305,14 +305,14 @@ def rembg_home(tmp_path, monkeypatch):
 
 
 def test_rembg_runs_a_model_that_is_there(rembg_home):
-    assert not rembg_at_hand()
+    assert not rembg_is_ready()
     write_brightness_model(rembg_home, "u2net")
     image = picture("scene", color=(250, 240, 230))
     ImageDraw.Draw(image).bitmap((0, 0), MASK, fill=(250, 240, 230))
     cut = cut_out(image)
     assert overlap(cut) > 0.9
     assert overlap(cut_out(image, method="rembg", rembg_model="u2net")) > 0.9
-    assert rembg_at_hand()
+    assert rembg_is_ready()
 
 
 def test_rembg_downloads_nothing(rembg_home):
@@ -376,7 +376,7 @@ def test_preprocess_wants_alpha():
 
 
 def test_reading_an_image_needs_neither_rembg_nor_transformers():
-    imports = "import sys, d3ds2.images.foreground, d3ds2.networks.image_encoder"
-    code = imports + "; print(sys.modules.keys() & {'rembg', 'transformers'})"
+    code = "import sys, d3ds2.images.foreground, d3ds2.networks.image_encoder\n"
+    code += "print(sys.modules.keys() & {'rembg', 'transformers'})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

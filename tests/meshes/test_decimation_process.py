@@ -1,4 +1,4 @@
-"""Simplifying in another process: the same mesh as here, and left at once when asked."""
+"""Simplifying in another process: it makes the same mesh, and stops at once when asked."""
 
 import time
 
@@ -18,7 +18,7 @@ def ball(subdivisions: int) -> Mesh:
 
 
 def test_the_process_makes_the_same_mesh(monkeypatch):
-    monkeypatch.setattr(decimation_process, "SMALL", 100)
+    monkeypatch.setattr(decimation_process, "MIN_FACES", 100)
     waited = []
     made = decimate_in_process(ball(4), 500, lambda: waited.append(1))
     expected = decimate(ball(4), 500)
@@ -30,12 +30,12 @@ def test_the_process_makes_the_same_mesh(monkeypatch):
 def test_small_meshes_and_enough_faces_need_no_process(monkeypatch):
     monkeypatch.setattr("subprocess.Popen", None)
     assert len(decimate_in_process(ball(3), 200, lambda: None).faces) <= 200
-    monkeypatch.setattr(decimation_process, "SMALL", 100)
+    monkeypatch.setattr(decimation_process, "MIN_FACES", 100)
     mesh = ball(3)
     assert decimate_in_process(mesh, 1280, lambda: None) is mesh
 
 
-def test_a_large_mesh_is_left_within_a_second():
+def test_work_on_a_large_mesh_stops_within_a_second():
     started = None
 
     def cancel():
@@ -49,7 +49,7 @@ def test_a_large_mesh_is_left_within_a_second():
     assert time.monotonic() - started < 1.3
 
 
-def test_the_error_of_the_process_is_told(monkeypatch):
-    monkeypatch.setattr(decimation_process, "SMALL", 100)
+def test_the_error_of_the_process_is_reported(monkeypatch):
+    monkeypatch.setattr(decimation_process, "MIN_FACES", 100)
     with pytest.raises(RuntimeError, match=r"simplifying the mesh failed: ValueError: .*at least 4, got 2"):
         decimate_in_process(ball(3), 2, lambda: None)

@@ -347,15 +347,7 @@ def test_normalize_errors():
 
 def test_kernels_call_only_kernels_of_their_own_file():
     dispatcher, checked = type(measure_blocks), 0
-    for name in (
-        "flood_fill",
-        "marching_cubes",
-        "mesh",
-        "mesh_to_sdf",
-        "sdf_to_mesh",
-        "sharp_edges",
-        "triangle_distance",
-    ):
+    for name in ("flood_fill", "marching_cubes", "mesh_to_sdf", "sdf_to_mesh", "sharp_edges", "triangle_distance"):
         module = importlib.import_module(f"d3ds2.meshes.{name}")
         own = {v for v in vars(module).values() if isinstance(v, dispatcher) and v.__module__ == module.__name__}
         for function in own:

@@ -28,9 +28,8 @@ def grid_points(R):
 def to_blocks(field):
     """(R,R,R) to (all block coordinates (B,3), values (B,8,8,8))."""
     G = len(field) // 8
-    return np.argwhere(np.ones((G, G, G))), field.reshape(G, 8, G, 8, G, 8).transpose(0, 2, 4, 1, 3, 5).reshape(
-        -1, 8, 8, 8
-    )
+    blocks = field.reshape(G, 8, G, 8, G, 8).transpose(0, 2, 4, 1, 3, 5)
+    return np.argwhere(np.ones((G, G, G))), blocks.reshape(-1, 8, 8, 8)
 
 
 def band_blocks(field, R, band=2.0):
@@ -336,15 +335,11 @@ def test_decimated_mesh_stays_closed(name, target):
 
 
 def touching(case):
-    """Closed, oriented meshes in which something meets that should not; (vertices, faces, parts that remain)."""
+    """Return vertices and faces of a closed, oriented mesh whose sheets meet, and how many parts remain apart."""
     ball = trimesh.creation.icosphere(1)
-    one, other = trimesh.creation.box((1, 1, 1)), translated(trimesh.creation.box((1, 1, 1)), 1, 1, 0)
-    if case == "edge":  # two boxes with an edge in common
-        both = trimesh.util.concatenate(one, other)
-        both.merge_vertices()
-        return both.vertices, both.faces, 2
-    if case == "vertex":
-        both = trimesh.util.concatenate(one, translated(one, 1, 1, 1))
+    if case in ("edge", "vertex"):  # two boxes that share one
+        box = trimesh.creation.box((1, 1, 1))
+        both = trimesh.util.concatenate(box, translated(box, 1, 1, 0 if case == "edge" else 1))
         both.merge_vertices()
         return both.vertices, both.faces, 2
     if case == "back-to-back":  # a flat pocket on three vertices of a ball

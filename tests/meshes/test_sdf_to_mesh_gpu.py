@@ -7,7 +7,7 @@ import torch
 from d3ds2.meshes import sdf_to_mesh_gpu as device_meshing
 from d3ds2.meshes.flood_fill import pack_bits
 from d3ds2.meshes.gap_closing import border_of_solid, enclosed_solid_blocks
-from d3ds2.meshes.sdf_to_mesh import DECODED, sdf_to_mesh
+from d3ds2.meshes.sdf_to_mesh import DECODED_OPTIONS, sdf_to_mesh
 from d3ds2.meshes.sdf_to_mesh_gpu import _pack, _unpack, device_mesh
 
 
@@ -48,7 +48,7 @@ def test_noise_on_all_and_on_some_blocks(device, level, monkeypatch):
     monkeypatch.setattr(device_meshing, "CHUNK", 50)
     for seed in range(3):
         kept = torch.rand(5, 5, 5, generator=torch.Generator().manual_seed(seed)) < (1.1 if seed == 0 else 0.6)
-        for options in ({}, DECODED, {"keep_largest": True}):
+        for options in ({}, DECODED_OPTIONS, {"keep_largest": True}):
             assert_same(device, *blocks_of(noise(seed), kept), 40, level, **options)
 
 
@@ -58,10 +58,10 @@ def test_a_band_with_a_gap_and_with_an_inner_shell(device):
     band = blocks_of(volume, torch.nn.functional.max_pool3d(1 - volume.abs()[None], 8)[0] > 0)
     assert_same(device, *band, 48, 0.0)
     coords, values = band
-    assert_same(device, coords[1:], values[1:], 48, 0.0, **DECODED)  # a block is missing
+    assert_same(device, coords[1:], values[1:], 48, 0.0, **DECODED_OPTIONS)  # a block is missing
     assert_same(device, coords[1:], values[1:], 48, 0.0)
     both_outside = torch.where(values < -0.6, -2 * values - 1.5, values)  # as released decoders: + again further in
-    assert_same(device, coords, both_outside.clamp(-1, 1), 48, 0.2, **DECODED)
+    assert_same(device, coords, both_outside.clamp(-1, 1), 48, 0.2, **DECODED_OPTIONS)
 
 
 @pytest.mark.parametrize("device", DEVICES)

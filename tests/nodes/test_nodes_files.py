@@ -80,7 +80,7 @@ def test_auto_takes_the_first_that_is_there(comfy, monkeypatch, no_rembg):
     run(image=picture(mode="RGB"), background_removal=model)
     run(image=picture(mode="RGB"))
     foreground = comfy.module("d3ds2.images.foreground")
-    monkeypatch.setattr(foreground, "rembg_at_hand", lambda: True)
+    monkeypatch.setattr(foreground, "rembg_is_ready", lambda: True)
     with pytest.raises(ValueError, match=r"rembg is not installed.*Connect a mask"):
         run(image=scene())
     assert comfy.texts[0][0] == "picture 1/1: rembg"

@@ -33,7 +33,7 @@ def releases(tmp_path_factory):
 
 @pytest.fixture
 def release(releases, tmp_path):
-    """A copy of v1.1 that a test may damage; hard links, so write anew instead of in place."""
+    """A copy of v1.1 that a test may damage; hard links, so replace a file instead of writing into it."""
     shutil.copytree(releases["v1.1"][0], tmp_path / "release", copy_function=os.link)
     return tmp_path / "release"
 
@@ -100,7 +100,7 @@ def test_half_precision_stays_half(release, tmp_path):
 def test_the_one_release_inside_a_folder_is_found(release, tmp_path):
     assert convert(release.parent, tmp_path / "model") == "v1.1"
     shutil.copytree(release, tmp_path / "other")
-    with pytest.raises(OfficialError, match=r"several releases in .*, name one: other, release"):
+    with pytest.raises(OfficialError, match=r"several releases in .*, choose one: other, release"):
         convert(tmp_path, tmp_path / "model2")
 
 
@@ -164,8 +164,8 @@ GATE, BIAS = "blocks.1.self_attn.gate.0.weight", "encoder.downsample.2.out_layer
         (lambda c: c["vae"].update({BIAS: torch.zeros(7)}), ("has misshapen 1 tensors", BIAS, "(7,)", "(64,)")),
         (lambda c: c["dit"].update({"blocks.0.self_attn.to_q.weight": torch.zeros(1)}), ("unexpected", "to_q")),
         (lambda c: c["dit"][GATE].fill_(float("nan")), ("expected finite values in latent_dit", "gate")),
-        (lambda c: c["dit"].update({GATE: torch.zeros(3, 64, dtype=torch.int8)}), ("floating tensor in dit", GATE)),
-        (lambda c: c["dit"].update({GATE: 3.0}), ("floating tensor in dit", GATE)),
+        (lambda c: c["dit"].update({GATE: torch.zeros(3, 64, dtype=torch.int8)}), ("floating tensors in dit", GATE)),
+        (lambda c: c["dit"].update({GATE: 3.0}), ("floating tensors in dit", GATE)),
         (lambda c: c.update(ema=c.pop("dit")), ("expected vae and dit at the top, got ema, vae",)),
         (lambda c: c.update(dit={}), ("expected a state dict in dit",)),
     ],
@@ -213,7 +213,7 @@ def edit_config(release: Path, edit) -> None:
     ("edit", "words"),
     [
         (lambda e: e["sparse_dit_512"]["params"].update(compression_version="v3"), ("compression_version", "got 'v3'")),
-        (lambda e: e["sparse_dit_512"]["params"].update(compression_version="v2"), ("neither of v1.0 nor of v1.1",)),
+        (lambda e: e["sparse_dit_512"]["params"].update(compression_version="v2"), ("neither v1.0 nor v1.1",)),
         (lambda e: e["sparse_dit_512"]["params"].update(pe_mode="rope"), ("pe_mode", "expected 'ape', got 'rope'")),
         (lambda e: e["sparse_dit_1024"]["params"].update(model_channels="big"), ("sparse_dit_1024", "expected int")),
         (lambda e: e["sparse_dit_1024"]["params"].pop("topk"), ("sparse_dit_1024.params has no topk",)),
@@ -262,7 +262,7 @@ def test_command(release, tmp_path, capsys):
     assert main(["convert", str(release), str(tmp_path / "model")]) == 0
     assert capsys.readouterr().err.splitlines()[-1].endswith("model: Direct3D-S2 v1.1")
     assert main(["convert", str(release), str(tmp_path / "model")]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "absent"), str(tmp_path / "other")]) == 2
     assert capsys.readouterr().err == f"error: no folder {tmp_path / 'absent'}\n"
     assert main(["convert", str(release)]) == 2
@@ -295,7 +295,7 @@ def hash_of(contents: bytes) -> str:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What the hub's client asks of huggingface.co for one repository, whose files lie in `folder`."""
+    """The answers of huggingface.co to the hub's client for one repository, whose files lie in `folder`."""
 
     folder: Path
     asked: list

@@ -75,7 +75,7 @@ def test_a_transformers_folder_is_read(state, tmp_path):
             r"misshapen tensors: blocks\.0\.attn\.qkv",
         ),
         (lambda s: s.update({"blocks.0.ls1.gamma": torch.zeros(5)}), "has misshapen tensors: .*layer_scale1"),
-        (lambda s: s.update(teacher={}), "expected a floating tensor in the file, teacher is none"),
+        (lambda s: s.update(teacher={}), "expected floating tensors in the file, teacher is not one"),
     ],
 )
 def test_other_weights_are_refused(state, tmp_path, edit, message):

@@ -6,10 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from d3ds2.networks import CLASSES, network_classes
 from d3ds2.networks.image_encoder import ImageEncoder, ImageEncoderConfig
 from d3ds2.networks.model_files import load_model, load_network, save_network
 from d3ds2.networks.refiner import SignRefiner, SignRefinerConfig
 from d3ds2.storage.model_folder import (
+    ALL_NETWORKS,
     NETWORKS,
     FineSamplingConfig,
     ModelFolderError,
@@ -57,6 +59,13 @@ def test_half_precision_file_loads_in_float32(folder):
     assert {p.dtype for p in load_network(folder, "image_encoder", dtype=torch.bfloat16).parameters()} == {
         torch.bfloat16
     }
+
+
+def test_every_network_of_a_model_folder_has_its_classes():
+    assert tuple(CLASSES) == ALL_NETWORKS
+    for name in ALL_NETWORKS:
+        config_class, network_class = network_classes(name)
+        assert issubclass(network_class, torch.nn.Module) and network_class.__name__ + "Config" == config_class.__name__
 
 
 def test_settings_and_networks_are_kept_apart(folder):

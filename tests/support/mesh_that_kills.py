@@ -1,6 +1,6 @@
-"""A stand-in for `prepare` whose mesh named "bad" takes its process with it, as one that needs all memory does.
+"""A stand-in for `prepare`: the mesh named "bad" ends its process, as a mesh that needs all memory does.
 
-In a file of its own, so that the processes of the test import little.
+It has a file of its own so that the processes of the test import little.
 """
 
 import os

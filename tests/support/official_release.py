@@ -1,6 +1,6 @@
-"""A release of Direct3D-S2 in miniature: config.yaml, five .ckpt files with the official names, and torch.hub's DINOv2.
+"""A tiny release of Direct3D-S2: config.yaml, five .ckpt files with the official names, and torch.hub's DINOv2.
 
-Small enough that its mesh takes seconds; random weights.
+Its weights are random, and its mesh takes seconds.
 """
 
 import re
@@ -25,7 +25,7 @@ PACKAGE = "direct3d_s2."
 
 
 def make_modules(version: str, seed: int = 0) -> dict[str, dict[str, nn.Module]]:
-    """Our networks by file and part."""
+    """Return our networks by file and part."""
     torch.manual_seed(seed)
     latent_resolution = 4 * RESOLUTION
     modules = {
@@ -46,10 +46,10 @@ def make_modules(version: str, seed: int = 0) -> dict[str, dict[str, nn.Module]]
     for parts in modules.values():
         for part, module in parts.items():
             module.eval().requires_grad_(False)
-            if part == "dit":  # they start as zero
+            if part == "dit":  # a new transformer returns zero
                 for parameter in module.parameters():
                     parameter.add_(torch.randn_like(parameter) * 0.1)
-    modules["model_dense.ckpt"]["vae"].decoder.out_conv.bias.fill_(-2.6)  # a part of the grid is occupied
+    modules["model_dense.ckpt"]["vae"].decoder.out_conv.bias.fill_(-2.6)  # so that a part of the grid is occupied
     return modules
 
 
@@ -65,7 +65,7 @@ def without_numbers(key: str) -> str:
 
 
 def official_state(module: nn.Module, version: str, file: str, part: str) -> dict[str, Tensor]:
-    """The state dict of the official module: official names, all of them known ones, and layouts."""
+    """Return the state dict of the official module, with official names and layouts; every name is a released one."""
     network = {
         StructureVAE: "structure_vae",
         StructureDiT: "structure_dit",
@@ -91,7 +91,7 @@ def official_state(module: nn.Module, version: str, file: str, part: str) -> dic
 
 
 def official_config(version: str) -> dict:
-    """What config.yaml says of the networks of `make_modules`, in the words of the released one."""
+    """Return the config.yaml of the networks of `make_modules`, with the keys of the released one."""
     pooled_conv, block = COMPRESSION[version]
     resolution = 4 * RESOLUTION
 
@@ -151,7 +151,7 @@ def official_config(version: str) -> dict:
 
 
 def hub_state(hidden_size: int = C, depth: int = 2, patches: int = 4, seed: int = 0) -> dict[str, Tensor]:
-    """DINOv2 with registers as torch.hub keeps it."""
+    """Return random weights of DINOv2 with registers under torch.hub's names."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -175,7 +175,7 @@ def hub_state(hidden_size: int = C, depth: int = 2, patches: int = 4, seed: int 
 
 
 def write_release(folder: Path, version: str) -> dict[str, dict[str, nn.Module]]:
-    """Write all files of a release; returns what `make_modules` made."""
+    """Write all files of a release, and return the networks of `make_modules`."""
     folder.mkdir(parents=True, exist_ok=True)
     modules = make_modules(version)
     for file, parts in modules.items():

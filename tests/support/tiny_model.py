@@ -1,4 +1,4 @@
-"""A model folder of random weights, small enough that a mesh takes a second: for the pipeline, not for beauty."""
+"""A model folder with random weights, so small that a mesh takes a second. It tests the pipeline, not the shapes."""
 
 from pathlib import Path
 
@@ -45,16 +45,16 @@ SAMPLING = SamplingConfig(sdf_resolution=64, structure_steps=3, latent_steps=2, 
 
 
 def make_networks(seed: int = 0, **changes: dict) -> dict[str, nn.Module]:
-    """The five networks by name; `changes` are keyword arguments of a network's config."""
+    """Return the five networks by name; `changes` are keyword arguments of their configs, by network."""
     torch.manual_seed(seed)
     networks = {}
     for name, sizes in SIZES.items():
         config_class, network_class = network_classes(name)
         networks[name] = network_class(config_class(**(sizes | changes.get(name, {})))).eval().requires_grad_(False)
-    for name in ("structure_dit", "latent_dit"):  # they start as zero, and would not see the image
+    for name in ("structure_dit", "latent_dit"):  # new transformers return zero and would not see the image
         for parameter in networks[name].parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    networks["sdf_vae"].decoder.out_layer.weight.mul_(20)  # a surface, not only noise around zero
+    networks["sdf_vae"].decoder.out_layer.weight.mul_(20)  # for a surface instead of noise around zero
     return networks
 
 
@@ -66,7 +66,7 @@ def write_model(folder: Path, **changes: dict) -> Path:
 
 
 def draw_object(size: tuple[int, int] = (96, 80), mode: str = "RGBA") -> Image.Image:
-    """An orange ball with a blue box on it; around it nothing (RGBA), or white (RGB)."""
+    """Draw an orange ball with a blue box on it, on a transparent (RGBA) or white (RGB) background."""
     image = Image.new("RGBA", size, (255, 255, 255, 0))
     draw = ImageDraw.Draw(image)
     w, h = size

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from d3ds2.meshes.mesh_to_sdf import normalize_mesh
-from d3ds2.meshes.sdf_to_mesh import DECODED, sdf_to_mesh
+from d3ds2.meshes.sdf_to_mesh import DECODED_OPTIONS, sdf_to_mesh
 from training.data.meshes import MeshEntry, read_mesh
 from training.data.shape_files import load_shape, shape_path
 from training.evaluation.metrics import Surface, SurfaceDistances, count_shells, is_watertight, solid_grid, volume_iou
@@ -36,7 +36,7 @@ class Shape:
     @classmethod
     def of_blocks(cls, block_coords: np.ndarray, values: np.ndarray, config: ScoreConfig, decoded=False) -> "Shape":
         """Of SDF blocks (M,3), (M,8,8,8) at `config.resolution`; `decoded` ones are meshed as the pipeline does."""
-        options = DECODED | {"level": config.level} if decoded else {"level": 0.0}
+        options = DECODED_OPTIONS | {"level": config.level} if decoded else {"level": 0.0}
         if not (values < options["level"]).any():
             return cls(np.zeros((0, 3)), np.zeros((0, 3)), config)
         mesh = sdf_to_mesh(
