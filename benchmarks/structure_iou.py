@@ -15,15 +15,15 @@ import torch
 from d3ds2.images.foreground import load_image
 from d3ds2.pipeline import TINY, load_pipeline
 from d3ds2.rectified_flow import euler_sample, guided_velocity, noise_for, time_schedule
-from training.data.shape_files import list_shapes, load_shape, shape_path
+from training.data.shape_files import BLOCK, list_shapes, load_shape, shape_path
 from training.data.symmetry import facing
 from training.data.views import Views
 
 
 def occupancy(data_dir: str, resolution: int, name: str, symmetry: int = 0) -> np.ndarray:
     """Occupied latent voxels (G, G, G) bool of a prepared shape."""
-    grid = np.zeros((resolution // 8,) * 3, dtype=bool)
-    grid[tuple(load_shape(shape_path(data_dir, resolution, name), symmetry)[0].T)] = True
+    grid = np.zeros((resolution // BLOCK,) * 3, dtype=bool)
+    grid[tuple(load_shape(shape_path(data_dir, resolution, name), symmetry).block_coords.T)] = True
     return grid
 
 

@@ -32,6 +32,7 @@ from d3ds2.images.render import Camera, Light, MeshRenderer
 from d3ds2.meshes.mesh_to_sdf import normalize_mesh
 from training.config import load_config
 from training.data.meshes import SPLITS, MeshEntry, list_meshes, read_mesh
+from training.data.shape_files import view_folder
 
 MIN_COVERAGE = 2e-3  # of the pixels; a sheet seen edge-on is looked at from elsewhere
 TRIES = 20
@@ -70,10 +71,6 @@ class RenderViewsConfig:
         """What the pictures depend on, as it stands in cameras.json."""
         elsewhere = ("meshes", "data_dir", "splits", "workers", "limit")
         return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(self).items() if k not in elsewhere}))
-
-
-def view_folder(data_dir: str | Path, name: str) -> Path:
-    return Path(data_dir) / "views" / name
 
 
 def generator_for(seed: int, split: str, name: str, view: int) -> np.random.Generator:

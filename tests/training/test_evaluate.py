@@ -22,7 +22,7 @@ from training.data.datasets import pack_shapes
 from training.data.meshes import MeshEntry, list_meshes
 from training.data.shape_files import load_shape, shape_path
 from training.data.symmetry import transform_vertices
-from training.data.views import Views
+from training.data.views import Pictures, Views, choose_views
 from training.evaluate import EvaluateConfig, main
 from training.evaluation import generation, round_trip
 from training.evaluation.generation import GenerationConfig, make_baselines, sample, seed_of
@@ -38,7 +38,6 @@ from training.evaluation.generation_scores import (
     sheet_of,
 )
 from training.evaluation.mean_solid import CELLS, packed_solid
-from training.evaluation.nearest_view import Pictures, choose_views
 from training.evaluation.shape_scores import ScoreConfig, Shape, compare, score_round_trip
 from training.prepare_shapes import PrepareShapesConfig, prepare
 from training.render_views import RenderViewsConfig, render_mesh
@@ -48,7 +47,7 @@ SPLITS = {"box": "train", "ball": "train", "wedge": "train", "box_again": "test"
 
 
 class Inline(Executor):
-    """Ragged a job when it is submitted, in this process."""
+    """Runs a job when it is submitted, in this process."""
 
     def submit(self, function, *args):
         future = Future()

@@ -16,8 +16,16 @@ from torch.utils.data import Dataset
 
 from d3ds2.images.foreground import MARGIN, SIZE
 from training.data.datasets import draw, load_batches, plan_shapes, shapes_per_batch
-from training.data.views import CROP_PROBABILITY, MAX_MARGIN, MAX_ROTATION, MIN_CROP, ROTATE_PROBABILITY, Views
-from training.evaluation.nearest_view import Pictures, View
+from training.data.views import (
+    CROP_PROBABILITY,
+    MAX_MARGIN,
+    MAX_ROTATION,
+    MIN_CROP,
+    ROTATE_PROBABILITY,
+    Pictures,
+    View,
+    Views,
+)
 
 READ_AT_ONCE = 64  # pictures
 

@@ -16,10 +16,10 @@ from d3ds2.pipeline import EmptyResultError, Pipeline
 from training.data.datasets import load_batches
 from training.data.shape_files import list_shapes
 from training.data.symmetry import facing
-from training.data.views import Views
+from training.data.views import Pictures, Views, choose_views
 from training.evaluation.generation_scores import Item, score_item
 from training.evaluation.mean_solid import mean_solid, mesh_of_mean, packed_solid
-from training.evaluation.nearest_view import NearestView, Pictures, choose_views
+from training.evaluation.nearest_view import NearestView
 from training.evaluation.round_trip import split_blocks
 from training.evaluation.shape_scores import ScoreConfig
 
@@ -82,9 +82,9 @@ def make_baselines(
     device = next(encoder.parameters()).device
     nearest = NearestView(encoder, chosen, load_batches(pictures, 0, len(pictures), config.workers, device))
     symmetries = [views.symmetries_of(shape) for shape in range(len(views.names))]
-    mean, level, iou = mean_solid((solid.result(), s) for solid, s in zip(solids, symmetries, strict=True))
-    about = {"level": level, "iou_on_train": iou, "shapes": len(views.names), "pictures": len(nearest.chosen)}
-    return Baselines(nearest, views.names, mesh_of_mean(mean, level), about)
+    mean = mean_solid((solid.result(), s) for solid, s in zip(solids, symmetries, strict=True))
+    about = {"level": mean.level, "iou_on_train": mean.iou, "shapes": len(views.names), "pictures": len(nearest.chosen)}
+    return Baselines(nearest, views.names, mesh_of_mean(mean.mean, mean.level), about)
 
 
 def camera_of(file: Path) -> Camera:

@@ -9,6 +9,7 @@ Sizes:
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -108,6 +109,14 @@ def _distance_to_cells(points, cells, offsets, face_in_cell, triangles):
     return np.sqrt(out)
 
 
+class FScore(NamedTuple):
+    """The shares of two surfaces that lie within a threshold of each other, in [0, 1]."""
+
+    precision: float  # of the result
+    recall: float  # of the truth
+    f1: float  # their harmonic mean
+
+
 @dataclass(frozen=True)
 class SurfaceDistances:
     """Distances between two surfaces, from samples of each to the other's triangles."""
@@ -124,10 +133,10 @@ class SurfaceDistances:
         """CD: the mean distance, averaged over both directions."""
         return float(self.to_truth.mean() + self.to_result.mean()) / 2
 
-    def f_score(self, threshold: float) -> tuple[float, float, float]:
-        """Precision, recall and their harmonic mean F1 in [0, 1]: the parts within `threshold`."""
+    def f_score(self, threshold: float) -> FScore:
+        """Score the samples that lie within `threshold` of the other surface, in units of the cube [-1,1]³."""
         precision, recall = (self.to_truth <= threshold).mean(), (self.to_result <= threshold).mean()
-        return float(precision), float(recall), float(2 * precision * recall / max(precision + recall, 1e-12))
+        return FScore(float(precision), float(recall), float(2 * precision * recall / max(precision + recall, 1e-12)))
 
 
 def solid_grid(vertices: np.ndarray, faces: np.ndarray, cells: int) -> np.ndarray:

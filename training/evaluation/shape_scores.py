@@ -60,14 +60,14 @@ def compare(result: Shape, truth: Shape, config: ScoreConfig) -> dict[str, float
         nothing = dict.fromkeys(("iou", "f1", "precision_voxel", "recall_voxel", "f1_voxel"), 0.0)
         return nothing | {"chamfer": float(np.linalg.norm(truth.surface.points, axis=1).mean())}
     distances = SurfaceDistances.between(result.surface, truth.surface)
-    precision, recall, f1 = distances.f_score(2 / config.resolution)
+    voxel = distances.f_score(2 / config.resolution)
     return {
         "iou": volume_iou(result.solid, truth.solid),
         "chamfer": distances.chamfer,
-        "f1": distances.f_score(F_DISTANCE)[2],
-        "precision_voxel": precision,
-        "recall_voxel": recall,
-        "f1_voxel": f1,
+        "f1": distances.f_score(F_DISTANCE).f1,
+        "precision_voxel": voxel.precision,
+        "recall_voxel": voxel.recall,
+        "f1_voxel": voxel.f1,
     }
 
 
