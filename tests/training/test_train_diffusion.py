@@ -248,7 +248,7 @@ def test_further_stretch_starts_from_a_model_folder(chain, tmp_path):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
     wide = dataclasses.replace(config.model, hidden_size=64)
     other = dataclasses.replace(config, model=wide, run=dataclasses.replace(run, out_dir=str(tmp_path / "wide")))
-    with pytest.raises(ValueError, match="structure_dit in .* has other sizes"):
+    with pytest.raises(ValueError, match=r"structure_dit in .* has other sizes"):
         train_structure_dit.train(other)
 
 
