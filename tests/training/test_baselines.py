@@ -1,4 +1,4 @@
-"""The mean shape, and the statistics of the tables, where the right answer is known."""
+"""The mean shape and the statistics of the tables, with known answers."""
 
 import math
 

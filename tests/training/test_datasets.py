@@ -1,4 +1,4 @@
-"""Batches: a function of (seed, step) with any number of workers, packed and moved as they should be."""
+"""Batches follow from (seed, step) with any number of workers, and are packed and moved correctly."""
 
 import itertools
 import json

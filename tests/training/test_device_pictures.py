@@ -1,4 +1,4 @@
-"""Pictures held by the device: the same ones that the workers would read, and moved within their ranges."""
+"""Pictures on the device: the same ones that workers would read, moved within their ranges."""
 
 import dataclasses
 

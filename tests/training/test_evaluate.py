@@ -1,4 +1,4 @@
-"""The evaluation: scores known beforehand, baselines that must find what is there, the script as a whole."""
+"""The evaluation: scores known beforehand, baselines whose answer is known, the script as a whole."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ from training.evaluation.shape_scores import ScoreConfig, Shape, compare, score_
 from training.prepare_shapes import PrepareShapesConfig, prepare
 from training.render_views import RenderViewsConfig, render_mesh
 
-R = 64  # voxels per edge: latents at 8^3, one voxel 1/32
+R = 64  # voxels per edge; latents at 8³, a voxel has edge 1/32
 SPLITS = {"box": "train", "ball": "train", "wedge": "train", "box_again": "test", "other": "test"}
 
 
@@ -66,7 +66,7 @@ def make_meshes():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """meshes/ with an index, data/ with shapes at R and views, model/ of random weights."""
+    """A folder with meshes/ and their index, data/ of shapes at R and views, and model/ with random weights."""
     root = tmp_path_factory.mktemp("evaluate")
     (root / "meshes").mkdir()
     records = []
@@ -283,7 +283,7 @@ def test_training_views_find_themselves_turned_as_they_are(root, scoring):
 
 
 class Moody:
-    """A pipeline that makes nothing of odd seeds, and of even ones as many voxels as the seed says."""
+    """A pipeline that samples nothing for odd seeds, and as many voxels as the seed for even ones."""
 
     def sample_structure(self, tokens, seeds):
         if any(seed % 2 for seed in seeds):
