@@ -1,9 +1,9 @@
-"""How good is the structure stage alone? IoU of occupied latent voxels on unseen shapes, beside the mean structure.
+"""Measure the structure stage alone: IoU of occupied latent voxels on unseen shapes, beside the mean structure.
 
     python -m benchmarks.structure_iou data/tiny d3ds2/weights/tiny --split val --every 4 --guidance 1 2
 
-Reads what prepare_shapes and render_views made: the first view of every n-th shape of the split. The mean structure is
-that of another split's shapes as they stand, cut at the level that is best on that split.
+Reads the files of prepare_shapes and render_views, and takes the first view of every n-th shape of the split. The mean
+structure is that of another split's shapes, not turned, cut at the level that is best on that split.
 """
 
 import argparse
@@ -15,24 +15,26 @@ import torch
 from d3ds2.images.foreground import load_image
 from d3ds2.pipeline import TINY, load_pipeline
 from d3ds2.rectified_flow import euler_sample, guided_velocity, noise_for, time_schedule
-from training.data.shape_files import list_shapes, load_shape, shape_path
+from training.data.shape_files import BLOCK, list_shapes, load_shape, shape_path
 from training.data.symmetry import facing
 from training.data.views import Views
 
 
 def occupancy(data_dir: str, resolution: int, name: str, symmetry: int = 0) -> np.ndarray:
-    """Occupied latent voxels (G, G, G) bool of a prepared shape."""
-    grid = np.zeros((resolution // 8,) * 3, dtype=bool)
-    grid[tuple(load_shape(shape_path(data_dir, resolution, name), symmetry)[0].T)] = True
+    """Mark the occupied latent voxels of a prepared shape: (G, G, G) bool."""
+    grid = np.zeros((resolution // BLOCK,) * 3, dtype=bool)
+    grid[tuple(load_shape(shape_path(data_dir, resolution, name), symmetry).block_coords.T)] = True
     return grid
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Intersection over union of grids (..., G, G, G)."""
     axes = (-3, -2, -1)
     return (a & b).sum(axes) / np.maximum((a | b).sum(axes), 1)
 
 
 def mean_structure(data_dir: str, split: str, resolution: int) -> np.ndarray:
+    """Cut the mean of a split's structures where it agrees best with them: (G, G, G) bool."""
     shapes = np.stack([occupancy(data_dir, resolution, name) for name in list_shapes(data_dir, split, resolution)[0]])
     mean = shapes.mean(0)
     return max((mean > level for level in np.arange(0.05, 0.5, 0.05)), key=lambda cut: iou(cut, shapes).mean())
@@ -44,7 +46,7 @@ def main() -> None:
     parser.add_argument("data_dir")
     parser.add_argument("model_dir", nargs="?", default=str(TINY))
     parser.add_argument("--split", default="val")
-    parser.add_argument("--mean-split", default="test", help="whose shapes the mean structure is of")
+    parser.add_argument("--mean-split", default="test", help="split whose structures are averaged")
     parser.add_argument("--every", type=int, default=4)
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0])
     parser.add_argument("--steps", type=int, default=12)

@@ -1,14 +1,15 @@
-"""Train a whole model: every stage in its order, each in a process of its own.
+"""Train a whole model: all stages in order, each in its own process.
 
     python -m training training/configs/tiny data_dir=data/mine model_dir=models/mine
 
-The first argument is what the names of the config files begin with: `tiny_vae.toml`, `tiny_structure_vae.toml`, ... An
-override goes to every stage whose config has that key; behind the name of a stage it goes to that one alone:
-`train_vae.run.steps=500`. Of two for one key the later one counts. Where `model_dir` is given, checkpoints and logs are
-in runs/<model>_vae, ..., else where the config files say.
+The first argument is the prefix of the config files: `tiny_vae.toml`, `tiny_structure_vae.toml`, ... An override
+applies to every stage whose config has the key. With a stage's name in front, it applies to that stage alone:
+`train_vae.run.steps=500`. If a key is given twice, the later value counts. If `model_dir` is given, checkpoints and
+logs go to runs/<model>_vae, ...; else to the folders that the config files name.
 
-Needs what prepare_shapes and render_views make. Stopped or failed, the same command goes on from there: finished stages
-are passed over, the others resume. A stage that `run.max_minutes` ends exports what it has, and the next one begins.
+Needs the files of prepare_shapes and render_views. After a stop or a failure, the same command continues: it skips
+finished stages and resumes the others. A stage that reaches `run.max_minutes` exports its model, and the next one
+begins.
 """
 
 import dataclasses
@@ -31,11 +32,13 @@ from training.train_vae import TrainVAEConfig
 
 
 class Stage(NamedTuple):
+    """A script of the chain."""
+
     script: str
     config_class: type
     name: str  # of its config file and its run folder
-    network: str  # what it writes into `model_dir`
-    needs: tuple[str, ...] = ()  # scripts whose network it learns from
+    network: str  # that it writes to `model_dir`
+    needs: tuple[str, ...] = ()  # scripts whose networks it learns from
 
 
 STAGES = (
@@ -57,17 +60,17 @@ class Job:
 
     @property
     def steps_left(self) -> int | None:
-        """None for encode_latents, which looks for itself whether there is anything to do."""
+        """The steps still to train; None for encode_latents, which checks for itself what there is to do."""
         run = getattr(self.config, "run", None)
         return None if run is None else max(run.steps - last_step(run.out_dir), 0)
 
 
 def plan(prefix: str, overrides: list[str]) -> list[Job]:
-    """The stages with their settings, checked as far as they can be before the first one runs.
+    """List the stages with their settings, and check what can be checked before the first one runs.
 
     Raises:
-        ValueError: an override that no stage knows, or of a wrong type; a run folder that two stages share, that is
-            another model's, or whose network is gone.
+        ValueError: no stage knows an override, or its type is wrong; or a run folder is shared by two stages, belongs
+            to another model, or has lost its network.
         FileNotFoundError: config files, shapes or pictures are missing.
     """
     jobs, unknown = [], set(overrides)
@@ -83,7 +86,7 @@ def plan(prefix: str, overrides: list[str]) -> list[Job]:
         arguments = [file, *own.values()]
         if has_key(config, "run") and config.model_dir != as_written.model_dir:
             out_dir = f"runs/{Path(config.model_dir).resolve().name}_{stage.name}"
-            arguments.insert(1, f"run.out_dir={out_dir}")  # one that was given comes later
+            arguments.insert(1, f"run.out_dir={out_dir}")  # a given one comes later and counts
             config = load_config(stage.config_class, arguments)
         jobs.append(Job(stage, arguments, config))
     if unknown:
@@ -94,7 +97,7 @@ def plan(prefix: str, overrides: list[str]) -> list[Job]:
 
 
 def has_key(config: object, key: str) -> bool:
-    """Whether a dataclass has a field of that dotted name."""
+    """Whether a dataclass has a field of this dotted name."""
     for name in key.split("."):
         if not dataclasses.is_dataclass(config) or name not in {field.name for field in dataclasses.fields(config)}:
             return False
@@ -103,7 +106,11 @@ def has_key(config: object, key: str) -> bool:
 
 
 def check_runs(jobs: list[Job]) -> None:
-    """Raises ValueError where the run folders do not fit the stages and the model."""
+    """Check the run folders.
+
+    Raises:
+        ValueError: two stages share a folder, or a folder does not fit the model.
+    """
     owners = {}
     for job in jobs:
         out_dir, model_dir = job.config.run.out_dir, Path(job.config.model_dir)
@@ -117,18 +124,22 @@ def check_runs(jobs: list[Job]) -> None:
         if not job.steps_left and not (model_dir / f"{job.stage.network}.safetensors").is_file():
             raise ValueError(
                 f"{job.stage.script} is finished in {out_dir}, but {model_dir} has no {job.stage.network}: "
-                f"delete {out_dir} to train it anew"
+                f"delete {out_dir} to train it again"
             )
 
 
 def check_data(config: TrainDiTConfig) -> None:
-    """Raises FileNotFoundError where shapes or their pictures are missing, with the command that makes them."""
+    """Check that there are shapes and pictures of them.
+
+    Raises:
+        FileNotFoundError: some are missing; the message names the command that makes them.
+    """
     names, _ = list_shapes(config.data_dir, config.split, config.resolution)
     Views(config.data_dir, names, image_size=1)
 
 
 def train(jobs: list[Job]) -> int:
-    """Run the stages; returns the exit code: 0, that of the stage that failed, or 128 + the signal that stopped it."""
+    """Run the stages. Return the exit code: 0, that of a stage that failed, or 128 + the signal that stopped it."""
     process, stopped_by, changed = None, 0, set()
 
     def stop(number, _frame):
@@ -145,16 +156,16 @@ def train(jobs: list[Job]) -> int:
         if left == 0:
             say(f"{head}: finished, {job.config.run.steps} steps")
             if news := changed.intersection(job.stage.needs):
-                say(f"  before {' and '.join(sorted(news))} went on: delete {job.config.run.out_dir} to train it anew")
+                say(f"  before {' and '.join(sorted(news))} went on: delete {job.config.run.out_dir} to train it again")
             continue
         say(head if left is None else f"{head}: {left} steps left, logs in {job.config.run.out_dir}")
         process = subprocess.Popen([sys.executable, "-m", f"training.{script}", *job.arguments])
         code = process.wait()
         if stopped_by or (code == 0 and job.steps_left and not job.config.run.max_minutes):
-            say(f"stopped in {script}; the same command goes on from there")
+            say(f"stopped in {script}; the same command continues from there")
             return 128 + (stopped_by or signal.SIGTERM)
         if code != 0:
-            say(f"{script} failed with exit code {code}, see above; that mended, the same command goes on there")
+            say(f"{script} failed with exit code {code}, see above; fix the cause and run the same command to continue")
             return code if code > 0 else 128 - code
         changed.add(script)
     model_dir = jobs[-1].config.model_dir
@@ -163,10 +174,12 @@ def train(jobs: list[Job]) -> int:
 
 
 def say(line: str) -> None:
+    """Print a line before a stage prints its own."""
     print(line, flush=True)
 
 
 def main(arguments: list[str]) -> int:
+    """Run the command line; return the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2

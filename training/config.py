@@ -1,6 +1,6 @@
 """Configuration of the training scripts: dataclasses, read from a TOML file, with overrides from the command line.
 
-Each script has its own dataclass beside its loop; the sizes of a network are the dataclass of d3ds2 that builds it.
+Each script defines its own dataclass. The sizes of a network are in the config dataclass of that network in d3ds2.
 """
 
 import sys
@@ -10,12 +10,12 @@ from d3ds2.storage.dataclass_values import from_dict
 
 
 def load_config(cls, argv: list[str]):
-    """Read `[CONFIG.toml, key=value, ...]` into the dataclass `cls`; keys of nested dataclasses are dotted.
+    """Read the arguments `[CONFIG.toml, key=value, ...]` into the dataclass `cls`; nested keys are dotted.
 
         load_config(TrainVAEConfig, ["vae.toml", "run.steps=500", "model.hidden_size=64", "resolutions=[256, 512]"])
 
     Raises:
-        SystemExit: no file was named.
+        SystemExit: no file was given.
         ValueError: the file is not TOML, an override has no `=`, a key is unknown or a value has the wrong type.
         FileNotFoundError: there is no such file.
     """

@@ -1,11 +1,11 @@
-"""SDF -> latents: encode all shapes once with the trained SDF VAE, for training the latent DiT.
+"""SDF -> latents: encode all shapes once with the trained SDF VAE, as data for the latent DiT.
 
     python -m training.encode_latents training/configs/tiny_latents.toml data_dir=data/mine model_dir=models/mine
 
-Writes `data_dir/latents/<R>/<name>@<symmetry>.safetensors` (coords, mean, logvar of the posterior), measures the
-latents of the first split, and writes their shift and scale into the sdf_vae's entry of `model_dir`/config.json and,
-per channel, into `data_dir/latents/<R>/moments.json`. Run it again whenever the VAE changes: files are overwritten.
-Where all files are there already, made by this very encoder of these very shapes, nothing is encoded.
+Writes `data_dir/latents/<R>/<name>@<symmetry>.safetensors` (coords, mean and logvar of the posterior). Measures the
+latents of the first split, and writes their shift and scale to the sdf_vae's entry of `model_dir`/config.json and, with
+those of each channel, to `data_dir/latents/<R>/moments.json`. Run it again whenever the VAE changes: it overwrites the
+files, unless all of them were made by the same encoder from the same shapes.
 """
 
 import dataclasses
@@ -37,15 +37,15 @@ class EncodeLatentsConfig:
     model_dir: str = "models/model"
     splits: tuple[str, ...] = ("train",)
     resolution: int = 256
-    symmetries: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # those that the views of train_dit need
-    max_tokens: int = 65536  # of a batch; a larger shape is a batch of its own
+    symmetries: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # the views of train_dit may need all
+    max_tokens: int = 65536  # in a batch; a larger shape is a batch of its own
     precision: str = "bf16"
     device: str = "auto"
     workers: int = 0
 
 
 class AllShapes(Dataset):
-    """Every (name, symmetry) once, packed in order: item i is a `ShapeBatch` of `batches[i]`."""
+    """Every shape in every symmetry, in order: item i is the `ShapeBatch` of the (name, symmetry) in `batches[i]`."""
 
     def __init__(self, config: EncodeLatentsConfig, split: str):
         self.config, self.batches = config, [[]]
@@ -69,7 +69,7 @@ class AllShapes(Dataset):
 
 
 def fingerprint(vae: SDFVAE, splits: list[AllShapes]) -> str:
-    """A hash of what latents depend on: the encoder, and the shapes in their symmetries."""
+    """Hash all that latents depend on: the encoder, and the shapes in their symmetries."""
     config = splits[0].config
     encoder = dataclasses.replace(vae.config, latents_shift=0.0, latents_scale=1.0)
     made_of = [config.symmetries, config.precision, [shapes.shapes for shapes in splits], dataclasses.asdict(encoder)]
@@ -80,7 +80,7 @@ def fingerprint(vae: SDFVAE, splits: list[AllShapes]) -> str:
 
 
 def existing_moments(folder: Path, made_of: str, vae: SDFVAE, splits: list[AllShapes]) -> dict | None:
-    """moments.json, if the latents beside it are all there, are of this fingerprint, and the VAE knows their scale."""
+    """Read moments.json if it has this fingerprint, all latents are there, and the VAE knows their scale; else None."""
     file, config = folder / "moments.json", splits[0].config
     summary = json.loads(file.read_text()) if file.is_file() else {}
     items = [item for shapes in splits for batch in shapes.batches for item in batch]
@@ -92,7 +92,11 @@ def existing_moments(folder: Path, made_of: str, vae: SDFVAE, splits: list[AllSh
 
 @torch.no_grad()
 def encode(vae: SDFVAE, batch: ShapeBatch, moments: LatentMoments) -> list[dict[str, np.ndarray]]:
-    """What the file of each shape holds: coords (M,3) int16 in the order of `Voxels`, mean and logvar (M,C) fp16."""
+    """Encode a batch and count its latents in `moments`.
+
+    Returns:
+        The arrays of each shape's file: coords (M,3) int16 in the order of `Voxels`, mean and logvar (M,C) fp16.
+    """
     sdf, voxels = active_voxels(batch)
     mean, logvar, latent_voxels = vae.encode(sdf, voxels)
     moments.add(mean, logvar)
@@ -102,7 +106,7 @@ def encode(vae: SDFVAE, batch: ShapeBatch, moments: LatentMoments) -> list[dict[
 
 
 def main(config: EncodeLatentsConfig) -> dict:
-    """Returns the moments, as moments.json has them."""
+    """Encode all shapes; return the content of moments.json."""
     device = find_device(config.device)
     vae = load_network(config.model_dir, "sdf_vae", device)
     run = RunConfig(precision=config.precision)
@@ -112,9 +116,9 @@ def main(config: EncodeLatentsConfig) -> dict:
     made_of = fingerprint(vae, splits)
     summary = existing_moments(folder, made_of, vae, splits)
     if summary is not None:
-        print(f"the latents in {folder} are those of this VAE already")
+        print(f"the latents in {folder} are up to date")
         return summary
-    (folder / "moments.json").unlink(missing_ok=True)  # a stopped run leaves files of two VAEs
+    (folder / "moments.json").unlink(missing_ok=True)  # until all files are of this VAE
     all_moments = []
     for split, shapes in zip(config.splits, splits, strict=True):
         moments = LatentMoments(vae.config.latent_channels, device)

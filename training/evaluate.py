@@ -1,14 +1,14 @@
-"""Score a trained model on shapes it has not seen.
+"""Score a trained model on shapes that it has not seen.
 
     python -m training.evaluate training/configs/tiny_evaluate.toml model_dir=models/mine sampling.latent_guidance=3
 
-1. VAE round trip of a split: mesh -> SDF -> latents -> SDF -> mesh.
-2. Generation from one view of each shape of the split, beside baselines in the same table: the training shape with
-   the most similar picture, and the mean training shape. One sample per view, by its own seed; no best of several.
+1. Round trip of a split through the SDF VAE: mesh -> SDF -> latents -> SDF -> mesh.
+2. Generation from one view of each shape of the split, one sample per view. Baselines in the same table: the training
+   shape with the most similar picture, and the mean training shape.
 
 Writes out_dir/evaluation.json (summaries and all scores), evaluation.md (tables) and generation.png (contact sheet).
-Reads what prepare_shapes and render_views made. Networks run on the device in batches; meshes, scores and pictures are
-made by one process per core.
+Reads the files of prepare_shapes and render_views. Networks run on the device in batches; one process per core makes
+meshes, scores and pictures.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 class EvaluateConfig:
     data_dir: str = "data"
     model_dir: str = "models/model"
-    meshes: str = ""  # the folder that prepare_shapes read: scores against the originals, and by defects of the mesh
+    meshes: str = ""  # folder that prepare_shapes read: adds scores against the originals, and by mesh defects
     out_dir: str = "runs/evaluation"
     split: str = "test"
     limit: int = 0  # only the first shapes of the split; 0: all
@@ -52,12 +52,12 @@ class EvaluateConfig:
     parts: tuple[Literal["round_trip", "generation"], ...] = ("round_trip", "generation")
     device: str = "auto"
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # of the networks; auto: fp16 on CUDA, else fp32
-    workers: int = 0  # processes that make and compare meshes; 0: one per core
-    max_tokens: int = 32768  # of a batch through the VAE
-    num_points: int = 20_000  # on each surface
-    cells: int = 128  # per edge of the volume IoU's grid
+    workers: int = 0  # processes for meshes and scores; 0: one per core
+    max_tokens: int = 32768  # in a batch of the VAE
+    num_points: int = 20_000  # sampled on each surface
+    cells: int = 128  # per edge of the grid for the volume IoU
     generation: GenerationConfig = field(default_factory=GenerationConfig)
-    sampling: dict[str, int | float] = field(default_factory=dict)  # replaces the model's own settings
+    sampling: dict[str, int | float] = field(default_factory=dict)  # override the model's own settings
 
     def __post_init__(self):
         for name in ("num_points", "cells", "max_tokens"):
@@ -66,7 +66,7 @@ class EvaluateConfig:
 
 
 def main(config: EvaluateConfig) -> dict:
-    """Returns what evaluation.json holds."""
+    """Evaluate the model; return the content of evaluation.json."""
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     name, sampling = load_settings(config.model_dir)
@@ -81,7 +81,7 @@ def main(config: EvaluateConfig) -> dict:
     result = {"model": name, "config": dataclasses.asdict(config), "sampling": dataclasses.asdict(sampling)}
     text = f"# Evaluation of {name}\n\nSplit {config.split}, {len(names)} shapes, SDF at {R}³, seed {config.seed}.\n\n"
 
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the pool: the cores are shared out by shape
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the pool: each core has its own shape
     workers = config.workers or os.cpu_count() or 1
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         if "round_trip" in config.parts:
@@ -100,7 +100,7 @@ def main(config: EvaluateConfig) -> dict:
 def evaluate_round_trip(
     config: EvaluateConfig, sources: dict[str, str], tokens: np.ndarray, scoring: ScoreConfig, pool: Executor
 ) -> tuple[dict, str]:
-    """Summaries and scores for evaluation.json, and the table."""
+    """Return summaries and scores for evaluation.json, and the table."""
     device = find_device(config.device)
     vae = load_network(config.model_dir, "sdf_vae", device, dtype_of(config, device))
     entries = {entry.name: entry for entry in list_meshes(config.meshes)} if config.meshes else {}
@@ -113,7 +113,7 @@ def evaluate_round_trip(
 def evaluate_generation(
     config: EvaluateConfig, sampling: SamplingConfig, sources: dict[str, str], scoring: ScoreConfig, pool: Executor
 ) -> tuple[dict, str]:
-    """Summaries and scores for evaluation.json, and the tables; writes the contact sheet."""
+    """Return summaries and scores for evaluation.json, and the tables; write the contact sheet."""
     device = find_device(config.device)
     pipeline = load_pipeline(config.model_dir, device, dtype_of(config, device), sampling=sampling)
     items, baselines = generation.run(pipeline, sources, config.generation, config.seed, scoring, pool)
@@ -125,6 +125,7 @@ def evaluate_generation(
 
 
 def dtype_of(config: EvaluateConfig, device: torch.device) -> torch.dtype:
+    """The dtype of the networks' weights."""
     if config.precision == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
     return DTYPES[config.precision]

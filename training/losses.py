@@ -1,6 +1,8 @@
 """The losses of the paper.
 
-Packed batches count every token (or voxel) equally: a mean over all of a batch, whatever shape they belong to.
+In a packed batch every token (or voxel) counts equally: a loss is the mean over the batch, not over its shapes.
+
+Marks such as [A] say how certain a value is: see docs/paper.md.
 """
 
 from dataclasses import dataclass
@@ -14,24 +16,24 @@ from d3ds2.rectified_flow import sample_t, velocity_target
 
 @dataclass(frozen=True)
 class SDFLossConfig:
-    """Weights of eq. 3, and of one term more, which looks at the sign alone: thin parts live by it [D]."""
+    """Weights of eq. 3, and of a further term on the sign alone, which keeps thin parts alive [D]."""
 
     inside: float = 1.0  # lambda_in: active voxels, |s| < 1 [A]
     exterior: float = 0.1  # lambda_ext: the other voxels of the decoded blocks [A]
     sharp: float = 1.0  # lambda_sharp: active voxels near sharp edges [A]
     kl: float = 1e-3  # lambda_KL [A]
-    sign: float = 0.0  # all voxels: cross-entropy of inside and outside, see `sign_divergence`
+    sign: float = 0.0  # all voxels: divergence of inside and outside, see `sign_divergence`
 
 
 @dataclass(frozen=True)
 class FlowLossConfig:
     """How a diffusion model is trained; the paper does not say [D]."""
 
-    time_mean: float = 1.0  # logit of the time: normal of this mean
-    time_std: float = 1.0  # and deviation
-    noise_alone: float = 0.0  # share of samples at t = 1, where only the image tells of x_0: teaches an encoder fast
-    context_dropout: float = 0.1  # probability of a zeroed image, for classifier-free guidance
-    sample_posterior: bool = True  # draw x_0 from the VAE's posterior; else its mean
+    time_mean: float = 1.0  # mean of the normal distribution of logit(t)
+    time_std: float = 1.0  # its standard deviation
+    noise_alone: float = 0.0  # share of samples at t = 1, where only the image hints at x_0: trains an encoder faster
+    context_dropout: float = 0.1  # probability of dropping the image, for classifier-free guidance
+    sample_posterior: bool = True  # draw x_0 from the VAE's posterior; else take its mean
 
     def __post_init__(self):
         if not 0 <= self.noise_alone <= 1:
@@ -49,16 +51,16 @@ class StructureLossConfig:
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
-    """Mean over all elements of KL(N(mean, exp(logvar)) || N(0, 1)). Mean and not sum: [C]."""
+    """Average KL(N(mean, exp(logvar)) || N(0, 1)) over all elements. The mean, rather than the sum, is [C]."""
     mean, logvar = mean.float(), logvar.float()
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 
 def sign_divergence(sdf: Tensor, target: Tensor, width: float = 0.1) -> Tensor:
-    """KL divergence of "inside" probabilities sigmoid(-s / width), elementwise: (N,) and (N,) -> (N,).
+    """KL divergence between probabilities of "inside", sigmoid(-s / width), elementwise: (N,), (N,) -> (N,).
 
-    A squared error is content with a thin wall that vanished: its few voxels are hardly below zero. Here what counts is
-    the side of the surface, within about `width` of the band.
+    A squared error hardly notices that a thin wall has vanished, since its few voxels are only just below zero. Here
+    the side of the surface counts, within about `width` of it.
     """
     logits, wanted = sdf / width, target / width
     return F.softplus(-logits) - F.softplus(-wanted) + torch.sigmoid(-wanted) * (logits - wanted)
@@ -71,13 +73,16 @@ def sdf_loss(
 
     Args:
         sdf: decoded values of all voxels of all blocks, (N, 1) or (N,).
-        target: true values in [-1, 1], same number. Voxels with |target| < 1 are active.
-        sharp: (N,) bool, the voxels near sharp edges; those outside the band do not count.
+        target: as many true values in [-1, 1]. Voxels with |target| < 1 are active.
+        sharp: as many bools, the voxels near sharp edges; those outside the band do not count.
         mean, logvar: the posterior, (L, C).
 
     Returns:
-        "loss" and its unweighted terms "inside", "exterior", "sharp", "sign", "kl", each a scalar float32. A set
-        without any voxel has error 0.
+        "loss" and its unweighted terms "inside", "exterior", "sharp", "sign", "kl", each a scalar float32. An empty
+        set of voxels has error 0.
+
+    Raises:
+        ValueError: the numbers of values differ.
     """
     if sdf.numel() != target.numel() or sharp.numel() != target.numel():
         raise ValueError(
@@ -112,7 +117,10 @@ def structure_loss(
         mean, logvar: the posterior, (B, C, g, g, g).
 
     Returns:
-        "loss", its unweighted terms "bce", "dice", "kl", and "iou", the overlap of logits > 0 with the occupancy.
+        "loss", its unweighted terms "bce", "dice", "kl", and "iou", the IoU of {logits > 0} and the occupancy.
+
+    Raises:
+        ValueError: the shapes of logits and occupancy differ.
     """
     if logits.shape != occupancy.shape:
         raise ValueError(f"expected logits {tuple(occupancy.shape)}, got {tuple(logits.shape)}")
@@ -132,7 +140,7 @@ def structure_loss(
 
 
 def training_times(batch_size: int, config: FlowLossConfig, generator: torch.Generator) -> Tensor:
-    """(B,) float32 on the generator's device: logit-normal, and 1 for a share of the samples."""
+    """Draw times (B,) float32 on the generator's device: logit-normal, and 1 for a share of the samples."""
     t = sample_t(batch_size, generator, config.time_mean, config.time_std)
     if config.noise_alone == 0:
         return t

@@ -1,15 +1,17 @@
-"""Meshes -> sparse SDF: one file per shape and resolution, for all further training.
+"""Meshes -> sparse SDF: one file per shape and resolution, as data for all further training.
 
     python -m training.prepare_shapes training/configs/tiny_shapes.toml meshes=my_meshes data_dir=data/mine
 
 Reads a folder of meshes (.npz corpus with index.json, or .glb .obj .ply .stl ..., Y up, front toward +Z), scales
 each to 0.95 of the cube and writes
 
-    data_dir/shapes/<R>/<name>.safetensors   block_coords (B,3) int16, sdf (B,8,8,8) fp16, sharp (B,64) packed bits
+    data_dir/shapes/<R>/<name>.safetensors   block_coords (M,3) int16, sdf (M,8,8,8) fp16, sharp (M,64) packed bits
     data_dir/index.json                      name, source, split, num_tokens per resolution
-    data_dir/failures.jsonl                  what could not be read or converted, and why
+    data_dir/failures.jsonl                  meshes that could not be read or converted, and why
 
-Files that exist are kept, so a stopped run goes on where it was. One process per core.
+Existing files are kept, so a stopped run continues where it was. One process per core.
+
+Marks such as [A] say how certain a value is: see docs/paper.md.
 """
 
 import json
@@ -37,7 +39,7 @@ class PrepareShapesConfig:
     meshes: str = "meshes"
     data_dir: str = "data"
     resolutions: tuple[int, ...] = (256,)
-    bands: dict[str, float] | None = None  # voxels per resolution, {"256" = 2}; default: the paper's, in mesh_to_sdf
+    bands: dict[str, float] | None = None  # in voxels, by resolution: {"256" = 2}; None: the paper's, see mesh_to_sdf
     scale: float = 0.95  # of the cube's edge: leaves room for the band [B]
     shell: float = 0.55  # half thickness of open sheets, voxels [D]
     sharp_angle: float = 30.0  # degrees between the faces of a sharp edge [D]
@@ -46,10 +48,11 @@ class PrepareShapesConfig:
 
 
 def prepare(entry: MeshEntry, config: PrepareShapesConfig) -> dict[str, int]:
-    """Write the missing files of one mesh; returns its tokens per resolution.
+    """Write the missing files of a mesh; return its number of tokens at each resolution.
 
     Raises:
-        ValueError or OSError: the mesh cannot be read, or has no surface.
+        ValueError: the mesh cannot be read, or has no surface.
+        OSError: a file cannot be read or written.
     """
     num_tokens, mesh = {}, None
     for R in config.resolutions:
@@ -60,7 +63,7 @@ def prepare(entry: MeshEntry, config: PrepareShapesConfig) -> dict[str, int]:
                 vertices, faces, _ = read_mesh(entry)
                 mesh = normalize_mesh(vertices, config.scale), faces
             band = (config.bands or {}).get(str(R))
-            # one thread: the cores are shared out by mesh
+            # one thread: each core has its own mesh
             sdf = mesh_to_sdf(*mesh, R, band, config.shell, config.sharp_angle, threads=1)
             tokens = len(sdf.block_coords)
             if tokens == 0:
@@ -71,7 +74,7 @@ def prepare(entry: MeshEntry, config: PrepareShapesConfig) -> dict[str, int]:
 
 
 def _tokens_in(path: Path) -> int | None:
-    """Blocks of a shape file, None if it is not there or damaged."""
+    """The number of blocks in a shape file, None if it is missing or damaged."""
     try:
         with safe_open(path, "numpy") as file:
             return file.get_slice("block_coords").get_shape()[0]
@@ -80,9 +83,10 @@ def _tokens_in(path: Path) -> int | None:
 
 
 def prepare_all(entries: list[MeshEntry], config: PrepareShapesConfig) -> Iterator[tuple[MeshEntry, dict | str]]:
-    """Yields each mesh with its tokens, or with what went wrong.
+    """Yield each mesh with its tokens, or with the error.
 
-    A mesh that kills its process (memory) breaks the pool: those under way are then tried again, alone.
+    A mesh that kills its process (out of memory) breaks the pool. The meshes in progress are then tried again, one by
+    one.
     """
     workers = config.workers or os.cpu_count() or 1
     pending, suspects = list(reversed(entries)), []
@@ -114,7 +118,7 @@ def prepare_all(entries: list[MeshEntry], config: PrepareShapesConfig) -> Iterat
 
 
 def main(config: PrepareShapesConfig) -> list[dict]:
-    """Returns the records of index.json."""
+    """Convert all meshes; return the records of index.json."""
     data_dir = Path(config.data_dir)
     entries = list_meshes(config.meshes)
     entries = entries[: config.limit or None]

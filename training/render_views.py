@@ -1,4 +1,4 @@
-"""Meshes -> pictures of them: RGBA views from random cameras, for training the image-conditioned networks.
+"""Meshes -> pictures: RGBA views from random cameras, as data for the image-conditioned networks.
 
     python -m training.render_views training/configs/tiny_views.toml meshes=my_meshes data_dir=data/mine
 
@@ -6,10 +6,12 @@ Reads the same folder of meshes as prepare_shapes and writes, for each mesh,
 
     data_dir/views/<name>/000.png ...     RGBA, straight alpha
     data_dir/views/<name>/cameras.json    the settings, and camera and light of each view
-    data_dir/view_failures.jsonl          what could not be read or rendered, and why
+    data_dir/view_failures.jsonl          meshes that could not be read or rendered, and why
 
-A view depends on (seed, split, name, number) alone. Folders that exist and were made with the same settings are
-kept, so a stopped run goes on where it was. One process per core. Needs embreex (extra `train`).
+A view depends on (seed, split, name, number) alone. Existing folders of the same settings are kept, so a stopped run
+continues where it was. One process per core. Needs embreex (extra `train`).
+
+Marks such as [A] say how certain a value is: see docs/paper.md.
 """
 
 import colorsys
@@ -32,9 +34,10 @@ from d3ds2.images.render import Camera, Light, MeshRenderer
 from d3ds2.meshes.mesh_to_sdf import normalize_mesh
 from training.config import load_config
 from training.data.meshes import SPLITS, MeshEntry, list_meshes, read_mesh
+from training.data.shape_files import view_folder
 
-MIN_COVERAGE = 2e-3  # of the pixels; a sheet seen edge-on is looked at from elsewhere
-TRIES = 20
+MIN_COVERAGE = 2e-3  # share of the pixels; a sheet seen edge-on has less, and gets another camera
+TRIES = 20  # cameras for a view
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,12 @@ class RenderViewsConfig:
     views: int = 45  # per mesh [A]
     size: int = 1024  # pixels per edge [A]
     elevation: tuple[float, float] = (10.0, 40.0)  # degrees [A]
-    azimuth: tuple[float, float] = (-90.0, 90.0)  # degrees around the front; the paper says 0-180 of its own axes [C]
-    splits: tuple[str, ...] = SPLITS  # only meshes of these
+    azimuth: tuple[float, float] = (-90.0, 90.0)  # degrees from the front; the paper: 0-180 in its own axes [C]
+    splits: tuple[str, ...] = SPLITS  # whose meshes are rendered
     focal_mm: tuple[float, float] = (30.0, 100.0)  # for a sensor of 36 mm [A]
-    shadows: float = 0.5  # probability that the key light casts them [D]
-    color_jitter: float = 0.1  # of each channel, either way [D]
-    supersample: int = 2  # rays per pixel edge, where it matters
+    shadows: float = 0.5  # probability that the key light casts shadows [D]
+    color_jitter: float = 0.1  # largest relative change of a colour channel [D]
+    supersample: int = 2  # rays per pixel edge, at contours
     scale: float = 0.95  # as in prepare_shapes
     seed: int = 0
     workers: int = 0  # 0: one per core
@@ -67,27 +70,24 @@ class RenderViewsConfig:
 
     @property
     def settings(self) -> dict:
-        """What the pictures depend on, as it stands in cameras.json."""
+        """The settings that the pictures depend on, as in cameras.json."""
         elsewhere = ("meshes", "data_dir", "splits", "workers", "limit")
         return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(self).items() if k not in elsewhere}))
 
 
-def view_folder(data_dir: str | Path, name: str) -> Path:
-    return Path(data_dir) / "views" / name
-
-
 def generator_for(seed: int, split: str, name: str, view: int) -> np.random.Generator:
-    """Random numbers of one view; no other split, mesh or view shares them."""
+    """Return the random generator of a view, which no other split, mesh or view shares."""
     digest = hashlib.sha256(f"{seed}/{split}/{name}/{view}".encode()).digest()
     return np.random.default_rng(np.frombuffer(digest[:16], dtype=np.uint32))
 
 
 def random_camera(config: RenderViewsConfig, rng: np.random.Generator) -> Camera:
+    """Draw a camera within the ranges of the config."""
     return Camera(rng.uniform(*config.elevation), rng.uniform(*config.azimuth), rng.uniform(*config.focal_mm))
 
 
 def random_light(config: RenderViewsConfig, camera: Camera, rng: np.random.Generator) -> Light:
-    """A key light from above, on the camera's side of the object."""
+    """Draw a key light from above, on the camera's side of the object."""
     return Light(
         elevation=rng.uniform(20, 80),
         azimuth=camera.azimuth + rng.uniform(-75, 75),
@@ -100,13 +100,13 @@ def random_light(config: RenderViewsConfig, camera: Camera, rng: np.random.Gener
 
 
 def random_colors(colors: np.ndarray | None, jitter: float, rng: np.random.Generator) -> np.ndarray:
-    """(F,3) or (1,3) uint8: the mesh's own colours, slightly shifted, or one random colour where it has none.
+    """Shift a mesh's own colours slightly, or draw one colour if it has none: (F,3) or (1,3) uint8.
 
-    One grey on all faces counts as none.
+    The same grey on all faces counts as no colour.
     """
     if colors is not None and (np.ptp(colors, axis=0).any() or np.ptp(colors[0]) > 8):
         return np.clip(colors * rng.uniform(1 - jitter, 1 + jitter, size=3), 0, 255).astype(np.uint8)
-    saturation = rng.beta(1, 2.5)  # mostly muted, as paint and wood and stone are
+    saturation = rng.beta(1, 2.5)  # mostly muted, like paint, wood and stone
     color = colorsys.hsv_to_rgb(rng.uniform(), saturation, rng.uniform(0.35, 0.95))
     return np.round(np.array([color]) * 255).astype(np.uint8)
 
@@ -114,10 +114,10 @@ def random_colors(colors: np.ndarray | None, jitter: float, rng: np.random.Gener
 def render_view(
     renderer: MeshRenderer, colors: np.ndarray | None, config: RenderViewsConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, Camera, Light]:
-    """One random view: (size, size, 4) uint8, its camera and its light.
+    """Render a random view; return the picture (size, size, 4) uint8, its camera and its light.
 
     Raises:
-        ValueError: the mesh cannot be seen from any camera tried.
+        ValueError: no camera tried sees enough of the mesh.
     """
     for _ in range(TRIES):
         camera = random_camera(config, rng)
@@ -130,10 +130,11 @@ def render_view(
 
 
 def render_mesh(entry: MeshEntry, config: RenderViewsConfig) -> int:
-    """Write all views of one mesh, unless they are there; returns how many were rendered.
+    """Write all views of a mesh, unless they exist; return the number of views rendered.
 
     Raises:
-        ValueError or OSError: the mesh cannot be read or seen.
+        ValueError: the mesh cannot be read or seen.
+        OSError: a file cannot be read or written.
     """
     folder = view_folder(config.data_dir, entry.name)
     if is_complete(folder, config):
@@ -152,7 +153,7 @@ def render_mesh(entry: MeshEntry, config: RenderViewsConfig) -> int:
         views.append({"file": file, "camera": dataclasses.asdict(camera), "light": dataclasses.asdict(light)})
     (partial / "cameras.json").write_text(json.dumps({"settings": config.settings, "views": views}))
     shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)  # a killed run leaves no half-written folder under this name
+    partial.rename(folder)  # so a killed run leaves no unfinished folder under this name
     return config.views
 
 
@@ -166,7 +167,12 @@ def is_complete(folder: Path, config: RenderViewsConfig) -> bool:
 
 
 def main(config: RenderViewsConfig) -> list[dict]:
-    """Renders all meshes; returns the failures, as view_failures.jsonl has them."""
+    """Render all meshes; return the records of view_failures.jsonl.
+
+    Raises:
+        FileNotFoundError: there is no such folder of meshes.
+        ValueError: no mesh belongs to these splits.
+    """
     entries = [entry for entry in list_meshes(config.meshes) if entry.split in config.splits][: config.limit or None]
     if not entries:
         raise ValueError(f"expected meshes of the splits {config.splits} in {config.meshes}, got none")
@@ -174,7 +180,7 @@ def main(config: RenderViewsConfig) -> list[dict]:
     views.mkdir(parents=True, exist_ok=True)
     for leftover in views.glob(".*"):
         shutil.rmtree(leftover)
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the children: the cores are shared out by mesh
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the pool: each core has its own mesh
     workers = min(config.workers or os.cpu_count() or 1, len(entries))
     failures, rendered = [], 0
     with (

@@ -1,8 +1,10 @@
-"""What every training run needs beside its loop: optimiser, schedule, EMA, checkpoints, metrics, a clean stop.
+"""The surroundings of a training loop: settings, run folder, random seeds, schedule, metrics, a clean stop.
 
 A run folder holds config.json, metrics.jsonl (one line per `log_every` steps), TensorBoard events and the two newest
-checkpoints. All random numbers of a step come from (seed, step), so a checkpoint is weights, EMA, optimiser and step,
-and a resumed run is the uninterrupted one: bit for bit on a CPU.
+checkpoints (`training.state`). All random numbers of a step come from (seed, step), so a resumed run equals an
+uninterrupted one, bit for bit on a CPU.
+
+Marks such as [A] say how certain a value is: see docs/paper.md.
 """
 
 import json
@@ -22,26 +24,26 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Settings of the loop; each script adds its data, network and loss."""
+    """Settings of the loop. Each script adds those of its data, network and loss."""
 
     out_dir: str = "runs/run"
     seed: int = 0
     steps: int = 1000
     learning_rate: float = 1e-4  # [A]
-    final_learning_rate: float = 1.0  # fraction at the last step, reached by a cosine; 1: constant [D]
+    final_learning_rate: float = 1.0  # at the last step, as a fraction, along a cosine; 1: constant [D]
     warmup_steps: int = 100  # [D]
     betas: tuple[float, float] = (0.9, 0.99)  # AdamW [D]
     weight_decay: float = 0.0  # [D]
-    grad_clip: float = 1.0  # norm [D]
-    ema_decay: float = 0.9999  # [D]; at step n at most (1 + n) / (10 + n)
-    precision: Literal["bf16", "fp32"] = "bf16"  # autocast on CUDA; a CPU always computes in fp32
-    compile: bool = False  # the dense transformer blocks by torch.compile: faster steps after some seconds
+    grad_clip: float = 1.0  # largest norm of the gradients [D]
+    ema_decay: float = 0.9999  # at most (1 + n) / (10 + n) at step n [D]
+    precision: Literal["bf16", "fp32"] = "bf16"  # bf16: autocast on CUDA; a CPU always computes in fp32
+    compile: bool = False  # torch.compile the dense transformer blocks: a slower start, then faster steps
     device: str = "auto"
-    workers: int = 0  # processes that load data
+    workers: int = 0  # data loading processes; 0: load in the main process
     log_every: int = 20
     save_every: int = 1000
-    start_from: str = ""  # model folder whose weights a new run begins with, for a further stretch of training
-    max_minutes: float = 0.0  # stop, save and export after this time; 0: no limit
+    start_from: str = ""  # model folder from whose weights a new run starts; "": random weights
+    max_minutes: float = 0.0  # then save, export and stop; 0: no limit
     tensorboard: bool = True
 
     def __post_init__(self):
@@ -53,9 +55,10 @@ class RunConfig:
 
 
 def start(config: RunConfig, whole_config) -> torch.device:
-    """Make the run folder, seed the initialisation, and return the device. `whole_config` is what config.json keeps.
+    """Make the run folder, seed the initialisation, and return the device. `whole_config` goes to config.json.
 
-    Raises as `check_run`.
+    Raises:
+        ValueError: the run folder belongs to another model, see `check_run`.
     """
     out_dir = Path(config.out_dir)
     check_run(out_dir, whole_config.model_dir)
@@ -67,39 +70,40 @@ def start(config: RunConfig, whole_config) -> torch.device:
 
 
 def check_run(out_dir: str | Path, model_dir: str | Path) -> None:
-    """A run goes on for the model that it began with.
+    """Check that a run folder belongs to a model folder: a run continues only with the model it began with.
 
     Raises:
-        ValueError: the run folder has a checkpoint that was made for another model folder.
+        ValueError: the run folder has a checkpoint of another model folder.
     """
     if newest_checkpoint(out_dir) is None:
         return
     owner = json.loads((Path(out_dir) / "config.json").read_text())["model_dir"]
     if Path(owner).resolve() != Path(model_dir).resolve():
-        raise ValueError(f"{out_dir} is a run of the model {owner}, not of {model_dir}: give another run.out_dir")
+        raise ValueError(f"{out_dir} is a run of the model {owner}, not of {model_dir}: choose another run.out_dir")
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is one, else the CPU."""
+    """Return the device of that name; "auto" is CUDA if available, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
 
 
-def autocast(config: RunConfig, device: torch.device):
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """The context in which a step's forward pass runs: bf16 on CUDA unless the config says fp32."""
     enabled = config.precision == "bf16" and device.type == "cuda"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def seed_step(generator: torch.Generator, seed: int, step: int) -> None:
-    """Make all random numbers of a step a function of (seed, step), those of the generator and torch's global ones."""
+    """Seed the generator and torch's global one, so that a step's random numbers depend on (seed, step) alone."""
     key = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
     generator.manual_seed(key)
     torch.manual_seed(key)
 
 
 def compile_blocks(config: RunConfig, *stacks: nn.ModuleList) -> None:
-    """Compile the blocks of stacks in place if `config.compile`; equal blocks share their code."""
+    """Compile the blocks of each stack in place if `config.compile`; equal blocks share their compiled code."""
     if config.compile:
         for stack in stacks:
             for block in stack:
@@ -107,7 +111,7 @@ def compile_blocks(config: RunConfig, *stacks: nn.ModuleList) -> None:
 
 
 def learning_rate(step: int, config: RunConfig) -> float:
-    """Linear warm-up, then a cosine from 1 to `final_learning_rate` at the last step."""
+    """The rate of a step: linear warm-up times a cosine that falls to `final_learning_rate` at the last step."""
     warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
     progress = min(1.0, step / max(config.steps - 1, 1))
     final = config.final_learning_rate
@@ -118,11 +122,12 @@ def learning_rate(step: int, config: RunConfig) -> float:
 
 
 def newest_checkpoint(out_dir: str | Path) -> Path | None:
+    """The checkpoint of the highest step in a run folder, or None."""
     return max(Path(out_dir).glob("step_*.pt"), default=None)
 
 
 def last_step(out_dir: str | Path) -> int:
-    """Steps that a run has behind it, 0 where it has no checkpoint."""
+    """The step of a run's newest checkpoint, 0 without one."""
     newest = newest_checkpoint(out_dir)
     return 0 if newest is None else int(newest.stem.removeprefix("step_"))
 
@@ -131,10 +136,10 @@ def last_step(out_dir: str | Path) -> int:
 
 
 class Log:
-    """Means of the metrics over every `log_every` steps: metrics.jsonl, TensorBoard and a progress bar.
+    """Writes the means of the metrics over `log_every` steps to metrics.jsonl, TensorBoard and a progress bar.
 
-    Metrics stay on the device until they are written. Lines beyond `first_step`, of a run that was killed after its
-    last checkpoint, are dropped.
+    Metrics stay on the device until they are written. If a run was killed after its last checkpoint, metrics.jsonl has
+    lines beyond `first_step`; these are dropped.
     """
 
     def __init__(self, config: RunConfig, first_step: int):
@@ -149,10 +154,10 @@ class Log:
         self._progress = tqdm(initial=first_step, total=config.steps, unit="step", desc=self.out_dir.name)
 
     def __call__(self, step: int, metrics: dict[str, Tensor | float]) -> None:
-        """Count one finished step.
+        """Add the metrics of a finished step, each a scalar; "loss" must be among them.
 
         Raises:
-            FloatingPointError: the loss is not finite.
+            FloatingPointError: the mean loss is not finite when it is written.
         """
         for name, value in metrics.items():
             value = value.detach() if isinstance(value, Tensor) else value
@@ -192,14 +197,15 @@ class Log:
 
 def _tensorboard(out_dir: Path, first_step: int):
     try:
-        from torch.utils.tensorboard import SummaryWriter  # optional: its import is slow and it may not be installed
+        from torch.utils.tensorboard import SummaryWriter  # imported here: it is slow, and may not be installed
     except ImportError:
-        tqdm.write("TensorBoard is not installed (pip install tensorboard): metrics go to metrics.jsonl alone")
+        tqdm.write("TensorBoard is not installed (pip install tensorboard): metrics go to metrics.jsonl only")
         return None
     return SummaryWriter(str(out_dir), purge_step=first_step + 1)
 
 
 def read_metrics(out_dir: str | Path) -> list[dict]:
+    """Read the records of a run's metrics.jsonl."""
     return [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -207,7 +213,7 @@ def read_metrics(out_dir: str | Path) -> list[dict]:
 
 
 class Stop:
-    """True once the run should save and end: after SIGTERM or Ctrl-C, or when `max_minutes` have passed.
+    """True once the run should save and end: after SIGTERM or Ctrl-C, or after `max_minutes`; 0 sets no limit.
 
     A second Ctrl-C ends the process at once.
     """
@@ -235,5 +241,5 @@ class Stop:
 
 
 def is_save_step(step: int, stop: Stop, config: RunConfig) -> bool:
-    """Whether to write a checkpoint: every `save_every` steps, at the end, and before a stop."""
+    """Whether to write a checkpoint after this step: every `save_every` steps, at the end, and before a stop."""
     return step % config.save_every == 0 or step == config.steps or bool(stop)

@@ -2,8 +2,11 @@
 
     python -m training.train_dit training/configs/tiny_dit.toml data_dir=data/mine
 
-Needs render_views, encode_latents, and the image encoder in `model_dir`, which stays as it is. Stopped, it resumes from
-the newest checkpoint in `run.out_dir`. The EMA weights go to `model_dir` whenever a checkpoint is written.
+Needs the pictures of render_views, the latents of encode_latents, and the image encoder in `model_dir`, which does not
+change. A stopped run resumes from the newest checkpoint in `run.out_dir`. With every checkpoint, the EMA weights are
+exported to `model_dir`.
+
+Marks such as [A] say how certain a value is: see docs/paper.md.
 """
 
 import sys
@@ -14,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from d3ds2.geometry.voxels import Voxels
+from d3ds2.geometry.voxels import BLOCK, Voxels
 from d3ds2.networks.image_encoder import ImageEncoder, ImageTokens
 from d3ds2.networks.latent_dit import LatentDiT, LatentDiTConfig
 from d3ds2.networks.model_files import load_network, save_network
@@ -35,18 +38,18 @@ class TrainDiTConfig:
     data_dir: str = "data"
     model_dir: str = "models/model"
     split: str = "train"
-    resolution: int = 256  # of the SDF; 256, 384, 512, 1024 one after the other [A]
+    resolution: int = 256  # of the SDF; the paper: 256, 384, 512, 1024, one after the other [A]
     batch_size: int = 8  # pictures; the paper: 8 per GPU, 8 GPUs [A]
-    views_per_shape: int = 1  # pictures of one shape in a batch
-    max_tokens: int = 65536  # of a batch; larger shapes are left out
-    turn_to_camera: bool = True  # the front is what the camera sees, see symmetry.py [D]
-    cache_views: bool = False  # keep all pictures in memory, decoded
+    views_per_shape: int = 1  # pictures of the same shape in a batch
+    max_tokens: int = 65536  # in a batch; larger shapes are left out
+    turn_to_camera: bool = True  # the front is the side that the camera sees, see symmetry.py [D]
+    cache_views: bool = False  # keep all decoded pictures in memory
     cache_latents: bool = True  # keep all latents in memory
     gradient_checkpointing: bool = False
     run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/dit"))
     model: LatentDiTConfig = field(default_factory=LatentDiTConfig)
     loss: FlowLossConfig = field(default_factory=FlowLossConfig)
-    sampling: SamplingConfig | None = None  # what the finished model's config.json says of steps and guidance
+    sampling: SamplingConfig | None = None  # steps and guidance for the config.json of the exported model
 
     def __post_init__(self):
         if self.sampling is not None and self.sampling.sdf_resolution != self.resolution:
@@ -56,7 +59,7 @@ class TrainDiTConfig:
 
 
 def draw_latents(vae: SDFVAE, batch: LatentBatch, sample_posterior: bool, generator: torch.Generator) -> Tensor:
-    """x_0 of a batch, normalised, (M, C) float32."""
+    """Draw the normalised x_0 of a batch from the posteriors, or take their means: (M, C) float32."""
     latents = batch.mean.float()
     if sample_posterior:
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
@@ -66,7 +69,7 @@ def draw_latents(vae: SDFVAE, batch: LatentBatch, sample_posterior: bool, genera
 
 @torch.no_grad()
 def encode_images(encoder: ImageEncoder, images: Tensor, sparse_context: bool) -> ImageTokens:
-    """Tokens of pictures (B, 4, S, S) uint8; only those of the object with `sparse_context` (eq. 9)."""
+    """Encode pictures (B, 4, S, S) uint8; `sparse_context` keeps only the tokens of the object (eq. 9)."""
     image_tokens = encoder(images.float() / 255)
     return image_tokens.select_foreground() if sparse_context else image_tokens
 
@@ -79,7 +82,7 @@ def flow_loss(
     loss: FlowLossConfig,
     generator: torch.Generator,
 ) -> Tensor:
-    """Eq. 10-11 on packed latents x_0 (M, C), with the image left out now and then."""
+    """Compute eq. 10-11 on packed latents x_0 (M, C); at random, some samples get no image."""
     B = voxels.batch_size
     keep = torch.rand(B, generator=generator, device=x_0.device) >= loss.context_dropout
     t = training_times(B, loss, generator)
@@ -89,7 +92,7 @@ def flow_loss(
 
 
 def train(config: TrainDiTConfig) -> nn.Module:
-    """Returns the averaged (EMA) model."""
+    """Run the training; return the averaged (EMA) model."""
     run = config.run
     device = start(run, config)
     model = LatentDiT(config.model).to(device)
@@ -120,7 +123,7 @@ def train(config: TrainDiTConfig) -> nn.Module:
     with Stop(run.max_minutes) as stop, Log(run, state.step) as log:
         for batch in load_batches(dataset, state.step, run.steps, run.workers, device):
             seed_step(generator, run.seed, state.step)
-            voxels = Voxels(batch.coords, config.resolution // 8, len(batch.images))
+            voxels = Voxels(batch.coords, config.resolution // BLOCK, len(batch.images))
             x_0 = draw_latents(vae, batch, config.loss.sample_posterior, generator)
             with autocast(run, device):
                 image_tokens = encode_images(encoder, batch.images, config.model.sparse_context)

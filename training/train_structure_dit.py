@@ -2,9 +2,11 @@
 
     python -m training.train_structure_dit training/configs/tiny_structure_dit.toml data_dir=data/mine
 
-Needs render_views, and the structure VAE in `model_dir`: its latents of all shapes are made at the start and stay on
-the device. Stopped, it resumes from the newest checkpoint in `run.out_dir`. The EMA weights of both networks go to
-`model_dir` whenever a checkpoint is written.
+Needs the pictures of render_views and the structure VAE in `model_dir`, which encodes all shapes at the start; their
+latents stay on the device. A stopped run resumes from the newest checkpoint in `run.out_dir`. With every checkpoint,
+the EMA weights of both networks are exported to `model_dir`.
+
+Marks such as [A] say how certain a value is: see docs/paper.md.
 """
 
 import json
@@ -25,12 +27,13 @@ from training.config import load_config
 from training.data.datasets import Structures, StructureViews, ViewBatch, load_batches
 from training.data.device_pictures import Choice, DevicePictures, PictureChoices
 from training.data.shape_files import list_shapes
+from training.data.symmetry import NUM_SYMMETRIES
 from training.data.views import Views
 from training.losses import FlowLossConfig, training_times, velocity_loss
 from training.run import Log, RunConfig, Stop, autocast, compile_blocks, is_save_step, seed_step, start
 from training.state import State, load_start
 
-ENCODED_AT_ONCE = 64  # structures
+ENCODED_AT_ONCE = 64  # shapes
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,13 @@ class TrainStructureDiTConfig:
     split: str = "train"
     resolution: int = 512  # of the SDF; the structure's edge is an eighth [B]
     batch_size: int = 64  # pictures
-    views_per_shape: int = 1  # pictures of one shape in a batch
-    turn_to_camera: bool = True  # the front is what the camera sees, see symmetry.py [D]
-    cache_views: bool = False  # keep all pictures in memory, decoded
-    views_on_device: bool = False  # keep all pictures in the device's memory, and augment them there
-    train_image_encoder: bool = True  # jointly; else frozen, as it stands in `model_dir`
-    image_encoder_steps: int = 0  # its averaged weights stay fixed from here on: the latent DiT can start; 0: never [D]
-    pretrained_encoder: str = ""  # start it from a transformers folder of DINOv2 with registers [B] or a model folder
+    views_per_shape: int = 1  # pictures of the same shape in a batch
+    turn_to_camera: bool = True  # the front is the side that the camera sees, see symmetry.py [D]
+    cache_views: bool = False  # keep all decoded pictures in memory
+    views_on_device: bool = False  # keep all pictures on the device and augment them there
+    train_image_encoder: bool = True  # false: keep the encoder in `model_dir` unchanged
+    image_encoder_steps: int = 0  # then freeze its averaged weights, so that the latent DiT can start; 0: never [D]
+    pretrained_encoder: str = ""  # to start from: a model folder, or a transformers folder of DINOv2 with registers [B]
     run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/structure_dit"))
     image_encoder: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
     model: StructureDiTConfig = field(default_factory=StructureDiTConfig)
@@ -54,12 +57,17 @@ class TrainStructureDiTConfig:
 
 
 class StructureLatents:
-    """Normalised posteriors of the shapes in the symmetries wanted, on the device; mean, std (n, C, g, g, g) fp16."""
+    """Normalised posteriors of the shapes, each in its wanted symmetries, on the device.
+
+    Attributes:
+        rows: (shapes, 8) int64, the row of each shape in each symmetry; -1 if not wanted.
+        mean, std: (n, C, g, g, g) fp16.
+    """
 
     @torch.no_grad()
     def __init__(self, vae: StructureVAE, structures: Structures, wanted: list[list[int]], device: torch.device):
         keys = [(shape, symmetry) for shape, symmetries in enumerate(wanted) for symmetry in symmetries]
-        self.rows = torch.full((len(wanted), 8), -1, dtype=torch.long)
+        self.rows = torch.full((len(wanted), NUM_SYMMETRIES), -1, dtype=torch.long)
         means, stds = [], []
         for first in range(0, len(keys), ENCODED_AT_ONCE):
             shapes, symmetries = np.array(keys[first : first + ENCODED_AT_ONCE]).T
@@ -70,7 +78,7 @@ class StructureLatents:
         self.rows, self.mean, self.std = self.rows.to(device), torch.cat(means), torch.cat(stds)
 
     def draw(self, batch: ViewBatch | Choice, sample_posterior: bool, generator: torch.Generator) -> Tensor:
-        """x_0 of a batch, (B, C, g, g, g) float32."""
+        """Draw x_0 of a batch from the posteriors, or take their means: (B, C, g, g, g) float32."""
         rows = self.rows[batch.shapes, batch.symmetries]
         mean = self.mean[rows].float()
         if not sample_posterior:
@@ -82,7 +90,7 @@ class StructureLatents:
 def flow_loss(
     model: StructureDiT, image_tokens: ImageTokens, x_0: Tensor, loss: FlowLossConfig, generator: torch.Generator
 ) -> Tensor:
-    """Eq. 10-11 on a batch x_0 (B, C, g, g, g), with the image left out now and then."""
+    """Compute eq. 10-11 on a batch x_0 (B, C, g, g, g); at random, some samples get no image."""
     keep = torch.rand(len(x_0), generator=generator, device=x_0.device) >= loss.context_dropout
     t = training_times(len(x_0), loss, generator)
     noise = torch.randn(x_0.shape, generator=generator, device=x_0.device)
@@ -91,6 +99,7 @@ def flow_loss(
 
 
 def make_image_encoder(config: TrainStructureDiTConfig) -> ImageEncoder:
+    """Load or initialise the encoder that the config asks for."""
     if config.pretrained_encoder:
         folder, settings = config.pretrained_encoder, Path(config.pretrained_encoder) / "config.json"
         is_ours = settings.is_file() and "networks" in json.loads(settings.read_text())
@@ -101,7 +110,7 @@ def make_image_encoder(config: TrainStructureDiTConfig) -> ImageEncoder:
 
 
 def load_pictures(config: TrainStructureDiTConfig, views: Views, device: torch.device):
-    """`images_of(batch, generator)`, (B, 4, S, S) in [0, 1] on the device, and the dataset of such batches."""
+    """Return `images_of(batch, generator)` -> (B, 4, S, S) in [0, 1] on the device, and the dataset of the batches."""
     arguments = config.batch_size, config.views_per_shape, config.run.seed
     if not config.views_on_device:
         return lambda batch, _: batch.images.float() / 255, StructureViews(views, *arguments)
@@ -110,14 +119,14 @@ def load_pictures(config: TrainStructureDiTConfig, views: Views, device: torch.d
 
 
 def freeze_image_encoder(model: nn.ModuleDict, ema: nn.ModuleDict) -> None:
-    """Go on with the averaged encoder and leave it as it is; calling it again changes nothing."""
+    """Replace the encoder by its average and freeze it. A second call changes nothing."""
     if next(model["image_encoder"].parameters()).requires_grad:
         model["image_encoder"].load_state_dict(ema["image_encoder"].state_dict())
         model["image_encoder"].requires_grad_(False)
 
 
 def train(config: TrainStructureDiTConfig) -> nn.ModuleDict:
-    """Returns the averaged (EMA) image encoder and structure DiT, by name."""
+    """Run the training; return the averaged (EMA) image encoder and structure DiT, by name."""
     run = config.run
     device = start(run, config)
     encoder = make_image_encoder(config).requires_grad_(config.train_image_encoder)

@@ -2,8 +2,10 @@
 
     python -m training.train_structure_vae training/configs/tiny_structure_vae.toml data_dir=data/mine
 
-Stopped, it resumes from the newest checkpoint in `run.out_dir`. The EMA weights go to `model_dir` whenever a checkpoint
-is written, with the scale of their latents measured.
+A stopped run resumes from the newest checkpoint in `run.out_dir`. With every checkpoint, the scale of the latents is
+measured, and the EMA weights are exported to `model_dir`.
+
+Marks such as [A] say how certain a value is: see docs/paper.md.
 """
 
 import sys
@@ -22,7 +24,7 @@ from training.losses import StructureLossConfig, structure_loss
 from training.run import Log, RunConfig, Stop, autocast, is_save_step, seed_step, start
 from training.state import State, load_start
 
-MEASURED_BATCHES = 16
+MEASURED_BATCHES = 16  # for the scale of the latents
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class TrainStructureVAEConfig:
     model_dir: str = "models/model"
     split: str = "train"
     resolution: int = 512  # of the SDF; the structure's edge is an eighth [B]
-    batch_size: int = 16
-    symmetries: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # turned and mirrored shapes, see symmetry.py [D]
+    batch_size: int = 16  # shapes
+    symmetries: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # of the shapes, see symmetry.py [D]
     gradient_checkpointing: bool = False
     run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/structure_vae"))
     model: StructureVAEConfig = field(default_factory=StructureVAEConfig)
@@ -41,7 +43,7 @@ class TrainStructureVAEConfig:
 
 @torch.no_grad()
 def measure_latents(vae: StructureVAE, structures: Structures, device: torch.device) -> LatentMoments:
-    """Moments of the latents of the first batches."""
+    """Measure the latents of the first batches."""
     moments = LatentMoments(vae.config.latent_channels, device)
     for step in range(MEASURED_BATCHES):
         mean, logvar = vae.encode(structures[step].to(device))
@@ -50,7 +52,7 @@ def measure_latents(vae: StructureVAE, structures: Structures, device: torch.dev
 
 
 def train(config: TrainStructureVAEConfig) -> nn.Module:
-    """Returns the averaged (EMA) model."""
+    """Run the training; return the averaged (EMA) model."""
     run = config.run
     device = start(run, config)
     model = StructureVAE(config.model).to(device)

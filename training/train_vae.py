@@ -2,8 +2,10 @@
 
     python -m training.train_vae training/configs/tiny_vae.toml run.steps=5000 data_dir=data/mine
 
-Each step draws a resolution and a packed batch of shapes. Stopped, it resumes from the newest checkpoint in
-`run.out_dir`. The EMA weights go to `model_dir` whenever a checkpoint is written.
+Each step draws a resolution and a packed batch of shapes. A stopped run resumes from the newest checkpoint in
+`run.out_dir`. With every checkpoint, the EMA weights are exported to `model_dir`.
+
+Marks such as [A] say how certain a value is: see docs/paper.md.
 """
 
 import dataclasses
@@ -29,28 +31,28 @@ class TrainVAEConfig:
     split: str = "train"
     resolutions: tuple[int, ...] = (256,)  # one is drawn each step; the paper: 256, 384, 512, then 1024 [A]
     batch_size: int = 4  # shapes; the paper: 4 per GPU, 8 GPUs [A]
-    max_tokens: int = 32768  # of a batch; larger shapes are left out
-    symmetries: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # turned and mirrored shapes, see symmetry.py [D]
+    max_tokens: int = 32768  # in a batch; larger shapes are left out
+    symmetries: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # of the shapes, see symmetry.py [D]
     gradient_checkpointing: bool = False
-    freeze_encoder: bool = False  # a further stretch for the decoder alone, on latents that others already learn from
+    freeze_encoder: bool = False  # train the decoder alone: networks that learn its latents stay valid
     run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/vae"))
     model: SDFVAEConfig = field(default_factory=SDFVAEConfig)
     loss: SDFLossConfig = field(default_factory=SDFLossConfig)
 
     def __post_init__(self):
         if self.freeze_encoder and not self.run.start_from:
-            raise ValueError("freeze_encoder needs run.start_from, a model folder whose encoder is kept")
+            raise ValueError("freeze_encoder needs run.start_from, the model folder whose encoder is kept")
 
 
 def vae_loss(model: SDFVAE, batch: ShapeBatch, loss: SDFLossConfig, generator: torch.Generator) -> dict[str, Tensor]:
-    """Eq. 2-3 on a batch: "loss" and its terms."""
+    """Compute eq. 2-3 on a batch: "loss" and its terms, each a scalar."""
     sdf, voxels = active_voxels(batch)
     decoded, _, mean, logvar = model(sdf, voxels, generator)  # (512 M, 1), in the order of the blocks
     return sdf_loss(decoded, batch.sdf, batch.sharp, mean, logvar, loss)
 
 
 def keep_encoder(model: SDFVAE, folder: str) -> None:
-    """Train only the decoder, and keep the scale of the latents that the folder's config tells."""
+    """Freeze the encoder, and take over the scale of its latents from the folder's config."""
     model.encoder.requires_grad_(False)
     known = load_network(folder, "sdf_vae").config
     model.config = dataclasses.replace(
@@ -59,7 +61,7 @@ def keep_encoder(model: SDFVAE, folder: str) -> None:
 
 
 def train(config: TrainVAEConfig) -> nn.Module:
-    """Returns the averaged (EMA) model."""
+    """Run the training; return the averaged (EMA) model."""
     run = config.run
     device = start(run, config)
     model = SDFVAE(config.model).to(device)

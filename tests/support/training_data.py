@@ -1,4 +1,4 @@
-"""A handful of generated meshes, prepared and rendered once, for the tests of the training scripts."""
+"""Five generated meshes, prepared and rendered once for all tests of the training scripts."""
 
 import dataclasses
 import json
@@ -11,13 +11,13 @@ from training.prepare_shapes import main as prepare_shapes
 from training.render_views import RenderViewsConfig
 from training.render_views import main as render_views
 
-R = 32  # voxels per edge: latents at 4^3
+R = 32  # voxels per edge; latents at 4³
 COARSE = 24  # a second resolution
 SPLITS = {"ball": "train", "box": "train", "torus": "train", "can": "train", "pill": "val"}
 
 
 def write_meshes(folder: Path) -> None:
-    """Five closed meshes of different kinds of file, with an index that says their split."""
+    """Write five closed meshes in four file formats, and an index with their splits."""
     folder.mkdir(parents=True)
     meshes = {
         "ball": trimesh.creation.icosphere(subdivisions=2),
@@ -36,7 +36,7 @@ def write_meshes(folder: Path) -> None:
 
 
 def prepared(tmp_path_factory) -> str:
-    """`data_dir` with shapes at R and two views each; made by the first test that asks."""
+    """Return a `data_dir` of shapes at R and COARSE with two views each; the first test that asks makes it."""
     root = tmp_path_factory.getbasetemp() / "training_data"
     if not root.exists():
         write_meshes(root / "meshes")
@@ -47,7 +47,7 @@ def prepared(tmp_path_factory) -> str:
 
 
 def write_toml(path: Path, config) -> None:
-    """A config dataclass as the TOML file that gives it."""
+    """Write a config dataclass as a TOML file."""
     sections, values = {}, {}
     for name, value in dataclasses.asdict(config).items():
         (sections if isinstance(value, dict) else values)[name] = value

@@ -1,4 +1,4 @@
-"""The mean shape, and the statistics of the tables, where the right answer is known."""
+"""The mean shape and the statistics of the tables, with known answers."""
 
 import math
 
@@ -67,7 +67,7 @@ def test_confidence_interval():
 def test_win_rate_and_formats():
     assert win_rate([1, 2, 3, 4], [0, 2, 4, 3]) == pytest.approx(0.625)  # two wins, one tie
     assert win_rate([1, 2], [0, 3], higher_is_better=False) == 0.5
-    with pytest.raises(ValueError, match="as many scores"):
+    with pytest.raises(ValueError, match="equally many scores"):
         win_rate([1], [1, 2])
     assert format_summary(summarize([0.5, 0.5]), 10, 1) == "5.0 [5.0, 5.0]"
     assert format_summary(summarize([])) == "–"

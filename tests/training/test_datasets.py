@@ -1,4 +1,4 @@
-"""Batches: a function of (seed, step) with any number of workers, packed and moved as they should be."""
+"""Batches follow from (seed, step) with any number of workers, and are packed and moved correctly."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ from training.data.datasets import (
     load_batches,
     pack_shapes,
 )
-from training.data.shape_files import list_shapes, load_shape, save_shape, shape_path
+from training.data.shape_files import StoredShape, list_shapes, load_shape, save_shape, shape_path
 from training.data.symmetry import facing, transform_grid
 from training.data.views import Views
 
@@ -188,7 +188,7 @@ def test_missing_data_is_named(tmp_path, data_dir):
     ("blocks", "sdf", "message"),
     [
         pytest.param([[0, 0, 1], [0, 0, 0]], 0.5, "lexicographic", id="out-of-order"),
-        pytest.param([[0, 0, 1], [0, 0, 1]], 0.5, "each once", id="twice"),
+        pytest.param([[0, 0, 1], [0, 0, 1]], 0.5, "different blocks", id="twice"),
         pytest.param([[0, 0, 1], [0, 0, 4]], 0.5, "invalid entry", id="outside-the-grid"),
         pytest.param([[0, 0, 1], [0, 0, 2]], -1.0, "active voxel", id="nothing-in-the-band"),
     ],
@@ -196,4 +196,4 @@ def test_missing_data_is_named(tmp_path, data_dir):
 def test_bad_blocks_are_named(blocks, sdf, message):
     values = np.full((2, 8, 8, 8), sdf, dtype=np.float16)
     with pytest.raises(ValueError, match=message):
-        pack_shapes([(np.array(blocks, dtype=np.int16), values, values > 0)], 32)
+        pack_shapes([StoredShape(np.array(blocks, dtype=np.int16), values, values > 0)], 32)

@@ -1,4 +1,4 @@
-"""Pictures held by the device: the same ones that the workers would read, moved as told."""
+"""Pictures on the device: the same ones that workers would read, moved within their ranges."""
 
 import dataclasses
 

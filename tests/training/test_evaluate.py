@@ -1,4 +1,4 @@
-"""The evaluation: scores known beforehand, baselines that must find what is there, the script as a whole."""
+"""The evaluation: scores known beforehand, baselines whose answer is known, the script as a whole."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from training.data.datasets import pack_shapes
 from training.data.meshes import MeshEntry, list_meshes
 from training.data.shape_files import load_shape, shape_path
 from training.data.symmetry import transform_vertices
-from training.data.views import Views
+from training.data.views import Pictures, Views, choose_views
 from training.evaluate import EvaluateConfig, main
 from training.evaluation import generation, round_trip
 from training.evaluation.generation import GenerationConfig, make_baselines, sample, seed_of
@@ -38,17 +38,16 @@ from training.evaluation.generation_scores import (
     sheet_of,
 )
 from training.evaluation.mean_solid import CELLS, packed_solid
-from training.evaluation.nearest_view import Pictures, choose_views
 from training.evaluation.shape_scores import ScoreConfig, Shape, compare, score_round_trip
 from training.prepare_shapes import PrepareShapesConfig, prepare
 from training.render_views import RenderViewsConfig, render_mesh
 
-R = 64  # voxels per edge: latents at 8^3, one voxel 1/32
+R = 64  # voxels per edge; latents at 8³, a voxel has edge 1/32
 SPLITS = {"box": "train", "ball": "train", "wedge": "train", "box_again": "test", "other": "test"}
 
 
 class Inline(Executor):
-    """Ragged a job when it is submitted, in this process."""
+    """Runs a job when it is submitted, in this process."""
 
     def submit(self, function, *args):
         future = Future()
@@ -67,7 +66,7 @@ def make_meshes():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """meshes/ with an index, data/ with shapes at R and views, model/ of random weights."""
+    """A folder with meshes/ and their index, data/ of shapes at R and views, and model/ with random weights."""
     root = tmp_path_factory.mktemp("evaluate")
     (root / "meshes").mkdir()
     records = []
@@ -284,7 +283,7 @@ def test_training_views_find_themselves_turned_as_they_are(root, scoring):
 
 
 class Moody:
-    """A pipeline that makes nothing of odd seeds, and of even ones as many voxels as the seed says."""
+    """A pipeline that samples nothing for odd seeds, and as many voxels as the seed for even ones."""
 
     def sample_structure(self, tokens, seeds):
         if any(seed % 2 for seed in seeds):

@@ -1,4 +1,4 @@
-"""The losses against plain loops over the definition."""
+"""The losses against numbers worked out from their definitions."""
 
 import pytest
 import torch

@@ -44,7 +44,7 @@ def test_identical_surfaces_are_at_distance_zero_with_few_samples():
 def test_concentric_spheres():
     distances = between(sphere(0.5), sphere(0.6))
     assert distances.chamfer == pytest.approx(0.1, abs=0.002)
-    assert distances.f_score(0.097)[2] == 0 and distances.f_score(0.103) == (1, 1, 1)
+    assert distances.f_score(0.097).f1 == 0 and distances.f_score(0.103) == (1, 1, 1)
     a, b = (solid_grid(*sphere(r), 64) for r in (0.5, 0.6))
     assert volume_iou(a, b) == pytest.approx((0.5 / 0.6) ** 3, abs=0.01)
     assert a.mean() * 8 == pytest.approx(4 / 3 * math.pi * 0.5**3, rel=0.01)
@@ -55,7 +55,7 @@ def test_chamfer_counts_both_directions():
     distances = between(one, both)
     assert distances.to_truth.max() < 1e-12
     assert distances.f_score(0.01)[:2] == (1, pytest.approx(0.5, abs=0.03))  # precise, but half of it is missing
-    assert distances.f_score(0.01)[2] == pytest.approx(2 / 3, abs=0.03)
+    assert distances.f_score(0.01).f1 == pytest.approx(2 / 3, abs=0.03)
     # points of the missing sphere see the other's centre from 1 ± 0.1; E|p - c| = d + r²/(3d), less the radius
     assert distances.chamfer == pytest.approx((1 + 0.01 / 3 - 0.1) / 4, abs=0.01)
 

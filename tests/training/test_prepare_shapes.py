@@ -1,4 +1,4 @@
-"""prepare_shapes: a folder of anything in, SDF files out; bad meshes are reported, finished ones kept."""
+"""prepare_shapes: a folder becomes SDF files; bad meshes are reported, finished ones kept."""
 
 import json
 from pathlib import Path

@@ -12,6 +12,7 @@ from PIL import Image
 from d3ds2.images.render import Camera, Light, MeshRenderer
 from training.config import load_config
 from training.data.meshes import list_meshes
+from training.data.shape_files import view_folder
 from training.render_views import (
     MIN_COVERAGE,
     RenderViewsConfig,
@@ -22,7 +23,6 @@ from training.render_views import (
     random_light,
     render_mesh,
     render_view,
-    view_folder,
 )
 
 

@@ -1,4 +1,4 @@
-"""The shared pieces of training runs: schedule, EMA, checkpoints, metrics, stopping."""
+"""The shared parts of training runs: schedule, EMA, checkpoints, metrics, stopping."""
 
 import itertools
 import json

@@ -40,5 +40,5 @@ def test_facing_brings_the_camera_to_the_front(azimuth):
 
 
 def test_unknown_symmetry_is_an_error():
-    with pytest.raises(ValueError, match="0 to 7"):
+    with pytest.raises(ValueError, match="from 0 to 7, got 8"):
         transform_voxels(np.zeros((1, 3), int), 8, 8)

@@ -1,6 +1,7 @@
 """The chain after the SDF VAE: structure VAE, structure DiT with its encoder, latents, latent DiT.
 
-Each loss falls, each run stopped half way ends in the same parameters, and each finds what the one before exported.
+Each loss falls, each run that was stopped half way ends with the same parameters, and each stage finds the networks
+that earlier ones exported.
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ ENCODER = ImageEncoderConfig(image_size=28, patch_size=14, hidden_size=16, depth
 
 @dataclasses.dataclass
 class Chain:
-    """Configs of the whole chain; what comes before a stage has run when a test asks for the stage."""
+    """Configs of the whole chain."""
 
     data_dir: str
     folder: Path
@@ -130,7 +131,7 @@ def losses(config) -> list[float]:
 
 
 def resumed(train, config, folder: Path) -> tuple:
-    """A run stopped half way and continued, beside one that was not: their averaged models."""
+    """The averaged models of a run without a stop, and of a run that was stopped half way and continued."""
     steps = 6
     results = []
     for name, stops in (("whole", [steps]), ("parts", [steps // 2, steps])):
@@ -146,7 +147,7 @@ def assert_equal_parameters(a, b) -> None:
 
 
 def copy_model(chain: Chain, folder: Path, *names: str) -> None:
-    """What a stage needs of the model folder, so that a further run leaves the chain's own alone."""
+    """Copy the networks that a stage needs, so that a further run leaves the chain's model folder alone."""
     (folder / "model").mkdir()
     settings = json.loads(Path(chain.model_dir, "config.json").read_text())
     settings["networks"] = {name: settings["networks"][name] for name in names}
@@ -249,7 +250,7 @@ def test_further_stretch_starts_from_a_model_folder(chain, tmp_path):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
     wide = dataclasses.replace(config.model, hidden_size=64)
     other = dataclasses.replace(config, model=wide, run=dataclasses.replace(run, out_dir=str(tmp_path / "wide")))
-    with pytest.raises(ValueError, match="structure_dit of"):
+    with pytest.raises(ValueError, match=r"structure_dit in .* has other sizes"):
         train_structure_dit.train(other)
 
 
@@ -267,7 +268,7 @@ def test_structure_dit_learns_from_pictures_on_the_device(chain, tmp_path):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_compiled_blocks_train_as_the_others(chain, tmp_path, monkeypatch, device):
-    """With Inductor on a GPU; on a CPU, where its C++ takes a minute, with what comes before it."""
+    """Compile with Inductor on a GPU; on a CPU, where its C++ takes a minute, only with the passes before it."""
     copy_model(chain, tmp_path, "structure_vae")
     counter = CompileCounterWithBackend("aot_eager" if device == "cpu" else "inductor")
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=counter))

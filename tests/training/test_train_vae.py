@@ -85,7 +85,7 @@ def test_grids_of_a_batch_are_those_that_the_voxels_themselves_give(data_dir):
 
 
 def test_step_asks_the_device_for_nothing(data_dir, monkeypatch):
-    """What the host reads makes it wait, and so does what has a size that follows from values."""
+    """A value that the host reads makes it wait; so does a tensor whose size depends on values."""
     batch = Shapes(data_dir, "train", (R,), batch_size=2, max_tokens=10_000, seed=0)[0]
     model, generator = SDFVAE(MODEL), torch.Generator().manual_seed(0)
     names = ("tolist", "item", "nonzero", "unique", "unique_consecutive", "bincount", "cpu", "new_tensor")

@@ -1,4 +1,4 @@
-"""Folders of meshes: what is listed, how it is split, what is read, and what is said about files that are none."""
+"""Folders of meshes: their entries and splits, the triangles read, and the errors for other files."""
 
 import json
 from collections import Counter

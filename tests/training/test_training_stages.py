@@ -1,4 +1,4 @@
-"""`python -m training`: all stages of a model in their order, stopped, failed and gone on with."""
+"""`python -m training`: all stages of a model in order; stopping, failing and continuing."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 
 def fake_run(out_dir: str, model_dir: str, step: int) -> None:
-    """A run folder as it looks from outside."""
+    """Make a run folder with no more than `plan` looks at."""
     folder = Path(out_dir)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"model_dir": model_dir}))
@@ -76,7 +76,7 @@ def test_stopped_in_the_first_stage_then_trained_to_the_end_then_finished(folder
     wait_for(run / "metrics.jsonl", process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate()
-    assert process.returncode == 143 and "stopped in train_vae; the same command goes on from there" in output
+    assert process.returncode == 143 and "stopped in train_vae; the same command continues from there" in output
     stopped_at = int(newest_checkpoint(run).stem[5:])
     assert 0 < stopped_at < 1000000 and network_names(folder / "models" / "mine") == {"sdf_vae"}
 
@@ -93,7 +93,7 @@ def test_stopped_in_the_first_stage_then_trained_to_the_end_then_finished(folder
     process = start(folder, data, steps)
     output, _ = process.communicate()
     assert process.returncode == 0 and output.count(": finished, ") == 4
-    assert "are those of this VAE already" in output and "to train it anew" not in output
+    assert "are up to date" in output and "to train it again" not in output
     assert made == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
@@ -101,7 +101,7 @@ def test_a_failing_stage_ends_the_whole_with_its_exit_code(folder, data):
     process = start(folder, data, "train_vae.max_tokens=1")
     output, errors = process.communicate()
     assert process.returncode == 1 and "expected items of at most 1 tokens" in errors
-    assert "train_vae failed with exit code 1, see above; that mended, the same command goes on there" in output
+    assert "train_vae failed with exit code 1, see above; fix the cause and run the same command to continue" in output
     assert "[2/5]" not in output and not Path("runs/mine_structure_vae").exists()
 
 
@@ -128,7 +128,7 @@ def test_overrides_reach_the_stages_that_know_them(folder, data):
         pytest.param(["data_dir"], "expected an override as key=value, got 'data_dir'", id="no-equals"),
         pytest.param(["run.out_dir=x"], "train_vae and train_structure_vae have the same run.out_dir x", id="shared"),
         pytest.param(["model_dir=b/two"], "runs/two_vae is a run of the model a/two, not of b/two", id="another-model"),
-        pytest.param(["model_dir=a/two"], "a/two has no sdf_vae: delete runs/two_vae to train it anew", id="gone"),
+        pytest.param(["model_dir=a/two"], "a/two has no sdf_vae: delete runs/two_vae to train it again", id="gone"),
         pytest.param(["data_dir=none"], "expected none/index.json; make it with python -m training", id="no-shapes"),
         pytest.param(["data_dir=plain"], "make them with python -m training.render_views", id="no-pictures"),
     ],
@@ -155,5 +155,5 @@ def test_a_stage_that_learned_from_what_has_changed_since_is_named(folder, data)
         fake_run(f"runs/mine_{name}", "models/mine", step=2)
         (model / f"{'latent_dit' if name == 'dit' else name}.safetensors").touch()
     output, _ = start(folder, data).communicate()
-    line = "before train_vae went on: delete runs/mine_dit to train it anew"
-    assert f"[5/5] train_dit: finished, 2 steps\n  {line}" in output and output.count("to train it anew") == 1
+    line = "before train_vae went on: delete runs/mine_dit to train it again"
+    assert f"[5/5] train_dit: finished, 2 steps\n  {line}" in output and output.count("to train it again") == 1

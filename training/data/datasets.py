@@ -1,9 +1,9 @@
-"""Batches of training data. A batch is a function of (seed, step), so a resumed run sees what it would have seen.
+"""Batches of training data. A batch follows from (seed, step), so a resumed run sees the same batches.
 
-Each dataset is indexed by the step and returns the whole, packed batch of that step, ready but for its move to the
-device; `load_batches` runs it in worker processes. The files are those of `training.data.shape_files`.
+A dataset is indexed by the step and returns the whole, packed batch of that step; `load_batches` runs it in worker
+processes and moves the batches to the device. The files are those of `training.data.shape_files`.
 
-Shapes are also seen turned and mirrored, see `symmetry`; the view of a mirrored shape is the flipped image.
+Shapes are also turned and mirrored (see `symmetry`); the picture of a mirrored shape is flipped.
 
 Sizes: M blocks = tokens of a batch, B samples, G = R/8 blocks per edge, C latent channels, S pixels per edge.
 """
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from d3ds2.geometry.voxels import BLOCK, PLACES, Voxels
 from d3ds2.kernels.device_constant import device_constant
-from training.data.shape_files import latent_path, list_shapes, load_shape, read_arrays, shape_path
+from training.data.shape_files import StoredShape, latent_path, list_shapes, load_shape, read_arrays, shape_path
 from training.data.symmetry import transform_voxels
 from training.data.views import Views
 
@@ -34,15 +34,15 @@ class ShapeBatch(NamedTuple):
     block_coords: Tensor  # (M, 4) int32 [batch, x, y, z] at R/8
     sdf: Tensor  # (M, 8, 8, 8) fp16 in [-1, 1]
     sharp: Tensor  # (M, 8, 8, 8) bool
-    active: Tensor  # (N,) int32: which of the 512 M voxels lie inside the band, |sdf| < 1
-    counts: list[list[int]]  # active voxels of each sample, and voxels of R/2 and R/4 that hold one
-    latent_voxels: Voxels  # those of block_coords, in their own order, prepared
+    active: Tensor  # (N,) int32: indices of the voxels inside the band, |sdf| < 1, among all 512 M
+    counts: list[list[int]]  # of each sample: active voxels, and voxels at R/2 and R/4 that hold one
+    latent_voxels: Voxels  # those of block_coords, with their tables prepared
     resolution: int  # R
     batch_size: int
 
 
 class ViewBatch(NamedTuple):
-    """Pictures of B shapes and which shapes they are."""
+    """Pictures of B shapes, and the shapes they show."""
 
     shapes: Tensor  # (B,) int64
     symmetries: Tensor  # (B,) int64
@@ -62,15 +62,18 @@ class LatentBatch(NamedTuple):
 
 
 def draw(*key: int) -> np.random.Generator:
-    """Random numbers that are a function of the key alone, as (seed, step)."""
+    """Return a random generator that follows from the key alone, such as (seed, step)."""
     return np.random.default_rng(key)
 
 
 class BatchPlan:
-    """Items of each step: random permutations of all items, one after the other, cut into batches in that order.
+    """The items of each step: one random permutation of all items after another, cut into batches.
 
-    A batch closes at `batch_size` items, or before an item that would bring it above `max_tokens`. Items with more
-    tokens than that are left out (`kept` are the others).
+    A batch ends at `batch_size` items, or before an item that would raise it above `max_tokens`. Larger items are left
+    out; `kept` lists the others.
+
+    Raises:
+        ValueError: every item is larger than `max_tokens`.
     """
 
     def __init__(self, tokens: np.ndarray, batch_size: int, max_tokens: int, seed: int):
@@ -84,17 +87,17 @@ class BatchPlan:
         self._epoch, self._first_step, self._batches, self._open = 0, 0, [], []
 
     def __getitem__(self, step: int) -> np.ndarray:
-        """Items of a step, (number,) int64."""
+        """The items of a step, (number,) int64."""
         if step < self._first_step:
             self._restart()
         while step >= self._first_step + len(self._batches):
-            self._first_step += len(self._batches)  # forget the epoch before: steps mostly go forward
+            self._first_step += len(self._batches)  # forget the previous epoch: steps mostly go forward
             self._batches = list(self._cut(draw(self.seed, self._epoch).permutation(self.kept).tolist()))
             self._epoch += 1
         return np.array(self._batches[step - self._first_step])
 
     def _cut(self, items: list[int]) -> Iterator[list[int]]:
-        """Full batches; what is left at the end stays in `_open` for the next epoch to fill."""
+        """Yield the finished batches; the last, unfinished one stays in `_open` and is filled by the next epoch."""
         batch, size = self._open, int(self.tokens[self._open].sum()) if self._open else 0
         for item in items:
             tokens = int(self.tokens[item])
@@ -107,9 +110,9 @@ class BatchPlan:
 
 
 class ResolutionPlan:
-    """The resolution of each step, drawn evenly, and how many earlier steps had the same one."""
+    """The resolution of each step, drawn uniformly, and the number of earlier steps with the same one."""
 
-    CHUNK = 4096
+    CHUNK = 4096  # steps drawn at once
 
     def __init__(self, resolutions: tuple[int, ...], seed: int):
         self.resolutions, self.seed, self._drawn = resolutions, seed, np.zeros(0, dtype=np.int64)
@@ -125,17 +128,17 @@ class ResolutionPlan:
 # --- datasets
 
 
-def pack_shapes(shapes: list[tuple[np.ndarray, np.ndarray, np.ndarray]], resolution: int) -> ShapeBatch:
-    """A batch of what `load_shape` gives.
+def pack_shapes(shapes: list[StoredShape], resolution: int) -> ShapeBatch:
+    """Pack loaded shapes into a batch.
 
     Raises:
-        ValueError: blocks out of order, given twice, outside the grid or without any active voxel.
+        ValueError: a block is out of order, repeated, outside the grid or without an active voxel.
     """
     blocks, sdf, sharp = zip(*shapes, strict=True)
     B, coords = len(shapes), _with_batch(blocks)
     place = np.ravel_multi_index(coords.numpy().T, (B, *[resolution // BLOCK] * 3))  # ValueError outside the grid
     if not (np.diff(place) > 0).all():
-        raise ValueError("expected blocks in lexicographic order, each once")
+        raise ValueError("expected different blocks in lexicographic order")
     latent_voxels = Voxels.sort(coords, resolution // BLOCK, B)[0]
     values = np.concatenate(sdf)
     occupied = values.view(np.uint16) & 0x7FFF < 0x3C00  # |sdf| < 1 in fp16, without numpy's slow conversion
@@ -199,7 +202,7 @@ class Shapes(Dataset):
 
 
 class Structures(Dataset):
-    """Occupancy of the latent grid for the structure VAE, all in memory: `structures[step]` is (B,1,G,G,G) uint8."""
+    """Occupancy grids for the structure VAE: `structures[step]` is (B, 1, G, G, G) uint8. All blocks stay in memory."""
 
     def __init__(
         self,
@@ -210,7 +213,7 @@ class Structures(Dataset):
         seed: int,
         symmetries: tuple[int, ...] = (0,),
     ):
-        self.edge, self.symmetries = resolution // 8, symmetries
+        self.edge, self.symmetries = resolution // BLOCK, symmetries
         self.coords = [read_arrays(shape_path(data_dir, resolution, name), "block_coords")[0] for name in names]
         self.plan = plan_shapes(len(names) * len(symmetries), batch_size, seed)
 
@@ -219,7 +222,7 @@ class Structures(Dataset):
         return self.occupancy(shape, np.array(self.symmetries)[place])
 
     def occupancy(self, shapes: np.ndarray, symmetries: np.ndarray) -> Tensor:
-        """Dense grids of moved shapes, (B, 1, G, G, G) uint8."""
+        """Fill the dense grids of shapes (B,), moved by symmetries (B,): (B, 1, G, G, G) uint8."""
         grids = np.zeros((len(shapes), 1, self.edge, self.edge, self.edge), dtype=np.uint8)
         for grid, shape, symmetry in zip(grids[:, 0], shapes, symmetries, strict=True):
             grid[tuple(transform_voxels(self.coords[shape], self.edge, int(symmetry)).T)] = 1
@@ -227,7 +230,7 @@ class Structures(Dataset):
 
 
 class StructureViews(Dataset):
-    """Pictures for the structure DiT: `dataset[step]` is a `ViewBatch`; the latents stay on the training device."""
+    """Pictures for the structure DiT, whose latents are on the device already: `dataset[step]` is a `ViewBatch`."""
 
     def __init__(self, views: Views, batch_size: int, views_per_shape: int, seed: int):
         self.views, self.views_per_shape, self.seed = views, views_per_shape, seed
@@ -243,10 +246,10 @@ class StructureViews(Dataset):
 class LatentViews(Dataset):
     """Latents and pictures for the latent DiT: `dataset[step]` is a `LatentBatch`.
 
-    `tokens` (n,) of `views.names`; `cache` keeps all latents in memory, shared with forked workers.
+    `tokens` (n,) are those of the shapes `views.names`. `cache` keeps all latents in memory, shared by forked workers.
 
     Raises:
-        FileNotFoundError: encode_latents has not made the latents of some shape in some symmetry that the views need.
+        FileNotFoundError: latents of a shape are missing in a symmetry that its views need.
     """
 
     def __init__(
@@ -293,12 +296,16 @@ class LatentViews(Dataset):
 
 
 def plan_shapes(num_items: int, batch_size: int, seed: int) -> BatchPlan:
-    """A plan for items of equal size."""
+    """Plan batches of items of equal size."""
     return BatchPlan(np.ones(num_items, dtype=np.int64), batch_size, batch_size, seed)
 
 
 def shapes_per_batch(batch_size: int, views_per_shape: int) -> int:
-    """Raises ValueError where views_per_shape does not divide the batch size."""
+    """The number of different shapes in a batch.
+
+    Raises:
+        ValueError: `views_per_shape` does not divide the batch size.
+    """
     if batch_size % views_per_shape:
         raise ValueError(f"expected a batch_size divisible by views_per_shape {views_per_shape}, got {batch_size}")
     return batch_size // views_per_shape
@@ -309,7 +316,7 @@ def _cat(arrays) -> Tensor:
 
 
 def _with_batch(coords) -> Tensor:
-    """Coordinates (m,3) of each sample -> (M, 4) int32 [batch, x, y, z]."""
+    """Join the coordinates (m, 3) of all samples into (M, 4) int32 [batch, x, y, z]."""
     sample = np.arange(len(coords)).repeat([len(c) for c in coords])
     return torch.from_numpy(np.column_stack([sample, np.concatenate(coords)]).astype(np.int32))
 
@@ -318,7 +325,7 @@ def _with_batch(coords) -> Tensor:
 
 
 def load_batches(dataset: Dataset, first_step: int, last_step: int, workers: int, device: torch.device) -> Iterator:
-    """Batches of the steps in [first_step, last_step), in order, on the device; copied while the step before runs."""
+    """Yield the batches of steps [first_step, last_step) on the device; each is copied while the previous step runs."""
     loader = DataLoader(
         dataset,
         sampler=range(first_step, last_step),
@@ -336,12 +343,12 @@ def load_batches(dataset: Dataset, first_step: int, last_step: int, workers: int
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the run, which stops its workers itself
+    for number in (signal.SIGINT, signal.SIGTERM):  # the main process handles these, and stops its workers
         signal.signal(number, signal.SIG_IGN)
 
 
 def to_device(batch, device: torch.device):
-    """A batch or a tensor, as `load_batches` moves it."""
+    """Move a batch or a tensor to the device without waiting for the copy."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Voxels):

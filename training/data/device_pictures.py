@@ -1,9 +1,9 @@
-"""All pictures of a run on the training device: for small pictures, whose reading would take longer than a step.
+"""All pictures of a run on the training device: for small pictures, which take longer to read than a step takes.
 
-The pictures are decoded, cut out and put on white once. What differs between two draws of one picture is made on the
-device: the mirror, the rotation, and the size and place of the object in its square (as in `training.data.views`).
+The pictures are decoded, cropped to the object and put on white once. The random part of a draw happens on the device:
+mirroring, rotation, and the size and place of the object in its square (as in `training.data.views`).
 
-Sizes: n pictures, B of a batch, S pixels per edge.
+Sizes: n pictures, B pictures of a batch, S pixels per edge.
 """
 
 from typing import NamedTuple
@@ -16,14 +16,22 @@ from torch.utils.data import Dataset
 
 from d3ds2.images.foreground import MARGIN, SIZE
 from training.data.datasets import draw, load_batches, plan_shapes, shapes_per_batch
-from training.data.views import CROP_PROBABILITY, MAX_MARGIN, MAX_ROTATION, MIN_CROP, ROTATE_PROBABILITY, Views
-from training.evaluation.nearest_view import Pictures, View
+from training.data.views import (
+    CROP_PROBABILITY,
+    MAX_MARGIN,
+    MAX_ROTATION,
+    MIN_CROP,
+    ROTATE_PROBABILITY,
+    Pictures,
+    View,
+    Views,
+)
 
 READ_AT_ONCE = 64  # pictures
 
 
 class Choice(NamedTuple):
-    """Which pictures of which shapes a step sees."""
+    """The pictures of a step, and the shapes they show."""
 
     shapes: Tensor  # (B,) int64
     symmetries: Tensor  # (B,) int64
@@ -32,7 +40,12 @@ class Choice(NamedTuple):
 
 
 class DevicePictures:
-    """uint8 pictures (n, 4, S, S): red, green, blue, mask. `rows[shape]` is the row of the shape's first view."""
+    """All pictures of `views` on the device.
+
+    Attributes:
+        images: (n, 4, S, S) uint8: RGB and mask.
+        rows: (shapes + 1,) int64, the row of each shape's first view in `images`.
+    """
 
     def __init__(self, views: Views, device: torch.device, workers: int):
         every = [View(shape, view, 0) for shape, files in enumerate(views.files) for view in range(len(files))]
@@ -44,27 +57,27 @@ class DevicePictures:
             self.images[index * READ_AT_ONCE : index * READ_AT_ONCE + len(batch)] = batch
 
     def draw(self, choice: Choice, generator: torch.Generator, augment: bool = True) -> Tensor:
-        """The chosen pictures, (B, 4, S, S) float32 in [0, 1], mirrored where wanted, and augmented."""
+        """Return the chosen pictures, mirrored and augmented: (B, 4, S, S) float32 in [0, 1]."""
         images = self.images[choice.pictures].float() / 255
         images = torch.where(choice.mirrored[:, None, None, None], images.flip(-1), images)
         return move_objects(images, generator) if augment else images
 
 
 def move_objects(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Rotate, crop and resize the object in each picture (B, 4, S, S) float; what comes in from outside is white.
+    """Rotate, crop and resize the object in each picture (B, 4, S, S) float; the surroundings are white.
 
-    Each picture is rotated by up to 10° (p 0.1), cropped to 0.9-1 of each edge (p 0.1), and its margin becomes 0-32
-    pixels of 518.
+    Each picture is rotated by up to 10° with probability 0.1, cropped to 0.9-1 of its edges with probability 0.1, and
+    given a margin of 0-32 pixels of 518.
     """
     B, device = len(images), images.device
     u = torch.rand((8, B), generator=generator, device=device)
     angle = torch.deg2rad(MAX_ROTATION * (2 * u[1] - 1)) * (u[0] < ROTATE_PROBABILITY)
     margin = MAX_MARGIN * u[2]
-    scale = (SIZE - 2 * MARGIN) / (SIZE - 2 * margin)  # picture coordinates per coordinate of the result
+    scale = (SIZE - 2 * MARGIN) / (SIZE - 2 * margin)  # from coordinates of the result to those of the picture
     cropped = u[3] < CROP_PROBABILITY
     kept = torch.where(cropped, MIN_CROP + (1 - MIN_CROP) * torch.maximum(u[4], u[5]), 1.0)
     scale = scale * kept
-    shift = (2 * u[6:8] - 1) * (1 - kept)  # the middle of what is kept, (2, B)
+    shift = (2 * u[6:8] - 1) * (1 - kept)  # the centre of the crop, (2, B)
     cos, sin = scale * angle.cos(), scale * angle.sin()
     matrix = torch.stack([torch.stack([cos, -sin, shift[0]], 1), torch.stack([sin, cos, shift[1]], 1)], 1)  # (B, 2, 3)
     grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
@@ -73,7 +86,7 @@ def move_objects(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class PictureChoices(Dataset):
-    """`choices[step]` is a `Choice`: the same shapes as `StructureViews` gives for these arguments."""
+    """`choices[step]` is a `Choice` of the same shapes and symmetries as `StructureViews` with these arguments."""
 
     def __init__(self, views: Views, pictures: DevicePictures, batch_size: int, views_per_shape: int, seed: int):
         self.views, self.rows, self.views_per_shape, self.seed = views, pictures.rows, views_per_shape, seed

@@ -1,4 +1,4 @@
-"""Mean and spread of a VAE's latents, by which the diffusion models normalise them."""
+"""Mean and spread of a VAE's latents. The diffusion models see latents normalised by these."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class LatentMoments:
-    """Sums over posteriors seen so far, per channel."""
+    """Sums over the posteriors added so far, for each channel."""
 
     def __init__(self, channels: int, device: torch.device):
         self.count = 0
@@ -15,14 +15,18 @@ class LatentMoments:
         self.sum_of_squares = torch.zeros_like(self.sum)
 
     def add(self, mean: Tensor, logvar: Tensor) -> None:
-        """Posteriors (N, C)."""
+        """Count posteriors: mean and logvar, each (M, C)."""
         mean, variance = mean.double(), logvar.double().exp()
         self.count += len(mean)
         self.sum += mean.sum(0)
         self.sum_of_squares += (mean.square() + variance).sum(0)
 
     def summary(self) -> dict[str, float | list[float]]:
-        """Shift and scale such that (latents - shift) * scale has mean 0 and variance 1; and those of channels."""
+        """Return shift and scale for which (latents - shift) * scale has mean 0 and variance 1, and channel statistics.
+
+        Raises:
+            ValueError: no posterior was added.
+        """
         if self.count == 0:
             raise ValueError("expected at least one posterior, got none")
         mean, square = self.sum / self.count, self.sum_of_squares / self.count
@@ -38,7 +42,7 @@ class LatentMoments:
 
 
 def set_latent_scale(vae: nn.Module, moments: LatentMoments) -> None:
-    """Make the VAE's config say how its latents are normalised."""
+    """Write the shift and scale of the latents into the VAE's config."""
     summary = moments.summary()
     vae.config = dataclasses.replace(
         vae.config, latents_shift=summary["latents_shift"], latents_scale=summary["latents_scale"]

@@ -1,10 +1,10 @@
-"""Training meshes: a folder in, (name, path, split) entries and triangles out.
+"""Training meshes: the entries of a folder, and the triangles of an entry.
 
 Two kinds of folder are read:
 - a corpus: `index.json` (a list of records with `file`, `source`, `split`, ...) beside its meshes;
 - any folder of mesh files (`SUFFIXES`, searched recursively), split 90/5/5 by the sha1 of the name.
 
-The axes of a mesh are taken as they are: Y up, front toward +Z (glTF).
+Meshes are expected with Y up and the front toward +Z, as in glTF; they are not turned.
 """
 
 import hashlib
@@ -23,12 +23,12 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class MeshEntry:
-    """One mesh of a folder. The last four are what the corpus index says; None where it says nothing."""
+    """One mesh of a folder. The last four fields come from the index of a corpus; None if it lacks them."""
 
     name: str  # unique in its folder and fit for a file name
     path: Path
     split: str  # train, val or test
-    source: str  # the maker in a corpus, else the folder's name
+    source: str  # who made it, in a corpus; else the name of the folder
     has_color: bool | None = None
     boundary_edges: int | None = None
     nonmanifold_edges: int | None = None
@@ -36,17 +36,17 @@ class MeshEntry:
 
 
 def split_of(name: str) -> str:
-    """train 90 %, val 5 %, test 5 %: a function of the name alone, so that a growing folder keeps its splits."""
+    """Choose train (90 %), val (5 %) or test (5 %) by the name alone, so that a growing folder keeps its splits."""
     percent = int(hashlib.sha1(name.encode()).hexdigest()[:8], 16) % 100
     return "train" if percent < 90 else "val" if percent < 95 else "test"
 
 
 def list_meshes(folder: str | Path) -> list[MeshEntry]:
-    """All meshes of a folder, sorted by name.
+    """List all meshes of a folder, sorted by name.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no mesh in it.
-        ValueError: `index.json` is not the list expected, or two files would have the same name.
+        FileNotFoundError: the folder does not exist, or has no mesh.
+        ValueError: `index.json` is not a list of records with file, source and split, or two meshes have the same name.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -128,7 +128,7 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         raise ValueError(f"expected v (V,3) and f (F,3), got {vertices.shape} and {faces.shape}")
     if colors is not None and colors.shape != faces.shape:
         raise ValueError(f"expected a colour for each of {len(faces)} faces, got {colors.shape}")
-    if vertices.dtype == np.uint16:  # the corpus: longest side 1, centred
+    if vertices.dtype == np.uint16:  # as in the corpus: centred, longest side 1
         vertices = vertices.astype(np.float32) / 65535 - 0.5
     return vertices.astype(np.float32), faces, colors
 
@@ -146,7 +146,7 @@ def _read_with_trimesh(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray |
 
 
 def _face_colors(part: trimesh.Trimesh) -> np.ndarray:
-    """(F,3) uint8; a texture is read at the corners of each face and averaged."""
+    """Return the colours of the faces, (F,3) uint8; a texture is read at the corners of each face and averaged."""
     visual = part.visual
     if not isinstance(visual, trimesh.visual.TextureVisuals):
         return np.asarray(visual.face_colors)[:, :3].astype(np.uint8)

@@ -1,21 +1,27 @@
 """Rendered views as the image encoder reads them, with the augmentation of the paper.
 
-A shape is turned by quarter turns until the camera of its picture stands in front of it (`symmetry`), or left
-as it is (`turn_to_camera` false, as in the paper). Each picture is rotated by up to 10° (p 0.1), cropped to 0.9-1 of
-its edges (p 0.1), cropped to the object, and put on white in a square with a margin of 0-32 pixels of 518. [B/C]
+A shape is turned by quarter turns until the camera of its picture stands in front of it (see `symmetry`); with
+`turn_to_camera` false, as in the paper, it is not turned. Each picture is rotated by up to 10° with probability 0.1,
+cropped to 0.9-1 of its edges with probability 0.1, cropped to the object, and put on a white square with a margin of
+0-32 pixels of 518. [B/C: see docs/paper.md]
+
+Sizes: B pictures, S pixels per edge.
 """
 
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from d3ds2.images.foreground import MARGIN, preprocess
-from training.data.symmetry import facing
+from training.data.shape_files import view_folder
+from training.data.symmetry import MIRROR, facing
 
 ROTATE_PROBABILITY, MAX_ROTATION = 0.1, 10.0  # degrees
 CROP_PROBABILITY, MIN_CROP = 0.1, 0.9
@@ -23,14 +29,14 @@ MAX_MARGIN = 32  # pixels of 518, as `MARGIN` at inference
 
 
 class Views:
-    """The pictures of some shapes. A mirrored shape's picture is the flipped one.
+    """The pictures of some shapes. The picture of a mirrored shape is the flipped picture of the shape.
 
     Args:
         data_dir: holds views/<name>/*.png (RGBA) and cameras.json of render_views.
-        names: shapes wanted. Those without a picture are left out; `names` are the others.
-        image_size: pixels per edge S of what `load` returns.
-        turn_to_camera: a view's symmetry is that which brings its camera to the front; else only mirrors.
-        augment: rotate, crop and vary the margin; else as at inference.
+        names: the shapes wanted. The attribute `names` lists those that have pictures; the others are left out.
+        image_size: pixels per edge of a drawn picture, S.
+        turn_to_camera: turn the shape until the camera is in front of it; else only mirror.
+        augment: rotate, crop and vary the margin; else prepare pictures as at inference.
         cache: decode all pictures now and keep them in memory, shared with forked workers.
 
     Raises:
@@ -46,7 +52,7 @@ class Views:
         augment: bool = True,
         cache: bool = False,
     ):
-        folders = {name: Path(data_dir) / "views" / name for name in names}
+        folders = {name: view_folder(data_dir, name) for name in names}
         self.names = [name for name, folder in folders.items() if (folder / "cameras.json").is_file()]
         if not self.names:
             raise FileNotFoundError(
@@ -70,18 +76,18 @@ class Views:
 
     def symmetries_of(self, shape: int) -> list[int]:
         """The symmetries in which `draw` may give a shape."""
-        return sorted({turns + 4 * mirrored for turns in self.turns[shape] for mirrored in (0, 1)})
+        return sorted({turns + MIRROR * mirrored for turns in self.turns[shape] for mirrored in (0, 1)})
 
     def choose(self, shape: int, mirrored: int, rng: np.random.Generator) -> tuple[int, int]:
-        """The number of a random view of a shape, and the symmetry in which its picture, mirrored or not, shows it."""
+        """Draw a view of a shape; return its number, and the symmetry of the shape that its picture shows."""
         view = int(rng.integers(len(self.files[shape])))
-        return view, self.turns[shape][view] + 4 * mirrored
+        return view, self.turns[shape][view] + MIRROR * mirrored
 
     def draw(self, shapes: np.ndarray, mirrored: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Tensor]:
-        """A random picture of each shape (B,), mirrored or not (B,).
+        """Draw a picture of each shape (B,), mirrored (B,) or not.
 
         Returns:
-            The symmetry of each shape (B,) int64, and pictures (B, 4, S, S) uint8: red, green, blue, mask.
+            The symmetries (B,) int64 that the pictures show, and the pictures (B, 4, S, S) uint8: RGB and mask.
         """
         symmetries, pictures = [], []
         for shape, flip in zip(shapes.tolist(), mirrored.tolist(), strict=True):
@@ -104,7 +110,7 @@ class Views:
 
 
 def rotate_and_crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Rotated with probability 0.1, then cropped with probability 0.1."""
+    """Rotate with probability 0.1, then crop with probability 0.1."""
     if rng.random() < ROTATE_PROBABILITY:
         image = image.rotate(rng.uniform(-MAX_ROTATION, MAX_ROTATION), Image.Resampling.BILINEAR, expand=True)
     if rng.random() < CROP_PROBABILITY:
@@ -113,3 +119,42 @@ def rotate_and_crop(image: Image.Image, rng: np.random.Generator) -> Image.Image
         x, y = rng.uniform(left, right - width), rng.uniform(top, bottom - height)
         image = image.crop((round(x), round(y), round(x + width), round(y + height)))
     return image
+
+
+# --- chosen views, without augmentation
+
+
+class View(NamedTuple):
+    """One picture, and the symmetry of the shape that it shows."""
+
+    shape: int  # index into Views.names
+    view: int  # index into Views.files[shape]
+    symmetry: int
+
+
+class Pictures(Dataset):
+    """Chosen pictures as at inference, in batches: `pictures[i]` is (B, 4, S, S) uint8, B at most `batch_size`."""
+
+    def __init__(self, views: Views, chosen: list[View], batch_size: int):
+        self.views, self.chosen, self.batch_size = views, chosen, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.chosen) // self.batch_size)
+
+    def __getitem__(self, index: int) -> Tensor:
+        batch = self.chosen[index * self.batch_size : (index + 1) * self.batch_size]
+        return torch.stack([self._picture(view) for view in batch])
+
+    def _picture(self, view: View) -> Tensor:
+        image = Image.open(self.views.files[view.shape][view.view]).convert("RGBA")
+        return (preprocess(image, self.views.image_size) * 255).round().byte()
+
+
+def choose_views(views: Views, number: int, seed: int) -> list[View]:
+    """Draw `number` views of each shape, all if it has fewer; the draw follows from the seed and the shape's name."""
+    chosen = []
+    for shape, name in enumerate(views.names):
+        rng = np.random.default_rng([seed, *name.encode()])
+        drawn = sorted(rng.permutation(len(views.files[shape]))[:number].tolist())
+        chosen.extend(View(shape, view, views.turns[shape][view]) for view in drawn)
+    return chosen

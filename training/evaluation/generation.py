@@ -1,4 +1,4 @@
-"""Sample a model on single views of a split, and find what the baselines answer, for `training.evaluate`."""
+"""Samples of a model for single views of a split, and the answers of the baselines, for `training.evaluate`."""
 
 import dataclasses
 import hashlib
@@ -16,10 +16,10 @@ from d3ds2.pipeline import EmptyResultError, Pipeline
 from training.data.datasets import load_batches
 from training.data.shape_files import list_shapes
 from training.data.symmetry import facing
-from training.data.views import Views
+from training.data.views import Pictures, Views, choose_views
 from training.evaluation.generation_scores import Item, score_item
 from training.evaluation.mean_solid import mean_solid, mesh_of_mean, packed_solid
-from training.evaluation.nearest_view import NearestView, Pictures, choose_views
+from training.evaluation.nearest_view import NearestView
 from training.evaluation.round_trip import split_blocks
 from training.evaluation.shape_scores import ScoreConfig
 
@@ -29,13 +29,15 @@ NOTHING = np.zeros((0, 3), dtype=np.int32), np.zeros((0, 8, 8, 8), dtype=np.floa
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    train_split: str = "train"  # of the baselines
+    """Settings of the part `generation`."""
+
+    train_split: str = "train"  # whose shapes the baselines know
     batch_size: int = 16  # images sampled at once
     views_per_shape: int = 1
-    turn_to_camera: bool = True  # as the model was trained, see symmetry.py
-    baselines: bool = True  # false: score the model alone, as when tuning its guidance
-    baseline_views: int = 8  # pictures of each training shape that are compared
-    sheet: int = 24  # samples on the contact sheet; drawn by the seed, not picked
+    turn_to_camera: bool = True  # as in training, see symmetry.py
+    baselines: bool = True  # false: score the model alone, e.g. to tune its guidance
+    baseline_views: int = 8  # pictures compared of each training shape
+    sheet: int = 24  # samples on the contact sheet, drawn by the seed, not picked
     workers: int = 0  # processes that read pictures
 
     def __post_init__(self):
@@ -46,7 +48,7 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class Baselines:
-    """What answers without generating."""
+    """Answers that need no generation."""
 
     nearest: NearestView
     names: list[str]  # of the training shapes
@@ -55,12 +57,12 @@ class Baselines:
 
 
 def seed_of(seed: int, name: str, file: str) -> int:
-    """A sample's seed: a function of its view alone, so that `limit` and the batch size do not change samples."""
+    """The seed of a sample. It depends on the view alone, so `limit` and the batch size do not change samples."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}/{file}".encode()).digest()[:4], "big") >> 1
 
 
 def sample(pipeline: Pipeline, image_tokens: ImageTokens, seeds: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """block_coords (M,3) and SDF values (M,8,8,8) fp16 of each image; M is 0 where the structure came out empty."""
+    """Sample one shape for each image: block_coords (M,3) and SDF values (M,8,8,8) fp16; M = 0 if it came out empty."""
     try:
         voxels = pipeline.sample_structure(image_tokens, seeds)
     except EmptyResultError:
@@ -73,7 +75,7 @@ def sample(pipeline: Pipeline, image_tokens: ImageTokens, seeds: list[int]) -> l
 def make_baselines(
     encoder: ImageEncoder, config: GenerationConfig, seed: int, scoring: ScoreConfig, pool: Executor
 ) -> Baselines:
-    """Look at all shapes of the training split."""
+    """Prepare the baselines from all shapes of the training split."""
     names, _ = list_shapes(scoring.data_dir, config.train_split, scoring.resolution)
     views = Views(scoring.data_dir, names, encoder.config.image_size, config.turn_to_camera, augment=False)
     solids = [pool.submit(packed_solid, scoring.data_dir, scoring.resolution, name) for name in views.names]
@@ -82,13 +84,17 @@ def make_baselines(
     device = next(encoder.parameters()).device
     nearest = NearestView(encoder, chosen, load_batches(pictures, 0, len(pictures), config.workers, device))
     symmetries = [views.symmetries_of(shape) for shape in range(len(views.names))]
-    mean, level, iou = mean_solid((solid.result(), s) for solid, s in zip(solids, symmetries, strict=True))
-    about = {"level": level, "iou_on_train": iou, "shapes": len(views.names), "pictures": len(nearest.chosen)}
-    return Baselines(nearest, views.names, mesh_of_mean(mean, level), about)
+    mean = mean_solid((solid.result(), s) for solid, s in zip(solids, symmetries, strict=True))
+    about = {"level": mean.level, "iou_on_train": mean.iou, "shapes": len(views.names), "pictures": len(nearest.chosen)}
+    return Baselines(nearest, views.names, mesh_of_mean(mean.mean, mean.level), about)
 
 
 def camera_of(file: Path) -> Camera:
-    """The camera of a view, from cameras.json beside it."""
+    """Read the camera of a view from cameras.json beside it.
+
+    Raises:
+        ValueError: cameras.json does not list the file.
+    """
     for view in json.loads((file.parent / "cameras.json").read_text())["views"]:
         if view["file"] == file.name:
             return Camera(**view["camera"])
@@ -103,12 +109,13 @@ def run(
     scoring: ScoreConfig,
     pool: Executor,
 ) -> tuple[list[Item], dict[str, float] | None]:
-    """Sample and score one view (or several) of each shape; returns the items, and of the baselines what is reported.
+    """Sample and score one or more views of each shape. The pool computes scores while the next batch is sampled.
 
     Args:
-        sources: of the shapes to evaluate, by name.
+        sources: the source of each shape to evaluate, by name.
 
-    Scores are computed in the pool while the next batch is sampled.
+    Returns:
+        The items, and facts about the baselines for the report; None without baselines.
     """
     encoder = pipeline.image_encoder
     weight = next(encoder.parameters())

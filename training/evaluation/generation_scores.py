@@ -1,9 +1,9 @@
-"""Meshes made from single views, beside what needs no generation: scores, tables and the contact sheet.
+"""Scores, tables and the contact sheet of meshes made from single views, beside baselines that generate nothing.
 
 Methods in the table:
     model            one sample per view
     nearest tokens   the training shape whose picture is the most similar by the image encoder's mean patch token
-    nearest pixels   the same by bare pixels at 32 x 32
+    nearest pixels   the same by plain pixels at 32 x 32
     mean shape       the mean training solid, cut where it agrees best with the training shapes
 """
 
@@ -15,17 +15,17 @@ from PIL import Image
 from d3ds2.images.contact_sheet import contact_sheet
 from d3ds2.images.render import Camera, Light, MeshRenderer
 from d3ds2.storage.model_folder import SamplingConfig
-from training.evaluation.score_tables import format_summary, markdown_table, summarize, win_rate
+from training.evaluation.score_tables import Column, format_summary, markdown_table, summarize, win_rate
 from training.evaluation.shape_scores import F_DISTANCE, ScoreConfig, Shape, compare, topology
 
 MODEL, MEAN = "model", "mean shape"
 NEAREST = {"tokens": "nearest tokens", "pixels": "nearest pixels"}
 METHODS = (MODEL, *NEAREST.values(), MEAN)
-COLUMNS = {  # heading: (score, scale, digits, higher is better)
-    "volume IoU ↑": ("iou", 1, 3, True),
-    "CD ×10³ ↓": ("chamfer", 1e3, 1, False),
-    f"F1 @ {F_DISTANCE} ↑": ("f1", 1, 3, True),
-    "F1 @ 1 voxel ↑": ("f1_voxel", 1, 3, True),
+COLUMNS = {
+    "volume IoU ↑": Column("iou"),
+    "CD ×10³ ↓": Column("chamfer", 1e3, 1, higher_is_better=False),
+    f"F1 @ {F_DISTANCE} ↑": Column("f1"),
+    "F1 @ 1 voxel ↑": Column("f1_voxel"),
 }
 TOPOLOGY = ("watertight", "outer_shells", "inner_shells", "tokens")
 PICTURE = 192  # pixels per edge of a rendered result
@@ -34,21 +34,21 @@ OTHER_SIDE = 130.0  # degrees from the input's camera to the second picture's
 
 @dataclass
 class Item:
-    """One view of one shape: what was made of it, and how it scores."""
+    """One view of one shape, the results for it, and their scores."""
 
     name: str
     source: str
     file: str  # of the view
-    camera: Camera  # in the frame in which the shape is turned to it
-    symmetry: int  # that turns the shape so
+    camera: Camera  # relative to the turned shape
+    symmetry: int  # that turns the shape to the camera
     seed: int
-    nearest: dict[str, tuple[str, int]] = field(default_factory=dict)  # of each kind: training shape and symmetry
-    scores: dict[str, dict[str, float]] = field(default_factory=dict)  # of each method
-    pictures: list[np.ndarray] = field(default_factory=list)  # of the contact sheet: input, result, truth
+    nearest: dict[str, tuple[str, int]] = field(default_factory=dict)  # by kind: training shape and symmetry
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)  # by method
+    pictures: list[np.ndarray] = field(default_factory=list)  # for the contact sheet: input, result, truth
 
     @property
     def record(self) -> dict:
-        """For evaluation.json."""
+        """The entry in evaluation.json."""
         known = asdict(self)
         return {key: known[key] for key in ("name", "source", "file", "symmetry", "seed", "nearest", "scores")}
 
@@ -60,9 +60,10 @@ def score_item(
     mean_mesh: tuple[np.ndarray, np.ndarray] | None,
     config: ScoreConfig,
 ) -> Item:
-    """Fill in the scores of all methods, the baselines' where they are known.
+    """Fill in the scores of the model and of the baselines that were asked; return the item.
 
-    An item with a picture also gets those of result and truth, each from two sides.
+    Block coordinates (M,3) and SDF values (M,8,8,8) are the model's result. An item with a picture also gets pictures
+    of result and truth, each from two sides.
     """
     truth = Shape.of_file(item.name, item.symmetry, config)
     result = Shape.of_blocks(block_coords, values, config, decoded=True)
@@ -77,7 +78,7 @@ def score_item(
 
 
 def pictures_of(shape: Shape, camera: Camera) -> list[np.ndarray]:
-    """The shape from the input's camera and from behind: two (PICTURE, PICTURE, 4) uint8."""
+    """Render the shape from the input's camera and from behind: two (PICTURE, PICTURE, 4) uint8."""
     if len(shape.faces) == 0:
         return [np.zeros((PICTURE, PICTURE, 4), dtype=np.uint8)] * 2
     renderer = MeshRenderer(shape.vertices, shape.faces)
@@ -87,7 +88,7 @@ def pictures_of(shape: Shape, camera: Camera) -> list[np.ndarray]:
 
 
 def by_shape(items: list[Item], method: str, score: str) -> list[float]:
-    """One score for each shape, the mean over its views: shapes, not views, are what intervals are drawn over."""
+    """Average a score over the views of each shape, since intervals are drawn over shapes, not views."""
     values: dict[str, list[float]] = {}
     for item in items:
         values.setdefault(item.name, []).append(item.scores[method][score])
@@ -95,22 +96,22 @@ def by_shape(items: list[Item], method: str, score: str) -> list[float]:
 
 
 def methods_of(items: list[Item]) -> list[str]:
-    """Those that were scored, in the order of the table."""
+    """List the methods that were scored, in the order of the table."""
     return [method for method in METHODS if method in items[0].scores]
 
 
 def summarize_items(items: list[Item]) -> dict:
-    """Of each method: each score's summary, and for the baselines how often the model is better, and by how much."""
+    """Summarise every score of every method; for baselines also how often the model is better, and by how much."""
     summaries = {}
     for method in methods_of(items):
-        summaries[method] = {s: summarize(by_shape(items, method, s)) for s, *_ in COLUMNS.values()}
+        summaries[method] = {c.score: summarize(by_shape(items, method, c.score)) for c in COLUMNS.values()}
         if method == MODEL:
             summaries[method] |= {s: summarize(by_shape(items, method, s)) for s in TOPOLOGY}
             continue
-        for score, _, _, higher in COLUMNS.values():
-            ours, theirs = by_shape(items, MODEL, score), by_shape(items, method, score)
-            summary = summaries[method][score]
-            summary["win_rate_of_model"] = win_rate(ours, theirs, higher)
+        for column in COLUMNS.values():
+            ours, theirs = by_shape(items, MODEL, column.score), by_shape(items, method, column.score)
+            summary = summaries[method][column.score]
+            summary["win_rate_of_model"] = win_rate(ours, theirs, column.higher_is_better)
             summary["model_minus_this"] = summarize(np.subtract(ours, theirs))
     return summaries
 
@@ -118,12 +119,12 @@ def summarize_items(items: list[Item]) -> dict:
 def report(
     items: list[Item], sampling: SamplingConfig, train_split: str, baselines: dict | None, config: ScoreConfig
 ) -> tuple[dict, str]:
-    """The summaries for evaluation.json, and the tables in markdown."""
+    """Return the summaries for evaluation.json, and the tables in markdown."""
     summaries = summarize_items(items)
     made = summaries[MODEL]
     shapes = len({item.name for item in items})
     about = (
-        f"{len(items)} views of {shapes} shapes, none of which was in training; one "
+        f"{len(items)} views of {shapes} shapes, none of them seen in training; one "
         f"sample per view. Structure: {sampling.structure_steps} steps, guidance {sampling.structure_guidance:g}; "
         f"latents: {sampling.latent_steps} steps, guidance {sampling.latent_guidance:g}. Means with 95 % bootstrap "
         f"intervals over shapes; IoU on {config.cells}³ cells; distances in units of the cube [-1,1]³, one voxel is "
@@ -145,25 +146,25 @@ def report(
 
 
 def score_table(summaries: dict) -> str:
-    """Every method's scores."""
+    """A table of every method's scores."""
     rows = [
-        [method, *(format_summary(scores[s], scale, digits) for s, scale, digits, _ in COLUMNS.values())]
+        [method, *(format_summary(scores[c.score], c.scale, c.digits) for c in COLUMNS.values())]
         for method, scores in summaries.items()
     ]
     return markdown_table(["method", *COLUMNS], rows)
 
 
 def win_table(summaries: dict) -> str:
-    """How often the model is better than each baseline."""
+    """A table of how often the model is better than each baseline."""
     rows = []
     for method in METHODS[1:]:
-        cells = [summaries[method][score] for score, *_ in COLUMNS.values()]
+        cells = [summaries[method][column.score] for column in COLUMNS.values()]
         rows.append([method, *(f"{100 * cell['win_rate_of_model']:.0f} %" for cell in cells)])
     return markdown_table(["model better than", *COLUMNS], rows)
 
 
 def source_table(items: list[Item]) -> str:
-    """Volume IoU of the model and the baselines for each source of meshes."""
+    """A table of the volume IoU of the model and the baselines for each source of meshes."""
     rows = []
     for source in sorted({item.source for item in items}):
         group = [item for item in items if item.source == source]
@@ -174,7 +175,7 @@ def source_table(items: list[Item]) -> str:
 
 
 def sheet_of(items: list[Item], samples_per_row: int = 2, cell: int = 128) -> Image.Image | None:
-    """Input, result and truth of the items that have pictures; None where none has."""
+    """Draw input, result and truth of the items that have pictures; None if none has."""
     drawn = [item for item in items if item.pictures]
     if not drawn:
         return None

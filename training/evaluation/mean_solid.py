@@ -1,38 +1,51 @@
-"""The mean shape: the best answer that does not look at the image. A baseline for the evaluation. Imports no torch.
+"""A baseline for the evaluation: the mean shape, the best answer that ignores the image. Imports no torch.
 
-The training shapes' solids are averaged on a coarse grid; the mean is cut at the level whose solid has the highest
-mean IoU with them.
+The solids of the training shapes are averaged on a coarse grid. The mean is cut at the level whose solid has the
+highest mean IoU with them.
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
 
 from d3ds2.meshes.sdf_to_mesh import sdf_to_mesh
-from training.data.shape_files import load_shape, shape_path
+from training.data.shape_files import BLOCK, load_shape, shape_path
 from training.data.symmetry import NUM_SYMMETRIES, inverse, transform_grid
 
-CELLS = 64  # per edge
-LEVELS = 100  # tried for the cut
-STEEPNESS = 5.0  # of the distance-like field around the cut
+CELLS = 64  # per edge of the mean
+LEVELS = 100  # at which the cut is tried
+STEEPNESS = 5.0  # of the field that is meshed, at the cut
+
+
+class MeanSolid(NamedTuple):
+    """The mean of many solids, and where to cut it."""
+
+    mean: np.ndarray  # (CELLS, CELLS, CELLS) float32 in [0, 1]
+    level: float  # at which {mean >= level} has the highest mean IoU with the solids
+    iou: float  # that IoU
 
 
 def solid_cells(block_coords: np.ndarray, values: np.ndarray, resolution: int, cells: int) -> np.ndarray:
-    """Which cells of a coarse grid lie mostly inside: (cells, cells, cells) bool, from the signs of an SDF.
+    """Find the cells of a coarse grid that lie mostly inside an SDF, by its signs: (cells, cells, cells) bool.
 
     Args:
         block_coords: (M,3) stored blocks of 8³ voxels; values (M,8,8,8), negative inside.
-        resolution: R; `cells` must divide it and be a multiple of R / 8.
+        resolution: R, voxels per edge.
+        cells: per edge of the coarse grid; a divisor of R and a multiple of R / 8.
 
-    Blocks that are not stored lie wholly on one side: outside where they reach the border, else on the side of the
-    stored voxels that touch them.
+    Blocks that are not stored lie wholly on one side: outside if they are connected to the border, else on the side of
+    the stored voxels that touch them.
+
+    Raises:
+        ValueError: `cells` does not fit the resolution.
     """
-    edge = resolution // 8
+    edge = resolution // BLOCK
     if resolution % cells or cells % edge:
         raise ValueError(f"expected cells between {edge} and {resolution} that divide {resolution}, got {cells}")
     per_block = cells // edge
-    width = 8 // per_block
+    width = BLOCK // per_block
     side = np.ones((edge, edge, edge), dtype=np.float32)
     row = np.full((edge + 2,) * 3, -1, dtype=np.int64)
     row[tuple(block_coords.T.astype(np.int64) + 1)] = np.arange(len(block_coords))
@@ -43,7 +56,7 @@ def solid_cells(block_coords: np.ndarray, values: np.ndarray, resolution: int, c
         for step in (-1, 1):
             neighbor = np.roll(row, -step, axis=axis)[1:-1, 1:-1, 1:-1]  # the row of the block beyond, or -1
             touching = ~stored & (neighbor >= 0)
-            facing = np.take(values, 0 if step == 1 else 7, axis=axis + 1)[neighbor[touching]]
+            facing = np.take(values, 0 if step == 1 else BLOCK - 1, axis=axis + 1)[neighbor[touching]]
             np.add.at(votes, regions[touching], np.sign(facing).mean(axis=(1, 2)))
     border = np.ones_like(stored)
     border[1:-1, 1:-1, 1:-1] = False
@@ -57,23 +70,22 @@ def solid_cells(block_coords: np.ndarray, values: np.ndarray, resolution: int, c
 
 
 def packed_solid(data_dir: str, resolution: int, name: str) -> np.ndarray:
-    """(CELLS³ / 8,) uint8: the bits of a prepared shape's solid."""
+    """Pack the solid of a prepared shape into bits: (CELLS³ / 8,) uint8."""
     blocks, sdf, _ = load_shape(shape_path(data_dir, resolution, name))
-    cells = max(CELLS, resolution // 8)
+    cells = max(CELLS, resolution // BLOCK)
     solid = solid_cells(blocks, sdf, resolution, cells)
     width = cells // CELLS
     return np.packbits(solid.reshape(CELLS, width, CELLS, width, CELLS, width).mean(axis=(1, 3, 5)) > 0.5)
 
 
-def mean_solid(solids: Iterable[tuple[np.ndarray, list[int]]]) -> tuple[np.ndarray, float, float]:
-    """The mean of solids and where to cut it.
+def mean_solid(solids: Iterable[tuple[np.ndarray, list[int]]]) -> MeanSolid:
+    """Average solids.
 
     Args:
         solids: packed bits of each shape, and the symmetries in which it is seen.
 
-    Returns:
-        mean (CELLS, CELLS, CELLS) float32 in [0,1]; the level at which {mean >= level} has the highest mean IoU with
-        the solids; and that IoU.
+    Raises:
+        ValueError: no solids.
     """
     solids = list(solids)
     if not solids:
@@ -90,7 +102,7 @@ def mean_solid(solids: Iterable[tuple[np.ndarray, list[int]]]) -> tuple[np.ndarr
     mean = sum(transform_grid(total, symmetry) for symmetry, total in enumerate(sums)) / count
     rank = np.floor(mean * LEVELS + 1e-4).astype(np.int64)  # cells of {mean >= i / LEVELS} have rank >= i
     sizes = _at_least(np.bincount(rank.ravel(), minlength=LEVELS + 1))
-    # a moved solid in the mean is the solid in the mean moved back
+    # instead of each solid, the mean is moved: back, by the inverse
     moved_back = [np.ascontiguousarray(transform_grid(rank, inverse(symmetry))) for symmetry in range(NUM_SYMMETRIES)]
     iou = np.zeros(LEVELS + 1)
     for grid, symmetries in grids():
@@ -99,7 +111,7 @@ def mean_solid(solids: Iterable[tuple[np.ndarray, list[int]]]) -> tuple[np.ndarr
             common = _at_least(np.bincount(moved_back[symmetry][grid], minlength=LEVELS + 1))
             iou += common / np.maximum(sizes + size - common, 1)
     best = int(iou[1:].argmax()) + 1
-    return mean, (best - 0.5) / LEVELS, float(iou[best] / count)
+    return MeanSolid(mean, (best - 0.5) / LEVELS, float(iou[best] / count))
 
 
 def _at_least(counts: np.ndarray) -> np.ndarray:
@@ -107,10 +119,10 @@ def _at_least(counts: np.ndarray) -> np.ndarray:
 
 
 def mesh_of_mean(mean: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
-    """The surface where the mean crosses the level: vertices (V,3) in [-1,1], faces (F,3)."""
-    edge = CELLS // 8
+    """Mesh the surface where the mean crosses the level: vertices (V,3) in [-1,1], faces (F,3)."""
+    edge = CELLS // BLOCK
     field = np.clip((level - mean) * STEEPNESS, -1, 1)
-    values = field.reshape(edge, 8, edge, 8, edge, 8).transpose(0, 2, 4, 1, 3, 5).reshape(-1, 8, 8, 8)
+    values = field.reshape([edge, BLOCK] * 3).transpose(0, 2, 4, 1, 3, 5).reshape(-1, BLOCK, BLOCK, BLOCK)
     block_coords = np.stack(np.unravel_index(np.arange(edge**3), (edge,) * 3), axis=1).astype(np.int32)
     mesh = sdf_to_mesh(block_coords, np.ascontiguousarray(values, dtype=np.float32), CELLS)
     return mesh.vertices, mesh.faces

@@ -1,14 +1,14 @@
-"""How near one surface comes to another: chamfer distance, F-score, volume IoU, watertightness, shells.
+"""Chamfer distance, F-score, volume IoU, watertightness and shells of surfaces.
 
-Everything is in units of the cube [-1,1]^3; one voxel of a grid of R is 2/R.
-Distances are from sample points to the triangles themselves, so identical surfaces are at distance 0 however few the
-samples.
+All lengths are in units of the cube [-1,1]³; a voxel of a grid with resolution R has edge 2/R. Distances go from sample
+points to the triangles themselves, so identical surfaces have distance 0 with however few samples.
 
 Sizes:
     V  vertices     F  faces     n  points     k  candidate triangles of a point
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -18,24 +18,24 @@ from scipy.spatial import cKDTree
 from d3ds2.meshes.numba_kernel import kernel
 from d3ds2.meshes.triangle_distance import nearest
 
-SPACING = 0.01  # of the candidates on large triangles
-NEAR = 0.03  # up to this distance the CANDIDATES nearest candidates are tried, beyond it all those of the nearest CELLS
+SPACING = 0.01  # between candidate points on large triangles
+NEAR = 0.03  # closer than this, the nearest CANDIDATES points are tried; farther, all those of the nearest CELLS
 CANDIDATES = 12
-CELL, CELLS = 0.03, 6  # edge of the cells
-COLUMNS = 64  # per axis, in which triangles are looked up by x and y
-COLUMN_OFFSET = (1.37e-7, -0.71e-7)  # in x and y: moves columns off vertices and edges that lie on grid planes
+CELL, CELLS = 0.03, 6  # edge of a cell; number of cells
+COLUMNS = 64  # along x and along y, for finding triangles
+COLUMN_OFFSET = (1.37e-7, -0.71e-7)  # in x and y: keeps columns off vertices and edges on grid planes
 
 
 class Surface:
     """A triangle mesh prepared for comparison.
 
     Args:
-        vertices (V,3), faces (F,3).
-        num_points: points sampled evenly over the area.
+        vertices, faces: (V,3) in [-1,1], (F,3).
+        num_points: number of points sampled uniformly over the area.
         seed: of the sampling.
 
     Raises:
-        ValueError: no triangle with an area.
+        ValueError: the mesh has no area.
     """
 
     def __init__(self, vertices: np.ndarray, faces: np.ndarray, num_points: int = 20_000, seed: int = 0):
@@ -63,16 +63,16 @@ class Surface:
         self._face_in_cell = self._face_of_candidate[order]
 
     def _on_faces(self, faces: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """(n,3): an even random point of each triangle."""
+        """Draw a uniformly random point on each of n faces: (n,3)."""
         u, v = rng.random((2, len(faces), 1))
         u, v = np.where(u + v > 1, 1 - u, u), np.where(u + v > 1, 1 - v, v)
         a, b, c = self.triangles[faces].transpose(1, 0, 2)
         return a + u * (b - a) + v * (c - a)
 
     def distance(self, points: np.ndarray) -> np.ndarray:
-        """(n,) distances of points (n,3) to the nearest triangle."""
+        """Measure the distance (n,) of points (n,3) to the nearest triangle."""
         points = np.ascontiguousarray(points, dtype=np.float64)
-        # a search for many neighbours far away would visit much of the tree
+        # for far points, a search for many neighbours would visit much of the tree
         _, index = self._tree.query(points, CANDIDATES, distance_upper_bound=NEAR)
         out = _distance_to_candidates(points, index, self._face_of_candidate, self.triangles)
         far = np.flatnonzero(index[:, 0] == len(self._face_of_candidate))
@@ -83,7 +83,7 @@ class Surface:
 
 @kernel
 def _distance_to_candidates(points, index, face_of_candidate, triangles):
-    """(n,): from each point to the nearest of the triangles of its own candidates (n,k); inf where it has none."""
+    """Measure (n,) from each point to the nearest triangle of its own candidates (n,k); inf if it has none."""
     out = np.full(len(points), np.inf)
     for i in range(len(points)):
         x, y, z = points[i, 0], points[i, 1], points[i, 2]
@@ -96,7 +96,7 @@ def _distance_to_candidates(points, index, face_of_candidate, triangles):
 
 @kernel
 def _distance_to_cells(points, cells, offsets, face_in_cell, triangles):
-    """(n,): from each point to the nearest triangle in its own cells (n,k)."""
+    """Measure (n,) from each point to the nearest triangle in its own cells (n,k)."""
     out = np.full(len(points), np.inf)
     for i in range(len(points)):
         x, y, z = points[i, 0], points[i, 1], points[i, 2]
@@ -108,9 +108,17 @@ def _distance_to_cells(points, cells, offsets, face_in_cell, triangles):
     return np.sqrt(out)
 
 
+class FScore(NamedTuple):
+    """The shares of two surfaces that lie within a threshold of each other, in [0, 1]."""
+
+    precision: float  # of the result
+    recall: float  # of the truth
+    f1: float  # their harmonic mean
+
+
 @dataclass(frozen=True)
 class SurfaceDistances:
-    """Distances between two surfaces, from samples of each to the other's triangles."""
+    """Distances between two surfaces, from the samples of each to the triangles of the other."""
 
     to_truth: np.ndarray  # (n,) from the result's points
     to_result: np.ndarray  # (n,) from the truth's points
@@ -121,19 +129,19 @@ class SurfaceDistances:
 
     @property
     def chamfer(self) -> float:
-        """CD: the mean distance, averaged over both directions."""
+        """The chamfer distance (CD): the mean distance, averaged over both directions."""
         return float(self.to_truth.mean() + self.to_result.mean()) / 2
 
-    def f_score(self, threshold: float) -> tuple[float, float, float]:
-        """Precision, recall and their harmonic mean F1 in [0, 1]: the parts within `threshold`."""
+    def f_score(self, threshold: float) -> FScore:
+        """Score the samples that lie within `threshold` of the other surface, in units of the cube [-1,1]³."""
         precision, recall = (self.to_truth <= threshold).mean(), (self.to_result <= threshold).mean()
-        return float(precision), float(recall), float(2 * precision * recall / max(precision + recall, 1e-12))
+        return FScore(float(precision), float(recall), float(2 * precision * recall / max(precision + recall, 1e-12)))
 
 
 def solid_grid(vertices: np.ndarray, faces: np.ndarray, cells: int) -> np.ndarray:
-    """Which cell centres of the cube lie inside a closed, outward oriented mesh: (cells, cells, cells) bool, [x,y,z].
+    """Find the cell centres of the cube inside a closed mesh oriented outward: (cells, cells, cells) bool, [x,y,z].
 
-    Inside is where the winding number is positive, counted along z.
+    Inside means a positive winding number, counted along z.
     """
     change = np.zeros((cells, cells, cells + 1), dtype=np.int16)
     _add_crossings(np.asarray(vertices, dtype=np.float64)[faces], cells, change)
@@ -142,7 +150,7 @@ def solid_grid(vertices: np.ndarray, faces: np.ndarray, cells: int) -> np.ndarra
 
 @kernel
 def _add_crossings(triangles, cells, change):
-    """Where columns of cell centres cross triangles: +1 (going in) or -1 (out) at the first centre behind."""
+    """Add +1 (entering) or -1 (leaving) to the first centre behind each crossing of a column and a triangle."""
     for f in range(len(triangles)):
         grid = (triangles[f] + 1.0) * (0.5 * cells) - 0.5  # centres at integers
         grid[:, 0] += COLUMN_OFFSET[0]
@@ -163,13 +171,13 @@ def _add_crossings(triangles, cells, change):
 
 
 def volume_iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two boolean grids; 1 where both are empty."""
+    """Intersection over union of two boolean grids; 1 if both are empty."""
     union = np.count_nonzero(a | b)
     return np.count_nonzero(a & b) / union if union else 1.0
 
 
 def is_watertight(faces: np.ndarray) -> bool:
-    """Whether every edge belongs to exactly two faces, which run along it in opposite directions."""
+    """Whether every edge of faces (F,3) belongs to exactly two of them, which run along it in opposite directions."""
     if len(faces) == 0:
         return False
     start, end = faces[:, [0, 1, 2]].ravel().astype(np.int64), faces[:, [1, 2, 0]].ravel().astype(np.int64)
@@ -179,9 +187,9 @@ def is_watertight(faces: np.ndarray) -> bool:
 
 
 def count_shells(vertices: np.ndarray, faces: np.ndarray) -> tuple[int, int]:
-    """(outer, inner): connected parts of a closed mesh by whether they can be seen from outside.
+    """Count the connected parts of a closed mesh that are visible from outside, and those that are not: (outer, inner).
 
-    Inner are those turned inside out (cavities) and those enclosed by another part.
+    Inner parts are turned inside out (cavities) or enclosed by another part.
     """
     if len(faces) == 0:
         return 0, 0
@@ -190,7 +198,7 @@ def count_shells(vertices: np.ndarray, faces: np.ndarray) -> tuple[int, int]:
         (np.ones(2 * len(faces)), (faces[:, [0, 1]].ravel(), faces[:, [1, 2]].ravel())), (len(vertices),) * 2
     )
     _, label_of_vertex = connected_components(edges, directed=False)
-    _, label = np.unique(label_of_vertex[faces[:, 0]], return_inverse=True)  # (F,); loose vertices do not count
+    _, label = np.unique(label_of_vertex[faces[:, 0]], return_inverse=True)  # (F,); vertices without faces are no part
     triangles = vertices[faces]
     volume = np.bincount(label, np.einsum("fi,fi->f", triangles[:, 0], np.cross(triangles[:, 1], triangles[:, 2])))
     order = np.lexsort((triangles[:, :, 2].max(axis=1), label))
@@ -202,11 +210,12 @@ def count_shells(vertices: np.ndarray, faces: np.ndarray) -> tuple[int, int]:
 
 
 def _columns(triangles: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Triangles by the columns along z that they reach into.
+    """Sort triangles into the columns along z that they reach.
 
     Returns:
-        box (2,2): the corner of the columns in x and y, and the size of one; offsets (COLUMNS² + 1,): where the
-        triangles of each column begin in members, their indices.
+        box (2,2): the corner of all columns in x and y, and the size of one.
+        offsets (COLUMNS² + 1,): where the triangles of each column begin in `members`.
+        members: indices of triangles.
     """
     low, high = triangles[..., :2].min(axis=(0, 1)), triangles[..., :2].max(axis=(0, 1))
     box = np.stack([low, np.maximum(high - low, 1e-12) / COLUMNS])
@@ -223,7 +232,7 @@ def _columns(triangles: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 @kernel
 def _fill_columns(first, last, cursor, members):
-    """Advance the cursor of each column by its triangles and, where `members` has room, write them there."""
+    """Advance the cursor of each column by its triangles; write these to `members`, unless it is empty."""
     for f in range(len(first)):
         for x in range(first[f, 0], last[f, 0] + 1):
             for y in range(first[f, 1], last[f, 1] + 1):
@@ -235,7 +244,7 @@ def _fill_columns(first, last, cursor, members):
 
 @kernel
 def _enclosed(tops, triangles, label, box, offsets, members):
-    """(parts,) bool: whether the highest point of each part has a winding number other than 0 in another part."""
+    """Find the parts whose highest point has a nonzero winding number in another part: (parts,) bool."""
     parts = len(tops)
     out = np.zeros(parts, dtype=np.bool_)
     winding = np.zeros(parts, dtype=np.int64)

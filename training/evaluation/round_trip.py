@@ -1,4 +1,4 @@
-"""How well the SDF VAE keeps a shape: mesh -> SDF -> latents -> SDF -> mesh, scored on a split."""
+"""Round trips through the SDF VAE, mesh -> SDF -> latents -> SDF -> mesh, scored on a split."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
@@ -8,41 +8,42 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from d3ds2.geometry.voxels import Voxels
+from d3ds2.geometry.voxels import BLOCK, Voxels
 from d3ds2.networks.sdf_vae import SDFVAE
 from training.data.datasets import ShapeBatch, active_voxels, pack_shapes, to_device
 from training.data.meshes import MeshEntry
 from training.data.shape_files import load_shape, shape_path
-from training.evaluation.score_tables import format_summary, markdown_table, summarize
+from training.evaluation.score_tables import Column, format_summary, markdown_table, summarize
 from training.evaluation.shape_scores import ScoreConfig, score_round_trip
 
-COLUMNS = {  # heading: (score, scale, digits)
-    "precision": ("precision_voxel", 1, 4),
-    "recall": ("recall_voxel", 1, 4),
-    "F1 @ 1 voxel": ("f1_voxel", 1, 4),
-    "CD ×10³": ("chamfer", 1e3, 2),
-    "volume IoU": ("iou", 1, 4),
-    "to original ×10³": ("original_distance", 1e3, 2),
-    "target to original ×10³": ("original_distance_of_target", 1e3, 2),
+COLUMNS = {
+    "precision": Column("precision_voxel", digits=4),
+    "recall": Column("recall_voxel", digits=4),
+    "F1 @ 1 voxel": Column("f1_voxel", digits=4),
+    "CD ×10³": Column("chamfer", 1e3, 2),
+    "volume IoU": Column("iou", digits=4),
+    "to original ×10³": Column("original_distance", 1e3, 2),
+    "target to original ×10³": Column("original_distance_of_target", 1e3, 2),
 }
+COUNTS = ("watertight", "outer_shells", "true_outer_shells", "inner_shells", "true_inner_shells", "tokens")
 
 
 @torch.no_grad()
 def decode_again(vae: SDFVAE, batch: ShapeBatch) -> list[tuple[np.ndarray, np.ndarray]]:
-    """block_coords (M,3) and SDF values (M,8,8,8) fp16 of each shape, encoded (posterior mean) and decoded."""
+    """Encode shapes (posterior mean) and decode them: block_coords (M,3) and SDF values (M,8,8,8) fp16 of each."""
     mean, _, latent_voxels = vae.encode(*active_voxels(batch))
     return split_blocks(*vae.decode(mean, latent_voxels))
 
 
 def split_blocks(sdf: Tensor, voxels: Voxels) -> list[tuple[np.ndarray, np.ndarray]]:
-    """What `SDFVAE.decode` returns, (512 M, 1) -> block_coords (M,3) int32 and values (M,8,8,8) fp16 of each sample."""
-    values = sdf.view(-1, 8, 8, 8).half().cpu().split(voxels.block_counts)
+    """Split the result (512 M, 1) of `SDFVAE.decode` by sample: block_coords (M,3) int32 and values (M,8,8,8) fp16."""
+    values = sdf.view(-1, BLOCK, BLOCK, BLOCK).half().cpu().split(voxels.block_counts)
     coords = voxels.block_coords[:, 1:].cpu().split(voxels.block_counts)
     return [(c.numpy(), v.numpy()) for c, v in zip(coords, values, strict=True)]
 
 
 def batches_of(names: list[str], tokens: np.ndarray, max_tokens: int) -> Iterator[list[str]]:
-    """Names in order, cut where a batch would exceed `max_tokens`."""
+    """Yield the names in order, in batches of at most `max_tokens`; a larger shape is a batch of its own."""
     batch, size = [], 0
     for name, count in zip(names, tokens.tolist(), strict=True):
         if batch and size + count > max_tokens:
@@ -61,7 +62,7 @@ def round_trips(
     pool: Executor,
     config: ScoreConfig,
 ) -> list[dict]:
-    """Scores of every shape, with its name; meshes are made and compared in the pool while the next batch decodes."""
+    """Score every shape: records with its name. The pool meshes and compares while the next batch is decoded."""
     device = next(vae.parameters()).device
     jobs = {}
     for names in batches:
@@ -73,7 +74,7 @@ def round_trips(
 
 
 def groups_of(scores: list[dict], sources: dict[str, str], entries: dict[str, MeshEntry]) -> dict[str, list[dict]]:
-    """Scores by source and, where the corpus says so, by the defects of the mesh; then all of them."""
+    """Group scores by source and, if the corpus index names them, by defects of the mesh; then all of them."""
     groups = {}
     for source in sorted(set(sources.values())):
         groups[source] = [s for s in scores if sources[s["name"]] == source]
@@ -91,14 +92,14 @@ def groups_of(scores: list[dict], sources: dict[str, str], entries: dict[str, Me
 
 
 def report(groups: dict[str, list[dict]], resolution: int) -> tuple[dict, str]:
-    """The summaries for evaluation.json, and the table."""
+    """Return the summaries for evaluation.json, and the table."""
     summaries, rows = {}, []
     for label, group in groups.items():
-        kept = {name: summarize([s[name] for s in group if name in s]) for name, *_ in COLUMNS.values()}
-        counts = {name: summarize([s[name] for s in group])["mean"] for name in _COUNTS}
+        kept = {c.score: summarize([s[c.score] for s in group if c.score in s]) for c in COLUMNS.values()}
+        counts = {name: summarize([s[name] for s in group])["mean"] for name in COUNTS}
         exact = np.mean([s["outer_shells"] == s["true_outer_shells"] for s in group])
         summaries[label] = kept | counts | {"same_outer_shells": float(exact), "count": len(group)}
-        cells = [format_summary(kept[name], scale, digits) for name, scale, digits in COLUMNS.values()]
+        cells = [format_summary(kept[c.score], c.scale, c.digits) for c in COLUMNS.values()]
         shells = f"{counts['outer_shells']:.2f} / {counts['true_outer_shells']:.2f}"
         rows.append(
             [
@@ -111,11 +112,8 @@ def report(groups: dict[str, list[dict]], resolution: int) -> tuple[dict, str]:
         )
     header = ["meshes", *COLUMNS, "watertight", "outer shells / true", "inner shells"]
     note = (
-        f"Mesh → SDF at {resolution}³ → latents → SDF → mesh, against the mesh of the SDF that went in (the watertight "
-        "outer surface). Means with 95 % bootstrap intervals over meshes. Distances are in units of the cube [-1,1]³, "
-        f"of which one voxel is {2 / resolution:.5f}; CD is the mean of both directions.\n\n"
+        f"Mesh → SDF at {resolution}³ → latents → SDF → mesh, against the mesh of the encoded SDF (the watertight "
+        "outer surface). Means with 95 % bootstrap intervals over meshes. Distances are in units of the cube [-1,1]³; "
+        f"one voxel is {2 / resolution:.5f}. CD is the mean of both directions.\n\n"
     )
     return summaries, "## SDF VAE round trip\n\n" + note + markdown_table(header, rows)
-
-
-_COUNTS = ("watertight", "outer_shells", "true_outer_shells", "inner_shells", "true_inner_shells", "tokens")

@@ -1,14 +1,24 @@
 """Scores of many items -> means with 95 % confidence intervals, and tables of them in markdown."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-RESAMPLES = 4000
+RESAMPLES = 4000  # of the bootstrap
+
+
+class Column(NamedTuple):
+    """A column of a table: which score it shows, and how."""
+
+    score: str
+    scale: float = 1
+    digits: int = 3
+    higher_is_better: bool = True
 
 
 def confidence_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean by the percentile bootstrap; NaN where there is no value."""
+    """Estimate the 95 % interval of the mean by the percentile bootstrap; NaN where there is no value."""
     values = np.asarray(values, dtype=np.float64)
     if len(values) == 0:
         return float("nan"), float("nan")
@@ -18,7 +28,7 @@ def confidence_interval(values: Sequence[float], seed: int = 0) -> tuple[float, 
 
 
 def summarize(values: Sequence[float]) -> dict[str, float | list[float]]:
-    """{"mean", "median", "interval": [low, high], "count"} of the values."""
+    """Return {"mean", "median", "interval": [low, high], "count"} of the values."""
     values = np.asarray(values, dtype=np.float64)
     if len(values) == 0:
         return {"mean": float("nan"), "median": float("nan"), "interval": [float("nan")] * 2, "count": 0}
@@ -31,16 +41,22 @@ def summarize(values: Sequence[float]) -> dict[str, float | list[float]]:
 
 
 def win_rate(ours: Sequence[float], theirs: Sequence[float], higher_is_better: bool = True) -> float:
-    """Part of the items on which we are better; a tie counts half."""
+    """The share of the items on which ours is better; a tie counts half.
+
+    Raises:
+        ValueError: no scores, or not as many of theirs as of ours.
+    """
     ours, theirs = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     if len(ours) != len(theirs) or len(ours) == 0:
-        raise ValueError(f"expected as many scores of ours as of theirs, at least one, got {len(ours)}, {len(theirs)}")
+        raise ValueError(
+            f"expected equally many scores of ours and theirs, at least one, got {len(ours)} and {len(theirs)}"
+        )
     better = ours > theirs if higher_is_better else ours < theirs
     return float(better.mean() + 0.5 * (ours == theirs).mean())
 
 
 def format_summary(summary: dict, scale: float = 1.0, digits: int = 3) -> str:
-    """`0.512 [0.490, 0.533]`; a dash where nothing was measured."""
+    """Write a summary as `0.512 [0.490, 0.533]`: mean and interval; as a dash where nothing was measured."""
     if summary["count"] == 0:
         return "–"
     low, high = (bound * scale for bound in summary["interval"])
@@ -48,10 +64,10 @@ def format_summary(summary: dict, scale: float = 1.0, digits: int = 3) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A pipe table, its first column left-aligned and the others right-aligned.
+    """Write a pipe table; the first column is left-aligned, the others right-aligned.
 
     Raises:
-        ValueError: a row of another length than the header.
+        ValueError: a row is not as long as the header.
     """
     for row in rows:
         if len(row) != len(header):

@@ -1,4 +1,4 @@
-"""A made shape beside the true one, in numbers. Imports no torch: scores are computed in a pool of processes."""
+"""Scores of a result against the true shape. Imports no torch, for the processes of the pool that computes them."""
 
 from dataclasses import dataclass
 
@@ -15,18 +15,18 @@ F_DISTANCE = 0.02  # in [-1,1]: 1 % of the cube's edge, a threshold that does no
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """How shapes are compared."""
+    """Settings for comparing shapes."""
 
     data_dir: str
     resolution: int  # R of the SDF; one voxel is 2/R
     num_points: int = 20_000  # sampled on each surface
     cells: int = 128  # per edge of the grid on which the volume IoU is counted
     seed: int = 0
-    level: float = 0.0  # of the surface in decoded SDFs: the model's
+    level: float = 0.0  # of the surface in decoded SDFs; each model has its own
 
 
 class Shape:
-    """A closed mesh with all that comparisons need. Without faces it is empty, which is a result too, a bad one."""
+    """A closed mesh, prepared for comparison. One without faces is valid: an empty, bad result."""
 
     def __init__(self, vertices: np.ndarray, faces: np.ndarray, config: ScoreConfig):
         self.vertices, self.faces = np.asarray(vertices, dtype=np.float64), np.asarray(faces, dtype=np.int64)
@@ -35,7 +35,7 @@ class Shape:
 
     @classmethod
     def of_blocks(cls, block_coords: np.ndarray, values: np.ndarray, config: ScoreConfig, decoded=False) -> "Shape":
-        """Of SDF blocks (M,3), (M,8,8,8) at `config.resolution`; `decoded` ones are meshed as the pipeline does."""
+        """Mesh SDF blocks (M,3), (M,8,8,8) at `config.resolution`; `decoded` ones as the pipeline does."""
         options = DECODED_OPTIONS | {"level": config.level} if decoded else {"level": 0.0}
         if not (values < options["level"]).any():
             return cls(np.zeros((0, 3)), np.zeros((0, 3)), config)
@@ -46,33 +46,33 @@ class Shape:
 
     @classmethod
     def of_file(cls, name: str, symmetry: int, config: ScoreConfig) -> "Shape":
-        """The prepared shape of that name, moved by the symmetry."""
+        """Mesh the prepared shape of this name, moved by the symmetry."""
         blocks, sdf, _ = load_shape(shape_path(config.data_dir, config.resolution, name), symmetry)
         return cls.of_blocks(blocks, sdf, config)
 
 
 def compare(result: Shape, truth: Shape, config: ScoreConfig) -> dict[str, float]:
-    """Volume IoU, chamfer distance, F1 at `F_DISTANCE`, and precision, recall and F1 at one voxel.
+    """Score a result: volume IoU, chamfer distance, F1 at `F_DISTANCE`; precision, recall and F1 at one voxel.
 
-    An empty result has IoU and F1 of 0, and the chamfer distance that one point in the middle of the cube would have.
+    An empty result has an IoU and F1 of 0. Its chamfer distance is that from the truth to the centre of the cube.
     """
     if result.surface is None:
         nothing = dict.fromkeys(("iou", "f1", "precision_voxel", "recall_voxel", "f1_voxel"), 0.0)
         return nothing | {"chamfer": float(np.linalg.norm(truth.surface.points, axis=1).mean())}
     distances = SurfaceDistances.between(result.surface, truth.surface)
-    precision, recall, f1 = distances.f_score(2 / config.resolution)
+    voxel = distances.f_score(2 / config.resolution)
     return {
         "iou": volume_iou(result.solid, truth.solid),
         "chamfer": distances.chamfer,
-        "f1": distances.f_score(F_DISTANCE)[2],
-        "precision_voxel": precision,
-        "recall_voxel": recall,
-        "f1_voxel": f1,
+        "f1": distances.f_score(F_DISTANCE).f1,
+        "precision_voxel": voxel.precision,
+        "recall_voxel": voxel.recall,
+        "f1_voxel": voxel.f1,
     }
 
 
 def topology(shape: Shape) -> dict[str, float]:
-    """Whether it is watertight (1 or 0), and its outer and inner shells."""
+    """Say whether a shape is watertight (1 or 0), and count its outer and inner shells."""
     outer, inner = count_shells(shape.vertices, shape.faces)
     return {"watertight": float(is_watertight(shape.faces)), "outer_shells": outer, "inner_shells": inner}
 
@@ -80,10 +80,10 @@ def topology(shape: Shape) -> dict[str, float]:
 def score_round_trip(
     name: str, block_coords: np.ndarray, values: np.ndarray, entry: MeshEntry | None, config: ScoreConfig
 ) -> dict[str, float]:
-    """Scores of a decoded SDF against the prepared shape, and against the original mesh where `entry` names it.
+    """Score a decoded SDF (M,3), (M,8,8,8) against the prepared shape, and the original mesh if `entry` is given.
 
-    The prepared surface lies half a voxel and a little outside of the original (`shell` of mesh_to_sdf), so even a
-    perfect result is not at distance 0 from the latter; inner faces of the original are in neither.
+    The prepared surface lies slightly more than half a voxel outside the original (`shell` of mesh_to_sdf), so even a
+    perfect result is not at distance 0 from it. Inner faces of the original are in neither.
     """
     result, truth = Shape.of_blocks(block_coords, values, config, decoded=True), Shape.of_file(name, 0, config)
     scores = compare(result, truth, config) | topology(result) | {"tokens": len(block_coords)}
