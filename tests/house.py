@@ -21,7 +21,7 @@ MAY_IMPORT = {  # wing -> the other wings it may import; d3ds2 stands for the mo
     "d3ds2/kernels": (),
     "d3ds2/geometry": ("kernels",),
     "d3ds2/layers": ("geometry", "kernels"),
-    "d3ds2/networks": NETWORKS,
+    "d3ds2/networks": (*NETWORKS, "storage"),
     "d3ds2/storage": (),
     "d3ds2/meshes": ("storage",),
     "d3ds2/images": (),
