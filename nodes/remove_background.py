@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
@@ -68,7 +68,9 @@ class RemoveBackground(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, image, method, invert_mask, foreground_ratio, mask=None, background_removal=None) -> io.NodeOutput:
+    def execute(
+        cls, image, method, invert_mask, foreground_ratio, mask=None, background_removal: Any = None
+    ) -> io.NodeOutput:
         from ..d3ds2.images.foreground import ImageError, centre_object, cut_out
         from .comfy.pictures import to_images, to_masks, to_pictures
         from .comfy.progress import Progress, run_cancellable
@@ -79,7 +81,7 @@ class RemoveBackground(io.ComfyNode):
         progress = Progress(cls.hidden.unique_id, len(pictures))
         objects = []
         for index, picture in enumerate(pictures):
-            used = _choose(method, picture, masks is not None, background_removal is not None)
+            used = _choose(method, picture, bool(masks), background_removal is not None)
             progress.status(f"picture {index + 1}/{len(pictures)}: {used}")
             with sample(index, len(pictures)):
                 try:
@@ -109,16 +111,16 @@ _ADVICE = {
 }
 
 
-def _masks_for(image: torch.Tensor, mask: torch.Tensor | None, invert: bool, method: str) -> list[Image.Image] | None:
-    """Pictures of mode L, white on the object: one, or one for each image. None where no mask is to be used."""
+def _masks_for(image: torch.Tensor, mask: torch.Tensor | None, invert: bool, method: str) -> list[Image.Image]:
+    """Pictures of mode L, white on the object: one, or one for each image. None of them if no mask is used."""
     from .comfy.pictures import to_masks
 
     if mask is None or method not in ("auto", "mask"):
-        return None
+        return []
     masks = mask[None] if mask.ndim == 2 else mask
     # Load Image gives this for a picture without alpha: it says nothing
     if method == "auto" and masks.shape[1:] == (64, 64) != image.shape[1:3] and not masks.any():
-        return None
+        return []
     if len(masks) not in (1, len(image)):
         raise ValueError(f"expected 1 mask or {len(image)}, one for each image, got {len(masks)}")
     return to_masks(1 - masks if invert else masks)
@@ -126,7 +128,7 @@ def _masks_for(image: torch.Tensor, mask: torch.Tensor | None, invert: bool, met
 
 def _choose(method: str, picture: Image.Image, has_mask: bool, has_model: bool) -> str:
     """The method for a picture. Raises ValueError if it needs what is not connected."""
-    from ..d3ds2.images.foreground import rembg_is_ready
+    from ..d3ds2.images.foreground import alpha_range, rembg_is_ready
 
     if method == "mask" and not has_mask:
         raise ValueError("method is `mask`, and no mask is connected: connect one, or choose `auto`.")
@@ -139,7 +141,7 @@ def _choose(method: str, picture: Image.Image, has_mask: bool, has_model: bool) 
         return method
     if has_mask:
         return "mask"
-    if picture.mode == "RGBA" and picture.getextrema()[3][0] < 255:
+    if picture.mode == "RGBA" and alpha_range(picture)[0] < 255:
         return "alpha"
     if has_model:
         return "model"

@@ -15,8 +15,8 @@ from tests.comfy.installation import SOURCES
 from tests.support.comfy_stand_ins import ComfyUI
 from tests.support.tiny_model import write_model
 
-# What pytest-xdist begins with: long files, so that no worker is left with one at the end. All tests of a real ComfyUI
-# are one part; the second comes after the first and those files, for its cancelled runs must end within a second.
+# pytest-xdist begins with these: long files come first, so that no worker is left with one at the end. All tests of one
+# real ComfyUI are one part; the second part comes after the first and the long files, when the machine is less busy.
 LONG = ("test_triton_versions", "test_training_stages", "test_spatial_sparse_attention_triton", "test_pipeline_stages")
 FIRST, *OTHERS = (f"comfyui-{version}" for version in reversed(SOURCES))
 ORDER = {part: number for number, part in enumerate((FIRST, *LONG, *OTHERS))}
@@ -27,7 +27,7 @@ if not torch.cuda.is_available():
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """--dist loadfile: to one worker goes what shares a file, or a real ComfyUI."""
+    """With --dist loadfile, tests that share a file or a real ComfyUI run in the same worker."""
     if config.getvalue("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadScopeScheduling
@@ -53,7 +53,7 @@ def part_of(nodeid: str) -> str:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
-    """Tests in any order start alike."""
+    """Start every test from the same state, in any order of tests."""
     torch.set_num_threads(1)  # rembg imports numba's OpenMP threads, which change those of torch
     torch.manual_seed(0)
 

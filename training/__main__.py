@@ -18,7 +18,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from training.config import load_config
 from training.data.shape_files import list_shapes
@@ -56,7 +56,7 @@ class Job:
 
     stage: Stage
     arguments: list[str]  # of the script
-    config: object
+    config: Any  # an instance of stage.config_class
 
     @property
     def steps_left(self) -> int | None:

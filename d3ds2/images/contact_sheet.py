@@ -52,7 +52,8 @@ def contact_sheet(
             if picture is not None:
                 _paste(sheet, picture, MARGIN + column * step, top, cell)
         if captions:
-            texts = [captions[index]] if isinstance(captions[index], str) else captions[index]
+            caption = captions[index]
+            texts = [caption] if isinstance(caption, str) else caption
             for place, text in enumerate(texts):
                 left = MARGIN + place * columns * step / len(texts)
                 draw.text((left, top + cell + TEXT_HEIGHT / 2), text, INK, font, anchor="lm")

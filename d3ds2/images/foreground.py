@@ -100,7 +100,7 @@ def cut_out(
         cut.putalpha(mask.convert("L"))
         return _with_foreground(cut, "the mask is empty")
     if method in ("auto", "alpha") and image.mode == "RGBA":
-        least, most = image.getextrema()[3]
+        least, most = alpha_range(image)
         if most == 0:
             raise ImageError("the image is fully transparent")
         if least < 255 or method == "alpha":
@@ -147,6 +147,12 @@ def _rembg(image: Image.Image, name: str | None) -> Image.Image:
     except Exception as error:  # onnxruntime has its own error class for each kind of failure
         reason = " ".join(str(error).split())
         raise ImageError(f"rembg failed with the model {files[present[0]]}: {reason}") from error
+
+
+def alpha_range(image: Image.Image) -> tuple[int, int]:
+    """Return the least and the greatest alpha of an RGBA image, 0 to 255."""
+    alpha = np.asarray(image.getchannel("A"))
+    return int(alpha.min()), int(alpha.max())
 
 
 def rembg_is_ready() -> bool:
@@ -197,7 +203,7 @@ def preprocess(image: Image.Image, size: int = SIZE, margin: float = MARGIN) -> 
     margin = round(margin * size / SIZE)
     rgb = _square(rgb, size, margin, "white", Image.Resampling.BILINEAR)
     mask = _square(mask, size, margin, "black", Image.Resampling.NEAREST)
-    return torch.from_numpy(np.dstack([rgb, mask])).permute(2, 0, 1).contiguous().float() / 255
+    return torch.from_numpy(np.dstack([np.asarray(rgb), np.asarray(mask)])).permute(2, 0, 1).contiguous().float() / 255
 
 
 def centre_object(image: Image.Image, size: int, ratio: float) -> Image.Image:

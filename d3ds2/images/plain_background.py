@@ -28,8 +28,8 @@ def remove_plain_background(image: Image.Image) -> Image.Image | None:
         border is not plain. Alpha is 0 everywhere if nothing stands out.
     """
     scale = min(1.0, WORKING_SIZE / max(image.size))
-    size = tuple(max(1, round(edge * scale)) for edge in image.size)
-    small = image if scale == 1 else image.resize(size, Image.Resampling.BOX)
+    width, height = (max(1, round(edge * scale)) for edge in image.size)
+    small = image if scale == 1 else image.resize((width, height), Image.Resampling.BOX)
     rgb = np.asarray(small, dtype=np.float32)  # (H, W, 3), 0..255
     fitted = _fit_border(rgb)
     if fitted is None:

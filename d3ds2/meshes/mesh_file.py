@@ -1,7 +1,7 @@
 """Write a mesh to a GLB, OBJ, PLY or STL file, whole or not at all; read a mesh from a file of any common kind."""
 
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -83,7 +83,7 @@ def mesh_bytes(kind: str, mesh: Mesh, metadata: dict[str, str | int | float] | N
     exported = trimesh.Trimesh(
         np.asarray(mesh.vertices), np.asarray(mesh.faces), vertex_normals=np.asarray(mesh.normals), process=False
     )
-    arguments = {".stl": {}, ".ply": {"vertex_normal": True}, ".glb": {"include_normals": True}}[kind]
+    arguments: dict[str, Any] = {".stl": {}, ".ply": {"vertex_normal": True}, ".glb": {"include_normals": True}}[kind]
     if kind == ".glb":
         material = trimesh.visual.material.PBRMaterial(baseColorFactor=GREY, metallicFactor=0.0, roughnessFactor=0.8)
         exported.visual = trimesh.visual.TextureVisuals(material=material)

@@ -95,9 +95,10 @@ def read_official_config(file: Path) -> OfficialModel:
         "fine_sdf_vae": _sdf_vae(section["sparse_vae_1024"]),
         "fine_latent_dit": _latent_dit(section["sparse_dit_1024"]),
     }
-    versions = {name: version_of(networks[name]) for name in ("latent_dit", "fine_latent_dit")}
-    if None in versions.values() or len({*versions.values()}) != 1:
-        forms = " and ".join(describe(*_form(networks[name])) for name in versions)
+    transformers: list[LatentDiTConfig] = [networks["latent_dit"], networks["fine_latent_dit"]]
+    version, fine_version = map(version_of, transformers)
+    if version is None or version != fine_version:
+        forms = " and ".join(describe(*_form(transformer)) for transformer in transformers)
         raise OfficialError(f"{file} is neither v1.0 nor v1.1: its sparse transformers have {forms}")
     sampling = SamplingConfig(
         sdf_resolution=LATENT_FACTOR * section["sparse_vae_512"]["resolution"],
@@ -124,7 +125,7 @@ def read_official_config(file: Path) -> OfficialModel:
         }
         for name, entry in (("refiner", "refiner"), ("fine_refiner", "refiner_1024"))
     }
-    return OfficialModel(versions["latent_dit"], networks, refiners, sampling, dense_dit["cond_channels"])
+    return OfficialModel(version, networks, refiners, sampling, dense_dit["cond_channels"])
 
 
 def version_of(config: LatentDiTConfig) -> str | None:

@@ -38,12 +38,12 @@ def object_pictures(images: torch.Tensor) -> list[Image.Image]:
 
     Raises ValueError with what to do where neither shows an object.
     """
-    from ...d3ds2.images.foreground import ImageError, cut_out
+    from ...d3ds2.images.foreground import ImageError, alpha_range, cut_out
 
     pictures = to_pictures(images)
     cut_outs = []
     for index, picture in enumerate(pictures):
-        transparent = picture.mode == "RGBA" and picture.getextrema()[3][0] < 255
+        transparent = picture.mode == "RGBA" and alpha_range(picture)[0] < 255
         with sample(index, len(pictures)):
             try:
                 cut_outs.append(cut_out(picture, method="alpha") if transparent else cut_out(picture, method="plain"))

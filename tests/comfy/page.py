@@ -19,7 +19,7 @@ SECONDS = 60  # for a viewer to load its file
 
 
 def open_template(page: Browser, server: ComfyServer, name: str, nodes: int) -> None:
-    """As from the list of templates, by a user who has been here before; it has this many nodes."""
+    """Open a template as a returning user does from the list, and wait until its `nodes` nodes are there."""
     for setting, value in (("TutorialCompleted", True), ("Workflow.Persist", False)):
         server.post(f"/settings/Comfy.{setting}", value)
     page.call("Page.navigate", url="about:blank")  # what an older page still has to say is not about this one
@@ -42,7 +42,7 @@ def viewer_boxes(page: Browser, count: int) -> list[dict[str, float]]:
 
 
 def press_run(page: Browser, seconds: float) -> None:
-    """Click Run, and wait for the end. Raises PageError unless it is success."""
+    """Click Run and wait for the end. Raises PageError unless the run succeeds."""
     page.js(
         f"window.ends = []; for (const kind of {ENDS})"
         " app.api.addEventListener(kind, event => window.ends.push([kind, event.detail.exception_message]))"
@@ -56,7 +56,7 @@ def press_run(page: Browser, seconds: float) -> None:
 
 
 def wait_for_mesh(page: Browser, index: int, before: np.ndarray) -> None:
-    """Until a viewer shows something solid that is not in `before`, (H, W, 3) of the empty one, and loads no more.
+    """Wait until a viewer shows something solid that is not in `before`, (H, W, 3) of the empty one, and loads no more.
 
     Squares of pixels are compared by their mean: the lines of the grid come and go.
     """

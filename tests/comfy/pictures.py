@@ -1,4 +1,4 @@
-"""Makes the pictures of the templates and of the README, in a real ComfyUI, each after a whole run as shipped.
+"""Make the pictures of the templates and of the README in a real ComfyUI, each after a whole run as shipped.
 
     .venv/bin/python -m tests.comfy.pictures [TEMPLATE ...]
 
@@ -20,7 +20,7 @@ from tests.comfy.workflow_file import WORKFLOWS, read
 VERSION = "0.30.0"
 RUN_SECONDS = 1800
 THUMBNAIL = 400
-EDGE = 10  # pixels of the viewer that it loses
+EDGE = 10  # pixels cut from each side of the viewer
 WINDOW = {"width": 2200, "height": 1250, "deviceScaleFactor": 1, "mobile": False}  # smaller ones leave texts out
 CLOSE_UP = """
 const node = app.graph._nodes.filter(n => n.type === 'Preview3D').at(-1), view = app.canvas.ds;

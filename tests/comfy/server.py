@@ -1,4 +1,4 @@
-"""A ComfyUI server on the loopback, with this pack in its custom_nodes, and what one can ask of it."""
+"""A ComfyUI server on the loopback interface, with this pack in its custom_nodes, and the requests of the tests."""
 
 import json
 import os
@@ -27,7 +27,7 @@ Graph = dict[str, dict[str, Any]]
 
 @dataclass
 class Run:
-    """What the front end hears of a prompt, from its start to its end.
+    """The messages that the front end receives about a prompt, from its start to its end.
 
     messages: (seconds since the post, kind, data); status texts have kind "text", live pictures kind "picture".
     """
@@ -54,12 +54,12 @@ class Run:
 
     @property
     def outputs(self) -> dict[str, dict]:
-        """What nodes show, by node id."""
+        """The outputs that nodes show, by node id."""
         return {data["node"]: data["output"] for data in self.all("executed") if data["output"]}
 
     @property
     def executed(self) -> set[str]:
-        """The nodes that ran, rather than being found in the cache."""
+        """The nodes that ran; the others were found in the cache."""
         return {data["node"] for data in self.all("executing") if data["node"]}
 
 
@@ -126,7 +126,7 @@ class ComfyServer:
         return re.sub(r"\x1b\[\d+m", "", self.log_file.read_text())
 
     def memory(self) -> int:
-        """Bytes of main memory that the server holds."""
+        """Return the resident memory of the server in bytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return 1024 * int(re.search(r"VmRSS:\s+(\d+) kB", status)[1])
 

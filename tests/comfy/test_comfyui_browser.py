@@ -31,7 +31,7 @@ def test_templates_open_run_and_show_their_meshes(comfyui, browser, file):
 
 
 def open_and_compare(comfyui, browser, file):
-    """What the page would post is the prompt that it returns, as the file says."""
+    """Open a template, compare the prompt that the page would post with its file, and return the prompt."""
     workflow = read(file)
     open_template(browser, comfyui, file.stem, len(workflow["nodes"]))
     expected = to_prompt(workflow, comfyui.get("/object_info"))

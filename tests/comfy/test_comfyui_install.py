@@ -1,4 +1,4 @@
-"""What the pack's requirements do to a ComfyUI, and what the registry's own tool says of the pack."""
+"""The pack's requirements replace no package of a ComfyUI, and the registry's own tool accepts the pack."""
 
 import os
 import re

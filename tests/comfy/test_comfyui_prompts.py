@@ -73,7 +73,7 @@ def server(comfyui: ComfyServer) -> ComfyServer:
 
 
 def files_of(server: ComfyServer, run: Run) -> list[Path]:
-    """What the export nodes of a run wrote; none may be hidden in an error."""
+    """The files that the export nodes of a run wrote. The run must have succeeded."""
     assert run.end == "execution_success", run.error
     return [
         server.output / file["subfolder"] / file["filename"]
@@ -88,7 +88,7 @@ def geometry(file: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def asset(file: Path) -> dict:
-    """What a GLB says of its making."""
+    """The `asset` entry of a GLB, which says how it was made."""
     data = file.read_bytes()
     assert data[:4] == b"glTF"
     return json.loads(data[20 : 20 + struct.unpack("<I", data[12:16])[0]])["asset"]
@@ -136,7 +136,7 @@ def test_a_second_run_computes_nothing(server):
     [("seed", 43), ("level", 0.1), ("up_axis", "Z"), ("target_faces", 200), ("keep_largest", True)],
 )
 def test_a_b_a_gives_a_again(server, widget, value):
-    """What is in the cache was not changed by what read it."""
+    """Nodes leave the cached results that they read unchanged."""
     runs = [server.run(graph(**changed)) for changed in ({"seed": 42}, {"seed": 42, widget: value}, {"seed": 42})]
     a, b, again = (geometry(files_of(server, run)[0]) for run in runs)
     assert np.array_equal(a[0], again[0]) and np.array_equal(a[1], again[1])

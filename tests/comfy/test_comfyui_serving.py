@@ -1,4 +1,4 @@
-"""A real ComfyUI with the pack in custom_nodes: what it serves, before any prompt."""
+"""The nodes, texts and templates that a real ComfyUI serves with the pack in custom_nodes, before any prompt."""
 
 import json
 import urllib.request
@@ -34,7 +34,7 @@ def nodes(comfyui: ComfyServer) -> dict:
 
 
 def test_every_node_is_ours(nodes):
-    """A core node of the same id would win, and ours be dropped without a word."""
+    """ComfyUI silently drops a node of ours whose id a core node has."""
     ours = {key: info for key, info in nodes.items() if info["python_module"] == MODULE}
     assert {key: info["display_name"] for key, info in ours.items()} == IDS
     assert {info["category"] for info in ours.values()} == {"3d/direct3d-s2"}
@@ -66,7 +66,7 @@ def test_translations_name_every_socket(comfyui, nodes, language):
 
 
 def test_the_start_is_silent(comfyui):
-    """ComfyUI's own line is all that the log says of the pack. How little it imports, test_nodes_schema.py counts."""
+    """The log has one line about the pack: ComfyUI's own. test_nodes_schema.py tests which modules are imported."""
     beginning = comfyui.log.split("Starting server")[0]
     about_us = [line for line in beginning.splitlines() if PACK_NAME.lower() in line.lower()]
     assert len(about_us) == 1 and "seconds" in about_us[0] and "IMPORT FAILED" not in about_us[0], about_us

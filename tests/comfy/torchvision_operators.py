@@ -1,4 +1,4 @@
-"""Declares the operators of torchvision before it is imported; a .pth in site-packages of the test ComfyUI runs it.
+"""Declare the operators of torchvision before it is imported; a .pth in site-packages of the test ComfyUI runs it.
 
 PyPI has torchvision for CUDA only. Beside a CPU torch its compiled half cannot load, and its Python half then fails
 where it describes operators that nobody declared. ComfyUI needs the Python half alone.
@@ -14,7 +14,7 @@ OPERATORS = (
 
 
 class DeclareBeforeImport(MetaPathFinder):
-    """Finds nothing; torch is imported only when somebody asks for torchvision."""
+    """A finder that finds nothing: it imports torch only when torchvision is imported."""
 
     library = None
 

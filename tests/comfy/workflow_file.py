@@ -54,7 +54,7 @@ def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> Graph:
 
 
 def nodes_of(prompt: Graph, class_type: str) -> list[str]:
-    """Their ids."""
+    """The ids of the nodes of a class."""
     return [key for key, node in prompt.items() if node["class_type"] == class_type]
 
 

@@ -34,7 +34,7 @@ def sphere_voxels(radii, resolution):
 
 
 def randomised(model):
-    """Zero-initialised layers would hide errors."""
+    """Add noise to all parameters: layers initialised with zeros would hide errors."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -47,7 +47,7 @@ def relative_error(actual, expected):
 
 
 def check_network(model, run, tolerance=1e-4, half_tolerance=5e-2):
-    """`run(model, device)` gives one tensor: fp32 outputs and gradients agree, bf16 autocast comes close."""
+    """Compare CPU and GPU by `run(model, device)`, one tensor: in fp32 with gradients, and loosely in bf16 autocast."""
     model = randomised(model)
     twin = copy.deepcopy(model).cuda()
     expected, actual = run(model, "cpu"), run(twin, "cuda")
@@ -169,7 +169,7 @@ def test_latent_dit(encoder, images, pooled_conv, sparse_context):
         context_size=64,
         compression_block=4 if pooled_conv else 8,
         pooled_conv=pooled_conv,
-        top_k=64,  # every block: near ties between blocks would be decided by rounding
+        top_k=64,  # every block, since rounding would decide near ties
         sparse_context=sparse_context,
     )
     voxels = sphere_voxels([5, 0, 7.5], 32)

@@ -22,7 +22,7 @@ def decode(png: torch.Tensor) -> Image.Image:
 
 
 def sha256(tensor: torch.Tensor) -> str:
-    """Of the samples as bytes, channels first."""
+    """Hash the samples as bytes, channels first."""
     return hashlib.sha256((tensor * 255).round().to(torch.uint8).numpy().tobytes()).hexdigest()
 
 
@@ -45,7 +45,7 @@ def test_preprocess_is_exact(name):
     ],
 )
 def test_preprocess_keeps_its_bits(width, height, expected):
-    """What it made of a picture without licence when it was exact on those of the official code."""
+    """Hashes for a picture of our own, recorded when the pictures of the official code came out exactly."""
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     squares = (20 * x - 9 * width) ** 2 * height**2 + (20 * y - 11 * height) ** 2 * width**2  # of an ellipse
     alpha = np.clip(255 - 255 * (squares - 30 * (width * height) ** 2) // (20 * (width * height) ** 2), 0, 255)

@@ -30,7 +30,7 @@ def network(data: Golden) -> Refiner | SignRefiner:
 
 
 def record(model: Refiner | SignRefiner) -> dict[str, torch.Tensor]:
-    """What the parts of a network give, by the names of the parity files, once it has run."""
+    """Record the outputs of the parts of a network, by the names of the parity files, when it runs."""
     results = {}
     parts = {f"unet_down{i}": blocks[-1] for i, blocks in enumerate(model.unet.down_blocks)}
     parts |= {f"unet_down{i}": block for i, block in enumerate(model.unet.downsamples)}  # a level ends at the next

@@ -108,7 +108,7 @@ class MESH:
 
 
 class PaddedMESH:
-    """As 0.21 and newer have it."""
+    """The MESH of ComfyUI 0.21 and newer."""
 
     def __init__(self, vertices, faces, uvs=None, vertex_counts=None, face_counts=None):
         self.vertices, self.faces, self.uvs = vertices, faces, uvs
@@ -128,7 +128,7 @@ class InterruptProcessingException(BaseException):
 
 
 class ModelPatcher:
-    """Moves whole modules, as a ComfyUI without patches does."""
+    """A patcher that moves whole modules, as ComfyUI does without patches."""
 
     def __init__(self, model, load_device, offload_device):
         self.model, self.load_device, self.offload_device = model, load_device, offload_device
@@ -138,7 +138,7 @@ class ModelPatcher:
         self.callbacks.setdefault(call_type, []).append(callback)
 
     def detach(self, unpatch_all=True):
-        """Leaves everything where it is, as ModelPatcherDynamic does with parameters beside submodules."""
+        """Leave everything in place, as ModelPatcherDynamic does with parameters beside submodules."""
         for callback in self.callbacks.get("on_detach_after", []):
             callback(self, unpatch_all)
 

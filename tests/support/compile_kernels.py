@@ -1,4 +1,4 @@
-"""Compile the kernels of the latent DiT for an H100/H200, without a GPU: python tests/compile_kernels.py
+"""Compile the kernels of the latent DiT for an H100/H200, without a GPU: python tests/support/compile_kernels.py
 
 The interpreter accepts what the compiler rejects. Sizes are those of the latent DiT: 2 x 16 heads of 32 channels.
 """
@@ -48,7 +48,7 @@ COMPRESSION |= dict.fromkeys(["N", "M", "B", "S", "SIZE", "SLICE"], "i32")
 
 
 def compile_kernel(kernel, constants: dict, num_warps: int, num_stages: int = 2, types: dict | None = None) -> None:
-    """`types` of arguments, where those of attention do not hold."""
+    """Compile a kernel for HOPPER; `types` are those of arguments which differ from attention's."""
     signature, values, attributes = {}, {}, {}
     types = types or {}
     for i, name in enumerate(kernel.arg_names):
@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def compile_compression() -> None:
-    """Two tensors of 64 channels in 32 groups."""
+    """Compile the kernels of compression for two tensors of 64 channels in 32 groups."""
     tiles = {"C": 64, "G": 32, "BLOCK_N": 64, "BLOCK_C": 64}
     merging = {"C": 64, "G": 32, "J": 2, "BLOCK_T": 128, "BLOCK_G": 8, "BLOCK_J": 2}
     for kernel in (group_norm._merge_statistics_kernel, group_norm._merge_sums_kernel):
@@ -136,7 +136,7 @@ def compile_compression() -> None:
 
 
 def compile_modulation() -> None:
-    """In half precision, and the mixture of training: h and the results float32, parameters and x bfloat16."""
+    """Compile in half precision, and in the mixture of training: h and results float32, parameters and x bfloat16."""
     offsets = dict.fromkeys(["offsets", "tile_offsets", "tile_samples"], "*i32")
     offsets |= dict.fromkeys(["N", "B", "STRIDE", "SHIFT_STRIDE", "SCALE_STRIDE"], "i32") | {"partial": "*fp32"}
     parameters = dict.fromkeys(["shift", "scale", "gate", "x", "dx"], "*bf16")
@@ -158,7 +158,7 @@ def selection_tiles() -> tuple:
 
 
 def named(kernel, constants: dict) -> dict:
-    """Those of the constants that the kernel takes."""
+    """Return the constants that the kernel takes."""
     return {name: value for name, value in constants.items() if name in kernel.arg_names}
 
 

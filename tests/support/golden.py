@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ROOT / "tests" / "data" / "parity"  # what a clone holds of the collection
+SMALL = ROOT / "tests" / "data" / "parity"  # the part of the collection that a clone holds
 
 
 def parity_folder() -> Path:
-    """The folder to read; one that is named and absent is an error, never a skip."""
+    """Return the folder to read. If D3DS2_PARITY names a folder that is absent, that is an error, never a skip."""
     if named := os.environ.get("D3DS2_PARITY"):
         if not Path(named).is_dir():
             raise FileNotFoundError(f"D3DS2_PARITY names {named}, which is not a folder")
@@ -73,7 +73,7 @@ def over(*patterns: str, holding: str = "") -> Callable:
 
 
 def beside(name: str, part: str) -> str:
-    """The file that goes with another: with "_grads" `ssa_v10` is `ssa_v10_grads`, `ssa_v10_b` is `ssa_v10_grads_b`."""
+    """Find the file beside another: with "_grads" `ssa_v10` is `ssa_v10_grads`, `ssa_v10_b` is `ssa_v10_grads_b`."""
     stem, _, rest = name.partition("_v1")
     candidates = [f"{name}{part}", f"{stem}_v1{rest[:1]}{part}{rest[1:]}"]
     return next(found for found in candidates if found in available(found))
@@ -129,7 +129,7 @@ def released_shapes(version: str, file: str, part: str) -> dict[str, list[int]]:
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float, name: str = "") -> None:
-    """Largest error over the rms of the expected values, the measure of the parity README."""
+    """Compare the largest error over the rms of the expected values, the measure of the parity README."""
     assert actual.shape == expected.shape, f"{name}: got {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     rms = expected.double().square().mean().sqrt().clamp(min=1e-30)
     error = ((actual.double() - expected.double()).abs().max() / rms).item()
