@@ -9,7 +9,6 @@ ComfyUI does with the nodes is tested in tests/comfy.
 import importlib.util
 import io
 import sys
-import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,7 +165,7 @@ class ComfyUI:
     ):
         self.folder, self.device = folder, torch.device(device)
         self.progress, self.texts, self.loads = [], [], []
-        self.interrupt_at, self.cancel_points, self.interrupted_since = None, 0, None
+        self.interrupt_at, self.cancel_points = None, 0
         self.total_memory = 64 << 30
         self.supports = {torch.float32} if device == "cpu" else {torch.bfloat16, torch.float16}
         self.arguments = SimpleNamespace(disable_metadata=False)
@@ -208,7 +207,6 @@ class ComfyUI:
     def check_interrupt(self) -> None:
         self.cancel_points += 1
         if self.interrupt_at is not None and self.cancel_points >= self.interrupt_at:
-            self.interrupted_since = self.interrupted_since or time.monotonic()
             raise InterruptProcessingException
 
     @staticmethod
