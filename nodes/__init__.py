@@ -5,8 +5,7 @@ Importing this package imports no network, no numba and no transformers: a node 
 
 from comfy_api.latest import ComfyExtension, io
 
-from .comfy.example_pictures import place_example_pictures
-from .comfy.folders import register_model_folder
+from .comfy.folders import place_example_pictures, register_model_folder
 from .load_model import LoadD3DS2Model
 from .mesh_export import MeshExport
 from .remove_background import RemoveBackground

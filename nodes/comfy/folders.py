@@ -1,19 +1,24 @@
-"""Where model folders lie: `models/direct3d_s2/<name>`, and where extra_model_paths.yaml says; `tiny` is shipped.
+"""ComfyUI's folders: where models are found, and where the pictures of the shipped workflows go.
 
-A model folder holds config.json and one .safetensors file for each network; see d3ds2/checkpoint.py.
+Models lie in `models/direct3d_s2/<name>` and where extra_model_paths.yaml says; `tiny` is shipped. A model folder holds
+config.json and one .safetensors file for each network; see d3ds2/storage/model_folder.py.
 """
 
 import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import folder_paths
 
+ROOT = Path(__file__).parents[2]
 FOLDER = "direct3d_s2"
 TINY = "tiny"
+PICTURE_PREFIX = "d3ds2_"
 
 
 def register_model_folder() -> None:
-    """Tell ComfyUI of `models/direct3d_s2`; paths that extra_model_paths.yaml gave before stay, and stay first."""
+    """Add `models/direct3d_s2` to ComfyUI's model paths, after those that extra_model_paths.yaml already gave."""
     folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
     folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")  # what the front end lists as its models
 
@@ -28,15 +33,29 @@ def model_names() -> list[str]:
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a model. Raises ValueError with what to do when there is none of that name."""
+    """The folder of a model. Raises ValueError with advice where no folder has that name."""
     roots = [Path(root) for root in folder_paths.get_folder_paths(FOLDER)]
     inside = name and not Path(name).is_absolute() and ".." not in Path(name).parts
     for root in roots:
         if inside and (root / name / "config.json").is_file():
             return root / name
     if name == TINY:
-        return Path(__file__).parents[2] / "d3ds2" / "weights" / TINY
+        return ROOT / "d3ds2" / "weights" / TINY
     raise ValueError(
         f"no model folder {name!r}: expected {roots[0] / name} with config.json and its .safetensors files. "
         f"Put the folder there and press R in ComfyUI, or choose one of {', '.join(model_names())}."
     )
+
+
+def place_example_pictures() -> None:
+    """Copy workflows/*.png, which the workflows open with, into ComfyUI's input folder; existing files stay.
+
+    An input folder that cannot be written is left alone: the workflows then ask for a picture.
+    """
+    folder = Path(folder_paths.get_input_directory())
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        for picture in (ROOT / "workflows").glob("*.png"):
+            target = folder / (PICTURE_PREFIX + picture.name)
+            if not target.exists():
+                shutil.copyfile(picture, target)

@@ -143,7 +143,7 @@ def test_the_pictures_of_the_workflows_are_placed_once(comfy):
     folder = comfy.folder / "input"
     pictures = {f"d3ds2_{file.name}": file.read_bytes() for file in (ROOT / "workflows").glob("*.png")}
     assert pictures and {file.name: file.read_bytes() for file in folder.iterdir()} == pictures
-    module, name = comfy.module("nodes.comfy.example_pictures"), min(pictures)
+    module, name = comfy.module("nodes.comfy.folders"), min(pictures)
     (folder / name).write_bytes(b"the user's own")
     module.place_example_pictures()
     assert (folder / name).read_bytes() == b"the user's own"
@@ -151,7 +151,7 @@ def test_the_pictures_of_the_workflows_are_placed_once(comfy):
 
 def test_an_input_folder_that_cannot_be_written_stops_nothing(comfy, monkeypatch):
     monkeypatch.setattr("folder_paths.get_input_directory", lambda: "/proc/nothing")
-    comfy.module("nodes.comfy.example_pictures").place_example_pictures()
+    comfy.module("nodes.comfy.folders").place_example_pictures()
 
 
 def test_the_model_folder_is_known_and_older_paths_stay_first(comfy):
@@ -185,27 +185,26 @@ def test_a_changed_model_file_changes_the_fingerprint(comfy):
     assert fingerprint("changing", "auto") != before
 
 
-def test_start_up_is_quick_and_quiet_and_imports_nothing_heavy():
+def test_start_up_is_quiet_and_imports_nothing_heavy():
     """In a process of its own, in which torch is imported already, as in ComfyUI."""
     program = """
-import sys, tempfile, time, json
+import sys, tempfile, json
 from pathlib import Path
 import numpy, torch, PIL.Image
 from tests.support.comfy_stand_ins import ComfyUI
-before, started = set(sys.modules), time.process_time()
+before = set(sys.modules)
 comfy = ComfyUI(Path(tempfile.mkdtemp()))
 for node in comfy.nodes.values():
     node.define_schema()
-seconds = time.process_time() - started
-print(json.dumps([seconds, sorted(set(sys.modules) - before)]))
+print(json.dumps(sorted(set(sys.modules) - before)))
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stderr == ""
-    seconds, modules = json.loads(done.stdout)
-    assert seconds < 0.5
-    heavy = {"transformers", "numba", "scipy", "trimesh", "safetensors", "triton", "spconv", "rembg", "onnxruntime"}
-    assert not heavy & {name.split(".")[0] for name in modules}
-    assert not [name for name in modules if ".d3ds2." in name]
+    modules = json.loads(done.stdout)
+    heavy = {"transformers", "numba", "scipy", "skimage", "trimesh", "fast_simplification", "safetensors", "triton"}
+    heavy |= {"spconv", "rembg", "onnxruntime", "embreex", "torchvision", "torch._dynamo", "torch._inductor"}
+    assert not heavy & {part for name in modules for part in (name, name.split(".")[0])}
+    assert not [name for name in modules if ".d3ds2" in name]
 
 
 def test_an_install_replaces_nothing_that_comfyui_brings():

@@ -1,0 +1,58 @@
+"""Every example runs from a clone, small: its command is the one its docstring names."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trimesh
+
+from d3ds2.storage.model_folder import NETWORKS, network_names
+from tests.support.tiny_model import draw_object
+from tests.support.training_data import R, write_meshes
+from tests.training.test_training_stages import CONFIGS
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SHAPES = f"resolutions = [{R}]\nworkers = 1\n"
+SCRIPTS = ("train_vae", "train_structure_vae", "train_structure_dit", "train_dit")
+VIEWS = "views = 2\nsize = 64\nsupersample = 1\nworkers = 1\n"
+
+
+def run(name: str, folder: Path, *arguments: str) -> str:
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.py")), ids=lambda file: file.stem)
+def test_an_example_is_short_and_names_its_command(file):
+    text = file.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 60 and f"\npython examples/{file.name} " in text.replace("    python", "python")
+    assert f"def test_{file.stem}" in Path(__file__).read_text(encoding="utf-8")
+
+
+def test_image_to_mesh(tmp_path):
+    draw_object().save(tmp_path / "picture.png")
+    assert "faces" in run("image_to_mesh", tmp_path, "picture.png", "mesh.glb", "2")
+    assert len(trimesh.load(tmp_path / "mesh.glb", force="mesh").faces) > 100
+
+
+def test_mesh_to_sdf_and_back(tmp_path):
+    trimesh.creation.torus(1.0, 0.35).export(tmp_path / "torus.obj")
+    assert "blocks" in run("mesh_to_sdf_and_back", tmp_path, "torus.obj", "closed.glb", "64")
+    assert trimesh.load(tmp_path / "closed.glb", force="mesh").is_watertight
+
+
+def test_attention_on_your_voxels(tmp_path):
+    assert "out (" in run("attention_on_your_voxels", tmp_path, "16")
+
+
+def test_train_on_a_folder(tmp_path):
+    write_meshes(tmp_path / "meshes")
+    for name, text in (CONFIGS | {"shapes": SHAPES, "views": VIEWS}).items():
+        text = text.format(name=name).replace("runs/", f"{tmp_path}/runs/")
+        (tmp_path / f"small_{name}.toml").write_text(text)
+    runs = [f"{script}.run.out_dir={tmp_path}/runs/{script}" for script in SCRIPTS]
+    out = run("train_on_a_folder", tmp_path, "meshes", "mine", f"configs={tmp_path}/small", *runs)
+    assert "trained: python -m d3ds2" in out and network_names(tmp_path / "mine") == set(NETWORKS)
