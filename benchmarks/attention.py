@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.structures import ragged_batch, real_voxels, surface_voxels  # noqa: E402
+from d3ds2.geometry.attention_plan import attention_plan  # noqa: E402
 from d3ds2.geometry.voxels import Voxels  # noqa: E402
 from d3ds2.kernels.block_scores_triton import select_blocks_triton  # noqa: E402
 from d3ds2.kernels.packed_attention import _varlen  # noqa: E402
@@ -38,7 +39,7 @@ from d3ds2.kernels.ragged_attention_triton import (  # noqa: E402
 )
 from d3ds2.kernels.selection_attention_triton import pairs_by_block, select_backward, select_forward  # noqa: E402
 from d3ds2.kernels.spatial_sparse_attention_triton import COMPRESSION, WINDOW, spatial_attention_triton  # noqa: E402
-from d3ds2.layers.spatial_sparse_attention import SpatialSparseAttention, attention_plan  # noqa: E402
+from d3ds2.layers.spatial_sparse_attention import SpatialSparseAttention  # noqa: E402
 
 H, HK, D = 32, 2, 32
 FORMS = [(8, False, 8), (8, False, 32), (4, True, 8), (4, True, 32)]  # compression block, pooled convolution, top-k

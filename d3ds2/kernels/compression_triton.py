@@ -1,4 +1,4 @@
-"""Compression of keys and values together, in Triton; the definition is `compress` in ../spatial_sparse_attention.py.
+"""Compression of keys and values together, in Triton; the definitions are in compression.py.
 
 Keys and values are two tensors of one launch. What the definition rounds between two operations of one launch stays
 fp32 here.
@@ -8,43 +8,18 @@ Sizes named in this file:
     Nc  cells      G  groups of channels
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .compression import Cells
 from .gather_conv_triton import gather_convs, gather_convs_gradients
 from .group_norm_triton import Pooled, group_norm_apply, group_norm_backward, group_norm_statistics, silu_gradient
-from .ragged import Ragged
 from .segment_sum_triton import segment_sum_triton
 
 MAX_BLOCK_N, MAX_BLOCK_C = 64, 64  # rows and channels at a time
-
-
-@dataclass(frozen=True, eq=False)
-class Cells:
-    """What compression must know of the voxels.
-
-    Args:
-        samples, coarse_samples: tokens and cells of each sample.
-        tokens: tokens of each cell.
-        parent: cell of each token, (N,) long.
-        coords: of the cells, (Nc, 4) int32 [batch, x, y, z].
-        neighbors: of the cells, (27, Nc) int32.
-        places, place: tokens at each of the c³ places in a cell, and the place of each token, (N,) long.
-    """
-
-    samples: Ragged
-    coarse_samples: Ragged
-    tokens: Ragged
-    parent: Tensor
-    coords: Tensor
-    neighbors: Tensor
-    places: Ragged
-    place: Tensor
 
 
 @triton.jit

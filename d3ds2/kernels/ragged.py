@@ -1,4 +1,4 @@
-"""Ragged of rows: which queries a kernel of attention pairs with which keys.
+"""Rows cut into segments: which queries a kernel of attention pairs with which keys.
 
 Sizes named in this file:
     S  runs of queries      M  runs of keys      H  key/value heads
@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .devices import HAS_TRITON
+from .devices import on_triton
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +19,7 @@ class Ragged:
 
     `offsets` is (S + 1,) int32, `total` bounds the length of the list from above, and `ids` (int32) is None where the
     list is 0, 1, 2, …; `longest` is the length of the longest run, where it is known on the host.
+    `known_lengths` are the lengths of all runs, where the host knows them.
     """
 
     offsets: Tensor
@@ -48,6 +49,11 @@ class Ragged:
         """The length of each segment, 1 where it is empty: (S, 1) int32, to make means of sums."""
         return self.offsets.diff().clamp(min=1)[:, None]
 
+    @cached_property
+    def inverse(self) -> Tensor:
+        """The position of each row in `ids`, (N,) long."""
+        return self.ids.argsort()
+
     def tiles(self, size: int) -> tuple[Tensor, Tensor]:
         """Cut the runs into tiles of at most `size`, without asking the device how many there are.
 
@@ -56,7 +62,7 @@ class Ragged:
         """
         if size not in self._tiles:
             capacity = self.total // size + len(self)
-            if self.offsets.is_cuda and HAS_TRITON:
+            if on_triton(self.offsets):
                 from .ragged_triton import cut_triton
 
                 self._tiles[size] = cut_triton(self.offsets, size, capacity)
@@ -87,7 +93,7 @@ class AttentionSegments:
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """What the three branches of spatial sparse attention attend to; it follows from the voxels alone.
+    """The rows that the three branches of spatial sparse attention pair; they follow from the voxels alone.
 
     Args:
         samples: tokens of each sample.
@@ -99,6 +105,7 @@ class AttentionPlan:
         max_blocks: most blocks in a sample.
         block_order: the blocks of each sample, first those with most compressed tokens, (M,) int32; None where every
             block has one.
+        block_counts: blocks of each sample, on the host; only the definition reads them.
     """
 
     samples: Ragged
@@ -109,3 +116,12 @@ class AttentionPlan:
     sample_blocks: Tensor
     max_blocks: int
     block_order: Tensor | None = None
+    block_counts: list[int] | None = None
+
+    @cached_property
+    def block_of_compressed(self) -> Tensor:
+        """The selection block of each compressed token, (Nc,) long."""
+        children = self.children
+        numbers = torch.arange(len(children), device=children.offsets.device)
+        blocks = torch.repeat_interleave(numbers, children.offsets.diff())
+        return blocks if children.ids is None else blocks[children.inverse]

@@ -124,7 +124,7 @@ def spatial_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, compressed_k: Tensor, compressed_v: Tensor, gates: Tensor, branches: AttentionPlan,
     top_k: int, scale: float,
 ) -> Tensor:  # fmt: skip
-    """Same contract as `attend` of spatial_sparse_attention.py, differentiable in the first six."""
+    """The same contract as `attend` of spatial_sparse_attention.py, differentiable in the first six."""
     if len(q) == 0:
         return torch.zeros_like(q)
     inputs = (x.contiguous() for x in (q, k, v, compressed_k, compressed_v))

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from benchmarks.structures import surface_voxels
+from d3ds2.geometry.attention_plan import attention_plan
 from d3ds2.geometry.voxels import Voxels
 from d3ds2.kernels.selection_attention import selection_attention, selection_attention_reference
-from d3ds2.layers.spatial_sparse_attention import SpatialSparseAttention, attend, attention_plan
+from d3ds2.kernels.spatial_sparse_attention import attend
+from d3ds2.layers.spatial_sparse_attention import SpatialSparseAttention
 
 pytestmark = pytest.mark.gpu
 H, G, D = 2, 16, 32
@@ -109,7 +111,7 @@ def test_fused_branches_match_those_apart(c, shift):
     weight = torch.randn(N, H * G, D, device="cuda").bfloat16()
     from d3ds2.kernels.spatial_sparse_attention_triton import spatial_attention_triton
 
-    definition = lambda *x: attend(*x, top_k, voxels, c, 8, shift)  # noqa: E731
+    definition = lambda *x: attend(*x, attention_plan(voxels, c, 8, shift), top_k)  # noqa: E731
     exact = outputs_and_gradients(definition, inputs, weight, torch.float32)
     same = outputs_and_gradients(definition, inputs, weight, torch.bfloat16)
     branches = attention_plan(voxels, c, 8, shift)

@@ -5,13 +5,20 @@ import copy
 import pytest
 import torch
 
-from d3ds2.kernels import gather_conv_triton
+from d3ds2.kernels import compression, gather_conv_triton
+from d3ds2.layers import spatial_sparse_attention
 from d3ds2.layers.spatial_sparse_attention import SpatialSparseAttention
 from tests.kernels.test_group_norm import nan_in_what_is_not_written  # noqa: F401 (a fixture)
 from tests.support.random_voxels import random_voxels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU in Triton's interpreter, see conftest.py
 NAMES = ["compressed k", "compressed v", "dk", "dv"]
+
+
+@pytest.fixture(autouse=True, params=["kernels", "definitions"])
+def form(request, monkeypatch):
+    """Run `compress_together` by the kernels, on a CPU in Triton's interpreter, and by their definitions in torch."""
+    monkeypatch.setattr(compression, "half_on_triton", lambda x: request.param == "kernels")
 
 
 @pytest.fixture(autouse=True)
@@ -46,10 +53,17 @@ def outputs_and_gradients(module, function, k, v, seed=0):
     return {name: tensor.detach().cpu() for name, tensor in named.items()}
 
 
+def by_modules(module, k, v, voxels):
+    """The layers of `compress`, keys and values apart, whatever the device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spatial_sparse_attention, "compresses_together", lambda k: False)
+        return module.compress(k, v, voxels)
+
+
 def run_kernels(module, voxels, k, v, dtype):
     twin, voxels = copy.deepcopy(module).to(DEVICE, dtype), voxels.to(DEVICE)
     return outputs_and_gradients(
-        twin, lambda k, v: twin.compress_in_triton(k, v, voxels), k.to(DEVICE, dtype), v.to(DEVICE, dtype)
+        twin, lambda k, v: twin.compress_together(k, v, voxels), k.to(DEVICE, dtype), v.to(DEVICE, dtype)
     )
 
 
@@ -59,7 +73,7 @@ def run_kernels(module, voxels, k, v, dtype):
 )
 def test_results_and_gradients(c, counts, heads, head_dim):
     module, voxels, k, v = make_case(counts, heads, head_dim, c, torch.float32)
-    expected = outputs_and_gradients(module, lambda k, v: module.compress(k, v, voxels), k, v)
+    expected = outputs_and_gradients(module, lambda k, v: by_modules(module, k, v, voxels), k, v)
     actual = run_kernels(module, voxels, k, v, torch.float32)
     for name, e in expected.items():
         scale = e.abs().max().clamp(min=1e-3 if len(voxels) > 1 else 10)  # of one token, its gradients are nearly zero
@@ -73,10 +87,10 @@ HALF = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]  
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_precision_is_no_worse_than_the_definition(dtype, c):
     module, voxels, k, v = make_case([40, 15], 1, 40, c, dtype)
-    exact = outputs_and_gradients(module, lambda k, v: module.compress(k, v, voxels), k, v)
+    exact = outputs_and_gradients(module, lambda k, v: by_modules(module, k, v, voxels), k, v)
     actual = run_kernels(module, voxels, k, v, dtype)
     half = copy.deepcopy(module).to(dtype)
-    theirs = outputs_and_gradients(half, lambda k, v: half.compress(k, v, voxels), k.to(dtype), v.to(dtype))
+    theirs = outputs_and_gradients(half, lambda k, v: by_modules(half, k, v, voxels), k.to(dtype), v.to(dtype))
     for name, e in exact.items():
         assert actual[name].dtype == theirs[name].dtype == dtype
         assert (actual[name] - e).norm() <= 2 * (theirs[name] - e).norm(), name
@@ -88,8 +102,8 @@ def test_autocast_keeps_dtypes(c):
     module, voxels = module.float().to(DEVICE), voxels.to(DEVICE)
     k, v = k.to(DEVICE, torch.float16), v.to(DEVICE, torch.float16)
     with torch.autocast(DEVICE, torch.float16):
-        actual = outputs_and_gradients(module, lambda k, v: module.compress_in_triton(k, v, voxels), k, v)
-        expected = outputs_and_gradients(module, lambda k, v: module.compress(k, v, voxels), k, v)
+        actual = outputs_and_gradients(module, lambda k, v: module.compress_together(k, v, voxels), k, v)
+        expected = outputs_and_gradients(module, lambda k, v: by_modules(module, k, v, voxels), k, v)
     for name, e in expected.items():
         assert actual[name].dtype == e.dtype, name
         assert (actual[name].float() - e.float()).norm() <= 0.05 * e.float().norm(), name

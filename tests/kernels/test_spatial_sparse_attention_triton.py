@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from d3ds2.geometry.attention_plan import attention_plan
 from d3ds2.kernels.devices import HAS_TRITON
-from d3ds2.layers.spatial_sparse_attention import attend, attention_plan
+from d3ds2.kernels.spatial_sparse_attention import attend
 from tests.support.random_voxels import random_voxels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU, conftest.py sets TRITON_INTERPRET=1
@@ -63,7 +64,7 @@ def test_matches_the_definition(counts, resolution, c, shift, H, G, D, top_k):
     shapes = (N, H * G, D), (N, H, D), (N, H, D), (Nc, H, D), (Nc, H, D)
     inputs = [torch.randn(shape).to(DEVICE) for shape in shapes] + [torch.rand(N, 3).to(DEVICE)]
     weight = torch.randn(N, H * G, D).to(DEVICE)
-    expected = outputs_and_gradients(lambda *x: attend(*x, top_k, voxels, c, 8, shift), inputs, weight)
+    expected = outputs_and_gradients(lambda *x: attend(*x, attention_plan(voxels, c, 8, shift), top_k), inputs, weight)
     branches = attention_plan(voxels, c, 8, shift)
     actual = outputs_and_gradients(lambda *x: spatial_attention_triton(*x, branches, top_k, D**-0.5), inputs, weight)
     with torch.no_grad():

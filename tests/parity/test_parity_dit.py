@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from d3ds2.geometry.attention_plan import attention_plan
 from d3ds2.geometry.voxels import Voxels, absolute_position_embedding
 from d3ds2.kernels.block_scores import block_scores, select_blocks
 from d3ds2.kernels.packed_attention import packed_attention, packed_attention_with_lse
 from d3ds2.kernels.selection_attention import selection_attention
-from d3ds2.layers.spatial_sparse_attention import SpatialSparseAttention, attend_windows
+from d3ds2.kernels.spatial_sparse_attention import attend_windows
+from d3ds2.layers.spatial_sparse_attention import SpatialSparseAttention
 from d3ds2.layers.transformer import TimestepEmbedder, time_frequencies
 from d3ds2.networks.image_encoder import ImageTokens
 from d3ds2.networks.latent_dit import LatentDiT, LatentDiTConfig
@@ -197,7 +199,7 @@ def test_spatial_sparse_attention(name, monkeypatch):
         chosen.append(select_blocks(*arguments))
         return chosen[-1]
 
-    monkeypatch.setattr("d3ds2.layers.spatial_sparse_attention.select_blocks", recording_select_blocks)
+    monkeypatch.setattr("d3ds2.kernels.spatial_sparse_attention.select_blocks", recording_select_blocks)
     leaves = {key: tensor.clone().requires_grad_() for key, tensor in data.params.items()}
     x = data.inputs["x"].clone().requires_grad_()
     out = torch.func.functional_call(module, ssa_state_dict(leaves), (x, voxels))
@@ -242,7 +244,7 @@ def test_branches_of_spatial_sparse_attention(name):
     block_indices = torch.where(ranks < 0, -1, ranks + first)
     out = selection_attention(q, k, v, voxels.block_offsets, block_indices)
     assert_close(out, outputs["out_selection"], TOLERANCE, "out_selection")
-    window = attend_windows(q, k, v, voxels.windows(module.shift, module.window))
+    window = attend_windows(q, k, v, attention_plan(voxels, 8, module.window, module.shift).windows)
     assert_close(window, outputs["out_window"], TOLERANCE, "out_window")
     assert_close(module.gate(x).sigmoid(), outputs["gate"], TOLERANCE, "gate")
 
@@ -266,7 +268,7 @@ def test_latent_dit(name, monkeypatch):
         chosen.append(select_blocks(*arguments))
         return chosen[-1]
 
-    monkeypatch.setattr("d3ds2.layers.spatial_sparse_attention.select_blocks", recording_select_blocks)
+    monkeypatch.setattr("d3ds2.kernels.spatial_sparse_attention.select_blocks", recording_select_blocks)
     out = model(data.inputs["x"], t, voxels, context)
     assert_close(out, data.outputs["out"], data.tolerance("outputs/out", TOLERANCE), "out")
     for i, block_indices in enumerate(chosen):

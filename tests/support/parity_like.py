@@ -63,7 +63,7 @@ class Chosen(list):
     """Keeps the blocks that attention selects, by their number within the sample, (Hk, N, K)."""
 
     def __init__(self, voxels: Voxels):
-        from d3ds2.layers import spatial_sparse_attention as module
+        from d3ds2.kernels import spatial_sparse_attention as module
 
         self.voxels, self.module, self.select = voxels, module, module.select_blocks
 

@@ -1,0 +1,71 @@
+"""Spatial sparse attention after the projections: the public operation and its definition (eq. 6-8).
+
+Sizes named in this file:
+    N   tokens, all samples packed      H   query heads           D  channels per head
+    Nc  compressed tokens               Hk  key/value heads
+"""
+
+import torch
+from torch import Tensor
+
+from .block_scores import select_blocks
+from .devices import on_triton
+from .packed_attention import packed_attention, packed_attention_with_lse
+from .ragged import AttentionPlan, Ragged
+from .selection_attention import selection_attention
+
+
+def spatial_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, compressed_k: Tensor, compressed_v: Tensor, gates: Tensor, plan: AttentionPlan,
+    top_k: int,
+) -> Tensor:  # fmt: skip
+    """Return the gated sum of the three branches (eq. 6).
+
+    Args:
+        q: queries (N, H, D).
+        k, v: keys and values (N, Hk, D).
+        compressed_k, compressed_v: keys and values of the compression branch (Nc, Hk, D).
+        gates: in [0, 1], (N, 3): compression, selection, window.
+        plan: the rows that each branch pairs.
+        top_k: blocks selected for each query and key/value head.
+
+    Returns:
+        (N, H, D). Differentiable in the first six.
+    """
+    inputs = q, k, v, compressed_k, compressed_v, gates, plan, top_k
+    if not on_triton(q):
+        return attend(*inputs)
+    if torch.compiler.is_compiling():
+        from .uncompiled import spatial_attention_triton
+    else:
+        from .spatial_sparse_attention_triton import spatial_attention_triton
+    return spatial_attention_triton(*inputs, q.shape[2] ** -0.5)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, compressed_k: Tensor, compressed_v: Tensor, gates: Tensor, plan: AttentionPlan,
+    top_k: int,
+) -> Tensor:  # fmt: skip
+    """The definition of `spatial_sparse_attention`."""
+    samples, compressed = plan.samples, plan.compressed
+    counts = samples.lengths, compressed.lengths
+    compression, lse = packed_attention_with_lse(
+        q, compressed_k, compressed_v, samples.offsets, compressed.offsets, *counts
+    )
+    block_indices = select_blocks(
+        q, compressed_k, lse, plan.block_of_compressed, *counts, plan.block_counts, top_k
+    )  # eq. 8
+    selection = selection_attention(q, k, v, plan.blocks.offsets, block_indices)
+    windows = attend_windows(q, k, v, plan.windows)
+    branches = zip(gates[:, :, None, None].unbind(1), (compression, selection, windows), strict=True)
+    return sum(gate * out for gate, out in branches)
+
+
+def attend_windows(q: Tensor, k: Tensor, v: Tensor, windows: Ragged) -> Tensor:
+    """Return attention within the windows: q (N, H, D), k and v (N, Hk, D) -> (N, H, D)."""
+    offsets, lengths = windows.offsets, windows.lengths
+    if windows.ids is None:
+        return packed_attention(q, k, v, offsets, offsets, lengths, lengths)
+    order = windows.ids.long()
+    q, k, v = q[order], k[order], v[order]
+    return packed_attention(q, k, v, offsets, offsets, lengths, lengths)[windows.inverse]
