@@ -1,4 +1,4 @@
-"""What can go wrong while networks run."""
+"""The errors of a generation."""
 
 
 class GenerationError(ValueError):

@@ -217,7 +217,7 @@ class Pipeline:
 
     @torch.no_grad()
     def decode_structure(self, latents: Tensor) -> Voxels:
-        """What the structure DiT makes, (B, E, R, R, R) -> the voxels that it occupies, maybe none."""
+        """Decode latents of the structure DiT (B, E, R, R, R) to the occupied voxels, maybe none."""
         vae = self.structure_vae
         with on_device(vae, self.device) as device:
             return vae.occupied(vae.decode(vae.denormalize_latents(latents.to(device))))

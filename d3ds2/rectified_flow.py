@@ -57,7 +57,7 @@ def interpolate(x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def velocity_target(x_0: Tensor, noise: Tensor) -> Tensor:
-    """What the model learns to predict, d x_t / d t (eq. 11)."""
+    """The velocity that the model learns to predict, d x_t / d t (eq. 11)."""
     return noise - x_0
 
 

@@ -136,7 +136,7 @@ _WRITE_ADVICE = "Make the folder writable, free space on the disk, or start Comf
 
 
 def _workflow(hidden: Any) -> dict[str, str]:
-    """What brings the workflow back when the GLB is dropped onto the canvas; nothing under --disable-metadata."""
+    """The metadata that brings the workflow back when the GLB is dropped onto the canvas; nothing under --disable-metadata."""
     from comfy.cli_args import args
 
     if args.disable_metadata:

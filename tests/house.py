@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PYTHON = ("d3ds2", "nodes", "training", "benchmarks", "examples", "tests")
+PYTHON = ("d3ds2", "nodes", "training", "benchmarks", "docs/examples", "tests")
 PAGES = ("docs", "web", ".github")
 LONGEST = 400  # lines of a file
 

@@ -28,7 +28,9 @@ def run(name: str, folder: Path, *arguments: str) -> str:
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.py")), ids=lambda file: file.stem)
 def test_an_example_is_short_and_names_its_command(file):
     text = file.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 60 and f"\npython examples/{file.name} " in text.replace("    python", "python")
+    assert len(text.splitlines()) <= 60 and f"\npython docs/examples/{file.name} " in text.replace(
+        "    python", "python"
+    )
     assert f"def test_{file.stem}" in Path(__file__).read_text(encoding="utf-8")
 
 

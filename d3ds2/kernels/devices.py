@@ -1,4 +1,4 @@
-"""What a device can do: the only place that asks whether Triton or a GPU is there."""
+"""The abilities of a device: the only place that asks whether Triton or a GPU is there."""
 
 from importlib.util import find_spec
 

@@ -146,7 +146,7 @@ def _ungroup(x: Tensor, length: int) -> Tensor:
 
 @torch.no_grad()
 def _logsumexp(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
-    """Of the scores of q (Hk, L, D) against k (Hk, Lk, D): (Hk, L) float32."""
+    """The logsumexp of the scores of q (Hk, L, D) against k (Hk, Lk, D): (Hk, L) float32."""
     keys = k.transpose(1, 2).float() * (k.shape[2] ** -0.5 if scale is None else scale)
     chunks = q.float().split(max(1, _LSE_ELEMENTS // (k.shape[0] * k.shape[1])), dim=1)
     return torch.cat([(chunk @ keys).logsumexp(-1) for chunk in chunks], dim=1)

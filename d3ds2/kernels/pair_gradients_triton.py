@@ -3,6 +3,8 @@
 A block that most queries selected would keep one program busy long after all others. Here a program takes one chunk of
 a list; lists of several chunks write partial sums, which are then added in a fixed order. Their number is bounded by
 the number of pairs, not of blocks. Sizes are named in ragged_attention_triton.py.
+
+The definition is in selection_attention.py.
 """
 
 import torch

@@ -10,6 +10,8 @@ Sizes named in this file:
     Tk  keys                G  query heads per key/value head        S  segments
     P   pairs per query row: 0 where each row stands in one segment, and segments serve all heads. Otherwise rows are
         numbered (token * H + head) * P + place, every pair has its own output, and segment h * M + m is of head h.
+
+The definition is in packed_attention.py.
 """
 
 from dataclasses import dataclass

@@ -66,7 +66,7 @@ def _tiles(q: Tensor, half: tuple[Tile, Tile, Tile]) -> tuple[Tile, Tile, Tile]:
 
 
 def _segments(branches: AttentionPlan) -> tuple[AttentionSegments, AttentionSegments]:
-    """Of the compression and of the window branch."""
+    """The segments of the compression branch and of the window branch."""
     return AttentionSegments(branches.samples, branches.compressed), AttentionSegments(
         branches.windows, branches.windows
     )

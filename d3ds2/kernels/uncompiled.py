@@ -1,4 +1,4 @@
-"""What torch.compile leaves alone: it breaks its graph there and runs the kernels as they are.
+"""The kernels that torch.compile leaves alone: it breaks its graph there and runs the kernels as they are.
 
 Imported only while it compiles: `torch.compiler.disable` takes seconds to import.
 """

@@ -1,4 +1,4 @@
-"""What a user sees while a node works, and how they stop it: bar, live picture, status text, Cancel within a second."""
+"""Progress of a node: bar, live picture, status text, and Cancel."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
 
 def sampling_inputs(seed_tooltip: str) -> list[io.Input]:
-    """What every sampling node has: seed, steps and guidance_scale; 0 steps and 0 guidance take the model's own."""
+    """The inputs of every sampling node: seed, steps and guidance_scale; 0 steps and 0 guidance take the model's own."""
     return [
         io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=True, tooltip=seed_tooltip),
         io.Int.Input("steps", default=0, min=0, max=200, tooltip="Euler steps; 0 takes the model's own number."),
@@ -48,7 +48,7 @@ def sampling_inputs(seed_tooltip: str) -> list[io.Input]:
 
 
 def structure_outputs() -> list[io.Output]:
-    """What every node that makes a structure gives: the structure, core's VOXEL of it, and its size as text."""
+    """The outputs of every node that makes a structure: the structure, core's VOXEL of it, and its size as text."""
     return [
         StructureSocket.Output("structure", tooltip="For SSA-DiT Sample."),
         io.Voxel.Output("voxel", tooltip="The same as core VOXEL, for Voxel to Mesh and a look at it."),

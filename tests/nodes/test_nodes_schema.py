@@ -1,4 +1,4 @@
-"""What ComfyUI and its front end read of the pack: ids, inputs, texts in both languages, help pages; and start-up."""
+"""The pack as ComfyUI and its front end read it: ids, inputs, texts in both languages, help pages; and start-up."""
 
 import json
 import re

@@ -1,6 +1,6 @@
 """One picture -> one watertight mesh, with the shipped model `tiny`.
 
-    python examples/image_to_mesh.py picture.png mesh.glb [steps]
+    python docs/examples/image_to_mesh.py picture.png mesh.glb [steps]
 
 The picture shows one object, with alpha or on a plain background.
 """
@@ -8,7 +8,7 @@ The picture shows one object, with alpha or on a plain background.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # run from a clone, nothing installed
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run from a clone, nothing installed
 
 import d3ds2
 

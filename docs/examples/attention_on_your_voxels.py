@@ -1,12 +1,12 @@
 """Spatial sparse attention on voxels of your own, forward and backward.
 
-python examples/attention_on_your_voxels.py [resolution]
+python docs/examples/attention_on_your_voxels.py [resolution]
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # run from a clone, nothing installed
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run from a clone, nothing installed
 
 import torch
 

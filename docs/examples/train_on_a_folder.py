@@ -1,6 +1,6 @@
 """A folder of meshes -> a trained model, in three commands.
 
-    python examples/train_on_a_folder.py my_meshes models/mine
+    python docs/examples/train_on_a_folder.py my_meshes models/mine
 
 The configs are those of `tiny`. `key=value` changes a setting of training, such as run.steps=2; `configs=PREFIX` takes
 other config files: PREFIX_shapes.toml, PREFIX_views.toml, PREFIX_vae.toml, ... Stopped, the same command goes on.
@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(module: str, *arguments: str) -> None:

@@ -1,12 +1,12 @@
 """Any mesh -> a signed distance field -> a watertight mesh; no network is involved.
 
-python examples/mesh_to_sdf_and_back.py broken.obj watertight.glb [resolution]
+python docs/examples/mesh_to_sdf_and_back.py broken.obj watertight.glb [resolution]
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # run from a clone, nothing installed
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run from a clone, nothing installed
 
 import d3ds2
 
