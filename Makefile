@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # tests/conftest.py decides which tests share a process, and which come first
 IN_TWO_PROCESSES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint house bench clean comfyui
+.PHONY: demo test lint types house bench clean comfyui
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m d3ds2 workflows/demo_input.png -o demo.glb --preview demo.png

@@ -136,7 +136,7 @@ _WRITE_ADVICE = "Make the folder writable, free space on the disk, or start Comf
 
 
 def _workflow(hidden: Any) -> dict[str, str]:
-    """The metadata that brings the workflow back when the GLB is dropped onto the canvas; nothing under --disable-metadata."""
+    """The metadata that brings the workflow back from a GLB on the canvas; nothing under --disable-metadata."""
     from comfy.cli_args import args
 
     if args.disable_metadata:

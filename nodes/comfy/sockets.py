@@ -31,7 +31,7 @@ MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
 
 def sampling_inputs(seed_tooltip: str) -> list[io.Input]:
-    """The inputs of every sampling node: seed, steps and guidance_scale; 0 steps and 0 guidance take the model's own."""
+    """The inputs of every sampling node: seed, steps and guidance_scale; 0 takes the model's own value."""
     return [
         io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=True, tooltip=seed_tooltip),
         io.Int.Input("steps", default=0, min=0, max=200, tooltip="Euler steps; 0 takes the model's own number."),
