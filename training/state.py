@@ -36,7 +36,7 @@ class State:
             lr=config.learning_rate,
             betas=config.betas,
             weight_decay=config.weight_decay,
-            fused=parameters[0].device.type == "cuda",
+            fused=parameters[0].is_cuda,
         )
         self.step = 0
 

@@ -36,7 +36,7 @@ def blocks_to_mesh(block_coords: Tensor, values: Tensor, resolution: int, **opti
 
     Raises as these two.
     """
-    if values.device.type == "cuda":
+    if values.is_cuda:
         return device_mesh(block_coords, values, resolution, **options)
     return sdf_to_mesh(block_coords.numpy(), values.numpy(), resolution, **options)
 

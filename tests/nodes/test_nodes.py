@@ -18,8 +18,7 @@ from tests.support.tiny_model import draw_object
 
 @pytest.fixture(autouse=True)
 def fresh(comfy):
-    comfy.progress.clear()
-    comfy.texts.clear()
+    comfy.progress.clear(), comfy.texts.clear()
     comfy.loads.clear()
     comfy.interrupt_at, comfy.cancel_points, comfy.total_memory = None, 0, 64 << 30
 
