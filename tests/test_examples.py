@@ -12,7 +12,7 @@ from tests.support.tiny_model import draw_object
 from tests.support.training_data import R, write_meshes
 from tests.training.test_training_stages import CONFIGS
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 SHAPES = f"resolutions = [{R}]\nworkers = 1\n"
 SCRIPTS = ("train_vae", "train_structure_vae", "train_structure_dit", "train_dit")
 VIEWS = "views = 2\nsize = 64\nsupersample = 1\nworkers = 1\n"
@@ -23,6 +23,10 @@ def run(name: str, folder: Path, *arguments: str) -> str:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_there_are_examples():
+    assert len(list(EXAMPLES.glob("*.py"))) == 4
 
 
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.py")), ids=lambda file: file.stem)

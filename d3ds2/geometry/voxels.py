@@ -337,12 +337,6 @@ class Voxels:
     def _keys(self) -> Tensor:
         return sort_keys(self.coords, self.resolution)
 
-    def cached(self, key: tuple, make: Callable):
-        """Return what `make` returns, made once."""
-        if key not in self.tables:
-            self.tables[key] = make()
-        return self.tables[key]
-
 
 def _check_coords(coords: Tensor, resolution: int, batch_size: int) -> None:
     if coords.ndim != 2 or coords.shape[1] != 4 or coords.dtype != torch.int32:

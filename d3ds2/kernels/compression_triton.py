@@ -179,18 +179,5 @@ def pooled_conv_compression_triton(
     k: Tensor, v: Tensor, position: Tensor, parameters: list[Tensor], cells: Cells, num_groups: int, eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`PooledConvCompression` of k + position[place] and of v.
-
-    Args:
-        k, v: (N, C), N > 0.
-        position: (c³, C).
-        parameters: for keys and values in turn: weight and bias of the first norm and of the second, biases of the
-            first and of the second convolution, (C,) each; then their weights (27, C, C).
-        cells: geometry.
-        num_groups, eps: of the norms.
-        dtype: of the convolutions and of the results.
-
-    Returns:
-        Two (Nc, C). Differentiable in k, v, position and the parameters.
-    """
+    """Same contract as `pooled_conv_compression` of compression.py."""
     return _PooledConvCompression.apply(k, v, position, cells, num_groups, eps, dtype, *parameters)
