@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .devices import HAS_TRITON
+from .devices import has_flash, on_triton
 
 _LSE_ELEMENTS = 1 << 24  # logits held at once where no kernel returns the logsumexp
 
@@ -45,7 +45,7 @@ def packed_attention(
     """
     _check(q, k, v, lengths_q, lengths_k)
     if _has_varlen_kernel(q):
-        if HAS_TRITON and q.shape[2] <= 32 and not torch.compiler.is_compiling():
+        if on_triton(q) and q.shape[2] <= 32 and not torch.compiler.is_compiling():
             from .packed_attention_triton import packed_attention_triton
 
             scale = q.shape[2] ** -0.5 if scale is None else scale
@@ -99,7 +99,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lengths_q: list[int], lengths_k: lis
 
 
 def _has_varlen_kernel(q: Tensor) -> bool:
-    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] % 8 == 0
+    return q.is_cuda and has_flash(q.device) and q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] % 8 == 0
 
 
 def _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, lengths_q, lengths_k, scale) -> tuple[Tensor, Tensor]:
