@@ -46,9 +46,12 @@ class Abilities:
     why_no_triton: str = ""
     flash: bool = False
 
-    def stages(self, wanted: int, bytes_of_stage: int) -> int:
-        """Return how many of the `wanted` stages of a kernel's pipeline fit into shared memory, at least 1."""
-        return max(1, min(wanted, self.shared_memory // max(1, bytes_of_stage)))
+    def stages(self, wanted: int, bytes_of_stage: int, other_bytes: int = 0) -> int:
+        """Return how many of the `wanted` stages of a kernel's pipeline fit into shared memory, at least 1.
+
+        All stages but one have a buffer of `bytes_of_stage` there, beside `other_bytes`.
+        """
+        return max(1, min(wanted, 1 + (self.shared_memory - other_bytes) // max(1, bytes_of_stage)))
 
     @property
     def kernels(self) -> str:

@@ -95,7 +95,8 @@ def test_a_tensor_on_the_cpu_asks_no_device(monkeypatch):
 
 def test_stages_fit_into_shared_memory():
     card = Abilities("A card", "cuda", shared_memory=99 * KIB)
-    assert [card.stages(3, size * KIB) for size in (20, 33, 40, 60, 200, 0)] == [3, 3, 2, 1, 1, 3]
+    assert [card.stages(3, size * KIB) for size in (20, 33, 40, 60, 200, 0)] == [3, 3, 3, 2, 1, 3]
+    assert card.stages(3, 40 * KIB, 30 * KIB) == 2
 
 
 @pytest.mark.gpu
