@@ -339,7 +339,7 @@ class Voxels:
 
 
 class _CoarserGrids(NamedTuple):
-    """What is known of the grids that coarsening by 2, again and again, leads to."""
+    """The grids that coarsening by 2, again and again, leads to."""
 
     counts: list[list[int]]  # voxels of each sample, in the grids before `coarsest`, finest first
     coarsest: Voxels
