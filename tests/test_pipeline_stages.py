@@ -125,7 +125,7 @@ def test_refined_surfaces_are_those_of_the_refined_volumes(pipeline):
     latents = pipeline.sample_latents(voxels, tokens, [6], 2)
     blocks, level = pipeline.decode_surface(latents, voxels, use_refiners=True)
     assert level == 0.4  # 2 x 0.2, as released
-    sdf, features, fine = pipeline.stages[0].sdf_vae.decode(latents, voxels, return_features=True)
+    sdf, features, fine = pipeline.stages[0].sdf_vae.decode_with_features(latents, voxels)
     volume = refine_distances(pipeline.stages[0].refiner, sdf, features, fine)
     volume = volume.view(8, 8, 8, 8, 8, 8).permute(0, 2, 4, 1, 3, 5).reshape(-1, 8, 8, 8)
     everywhere = torch.cartesian_prod(*[torch.arange(8)] * 3)

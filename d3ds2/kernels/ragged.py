@@ -52,6 +52,7 @@ class Ragged:
     @cached_property
     def inverse(self) -> Tensor:
         """The position of each row in `ids`, (N,) long."""
+        assert self.ids is not None  # the rows 0, 1, 2, … are where they belong
         return self.ids.argsort()
 
     def tiles(self, size: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
@@ -32,7 +32,8 @@ class Progress:
     def __init__(self, node_id: str | None, total: int):
         self.node_id, self.total = node_id, total
         self.bar = comfy.utils.ProgressBar(total)
-        self.started, self.spent_on_pictures, self.picture = time.monotonic(), 0.0, None
+        self.started, self.spent_on_pictures = time.monotonic(), 0.0
+        self.picture: Image.Image | None = None
 
     def status(self, text: str) -> None:
         """Show a line of text on the node."""
@@ -67,7 +68,7 @@ def check_cancelled() -> None:
 
 
 @contextmanager
-def cancellable(*networks: torch.nn.Module) -> Iterator[None]:
+def cancellable(*networks: torch.nn.Module) -> Generator[None]:
     """Every layer of the networks is a cancel point while the block runs."""
     hooks = [
         module.register_forward_pre_hook(lambda _module, _arguments: check_cancelled())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ def seed_of(seed: int, index: int) -> int:
 
 
 @contextmanager
-def sample(index: int, count: int) -> Iterator[None]:
+def sample(index: int, count: int) -> Generator[None]:
     """Errors of the block say which of several samples they are about."""
     try:
         yield

@@ -76,7 +76,7 @@ def test_position_factor_makes_resolutions_alike(model):
 def test_features_lead_to_the_sdf(model):
     _, voxels = ball(64, 0.5)
     latent_voxels = voxels.coarsen(8)[0]
-    sdf, features, fine = model.decode(torch.randn(len(latent_voxels), 4), latent_voxels, return_features=True)
+    sdf, features, fine = model.decode_with_features(torch.randn(len(latent_voxels), 4), latent_voxels)
     assert features.shape == (len(fine), CONFIG.hidden_size // 16)
     torch.testing.assert_close(model.decoder.out_layer(features).tanh(), sdf)
 

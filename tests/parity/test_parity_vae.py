@@ -106,7 +106,7 @@ def sdf_vae(name: str) -> tuple[Golden, SDFVAE]:
 def decoded(name: str) -> tuple[torch.Tensor, torch.Tensor, Voxels]:
     data, model = sdf_vae(name)
     voxels, order = Voxels.sort(data.inputs["latent_coords"], data.config["resolution"])
-    return model.decode(data.inputs["latents"][order], voxels, data.meta["factor"], return_features=True)
+    return model.decode_with_features(data.inputs["latents"][order], voxels, data.meta["factor"])
 
 
 def nested_children(coords: torch.Tensor) -> torch.Tensor:

@@ -224,7 +224,7 @@ def write_sparse_vae(folder: Path) -> None:
     mean, logvar, index = made.encode(sdf, fine, 0.5)
     inputs = {"sparse_sdf": sdf[:, 0], "sparse_index": fine.coords[:, 1:].short(), "batch_idx": fine.coords[:, 0],
               "latents": torch.randn(len(latent), 6), "latent_coords": latent.coords}  # fmt: skip
-    decoded, features, voxels = made.decode(inputs["latents"], latent, 0.5, return_features=True)
+    decoded, features, voxels = made.decode_with_features(inputs["latents"], latent, 0.5)
     nested = vae.nested_children(latent.coords.long())
     rows = vae.rows_of(voxels.coords, nested)
     outputs = {"mean": mean, "logvar": logvar, "latent_index": index.coords, "sdf": decoded[rows],
