@@ -6,7 +6,7 @@ import torch
 from d3ds2.networks import activation_memory as estimate
 from d3ds2.networks.chunked_decode import kept_bytes, latent_bytes
 from tests.networks.test_activation_memory import fresh, image_tokens, sphere
-from tests.nodes.test_nodes import picture
+from tests.support.tiny_model import picture
 
 pytestmark = pytest.mark.gpu
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import nn
@@ -77,3 +78,9 @@ def draw_object(size: tuple[int, int] = (96, 80), mode: str = "RGBA") -> Image.I
     white = Image.new("RGBA", size, "white")
     white.alpha_composite(image)
     return white.convert(mode)
+
+
+def picture(count: int = 1, mode: str = "RGBA") -> torch.Tensor:
+    """Return an IMAGE (count, 80, 96, 3 or 4) float32 in [0, 1]: the object, each a quarter turn after the last."""
+    images = [np.asarray(draw_object(mode=mode).rotate(90 * i)) for i in range(count)]
+    return torch.from_numpy(np.stack(images)).float() / 255
