@@ -81,86 +81,88 @@ def _select_kernel(
     rows_of_scratch = scratch + (tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64) * STRIDE
     for work in range(tl.program_id(0), num_tiles * H, tl.num_programs(0)):
         tile, h = work // H, work % H
-        sample = tl.load(tile_samples + tile)
-        if sample < B:
-            first = tl.load(query_offsets + sample) + (tile - tl.load(tile_offsets + sample)) * BLOCK_Q
-            last = tl.load(query_offsets + sample + 1)
-            first_block = tl.load(sample_blocks + sample)
-            blocks = tl.load(sample_blocks + sample + 1) - first_block
-            t = first + in_tile
-            valid = (t < last) & (g < G)
-            at = (t.to(tl.int64) * H + h) * G + g
-            mask = valid[:, None] & (offs_d < D)[None, :]
-            b_q = tl.load(q + at[:, None] * D + offs_d[None, :], mask=mask, other=0.0)  # [BLOCK_Q * GP, DP]
-            b_lse = tl.load(lse + at, mask=valid, other=float("inf"))  # no head: no probability
+        # Spare tiles have sample B. They count as tiles of the last sample, where they begin after its last query. An
+        # `if` around the rest would be shorter, but Triton 3.1 to 3.3 allow none here that contains a call
+        sample = tl.minimum(tl.load(tile_samples + tile), B - 1)
+        first = tl.load(query_offsets + sample) + (tile - tl.load(tile_offsets + sample)) * BLOCK_Q
+        last = tl.load(query_offsets + sample + 1)
+        queries = tl.minimum(last - first, BLOCK_Q)  # none in a spare tile
+        first_block = tl.load(sample_blocks + sample)
+        blocks = tl.where(queries > 0, tl.load(sample_blocks + sample + 1) - first_block, 0)
+        t = first + in_tile
+        valid = (t < last) & (g < G)
+        at = (t.to(tl.int64) * H + h) * G + g
+        mask = valid[:, None] & (offs_d < D)[None, :]
+        b_q = tl.load(q + at[:, None] * D + offs_d[None, :], mask=mask, other=0.0)  # [BLOCK_Q * GP, DP]
+        b_lse = tl.load(lse + at, mask=valid, other=float("inf"))  # no head: no probability
 
-            for start in range(0, blocks, BLOCK_B):
-                block = start + tl.arange(0, BLOCK_B)
-                real = block < blocks
-                if HAS_ORDER:  # several keys a block: first the blocks with most, so that a tile has about as many
-                    block = tl.load(block_order + first_block + block, mask=real, other=0) - first_block
-                    key = tl.load(block_key_offsets + first_block + block, mask=real, other=0)
-                    children = tl.load(block_key_offsets + first_block + block + 1, mask=real, other=0) - key
-                    b_score = tl.zeros([BLOCK_B, BLOCK_Q], dtype=tl.float32)
-                    for i in range(tl.max(children, 0)):
-                        b_sum = _head_sums(
-                            b_q, b_lse, keys, key + i, i < children, h, scale_log2, H, D, DP, GP, BLOCK_Q, BLOCK_B,
-                            INTERLEAVED,
-                        )  # fmt: skip
-                        b_score += tl.where((i < children)[:, None], b_sum, 0.0)
-                else:
-                    b_score = _head_sums(
-                        b_q, b_lse, keys, first_block + block, real, h, scale_log2, H, D, DP, GP, BLOCK_Q, BLOCK_B,
+        for start in range(0, blocks, BLOCK_B):
+            block = start + tl.arange(0, BLOCK_B)
+            real = block < blocks
+            if HAS_ORDER:  # several keys a block: first the blocks with most, so that a tile has about as many
+                block = tl.load(block_order + first_block + block, mask=real, other=0) - first_block
+                key = tl.load(block_key_offsets + first_block + block, mask=real, other=0)
+                children = tl.load(block_key_offsets + first_block + block + 1, mask=real, other=0) - key
+                b_score = tl.zeros([BLOCK_B, BLOCK_Q], dtype=tl.float32)
+                for i in range(tl.max(children, 0)):
+                    b_sum = _head_sums(
+                        b_q, b_lse, keys, key + i, i < children, h, scale_log2, H, D, DP, GP, BLOCK_Q, BLOCK_B,
                         INTERLEAVED,
                     )  # fmt: skip
-                tl.store(rows_of_scratch[None, :] + block[:, None], b_score, mask=real[:, None])
-            tl.debug_barrier()  # the scratch is written by other threads than read it
+                    b_score += tl.where((i < children)[:, None], b_sum, 0.0)
+            else:
+                b_score = _head_sums(
+                    b_q, b_lse, keys, first_block + block, real, h, scale_log2, H, D, DP, GP, BLOCK_Q, BLOCK_B,
+                    INTERLEAVED,
+                )  # fmt: skip
+            tl.store(rows_of_scratch[None, :] + block[:, None], b_score, mask=real[:, None])
+        tl.debug_barrier()  # the scratch is written by other threads than read it
 
-            for sub in range(0, BLOCK_Q, RANKED):
-                offs_s = sub + tl.arange(0, RANKED)
-                row = scratch + (tl.program_id(0) * BLOCK_Q + offs_s).to(tl.int64)[:, None] * STRIDE  # [RANKED, 1]
-                # bits of positive floats stand in their order. The K-th best of LANES maxima is a lower bound
-                best = tl.full([RANKED, LANES], -1, dtype=tl.int32)
-                for start in range(0, blocks, LANES):
-                    block = start + tl.arange(0, LANES)[None, :]
-                    score = tl.load(row + block, mask=block < blocks, other=-1.0)
-                    best = tl.maximum(best, score.to(tl.int32, bitcast=True))
-                highest = tl.max(best, 1)  # [RANKED]
-                low, high = tl.zeros([RANKED], dtype=tl.int32), highest
-                for _ in range(STEPS):
-                    middle = low + (high - low + 1) // 2
-                    enough = tl.sum((best >= middle[:, None]).to(tl.int32), 1) >= K
-                    low, high = tl.where(enough, middle, low), tl.where(enough, high, middle - 1)
-                # bisect for a threshold that just K blocks reach, if ties allow
-                high = highest
-                reached = _count(row, low, blocks, RANKED, LANES)
-                while tl.max(((reached > K) & (low < high)).to(tl.int32), 0) > 0:
-                    middle = low + (high - low + 1) // 2
-                    count = _count(row, middle, blocks, RANKED, LANES)
-                    enough = count >= K
-                    low, high = tl.where(enough, middle, low), tl.where(enough, high, middle - 1)
-                    reached = tl.where(enough, count, reached)
+        for sub in range(0, queries, RANKED):
+            offs_s = sub + tl.arange(0, RANKED)
+            row = scratch + (tl.program_id(0) * BLOCK_Q + offs_s).to(tl.int64)[:, None] * STRIDE  # [RANKED, 1]
+            # bits of positive floats stand in their order. The K-th best of LANES maxima is a lower bound
+            best = tl.full([RANKED, LANES], -1, dtype=tl.int32)
+            for start in range(0, blocks, LANES):
+                block = start + tl.arange(0, LANES)[None, :]
+                score = tl.load(row + block, mask=block < blocks, other=-1.0)
+                best = tl.maximum(best, score.to(tl.int32, bitcast=True))
+            highest = tl.max(best, 1)  # [RANKED]
+            low, high = tl.zeros([RANKED], dtype=tl.int32), highest
+            for _ in range(STEPS):
+                middle = low + (high - low + 1) // 2
+                enough = tl.sum((best >= middle[:, None]).to(tl.int32), 1) >= K
+                low, high = tl.where(enough, middle, low), tl.where(enough, high, middle - 1)
+            # bisect for a threshold that just K blocks reach, if ties allow
+            high = highest
+            reached = _count(row, low, blocks, RANKED, LANES)
+            while tl.max(((reached > K) & (low < high)).to(tl.int32), 0) > 0:
+                middle = low + (high - low + 1) // 2
+                count = _count(row, middle, blocks, RANKED, LANES)
+                enough = count >= K
+                low, high = tl.where(enough, middle, low), tl.where(enough, high, middle - 1)
+                reached = tl.where(enough, count, reached)
 
-                # above 65536 times, and equal to the threshold: of these only the first fill the list
-                above = _count(row, low + 1, blocks, RANKED, LANES)
-                needed = tl.maximum(K - above, 0)[:, None]
-                before = tl.zeros([RANKED], dtype=tl.int32)
-                to = block_indices + ((first + offs_s).to(tl.int64) * H + h)[:, None] * K
-                is_query = (first + offs_s < last)[:, None]
-                for start in range(0, blocks, LANES):
-                    block = start + tl.arange(0, LANES)[None, :]
-                    bits = tl.load(row + block, mask=block < blocks, other=-1.0).to(tl.int32, bitcast=True)
-                    is_above, is_equal = bits > low[:, None], bits == low[:, None]
-                    marks = is_above.to(tl.int32) * 65536 + is_equal.to(tl.int32)
-                    place = before[:, None] + tl.cumsum(marks, 1) - marks
-                    chosen = is_above | (is_equal & ((place & 65535) < needed))
-                    place = (place >> 16) + tl.minimum(place & 65535, needed)
-                    tl.store(to + place, tl.zeros_like(place) + first_block + block, mask=chosen & is_query)
-                    before += tl.sum(marks, 1)
-                offs_top = tl.arange(0, KP)[None, :]
-                is_left = (offs_top >= blocks) & (offs_top < K) & is_query
-                tl.store(to + offs_top, tl.full([RANKED, KP], -1, tl.int32), mask=is_left)
-            tl.debug_barrier()  # nobody overwrites the scratch before all have read it
+            # above 65536 times, and equal to the threshold: of these only the first fill the list
+            above = _count(row, low + 1, blocks, RANKED, LANES)
+            needed = tl.maximum(K - above, 0)[:, None]
+            before = tl.zeros([RANKED], dtype=tl.int32)
+            to = block_indices + ((first + offs_s).to(tl.int64) * H + h)[:, None] * K
+            is_query = (first + offs_s < last)[:, None]
+            for start in range(0, blocks, LANES):
+                block = start + tl.arange(0, LANES)[None, :]
+                bits = tl.load(row + block, mask=block < blocks, other=-1.0).to(tl.int32, bitcast=True)
+                is_above, is_equal = bits > low[:, None], bits == low[:, None]
+                marks = is_above.to(tl.int32) * 65536 + is_equal.to(tl.int32)
+                place = before[:, None] + tl.cumsum(marks, 1) - marks
+                chosen = is_above | (is_equal & ((place & 65535) < needed))
+                place = (place >> 16) + tl.minimum(place & 65535, needed)
+                tl.store(to + place, tl.zeros_like(place) + first_block + block, mask=chosen & is_query)
+                before += tl.sum(marks, 1)
+            offs_top = tl.arange(0, KP)[None, :]
+            is_left = (offs_top >= blocks) & (offs_top < K) & is_query
+            tl.store(to + offs_top, tl.full([RANKED, KP], -1, tl.int32), mask=is_left)
+        tl.debug_barrier()  # nobody overwrites the scratch before all have read it
 
 
 def select_blocks_triton(
