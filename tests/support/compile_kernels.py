@@ -85,9 +85,9 @@ def main() -> None:
     compile_kernel(kernel, named(kernel, of_tile(tile) | {"P": 8, "CHUNK": pair_gradients.CHUNK}), tile.warps)
     kernel = pair_gradients._add_chunks_kernel
     compile_kernel(kernel, named(kernel, of_tile(tile)), 4)
-    for has_order, tile in ((False, block_scores.HALF), (True, block_scores.SEVERAL)):
+    for has_order, tile in ((False, block_scores.HALF), (True, block_scores.HALF_SEVERAL_KEYS)):
         kernel = block_scores._select_kernel
-        constants = SIZES | {"KP": 8, "LANES": block_scores.LANES, "STEPS": block_scores.BOUND_STEPS}
+        constants = SIZES | {"KP": 8, "LANES": tile.lanes, "STEPS": tile.bound_steps}
         constants |= {"BLOCK_Q": tile.rows // 16, "BLOCK_B": tile.blocks, "RANKED": tile.ranked}
         compile_kernel(kernel, constants | {"HAS_ORDER": has_order, "INTERLEAVED": True}, tile.warps, tile.stages)
     merging = SIZES | {"BLOCK": selection.MERGED_ROWS, "GATED": True, "KEEP": True, "HAS_OTHERS": True}
