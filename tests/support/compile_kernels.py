@@ -1,6 +1,7 @@
 """Compile the kernels of the latent DiT for an H100/H200, without a GPU: python tests/support/compile_kernels.py
 
-The interpreter accepts what the compiler rejects. Sizes are those of the latent DiT: 2 x 16 heads of 32 channels.
+Triton's interpreter accepts code that its compiler rejects. The sizes are those of the latent DiT: 2 x 16 heads of 32
+channels.
 """
 
 import sys
@@ -19,14 +20,14 @@ from d3ds2.kernels import group_norm_triton as group_norm
 from d3ds2.kernels import modulation_triton as modulation
 from d3ds2.kernels import pair_gradients_triton as pair_gradients
 from d3ds2.kernels import pair_order_triton as pair_order
-from d3ds2.kernels import ragged_attention_triton as run_attention
-from d3ds2.kernels import ragged_triton as cutting
+from d3ds2.kernels import ragged_attention_triton as ragged_attention
+from d3ds2.kernels import ragged_triton as ragged
 from d3ds2.kernels import selection_attention_triton as selection
 from d3ds2.kernels import spatial_sparse_attention_triton as spatial
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SIZES = {"H": 2, "G": 16, "D": 32, "GP": 16, "DP": 32}
-LISTS = [  # of queries with ids, keys with ids, pairs: samples, shifted windows, selected blocks
+LISTS = [  # samples, shifted windows, selected blocks: whether rows have ids, and pairs per query
     {"HAS_QUERY_IDS": False, "HAS_KEY_IDS": False, "P": 0},
     {"HAS_QUERY_IDS": True, "HAS_KEY_IDS": True, "P": 0},
     {"HAS_QUERY_IDS": True, "HAS_KEY_IDS": False, "P": 8},
@@ -48,7 +49,7 @@ COMPRESSION |= dict.fromkeys(["N", "M", "B", "S", "SIZE", "SLICE"], "i32")
 
 
 def compile_kernel(kernel, constants: dict, num_warps: int, num_stages: int = 2, types: dict | None = None) -> None:
-    """Compile a kernel for HOPPER; `types` are those of arguments which differ from attention's."""
+    """Compile a kernel for HOPPER; `types` are those of arguments whose type differs from attention's."""
     signature, values, attributes = {}, {}, {}
     types = types or {}
     for i, name in enumerate(kernel.arg_names):
@@ -68,23 +69,23 @@ def compile_kernel(kernel, constants: dict, num_warps: int, num_stages: int = 2,
     print("compiled", kernel.__name__, constants, flush=True)
 
 
-def of_tile(tile) -> dict:
+def tile_constants(tile) -> dict:
     return (
         SIZES
-        | {"LIMIT": 100.0, "FLOOR": 2.0**-100, "SHIFT": run_attention.SHIFT}
+        | {"LIMIT": 100.0, "FLOOR": 2.0**-100, "SHIFT": ragged_attention.SHIFT}
         | {"BLOCK_Q": tile.rows // 16, "BLOCK_K": tile.keys, "SPLITS": tile.splits}
     )
 
 
 def main() -> None:
     for lists, tiles in zip(LISTS, (spatial.COMPRESSION, spatial.WINDOW, selection_tiles()), strict=True):
-        kernels = run_attention._forward_kernel, run_attention._dq_kernel, run_attention._dkdv_kernel
+        kernels = ragged_attention._forward_kernel, ragged_attention._dq_kernel, ragged_attention._dkdv_kernel
         for kernel, tile in zip(kernels, tiles, strict=True):
-            compile_kernel(kernel, named(kernel, of_tile(tile) | lists), tile.warps, tile.stages)
+            compile_kernel(kernel, named(kernel, tile_constants(tile) | lists), tile.warps, tile.stages)
     kernel, tile = pair_gradients._dkdv_chunk_kernel, selection.DKDV
-    compile_kernel(kernel, named(kernel, of_tile(tile) | {"P": 8, "CHUNK": pair_gradients.CHUNK}), tile.warps)
+    compile_kernel(kernel, named(kernel, tile_constants(tile) | {"P": 8, "CHUNK": pair_gradients.CHUNK}), tile.warps)
     kernel = pair_gradients._add_chunks_kernel
-    compile_kernel(kernel, named(kernel, of_tile(tile)), 4)
+    compile_kernel(kernel, named(kernel, tile_constants(tile)), 4)
     for has_order, tile in ((False, block_scores.HALF), (True, block_scores.SEVERAL)):
         kernel = block_scores._select_kernel
         constants = SIZES | {"KP": 8, "LANES": block_scores.LANES, "STEPS": block_scores.BOUND_STEPS}
@@ -100,9 +101,9 @@ def main() -> None:
     numbers = dict.fromkeys(["PAIRS", "H", "S", "M", "TILES", "BINS"], "i32") | {"keys": "*i32"}
     compile_kernel(pair_order._count_kernel, order, 4, types=numbers)
     compile_kernel(pair_order._place_kernel, order | {"KEYS": pair_order.MAX_BINS}, 4, types=numbers)
-    compile_kernel(run_attention._key_norm_kernel, {"D": 32, "DP": 32, "BLOCK": 256, "H": 2}, 4)
-    compile_kernel(cutting._tile_offsets_kernel, {"SIZE": 4, "BLOCK": cutting.BLOCK}, 4)
-    compile_kernel(cutting._tile_runs_kernel, {"BLOCK": 128}, 4)
+    compile_kernel(ragged_attention._key_norm_kernel, {"D": 32, "DP": 32, "BLOCK": 256, "H": 2}, 4)
+    compile_kernel(ragged._tile_offsets_kernel, {"SIZE": 4, "BLOCK": ragged.BLOCK}, 4)
+    compile_kernel(ragged._tile_runs_kernel, {"BLOCK": 128}, 4)
     compile_compression()
     compile_modulation()
 
@@ -136,7 +137,7 @@ def compile_compression() -> None:
 
 
 def compile_modulation() -> None:
-    """Compile in half precision, and in the mixture of training: h and results float32, parameters and x bfloat16."""
+    """Compile in half precision, and for training: h and results in float32, parameters and x in bfloat16."""
     offsets = dict.fromkeys(["offsets", "tile_offsets", "tile_samples"], "*i32")
     offsets |= dict.fromkeys(["N", "B", "STRIDE", "SHIFT_STRIDE", "SCALE_STRIDE"], "i32") | {"partial": "*fp32"}
     parameters = dict.fromkeys(["shift", "scale", "gate", "x", "dx"], "*bf16")
