@@ -1,4 +1,4 @@
-"""On a CUDA device: the attention kernels against fp64, at sizes and values that bite, and in a CUDA graph."""
+"""On a CUDA device: the attention kernels against fp64, for difficult sizes and values, and in a CUDA graph."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_selection_error_is_at_most_twice_that_of_the_definition(dtype, G, D, fa
 @pytest.mark.parametrize("c", [4, 8])
 @pytest.mark.parametrize("num_tokens", [32769, 200000])
 def test_many_tokens(num_tokens, c):
-    """Some queries of a large batch, against all three branches worked out for them alone in fp64."""
+    """Compare some queries of a large batch with all three branches, computed for these queries alone in fp64."""
     from d3ds2.kernels.block_scores_triton import select_blocks_triton
     from d3ds2.kernels.ragged_attention_triton import LOG2_E
     from d3ds2.kernels.spatial_sparse_attention_triton import spatial_sparse_attention_triton
@@ -98,8 +98,8 @@ def test_many_tokens(num_tokens, c):
 
 
 @pytest.mark.parametrize(("c", "shift"), [(8, 0), (4, 4)])
-def test_fused_branches_match_those_apart(c, shift):
-    """All blocks selected, so that rounding decides nothing; a ragged batch with an empty sample."""
+def test_fused_branches_match_separate_ones(c, shift):
+    """Select all blocks, so that rounding cannot change the selection; the ragged batch has an empty sample."""
     torch.manual_seed(0)
     parts = [surface_voxels(n, "cuda") for n in (1500, 300)]
     empty = Voxels.sort(torch.zeros(0, 4), 64, 1)[0].to("cuda")
@@ -132,7 +132,7 @@ def test_layer_in_a_cuda_graph_is_deterministic():
             out = layer(x, voxels)
         out.zero_()
         graph.replay()
-    torch.testing.assert_close(out, expected, rtol=0.05, atol=0.02)  # pooling adds in any order
+    torch.testing.assert_close(out, expected, rtol=0.05, atol=0.02)  # pooling adds in no fixed order
 
 
 def test_layer_under_torch_compile():
