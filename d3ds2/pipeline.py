@@ -23,6 +23,7 @@ from .generation_error import EmptyResultError, GenerationError, empty_result
 from .geometry.sdf_blocks import SDFBlocks
 from .geometry.voxels import Voxels
 from .images.foreground import cut_out, preprocess
+from .kernels.devices import find_dtype
 from .meshes.mesh import Mesh
 from .meshes.mesh_to_sdf import normalize_mesh
 from .meshes.mesh_to_structure import mesh_to_structure
@@ -391,8 +392,7 @@ def load_pipeline(
         ModelFolderError: the folder is missing, damaged, or its networks do not fit together.
     """
     folder, device = folder or TINY, torch.device(device)
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else torch.float16
+    dtype = find_dtype("auto", device) if dtype is None else dtype
     if offload is None:
         offload = device.type != "cpu" and "fine_latent_dit" in network_names(folder)
     networks, own_sampling = load_model(folder, "cpu" if offload else device, dtype)

@@ -56,8 +56,10 @@ class LoadD3DS2Model(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, precision) -> io.NodeOutput:
+        import comfy.model_management as mm
         import torch
 
+        from ..d3ds2.kernels.devices import abilities
         from ..d3ds2.networks.model_files import load_network
         from ..d3ds2.pipeline import build_pipeline
         from ..d3ds2.storage.model_folder import (
@@ -85,7 +87,8 @@ class LoadD3DS2Model(io.ComfyNode):
             pipeline = build_pipeline(networks, sampling)
         except ModelFolderError as error:
             raise ValueError(f"{error}. Copy or convert the model {model!r} again, or choose another one.") from None
-        progress.status(f"{name}: {pipeline.stages[-1].sdf_resolution}³, {_dtypes(networks)}")
+        kernels = abilities(mm.get_torch_device()).kernels
+        progress.status(f"{name}: {pipeline.stages[-1].sdf_resolution}³, {_dtypes(networks)}, {kernels}")
         return io.NodeOutput(Model(name, pipeline, {key: make_patcher(value) for key, value in networks.items()}))
 
 

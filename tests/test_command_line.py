@@ -204,6 +204,8 @@ def test_unusable_models(tmp_path, image, model, capsys, damage, message):
         (["--seed", "one"], "argument --seed: invalid int value"),
         (["--steps", "0"], "expected at least 1 step"),
         (["--device", "tpu"], "argument --device: invalid choice"),
+        (["--device", "mps"], "--device: expected a device that is here, got mps"),
+        (["--precision", "fp8"], "argument --precision: invalid choice"),
         (["--preview", "a.gif"], "expected a preview that ends in .png"),
         (["--preview", "absent/a.png"], "no folder absent"),
         (["--colour"], "unrecognized arguments: --colour"),

@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from d3ds2.kernels.devices import find_device
 from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE
 from d3ds2.storage.atomic_file import replacing
@@ -29,7 +30,7 @@ from training.config import load_config
 from training.data.datasets import ShapeBatch, active_voxels, load_batches, pack_shapes
 from training.data.latent_moments import LatentMoments, set_latent_scale
 from training.data.shape_files import latent_path, list_shapes, load_shape, shape_path, write_arrays
-from training.run import RunConfig, autocast, find_device
+from training.run import RunConfig, autocast
 
 
 @dataclass(frozen=True)

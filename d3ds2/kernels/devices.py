@@ -17,8 +17,9 @@ HAS_TRITON = find_spec("triton") is not None
 KIB = 1 << 10
 # Shared memory that one program may take, in KiB, for versions of torch that do not tell.
 SHARED_KIB = {(7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
+PRECISIONS = ("auto", "fp16", "bf16", "fp32")
 OLDEST_FOR_TRITON = (7, 5)
-OLDEST_FOR_FLASH = (8, 0)
+OLDEST_FOR_FLASH = OLDEST_FOR_BF16 = (8, 0)
 TRITON = "triton-windows" if sys.platform == "win32" else "triton"  # the package to install
 
 
@@ -35,6 +36,7 @@ class Abilities:
         triton: whether Triton's kernels compile and run.
         why_no_triton: what keeps them from it, and the remedy; "" where they run.
         flash: whether torch has FlashAttention over samples of different lengths.
+        bf16: whether the device computes in bfloat16 by itself.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Abilities:
     triton: bool = False
     why_no_triton: str = ""
     flash: bool = False
+    bf16: bool = True
 
     def stages(self, wanted: int, bytes_of_stage: int, other_bytes: int = 0) -> int:
         """Return how many of the `wanted` stages of a kernel's pipeline fit into shared memory, at least 1.
@@ -56,6 +59,8 @@ class Abilities:
     @property
     def kernels(self) -> str:
         """One line that says which kernels run."""
+        if self.backend not in ("cuda", "hip"):
+            return f"torch on {'the CPU' if self.backend == 'cpu' else self.name}"
         if self.triton:
             return f"Triton {_version('triton', 'triton-windows')} on {self.name}"
         return f"no Triton on {self.name}" + (f": {self.why_no_triton}" if self.why_no_triton else "")
@@ -96,9 +101,42 @@ def half_on_triton(x: Tensor) -> bool:
     return on_triton(x) and x.dtype != torch.float64
 
 
+def find_device(name: str | None = None) -> torch.device:
+    """Return the device of a name; None or "auto" is the first that is there of CUDA, XPU, MPS and the CPU.
+
+    Raises:
+        ValueError: the device is not there.
+    """
+    there = {"cuda": torch.cuda.is_available, "xpu": torch.xpu.is_available, "mps": torch.backends.mps.is_available}
+    if name in (None, "auto"):
+        name = next((kind for kind, is_available in there.items() if is_available()), "cpu")
+    device = torch.device(name)
+    if device.type in there and not there[device.type]():
+        raise ValueError(f"expected a device that is here, got {name}; use cpu")
+    return device
+
+
+def find_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of networks for "auto", "fp16", "bf16" or "fp32": auto is fp32 on the CPU, fp16 elsewhere.
+
+    A device that cannot compute in bfloat16 gets fp16, and a warning says so.
+    """
+    if precision == "auto":
+        return torch.float32 if device.type == "cpu" else torch.float16
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    if dtype == torch.bfloat16 and not abilities(device).bf16:
+        logging.warning(f"Direct3D-S2: {abilities(device).name} cannot compute in bf16; it computes in fp16 instead")
+        return torch.float16
+    return dtype
+
+
 def _ask(device: torch.device) -> Abilities:
+    if device.type == "mps":
+        return Abilities(
+            "mps", "mps", bf16=torch.backends.mps.is_available() and torch.backends.mps.is_macos_or_newer(14, 0)
+        )
     if device.type != "cuda":
-        return Abilities(device.type, device.type)
+        return Abilities(device.type, device.type, bf16=device.type != "privateuseone")  # DirectML has none
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:  # torch's FlashAttention for AMD has not been tried with samples of many lengths
         backend, capability, shared, flash = "hip", (0, 0), properties.shared_memory_per_block, False
@@ -108,12 +146,20 @@ def _ask(device: torch.device) -> Abilities:
         flash = capability >= OLDEST_FOR_FLASH and torch.backends.cuda.is_flash_attention_available()
     why_not = _why_no_triton(device, backend, capability)
     return Abilities(
-        properties.name, backend, capability, shared, properties.multi_processor_count, not why_not, why_not, flash
+        properties.name,
+        backend,
+        capability,
+        shared,
+        properties.multi_processor_count,
+        triton=not why_not,
+        why_no_triton=why_not,
+        flash=flash,
+        bf16=backend == "hip" or capability >= OLDEST_FOR_BF16,
     )
 
 
 def _why_no_triton(device: torch.device, backend: str, capability: tuple[int, int]) -> str:
-    """What keeps Triton's kernels from running, and the remedy, in one line; "" if nothing does."""
+    """Return what keeps Triton's kernels from running, and the remedy, in one line; "" if nothing does."""
     if backend == "cuda" and capability < OLDEST_FOR_TRITON:
         needed, found = (".".join(map(str, numbers)) for numbers in (OLDEST_FOR_TRITON, capability))
         return f"the kernels need a GPU of compute capability {needed} or newer, and this one has {found}"

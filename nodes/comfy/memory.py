@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import comfy.model_management as mm
@@ -9,6 +10,7 @@ import comfy.model_patcher
 import torch
 from comfy.patcher_extension import CallbacksMP
 
+from ...d3ds2.kernels.devices import find_dtype
 from .sockets import Model
 
 GB = 1 << 30
@@ -17,10 +19,9 @@ SOLIDS = ("structure_vae", "sdf_vae", "fine_sdf_vae", "refiner", "fine_refiner")
 
 def choose_dtype(network: str, precision: str) -> torch.dtype:
     """Return the dtype for a network on ComfyUI's device; `auto` follows the device and ComfyUI's own options."""
-    chosen = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(precision)
-    if chosen is not None:
-        return chosen
     device = mm.get_torch_device()
+    if precision != "auto":
+        return find_dtype(precision, device)
     if network in SOLIDS:
         return mm.vae_dtype(device, [torch.float16, torch.bfloat16])
     if mm.should_use_bf16(device):
@@ -61,3 +62,25 @@ def load_networks(model: Model, names: tuple[str, ...], memory_required: int, wh
         )
     # load whole networks: they are plain modules, which ComfyUI cannot run when only partly loaded
     mm.load_models_gpu(patchers, memory_required=memory_required, force_full_load=True)
+    for name, patcher in zip(names, patchers, strict=True):
+        _bring_whole(name, patcher)
+
+
+def _bring_whole(name: str, patcher: Any) -> None:
+    """Bring what ComfyUI left behind: with --novram it leaves all weights, and the network would run on the CPU.
+
+    Raises ValueError if ComfyUI does not bring it even when asked.
+    """
+    if _left_behind(patcher):
+        patcher.partially_load(patcher.load_device, sys.maxsize)
+    if left := _left_behind(patcher):
+        raise ValueError(
+            f"{name} runs only as a whole, and ComfyUI left {left / GB:.2f} GB of it off {patcher.load_device}: start "
+            "ComfyUI without --novram."
+        )
+
+
+def _left_behind(patcher: Any) -> int:
+    """The bytes of a network that are not on the device where it is to run."""
+    tensors = [*patcher.model.parameters(), *patcher.model.buffers()]
+    return sum(tensor.nbytes for tensor in tensors if tensor.device.type != torch.device(patcher.load_device).type)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from d3ds2.kernels import devices
-from d3ds2.kernels.devices import KIB, Abilities, abilities, on_triton
+from d3ds2.kernels.devices import KIB, Abilities, abilities, find_device, find_dtype, on_triton
 
 GPU = torch.device("cuda", 0)
 
@@ -97,6 +97,28 @@ def test_stages_fit_into_shared_memory():
     card = Abilities("A card", "cuda", shared_memory=99 * KIB)
     assert [card.stages(3, size * KIB) for size in (20, 33, 40, 60, 200, 0)] == [3, 3, 3, 2, 1, 3]
     assert card.stages(3, 40 * KIB, 30 * KIB) == 2
+
+
+def test_a_device_is_found_by_name(monkeypatch):
+    assert find_device("cpu") == torch.device("cpu")
+    for name, kind in (("cuda", torch.cuda), ("xpu", torch.xpu), ("mps", torch.backends.mps)):
+        monkeypatch.setattr(kind, "is_available", lambda: False)
+        with pytest.raises(ValueError, match=f"expected a device that is here, got {name}; use cpu"):
+            find_device(name)
+    assert find_device() == find_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert find_device() == torch.device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert find_device("auto") == torch.device("cuda")
+
+
+def test_a_precision_becomes_the_dtype_that_the_device_has(card, caplog):
+    card((7, 5))
+    assert find_dtype("auto", torch.device("cpu")) == find_dtype("fp32", GPU) == torch.float32
+    assert find_dtype("auto", GPU) == find_dtype("fp16", GPU) == torch.float16 and not caplog.records
+    assert find_dtype("bf16", GPU) == torch.float16 and "A card cannot compute in bf16" in caplog.text
+    card((8, 6))
+    assert find_dtype("bf16", GPU) == torch.bfloat16
 
 
 @pytest.mark.gpu
