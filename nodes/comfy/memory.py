@@ -12,7 +12,7 @@ from comfy.patcher_extension import CallbacksMP
 from .sockets import Model
 
 GB = 1 << 30
-SOLIDS = ("structure_vae", "sdf_vae", "fine_sdf_vae", "refiner", "fine_refiner")  # get ComfyUI's VAE dtype
+SOLIDS = ("structure_vae", "sdf_vae", "fine_sdf_vae", "refiner", "fine_refiner")  # these take ComfyUI's VAE dtype
 
 
 def choose_dtype(network: str, precision: str) -> torch.dtype:
