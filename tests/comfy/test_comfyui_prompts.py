@@ -155,7 +155,7 @@ def test_a_damaged_model_says_which_file(server):
 
 def test_a_name_outside_the_output_folder_is_refused(server):
     run = server.run(graph(filename_prefix="../../stolen"))
-    assert "leads out of the output folder" in run.error
+    assert "points outside the output folder" in run.error
     assert not list(server.folder.parent.glob("stolen*"))
 
 
@@ -169,7 +169,7 @@ def read_only_output(server):
     away.rename(server.output)
 
 
-@pytest.mark.parametrize(("prefix", "message"), [("mesh", "cannot write"), ("new/mesh", "cannot make the folder")])
+@pytest.mark.parametrize(("prefix", "message"), [("mesh", "cannot write"), ("new/mesh", "cannot create the folder")])
 def test_an_output_folder_that_cannot_be_written_is_named(server, read_only_output, prefix, message):
     run = server.run(graph(filename_prefix=prefix))
     assert run.end == "execution_error" and run.all("execution_error")[0]["node_id"] == EXPORT
