@@ -130,7 +130,7 @@ class Stopwatch:
         self.device, self.public, self.rows, self.on_row = device, public, rows, on_row
 
     def __call__(self, name: str, function: Callable, *arguments, passes: int = 0, **options):
-        """Run a stage and return its result; `passes` counts the passes of its network, one per step and guidance branch."""
+        """Run a stage and return its result; `passes` counts its network passes, one per step and guidance branch."""
         is_gpu, row = self.device == "cuda", {"stage": name}
         if is_gpu:
             torch.cuda.synchronize()

@@ -14,7 +14,7 @@ from ..kernels.modulation import affine_norm, modulated_norm
 from ..kernels.ragged import Ragged
 
 NUM_FREQUENCIES = 128  # of the time embedding
-SLICE_ROWS = 8192  # tokens at a time in a feed-forward without a gradient: its hidden layer is the widest tensor
+SLICE_ROWS = 8192  # tokens at a time in a feed-forward without gradients, whose hidden layer is the widest tensor
 
 
 class LayerNorm32(nn.LayerNorm):
@@ -51,7 +51,7 @@ class FeedForward(nn.Module):
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
     def _in_slices(self, x: Tensor) -> Tensor:
-        """The same without a gradient, `SLICE_ROWS` tokens at a time, written straight into the result."""
+        """Compute the same without gradients, `SLICE_ROWS` tokens at a time, straight into the result."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         weight, bias = self.down.weight.to(dtype), self.down.bias.to(dtype)

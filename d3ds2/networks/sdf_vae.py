@@ -27,7 +27,7 @@ from ..layers.sparse_conv import (
 )
 from ..layers.transformer import FeedForward, LayerNorm32, initialize_linear
 
-FACTOR = BLOCK  # SDF voxels along the edge of a latent voxel, which decodes to one block by doubling three times
+FACTOR = BLOCK  # SDF voxels per edge of a latent voxel, which decodes to a block by doubling three times
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class SDFVAEConfig:
     The position embedding takes latent coordinates times position_resolution / R. `latents_scale` and `latents_shift`
     normalise latents for the diffusion model. Raises ValueError for sizes that do not fit together.
 
-    With `voxel_place` each of the eight children of a voxel has a weight of its own in the encoder's pooling and in the
-    decoder's subdivision. The released networks lack these weights. Since mean pooling and submanifold convolutions do
-    not see where in its cell a voxel lies, a surface whose band fits into half a block then has the same latents in
-    either half.
+    With `voxel_place`, each of the eight children of a voxel has its own weight in the encoder's pooling and in the
+    decoder's subdivision. The released networks lack these weights. Mean pooling and submanifold convolutions ignore
+    where in its cell a voxel lies. So without these weights, a surface whose band fits into half a block has the same
+    latents in either half.
     """
 
     latent_channels: int = 16
@@ -143,7 +143,7 @@ class Encoder(nn.Module):
     def forward(self, sdf: Tensor, voxels: Voxels, position_factor: float, run) -> tuple[Tensor, Voxels]:
         x = self.sdf_layer(sdf)  # (N, C / 16)
         coarse = voxels
-        for _ in self.down_blocks:  # before any block runs, so that neighbours on each grid follow from the coarser one
+        for _ in self.down_blocks:  # first, so that the neighbours on each grid follow from the coarser grid
             coarse = coarse.coarsen(2)[0]
         for block in self.down_blocks:
             x, voxels = run(block, x, voxels)

@@ -68,7 +68,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions and a skip; the width stays the same."""
+    """Two convolutions and a skip, with the same number of channels throughout."""
 
     def __init__(self, channels: int):
         super().__init__()
