@@ -19,7 +19,7 @@ from ..kernels.device_constant import device_constant
 EDGE_BITS = 3
 BLOCK = 1 << EDGE_BITS  # voxels per edge of a selection block (m_slc in the paper), and SDF voxels per edge of a latent
 PLACE_BITS = 3 * EDGE_BITS  # low bits of a key: the place of a voxel in its block; the bits above number the blocks
-SEARCH_CHUNK = 1 << 22  # neighbours searched at a time, each of which takes some 150 bytes
+SEARCH_CHUNK = 1 << 22  # neighbours searched at a time; each takes some 150 bytes
 OFFSETS = tuple(product((-1, 0, 1), repeat=3))
 
 

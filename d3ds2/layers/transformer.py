@@ -18,7 +18,7 @@ SLICE_ROWS = 8192  # tokens at a time in a feed-forward without gradients, whose
 
 
 class LayerNorm32(nn.LayerNorm):
-    """Layer norm with eps 1e-6, by default without affine; torch's kernels keep the statistics in fp32."""
+    """Layer norm of x (N, C), by default with eps 1e-6 and without affine; torch's kernels keep statistics in fp32."""
 
     def __init__(self, hidden_size: int, eps: float = 1e-6, affine: bool = False):
         super().__init__(hidden_size, eps=eps, elementwise_affine=affine)

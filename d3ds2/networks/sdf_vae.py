@@ -141,6 +141,7 @@ class Encoder(nn.Module):
         self.out_layer = nn.Linear(config.hidden_size, 2 * config.latent_channels)
 
     def forward(self, sdf: Tensor, voxels: Voxels, position_factor: float, run) -> tuple[Tensor, Voxels]:
+        """sdf (N, 1) -> moments (L, 2 E) and the latent voxels; `run(block, x, voxels)` calls a block."""
         x = self.sdf_layer(sdf)  # (N, C / 16)
         coarse = voxels
         for _ in self.down_blocks:  # first, so that the neighbours on each grid follow from the coarser grid
@@ -165,6 +166,7 @@ class Decoder(nn.Module):
         self.out_layer = nn.Linear(widths[0], 1)
 
     def forward(self, latents: Tensor, voxels: Voxels, position_factor: float, run):
+        """latents (L, E) -> features (512 L, C / 16), the order that sorts them, and the voxels in that order."""
         x = _embed(latents, voxels, self.input_layer, position_factor)  # (L, C)
         for block in self.blocks:
             x = run(block, x, voxels)
@@ -172,7 +174,7 @@ class Decoder(nn.Module):
         for block in self.up_blocks:
             x = x if order is None else permute_rows(x, order)
             x, order, voxels = run(block, x, voxels), voxels.child_order, voxels.subdivide()[0]
-        return x, order, voxels  # (512 L, C / 16), not yet sorted
+        return x, order, voxels
 
 
 class SDFVAE(nn.Module):
@@ -263,11 +265,11 @@ class SDFVAE(nn.Module):
         return decoded, fine, mean, logvar
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
-        """Latents of the encoder -> latents for the diffusion model."""
+        """Turn latents (L, E) of the encoder into those that the diffusion model takes."""
         return (latents - self.config.latents_shift) * self.config.latents_scale
 
     def denormalize_latents(self, latents: Tensor) -> Tensor:
-        """Latents of the diffusion model -> latents for `decode`."""
+        """Turn latents (L, E) of the diffusion model into those that `decode` takes."""
         return latents / self.config.latents_scale + self.config.latents_shift
 
     def _run(self, block: nn.Module, x: Tensor, voxels: Voxels):
