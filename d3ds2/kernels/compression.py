@@ -60,7 +60,7 @@ def pooled_silu(x: Tensor, cells: Cells) -> Tensor:
 
 
 def pooled_silu_reference(x: Tensor, cells: Cells) -> Tensor:
-    """Definition of `pooled_silu`."""
+    """Definition of `pooled_silu`: x (T, N, C) -> (T, Nc, C)."""
     return torch.stack([_pool(torch.nn.functional.silu(rows), cells) for rows in x])
 
 
@@ -97,7 +97,7 @@ def pooled_conv_compression_reference(
     k: Tensor, v: Tensor, position: Tensor, parameters: list[Tensor], cells: Cells, num_groups: int, eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Definition of `pooled_conv_compression`."""
+    """Definition of `pooled_conv_compression`: k and v (N, C) -> (Nc, C) each."""
     outputs, of_keys, of_values = [], parameters[0::2], parameters[1::2]
     for x, own_parameters in ((k + position[cells.place], of_keys), (v, of_values)):
         w_in, b_in, w_out, b_out, *convolutions = own_parameters
