@@ -1,9 +1,8 @@
 """Multi-head attention layers: within windows of voxels, to the context of a sample, and within a dense sample.
 
 Sizes named in this file:
-    N  tokens, all samples packed      H  heads                    C  channels of the tokens
-    L  tokens of the context, or       D  channels per head        B  samples
-       of one dense sample
+    N  tokens, all samples packed               H  heads                    C  channels of the tokens
+    L  tokens of the context, or of a sample    D  channels per head        B  samples
 
 A packed batch is cut into samples by `cu_seqlens` (B + 1,) int32 on the device, where each begins, and `lengths` on the
 host, how long each is. A token whose sample has no context gets zeros from attention.
