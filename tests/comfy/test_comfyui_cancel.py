@@ -80,7 +80,7 @@ def test_no_layer_and_no_step_begins_after_cancel(server, node, place):
 @pytest.mark.parametrize(
     ("node_id", "place", "seed"),
     [
-        pytest.param("D3DS2VAEDecodeSDF", "networks.sdf_vae.Decoder", 310, id="decode"),
+        pytest.param("D3DS2VAEDecodeSDF", "layers.attention.WindowAttention", 310, id="decode"),
         pytest.param("D3DS2VAEEncodeMesh", "networks.sdf_vae.Encoder", 311, id="encode"),
         pytest.param("D3DS2VAEEncodeMesh", "meshes.mesh_to_sdf.mesh_to_sdf", 312, id="distances"),
         pytest.param("D3DS2StructureFromMesh", "meshes.mesh_to_sdf.mesh_to_sdf", 313, id="structure-from-mesh"),
