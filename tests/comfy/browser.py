@@ -38,6 +38,7 @@ OPTIONS = (
     "--remote-allow-origins=*",
     f"--window-size={WINDOW[0]},{WINDOW[1]}",
 )
+SECONDS = 300  # for one answer; only what hangs takes so long
 # the 3D viewer draws all the time, and without a GPU that is a core less for what it waits for
 FEW_FRAMES = "window.requestAnimationFrame = draw => setTimeout(() => draw(performance.now()), 200);"
 FEW_FRAMES += "window.cancelAnimationFrame = clearTimeout;"
@@ -65,11 +66,11 @@ class Browser:
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen(command, start_new_session=True, **quiet)
         port_file = self.profile / "DevToolsActivePort"
-        _wait(lambda: port_file.exists() and port_file.read_text().strip(), 60, "Chromium did not start")
+        _wait(lambda: port_file.exists() and port_file.read_text().strip(), SECONDS, "Chromium did not start")
         port = port_file.read_text().split()[0]
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=30) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=SECONDS) as answer:
             page = next(target for target in json.load(answer) if target["type"] == "page")
-        self._socket = websocket.create_connection(page["webSocketDebuggerUrl"], timeout=120)
+        self._socket = websocket.create_connection(page["webSocketDebuggerUrl"], timeout=SECONDS)
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         self.call("Page.addScriptToEvaluateOnNewDocument", source=FEW_FRAMES)

@@ -15,7 +15,7 @@ ENDS = "['execution_success', 'execution_error', 'execution_interrupted']"
 LOADING = "Loading 3D Model"  # what a viewer says meanwhile
 BOX = ("x", "y", "width", "height")
 SQUARE, DIFFERS, SHARE = 8, 24, 0.01  # pixels; of 255; of the squares
-SECONDS = 60  # for a viewer to load its file
+SECONDS = 300  # for what the page shows in a second or two; only what hangs takes so long
 
 
 def open_template(page: Browser, server: ComfyServer, name: str, nodes: int) -> None:

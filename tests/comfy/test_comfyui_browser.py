@@ -9,7 +9,7 @@ from tests.comfy.installation import SOURCES
 from tests.comfy.page import open_template, press_run, viewer_boxes, wait_for_mesh
 from tests.comfy.workflow_file import WORKFLOWS, nodes_of, read, to_prompt
 
-RUN_SECONDS = 240
+RUN_SECONDS = 600
 NOT_OURS = (  # what the console says without any template
     "ComfyApp graph accessed before initialization",  # front end 1.47, at every start
     "/favicon.ico",  # front end 1.39

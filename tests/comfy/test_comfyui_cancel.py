@@ -10,7 +10,7 @@ from tests.comfy.prompts import DECODE, EXPORT, LATENT, MODEL, STRUCTURE, graph
 from tests.comfy.server import ComfyServer, Graph
 from tests.support.tiny_model import draw_object
 
-WAIT_SECONDS = 120  # for the server to come to a place; only a test that fails waits so long
+WAIT_SECONDS = 300  # for the server to come to a place; only a test that fails waits so long
 
 
 @pytest.fixture(scope="module")

@@ -119,7 +119,7 @@ def test_killed_run_continues_to_equal_parameters(data_dir, tmp_path):
     write_toml(tmp_path / "vae.toml", config)
     command = [sys.executable, "-c", DIE_AFTER_STEP_6, str(tmp_path / "vae.toml"), "run.workers=1"]
     with open(tmp_path / "stderr", "w") as stderr:  # no pipe: the process that loads data lives on for some seconds
-        killed = subprocess.run(command, cwd=ROOT, stderr=stderr, timeout=300)
+        killed = subprocess.run(command, cwd=ROOT, stderr=stderr, timeout=600)
     assert killed.returncode == -signal.SIGKILL, (tmp_path / "stderr").read_text()
     assert [path.name for path in Path(config.run.out_dir).glob("step_*.pt")] == ["step_00000004.pt"]
     assert [record["step"] for record in read_metrics(config.run.out_dir)] == list(range(1, 7))
