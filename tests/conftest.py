@@ -1,11 +1,12 @@
-"""Settings that must hold before any test imports Triton or torch, here and in the processes that tests start."""
+"""Settings for tests and the processes they start; some must be made before Triton or torch is imported."""
 
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-# several threads wait for each other longer than tiny networks compute; and only equal numbers give equal bits
+# threads would spend longer waiting than tiny networks compute, and results are equal bit for bit only if the number
+# of threads is
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
@@ -15,8 +16,8 @@ from tests.comfy.installation import SOURCES
 from tests.support.comfy_stand_ins import ComfyUI
 from tests.support.tiny_model import write_model
 
-# pytest-xdist begins with these: long files come first, so that no worker is left with one at the end. All tests of one
-# real ComfyUI are one part; the second part comes after the first and the long files, when the machine is less busy.
+# pytest-xdist begins with these parts: long files come first, so that no worker ends with one. All tests of one real
+# ComfyUI are a part; the second ComfyUI comes after the long files, when the machine is less busy.
 LONG = ("test_triton_versions", "test_training_stages", "test_spatial_sparse_attention_triton", "test_pipeline_stages")
 FIRST, *OTHERS = (f"comfyui-{version}" for version in reversed(SOURCES))
 ORDER = {part: number for number, part in enumerate((FIRST, *LONG, *OTHERS))}
@@ -46,21 +47,21 @@ def pytest_collection_modifyitems(config, items):
 
 
 def part_of(nodeid: str) -> str:
-    """The real ComfyUI that a test asks for, as comfyui-1.2.3, or the name of its file."""
+    """Return the real ComfyUI that a test asks for, as comfyui-1.2.3, or else the name of its file."""
     found = re.search(r"\[(comfyui-[\d.]+)[-\]]", nodeid)
     return found[1] if found else Path(nodeid.split("::")[0]).stem
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
-    """Start every test from the same state, in any order of tests."""
-    torch.set_num_threads(1)  # rembg imports numba's OpenMP threads, which change those of torch
+    """Start every test from the same state, whatever ran before it."""
+    torch.set_num_threads(1)  # rembg imports numba, whose OpenMP changes torch's number of threads
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")
 def comfy_folder(tmp_path_factory) -> Path:
-    """ComfyUI's folder, with the model `random`; a file of tests may bring its own."""
+    """ComfyUI's folder, with the model `random`; a test file may override it."""
     folder = tmp_path_factory.mktemp("comfy")
     (folder / "output").mkdir()
     write_model(folder / "models" / "direct3d_s2" / "random")
@@ -69,7 +70,7 @@ def comfy_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def comfy_device() -> str:
-    """Where the networks run; a file of tests may bring its own."""
+    """The device of the networks; a test file may override it."""
     return "cpu"
 
 
