@@ -14,11 +14,7 @@ VIEWERS = (
 ENDS = "['execution_success', 'execution_error', 'execution_interrupted']"
 LOADING = "Loading 3D Model"  # what a viewer says meanwhile
 BOX = ("x", "y", "width", "height")
-SQUARE, DIFFERS, SHARE = (
-    8,
-    24,
-    0.01,
-)  # edge of a square in pixels; least change of its mean, of 255; least share of the squares
+SQUARE, DIFFERS, SHARE = 8, 24, 0.01  # its edge in pixels; least change, of 255; least share of the squares
 SECONDS = 300  # for what the page shows in a second or two; only a page that hangs takes so long
 
 
@@ -69,9 +65,7 @@ def wait_for_mesh(page: Browser, index: int, before: np.ndarray) -> None:
         box = page.js(f"return {VIEWERS}[{index}]")
         loading = page.js(f"return document.body.innerText.includes('{LOADING}')")
         if box and not loading:
-            page.point_at(
-                box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-            )  # front end 1.39 draws only under the mouse
+            page.point_at(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)  # front end 1.39 draws under it
             now = page.picture({key: box[key] for key in BOX})
             height, width = np.minimum(now.shape, before.shape)[:2]  # a node may grow by a pixel
             changed = abs(_squares(now[:height, :width]) - _squares(before[:height, :width])) > DIFFERS

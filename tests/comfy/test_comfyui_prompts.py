@@ -226,9 +226,7 @@ def test_unloading_gives_the_memory_of_the_networks_back(server):
     prompt = {key: node for key, node in graph(model="tiny", steps=1).items() if key in (MODEL, PICTURE, STRUCTURE)}
     prompt[VIEW] = {"class_type": "PreviewAny", "inputs": {"source": [STRUCTURE, 2]}}
     assert server.run(prompt).end == "execution_success"
-    weights = sum(
-        file.stat().st_size for file in TINY.glob("*.safetensors")
-    )  # in half precision; loaded they take twice as much
+    weights = sum(file.stat().st_size for file in TINY.glob("*.safetensors"))  # half precision; loaded, twice as much
     loaded = server.memory()
     for _ in range(300):  # while ComfyUI collects garbage, every ten seconds, it misses the button
         server.free()

@@ -75,9 +75,7 @@ def test_table():
         border = [pair for loop in loops_of_case(case) for pair in zip(loop, loop[1:] + loop[:1], strict=True)]
         sides = [(t[i], t[(i + 1) % 3]) for t in triangles for i in range(3)]
         assert len(set(sides)) == len(sides) and set(border) <= set(sides)
-        for side in set(sides) - set(
-            border
-        ):  # a diagonal is used once in each direction, and never lies on a face of the cube
+        for side in set(sides) - set(border):  # a diagonal: used once each way, never on a face of the cube
             assert side[::-1] in sides and not share_a_face(*side)
 
 

@@ -60,9 +60,7 @@ def test_a_band_with_a_gap_and_with_an_inner_shell(device):
     coords, values = band
     assert_same(device, coords[1:], values[1:], 48, 0.0, **DECODED_OPTIONS)  # a block is missing
     assert_same(device, coords[1:], values[1:], 48, 0.0)
-    both_outside = torch.where(
-        values < -0.6, -2 * values - 1.5, values
-    )  # positive again further in, as released decoders say
+    both_outside = torch.where(values < -0.6, -2 * values - 1.5, values)  # + again further in, as in released weights
     assert_same(device, coords, both_outside.clamp(-1, 1), 48, 0.2, **DECODED_OPTIONS)
 
 

@@ -54,9 +54,7 @@ def test_plan_shows_every_item_once_per_epoch_and_keeps_to_the_budget():
         assert sorted(seen[49 * epoch : 49 * (epoch + 1)]) == [i for i in range(50) if i != 7]
     sums = [tokens[b].sum() for b in batches]
     for i, (batch, following) in enumerate(itertools.pairwise(batches)):
-        assert (
-            len(batch) == 4 or sums[i] + tokens[following[0]] > 60
-        )  # it ends only where the next item would be too much
+        assert len(batch) == 4 or sums[i] + tokens[following[0]] > 60  # it ends only where the next is too much
 
 
 def test_plan_is_a_function_of_seed_and_step():

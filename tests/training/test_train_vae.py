@@ -118,9 +118,7 @@ def test_killed_run_continues_to_equal_parameters(data_dir, tmp_path):
     config = make_config(data_dir, tmp_path / "killed", steps=12, save_every=4)
     write_toml(tmp_path / "vae.toml", config)
     command = [sys.executable, "-c", DIE_AFTER_STEP_6, str(tmp_path / "vae.toml"), "run.workers=1"]
-    with open(
-        tmp_path / "stderr", "w"
-    ) as stderr:  # no pipe, which the process that loads data would hold open for some seconds
+    with open(tmp_path / "stderr", "w") as stderr:  # a pipe would stay open as long as the process that loads data
         killed = subprocess.run(command, cwd=ROOT, stderr=stderr, timeout=600)
     assert killed.returncode == -signal.SIGKILL, (tmp_path / "stderr").read_text()
     assert [path.name for path in Path(config.run.out_dir).glob("step_*.pt")] == ["step_00000004.pt"]
