@@ -14,11 +14,11 @@ def on_triton(x: Tensor) -> bool:
     return x.is_cuda and HAS_TRITON
 
 
-def half_on_triton(x: Tensor) -> bool:
-    """`on_triton` for kernels that compute in float32 or less: a tensor of float64 keeps the definition."""
-    return on_triton(x) and x.dtype != torch.float64
-
-
 def on_spconv(x: Tensor) -> bool:
     """Whether spconv may run on this tensor: it lies on a GPU without Triton, and spconv is installed."""
     return x.is_cuda and HAS_SPCONV and not on_triton(x)
+
+
+def half_on_triton(x: Tensor) -> bool:
+    """`on_triton` for kernels that compute in float32 or less: a tensor of float64 keeps the definition."""
+    return on_triton(x) and x.dtype != torch.float64

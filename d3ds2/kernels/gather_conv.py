@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .device_constant import device_constant
 from .devices import on_spconv, on_triton
-from .gather_conv_chunks import gather_conv_chunks, gradients_chunks
+from .gather_conv_chunks import gather_bytes, gather_conv_chunks, gradients_chunks
 
 
 def submanifold_conv(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Tensor, children: int = 1) -> Tensor:
@@ -59,6 +59,11 @@ def gather_conv(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Tensor) -> T
 
         return gather_conv_spconv(x, neighbors, weight, bias)
     return gather_conv_chunks(x, neighbors, weight, bias)
+
+
+def workspace_bytes(device: torch.device) -> int:
+    """Count the bytes that a convolution takes beside its rows and one copy of them, whatever their number."""
+    return 0 if on_triton(torch.empty(0, device=device)) else gather_bytes(device)
 
 
 def gather_conv_reference(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

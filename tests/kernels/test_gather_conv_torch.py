@@ -91,6 +91,7 @@ def implicit_gemm(x, pairs, mask, order, filters, bias):
     assert all(tensor.is_contiguous() for tensor in (x, pairs, mask, order, filters))
     assert filters.shape[0] % 8 == filters.shape[2] % 8 == x.shape[1] % 8 == 0
     dtype, x, filters = x.dtype, x.double(), filters.double()
+    bias = None if bias is None else bias.double()
     out = x.new_full((pairs.shape[1], len(filters)), torch.nan)
     for rows, masks in zip(order.long().split(32), mask.split(32), strict=True):
         found = [k for k in range(27) if (masks >> k & 1).any()]
