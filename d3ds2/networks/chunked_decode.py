@@ -104,7 +104,10 @@ def decode_in_chunks(
 
 
 def kept_bytes(hidden_size: int, latents: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Count the bytes needed whatever the chunks: features, neighbours, the result, dense weights, and for gathering."""
+    """Count the bytes kept through all chunks: features, neighbours, the result, and the weights as dense tensors.
+
+    Those for the gathering of neighbours are among them.
+    """
     weights = 27 * 8 * sum((hidden_size // n) ** 2 for n in (4, 8, 16)) * dtype.itemsize
     return workspace_bytes(device) + weights + latents * (hidden_size * dtype.itemsize + 27 * 4 + 4 * FACTOR**3 + 64)
 
