@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .device_constant import device_constant
 from .devices import on_spconv, on_triton
-from .gather_conv_chunks import gather_bytes, gather_conv_chunks, gradients_chunks
+from .gather_conv_chunks import gather_bytes, gather_conv_chunks, gradients_chunks, take_narrow_rows
 
 
 def submanifold_conv(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Tensor, children: int = 1) -> Tensor:
@@ -209,7 +209,7 @@ def take_rows(x: Tensor, order: Tensor) -> Tensor:
         from .gather_conv_triton import take_rows_triton
 
         return take_rows_triton(x, order)
-    return x.index_select(0, order)
+    return take_narrow_rows(x, order, x.new_empty(len(order), x.shape[1]))
 
 
 class _PermuteRows(torch.autograd.Function):

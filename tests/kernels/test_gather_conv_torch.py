@@ -76,6 +76,16 @@ def test_the_neighbours_of_all_voxels_are_never_gathered(monkeypatch):
     assert measured <= dout.nbytes + x.nbytes + 4 * weight.nbytes + budget + rest
 
 
+@pytest.mark.parametrize(("dtype", "channels"), [(torch.float16, 3), (torch.float16, 16), (torch.float32, 1)])
+def test_rows_are_taken_word_by_word(dtype, channels):
+    x, index = torch.randn(70, channels).to(dtype), torch.randint(70, (200,))
+    for word in (2, 4, 8, 16):
+        if channels * x.element_size() % word == 0:
+            out = x.new_empty(200, channels)
+            assert torch.equal(gather_conv_chunks.take_words(x, index.int(), out, word), x[index])
+            assert torch.equal(gather_conv_chunks.take_words(x, index, out, word), x[index])
+
+
 def no_voxel(children):
     return torch.zeros(0, 4), torch.zeros(27, 0, dtype=torch.int32), torch.zeros(27, 4, 5), torch.zeros(5)
 
