@@ -9,6 +9,7 @@ Sizes named in this file:
 
 import torch
 
+from ..kernels.gather_conv_chunks import GATHER_BYTES
 from .image_encoder import ImageEncoderConfig
 from .latent_dit import LatentDiTConfig
 from .sdf_vae import SDFVAEConfig
@@ -16,7 +17,7 @@ from .structure_dit import StructureDiTConfig
 from .structure_vae import StructureVAEConfig
 
 MARGIN = 1.2
-WORKSPACE = 16 << 20  # bytes for libraries and whatever does not grow with the input
+WORKSPACE = (16 << 20) + GATHER_BYTES  # bytes for libraries and for all that does not grow with the input
 
 
 def image_encoder_bytes(config: ImageEncoderConfig, images: int, dtype: torch.dtype) -> int:

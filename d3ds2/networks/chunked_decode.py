@@ -29,7 +29,7 @@ from ..geometry.sdf_blocks import SDFBlocks
 from ..geometry.voxels import Voxels
 from ..geometry.windows import Windows
 from ..kernels.device_constant import device_constant
-from ..kernels.gather_conv import gather_conv
+from ..kernels.gather_conv import gather_conv, workspace_bytes
 from .sdf_vae import FACTOR, SDFVAE
 
 HALO = 3  # latents beyond the edge of a box that its voxels depend on
@@ -81,7 +81,7 @@ def decode_in_chunks(
         position_factor = config.position_resolution / (FACTOR * voxels.resolution)
     budget = DEFAULT_BUDGET if memory_budget is None else memory_budget
     dtype = vae.decoder.input_layer.weight.dtype
-    left = budget - kept_bytes(config.hidden_size, L, dtype)
+    left = budget - kept_bytes(config.hidden_size, L, dtype, latents.device)
     boxes = chunk_boxes(voxels, max_latents(config.hidden_size, left // 2, dtype))
     if boxes is None:
         needed = budget - left + 2 * latent_bytes(config.hidden_size, dtype) * (2 * HALO + 1) ** 3
@@ -103,10 +103,13 @@ def decode_in_chunks(
     return SDFBlocks(coords, values.view(-1, FACTOR, FACTOR, FACTOR), FACTOR * voxels.resolution, voxels.batch_size)
 
 
-def kept_bytes(hidden_size: int, latents: int, dtype: torch.dtype) -> int:
-    """Count the bytes kept through all chunks: features, neighbours, the result, and the weights as dense tensors."""
+def kept_bytes(hidden_size: int, latents: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Count the bytes kept through all chunks: features, neighbours, the result, and the weights as dense tensors.
+
+    Those for the gathering of neighbours are among them.
+    """
     weights = 27 * 8 * sum((hidden_size // n) ** 2 for n in (4, 8, 16)) * dtype.itemsize
-    return weights + latents * (hidden_size * dtype.itemsize + 27 * 4 + 4 * FACTOR**3 + 64)
+    return workspace_bytes(device) + weights + latents * (hidden_size * dtype.itemsize + 27 * 4 + 4 * FACTOR**3 + 64)
 
 
 def latent_bytes(hidden_size: int, dtype: torch.dtype) -> int:
