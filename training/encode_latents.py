@@ -15,12 +15,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from d3ds2.kernels.devices import find_device
 from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE
 from d3ds2.storage.atomic_file import replacing
@@ -28,7 +30,7 @@ from training.config import load_config
 from training.data.datasets import ShapeBatch, active_voxels, load_batches, pack_shapes
 from training.data.latent_moments import LatentMoments, set_latent_scale
 from training.data.shape_files import latent_path, list_shapes, load_shape, shape_path, write_arrays
-from training.run import RunConfig, autocast, find_device
+from training.run import RunConfig, autocast
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class EncodeLatentsConfig:
     resolution: int = 256
     symmetries: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # the views of train_dit may need all
     max_tokens: int = 65536  # in a batch; a larger shape is a batch of its own
-    precision: str = "bf16"
+    precision: Literal["bf16", "fp32"] = "bf16"
     device: str = "auto"
     workers: int = 0
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .devices import abilities
 from .ragged import AttentionPlan
 from .ragged_attention_triton import LOG2_E
 
@@ -210,8 +211,7 @@ def select_blocks_triton(
     GP = triton.next_power_of_2(G)
     BLOCK_Q = max(1, tile.rows // GP)
     tile_offsets, tile_samples = branches.samples.tiles(BLOCK_Q)
-    multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
-    programs = min(multiprocessors * tile.programs, len(tile_samples) * Hk)
+    programs = min(abilities(q.device).multiprocessors * tile.programs, len(tile_samples) * Hk)
     stride = triton.cdiv(max(1, branches.max_blocks), 32) * 32
     scratch = torch.empty(programs * BLOCK_Q, stride, dtype=torch.float32, device=q.device)
     KP = max(2, triton.next_power_of_2(top_k))  # Triton 3.1's interpreter stores a single number whatever the mask says

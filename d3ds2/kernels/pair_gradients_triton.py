@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attention_tiles import Tile
 from .ragged import AttentionSegments
-from .ragged_attention_triton import LOG2_E, Tile, _dot, _load_stats, kernel_arguments
+from .ragged_attention_triton import LOG2_E, _dot, _load_stats, kernel_arguments
 
 CHUNK_PAIRS = 512  # that a program takes
 

@@ -5,7 +5,6 @@ row and a block yields a partial result; those of a row are then merged, in the 
 pairs are in ragged_attention_triton.py. In the kernels, HG is the number of query heads.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,37 +13,22 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .attention_tiles import AttentionTiles, Tile
 from .pair_gradients_triton import pair_dkdv
 from .pair_order_triton import pairs_by_block_triton
 from .ragged import AttentionSegments, Ragged
 from .ragged_attention_triton import (
-    Tile,
     key_norms,
     ragged_attention_dkdv,
     ragged_attention_dq,
     ragged_attention_forward,
 )
 
-
-@dataclass(frozen=True)
-class SelectionTiles:
-    """How the kernels cut their work: those of the pairs, and those that merge the results of the pairs.
-
-    Args:
-        forward, dq, dkdv: tiles of the kernels of the pairs.
-        merged_rows: rows (token, query head) that a merging program takes.
-    """
-
-    forward: Tile
-    dq: Tile
-    dkdv: Tile
-    merged_rows: int = 64
-
-
-HALF = SelectionTiles(
+HALF = AttentionTiles(
     forward=Tile(128, 32, stages=3, registers=96), dq=Tile(128, 32, stages=3), dkdv=Tile(64, 64, splits=8)
 )
-FP32 = SelectionTiles(forward=Tile(32, 32), dq=Tile(32, 32), dkdv=Tile(32, 32, splits=4))
+FP32 = AttentionTiles(forward=Tile(32, 32), dq=Tile(32, 32), dkdv=Tile(32, 32, splits=4))
+MERGED_ROWS = 64  # (token, query head), that a merging program takes
 
 PARTIAL_BYTES = 1 << 29  # partial results held at once
 INFERENCE_PARTIAL_BYTES = 1 << 28  # fewer, so that they fit on a small card beside weights and latents
@@ -176,9 +160,9 @@ def select_forward(
         if others is not None and gated_out is not None:
             gating = *(x[chunk] for x in others), gated_out[chunk]
         rows = len(q[chunk]) * q.shape[1]
-        _merge_kernel[(triton.cdiv(rows, tiles.merged_rows),)](
+        _merge_kernel[(triton.cdiv(rows, MERGED_ROWS),)](
             partial, partial_lse, block_indices[chunk], *kept, *gating, rows, K, q.shape[1],
-            G=G, D=D, DP=triton.next_power_of_2(D), BLOCK=tiles.merged_rows, GATED=others is not None, KEEP=keep,
+            G=G, D=D, DP=triton.next_power_of_2(D), BLOCK=MERGED_ROWS, GATED=others is not None, KEEP=keep,
         )  # fmt: skip
         if keep:
             pairs += chunk_pairs
@@ -211,9 +195,9 @@ def select_backward(
         partial = ragged_attention_dq(*inputs, tiles.dq)
         rows = len(q[chunk]) * q.shape[1]
         first, second = (x[chunk] for x in others) if others else (partial, partial)  # not read without others
-        _sum_kernel[(triton.cdiv(rows, tiles.merged_rows),)](
+        _sum_kernel[(triton.cdiv(rows, MERGED_ROWS),)](
             partial, block_indices[chunk], first, second, dq[chunk], rows, K,
-            HAS_OTHERS=bool(others), G=G, D=D, DP=triton.next_power_of_2(D), BLOCK=tiles.merged_rows,
+            HAS_OTHERS=bool(others), G=G, D=D, DP=triton.next_power_of_2(D), BLOCK=MERGED_ROWS,
         )  # fmt: skip
         del partial, first, second
         gradients_of_keys = ragged_attention_dkdv if blocks.longest is None else pair_dkdv

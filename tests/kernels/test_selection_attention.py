@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from d3ds2.kernels.attention_tiles import Tile
 from d3ds2.kernels.devices import HAS_TRITON
 from d3ds2.kernels.pair_gradients import pair_dkdv_reference
 from d3ds2.kernels.pair_order import pairs_by_block
@@ -139,7 +140,7 @@ def test_chunks_of_queries_do_not_change_the_result(monkeypatch):
 def test_gradients_of_keys_match_the_definition(chunk):
     """One block is longer than a tile of keys; blocks are selected by nobody, by few and by many queries."""
     from d3ds2.kernels.pair_gradients_triton import pair_dkdv
-    from d3ds2.kernels.ragged_attention_triton import Tile, ragged_attention_dkdv
+    from d3ds2.kernels.ragged_attention_triton import ragged_attention_dkdv
     from d3ds2.kernels.selection_attention_triton import select_forward
 
     block_sizes, K, scale = [21, 1, 4], 2, 24**-0.5

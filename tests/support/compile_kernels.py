@@ -71,7 +71,7 @@ def compile_kernel(kernel, constants: dict, num_warps: int, num_stages: int = 2,
 def of_tile(tile) -> dict:
     return (
         SIZES
-        | {"LIMIT": 100.0, "FLOOR": 2.0**-100, "SHIFT": run_attention.SHIFT}
+        | {"MAX_BOUND": 100.0, "MIN_MEAN_WEIGHT": 2.0**-100, "SHIFT": run_attention.SHIFT}
         | {"BLOCK_Q": tile.rows // 16, "BLOCK_K": tile.keys, "SPLITS": tile.splits}
     )
 
@@ -90,7 +90,7 @@ def main() -> None:
         constants = SIZES | {"KP": 8, "LANES": tile.lanes, "STEPS": tile.bound_steps}
         constants |= {"BLOCK_Q": tile.rows // 16, "BLOCK_B": tile.blocks, "RANKED": tile.ranked}
         compile_kernel(kernel, constants | {"HAS_ORDER": has_order, "INTERLEAVED": True}, tile.warps, tile.stages)
-    merging = SIZES | {"BLOCK": selection.HALF.merged_rows, "GATED": True, "KEEP": True, "HAS_OTHERS": True}
+    merging = SIZES | {"BLOCK": selection.MERGED_ROWS, "GATED": True, "KEEP": True, "HAS_OTHERS": True}
     for kernel in (selection._merge_kernel, selection._sum_kernel, spatial._delta_kernel):
         compile_kernel(kernel, named(kernel, merging), 4)
     numbers = dict.fromkeys(["PAIRS", "Hk", "K", "M", "TILES", "LISTS"], "i32")
@@ -99,8 +99,8 @@ def main() -> None:
     compile_kernel(pair_order._count_kernel, order, 4, types=numbers)
     compile_kernel(pair_order._place_kernel, order | {"LP": pair_order.MAX_LISTS}, 4, types=numbers)
     compile_kernel(run_attention._key_norm_kernel, {"D": 32, "DP": 32, "BLOCK": 256, "H": 2}, 4)
-    compile_kernel(cutting._tile_offsets_kernel, {"SIZE": 4, "BLOCK": cutting.BLOCK}, 4)
-    compile_kernel(cutting._tile_runs_kernel, {"BLOCK": 128}, 4)
+    compile_kernel(cutting._tile_offsets_kernel, {"SIZE": 4, "BLOCK": cutting.MAX_SEGMENTS}, 4)
+    compile_kernel(cutting._tile_segments_kernel, {"BLOCK": cutting.TILES}, 4)
     compile_compression()
     compile_modulation()
 
