@@ -31,13 +31,14 @@ from d3ds2.kernels.attention_tiles import AttentionTiles  # noqa: E402
 from d3ds2.kernels.block_scores_triton import select_blocks_triton  # noqa: E402
 from d3ds2.kernels.packed_attention import _varlen  # noqa: E402
 from d3ds2.kernels.packed_attention_triton import packed_attention_triton  # noqa: E402
+from d3ds2.kernels.pair_order_triton import pairs_by_block_triton  # noqa: E402
 from d3ds2.kernels.ragged import AttentionSegments  # noqa: E402
 from d3ds2.kernels.ragged_attention_triton import (  # noqa: E402
     ragged_attention_dkdv,
     ragged_attention_dq,
     ragged_attention_forward,
 )
-from d3ds2.kernels.selection_attention_triton import pairs_by_block, select_backward, select_forward  # noqa: E402
+from d3ds2.kernels.selection_attention_triton import select_backward, select_forward  # noqa: E402
 from d3ds2.kernels.spatial_sparse_attention_triton import (  # noqa: E402
     COMPRESSION,
     WINDOW,
@@ -246,7 +247,7 @@ def measure_parts(name: str, voxels: Voxels, c: int, top_k: int) -> list[str]:
     lse = time_ragged(compressed_k, compressed_v, AttentionSegments(branches.samples, branches.compressed), COMPRESSION)
     block_indices = select_blocks_triton(q, compressed_k, lse, branches, top_k, scale)
     cells.append(f"{median_ms(lambda: select_blocks_triton(q, compressed_k, lse, branches, top_k, scale)):.2f}")
-    cells.append(f"{median_ms(lambda: pairs_by_block(block_indices, len(branches.blocks))):.2f}")
+    cells.append(f"{median_ms(lambda: pairs_by_block_triton(block_indices, len(branches.blocks))):.2f}")
     out, lse, pairs, _ = select_forward(q, k, v, branches.blocks, block_indices, scale)
     stats = torch.stack([lse, (out.float() * dout.float()).sum(-1)], dim=-1)
     arguments = branches.blocks, block_indices, pairs, stats, dout, scale

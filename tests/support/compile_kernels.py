@@ -81,8 +81,8 @@ def main() -> None:
         kernels = run_attention._forward_kernel, run_attention._dq_kernel, run_attention._dkdv_kernel
         for kernel, tile in zip(kernels, tiles, strict=True):
             compile_kernel(kernel, named(kernel, of_tile(tile) | lists), tile.warps, tile.stages)
-    kernel, tile = pair_gradients._dkdv_chunk_kernel, selection.DKDV
-    compile_kernel(kernel, named(kernel, of_tile(tile) | {"P": 8, "CHUNK": pair_gradients.CHUNK}), tile.warps)
+    kernel, tile = pair_gradients._dkdv_chunk_kernel, selection.HALF.dkdv
+    compile_kernel(kernel, named(kernel, of_tile(tile) | {"P": 8, "CHUNK": pair_gradients.CHUNK_PAIRS}), tile.warps)
     kernel = pair_gradients._add_chunks_kernel
     compile_kernel(kernel, named(kernel, of_tile(tile)), 4)
     for has_order, tile in ((False, block_scores.HALF), (True, block_scores.HALF_SEVERAL_KEYS)):
@@ -93,13 +93,11 @@ def main() -> None:
     merging = SIZES | {"BLOCK": selection.MERGED_ROWS, "GATED": True, "KEEP": True, "HAS_OTHERS": True}
     for kernel in (selection._merge_kernel, selection._sum_kernel, spatial._delta_kernel):
         compile_kernel(kernel, named(kernel, merging), 4)
-    compile_kernel(
-        selection._pair_keys_kernel, {"BLOCK": selection.PAIRS}, 4, types=dict.fromkeys(["PAIRS", "H", "S", "M"], "i32")
-    )
-    order = {"TILE": pair_order.TILE, "GROUP": pair_order.GROUP}
-    numbers = dict.fromkeys(["PAIRS", "H", "S", "M", "TILES", "BINS"], "i32") | {"keys": "*i32"}
+    numbers = dict.fromkeys(["PAIRS", "Hk", "K", "M", "TILES", "LISTS"], "i32")
+    order = {"BLOCK": pair_order.TILE.counted, "COMPARED": pair_order.TILE.compared}
+    compile_kernel(pair_order._list_kernel, {"BLOCK": pair_order.TILE.listed}, 4, types=numbers)
     compile_kernel(pair_order._count_kernel, order, 4, types=numbers)
-    compile_kernel(pair_order._place_kernel, order | {"KEYS": pair_order.MAX_BINS}, 4, types=numbers)
+    compile_kernel(pair_order._place_kernel, order | {"LP": pair_order.MAX_LISTS}, 4, types=numbers)
     compile_kernel(run_attention._key_norm_kernel, {"D": 32, "DP": 32, "BLOCK": 256, "H": 2}, 4)
     compile_kernel(cutting._tile_offsets_kernel, {"SIZE": 4, "BLOCK": cutting.MAX_SEGMENTS}, 4)
     compile_kernel(cutting._tile_segments_kernel, {"BLOCK": cutting.TILES}, 4)
@@ -154,7 +152,7 @@ def compile_modulation() -> None:
 
 
 def selection_tiles() -> tuple:
-    return selection.FORWARD, selection.DQ, selection.DKDV
+    return selection.HALF.forward, selection.HALF.dq, selection.HALF.dkdv
 
 
 def named(kernel, constants: dict) -> dict:
