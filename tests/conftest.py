@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 # tiny networks run faster on one thread, and results are the same bit by bit only for equal numbers of threads
@@ -11,7 +12,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 
+from d3ds2.kernels import devices
 from tests.comfy.installation import SOURCES
+from tests.support.cards import CARDS
 from tests.support.comfy_stand_ins import ComfyUI
 from tests.support.tiny_model import write_model
 
@@ -23,6 +26,30 @@ ORDER = {part: number for number, part in enumerate((FIRST, *LONG, *OTHERS))}
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Triton's interpreter
+
+
+LESSER_CARDS = {  # of the GPU that is here: `pytest -m gpu --card NAME`
+    "sm_86": lambda card: replace(CARDS["sm_86"], name=card.name),
+    "no-triton": lambda card: replace(card, triton=False, why_no_triton="hidden by --card no-triton"),
+    "no-flash": lambda card: replace(card, flash=False),
+    "torch-alone": lambda card: replace(card, triton=False, flash=False, why_no_triton="hidden by --card torch-alone"),
+}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--card", choices=LESSER_CARDS, help="take the GPU for a lesser one: its tiles, its limits")
+
+
+def pytest_configure(config):
+    take_lesser_card(config, devices)
+
+
+def take_lesser_card(config, module) -> None:
+    """Let a copy of d3ds2.kernels.devices take the GPU for the card of `--card`."""
+    name = config.getoption("--card", None)
+    if name is not None:
+        device = torch.device("cuda", torch.cuda.current_device())
+        module._ABILITIES[device] = LESSER_CARDS[name](module.abilities(device))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -74,8 +101,9 @@ def comfy_device() -> str:
 
 
 @pytest.fixture(scope="module")
-def comfy(comfy_folder, comfy_device) -> Iterator[ComfyUI]:
+def comfy(request, comfy_folder, comfy_device) -> Iterator[ComfyUI]:
     """The pack on stand-ins for ComfyUI, shared by all tests of a file."""
     comfy = ComfyUI(comfy_folder, device=comfy_device)
+    take_lesser_card(request.config, comfy.module("d3ds2.kernels.devices"))
     yield comfy
     comfy.close()
