@@ -39,7 +39,7 @@ class EncodeLatentsConfig:
     model_dir: str = "models/model"
     splits: tuple[str, ...] = ("train",)
     resolution: int = 256
-    symmetries: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # the views of train_dit may need all
+    symmetries: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # the views of train_dit may need them all
     max_tokens: int = 65536  # in a batch; a larger shape is a batch of its own
     precision: Literal["bf16", "fp32"] = "bf16"
     device: str = "auto"
@@ -120,7 +120,7 @@ def main(config: EncodeLatentsConfig) -> dict:
     if summary is not None:
         print(f"the latents in {folder} are up to date")
         return summary
-    (folder / "moments.json").unlink(missing_ok=True)  # until all files are of this VAE
+    (folder / "moments.json").unlink(missing_ok=True)  # missing until all files are of this VAE
     all_moments = []
     for split, shapes in zip(config.splits, splits, strict=True):
         moments = LatentMoments(vae.config.latent_channels, device)

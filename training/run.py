@@ -46,7 +46,7 @@ class RunConfig:
     log_every: int = 20
     save_every: int = 1000
     start_from: str = ""  # model folder from whose weights a new run starts; "": random weights
-    max_minutes: float = 0.0  # then save, export and stop; 0: no limit
+    max_minutes: float = 0.0  # after which to save, export and stop; 0: no limit
     tensorboard: bool = True
 
     def __post_init__(self):

@@ -21,7 +21,7 @@ class per_grid:
         self._defaults = tuple(parameter.default for parameter in self._signature.parameters.values())[1:]
 
     def key(self, *arguments) -> tuple["per_grid", tuple]:
-        """Return the key of the result in `tables`, for those who look it up there or know it beforehand."""
+        """Return the key of the result in `tables`, to look it up there or to store it beforehand."""
         return self, arguments + self._defaults[len(arguments) :]
 
     def __call__(self, voxels, *arguments, **named) -> Any:
@@ -38,12 +38,11 @@ class per_grid:
         return self if voxels is None else partial(self, voxels)
 
     def __reduce__(self) -> str:
-        # pickled by name, as functions are: tables travel from the workers of a DataLoader
-        return self._function.__qualname__
+        return self._function.__qualname__  # pickled by name, as functions are: DataLoader workers send tables
 
 
 class per_grid_property(per_grid):
-    """Decorate a property likewise: `voxels.name` is the result."""
+    """Decorate a property in the same way: `voxels.name` is the result."""
 
     def __get__(self, voxels, owner=None) -> Any:
         return self if voxels is None else self(voxels)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 HAS_TRITON = find_spec("triton") is not None
+HAS_SPCONV = find_spec("spconv") is not None  # its CPU build included
 KIB = 1 << 10
 # Shared memory that one program may take, in KiB, for versions of torch that do not tell.
 SHARED_KIB = {(7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
@@ -94,6 +95,11 @@ def has_flash(device: torch.device) -> bool:
 def on_triton(x: Tensor) -> bool:
     """Whether the Triton kernels run on this tensor."""
     return x.is_cuda and triton_works(x.device)
+
+
+def on_spconv(x: Tensor) -> bool:
+    """Whether spconv may run on this tensor: it lies on a GPU without Triton, and spconv is installed."""
+    return x.is_cuda and HAS_SPCONV and not on_triton(x)
 
 
 def half_on_triton(x: Tensor) -> bool:

@@ -1,15 +1,14 @@
 """Submanifold convolution of rows and their known neighbours, and permutations of rows.
 
 Once the 27 neighbours of each voxel are gathered, a convolution is one matrix product. On CUDA the kernels of
-gather_conv_triton.py gather inside the product. Elsewhere chunks of rows are gathered, so that the copy stays small
-whatever N is.
+gather_conv_triton.py gather inside the product. Where Triton does not run, so does spconv, if it is installed: see
+gather_conv_spconv.py. Elsewhere gather_conv_chunks.py gathers some rows at a time.
 
 Sizes named in this file:
     N  voxels      M  rows of a result      C  channels      Cin, Cout  channels in and out
     J  taps: the weights of one offset for one child; 27 in a plain convolution, 8 for each of 8 children
 """
 
-from collections.abc import Iterator
 from itertools import product
 
 import torch
@@ -17,11 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .device_constant import device_constant
-from .devices import on_triton
-
-CPU_CHUNK_BYTES = 4 << 20  # neighbours gathered at a time; they stay in a core's cache
-DEVICE_CHUNK_BYTES = 512 << 20
-MIN_CHUNK_ROWS = 1024
+from .devices import on_spconv, on_triton
+from .gather_conv_chunks import gather_bytes, gather_conv_chunks, gradients_chunks, take_narrow_rows
 
 
 def submanifold_conv(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Tensor, children: int = 1) -> Tensor:
@@ -58,34 +54,45 @@ def gather_conv(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Tensor) -> T
         from .gather_conv_triton import gather_conv_triton
 
         return gather_conv_triton(x, neighbors, weight, bias).view(-1, len(bias))
-    return gather_conv_reference(x, neighbors, weight, bias)
+    if _on_spconv(x):
+        from .gather_conv_spconv import gather_conv_spconv
+
+        return gather_conv_spconv(x, neighbors, weight, bias)
+    return gather_conv_chunks(x, neighbors, weight, bias)
+
+
+def workspace_bytes(device: torch.device) -> int:
+    """Count the bytes that a convolution takes beside its rows and one copy of them, whatever their number."""
+    return 0 if on_triton(torch.empty(0, device=device)) else gather_bytes(device)
 
 
 def gather_conv_reference(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Definition of `gather_conv`."""
-    (_, _, channels), Cout = weight.shape, len(bias)
-    out = x.new_empty(neighbors.shape[1], channels)
-    for rows, columns in _gathered(x, neighbors):
-        torch.addmm(bias.repeat(channels // Cout), columns, weight.flatten(0, 1), out=out[rows])
-    return out.view(-1, Cout)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 1))
+    out = bias.repeat(weight.shape[2] // len(bias))
+    for rows, matrix in zip(neighbors, weight, strict=True):
+        out = out + padded.index_select(0, rows) @ matrix
+    return out.view(-1, len(bias))
 
 
-def gather_conv_gradients_reference(
+def gather_conv_gradients_chunks(
     x: Tensor, neighbors: Tensor, weight: Tensor, dout: Tensor, children: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Definition of the gradients of x, weight and bias, given dout (children N, Cout), that of the result.
+    """The gradients of x, weight and bias, given dout (children N, Cout), that of the result; by torch alone."""
+    dx, dweight = gradients_chunks(x, neighbors, weight, dout, *_taps(children, x.device), children)
+    return dx, dweight, dout.sum(0)
 
-    One gathering serves both products: voxel m is read at offset k by its neighbour at the opposite offset.
-    """
-    J, Cin, Cout = weight.shape
-    matrix = weight.transpose(1, 2).reshape(J * Cout, Cin)
-    dx = torch.empty_like(x)
-    dmatrix = matrix.new_zeros(matrix.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
-    offset, child = _taps(children, x.device)
-    for rows, columns in _gathered(dout, neighbors, 26 - offset, child, children):
-        torch.mm(columns, matrix, out=dx[rows])
-        dmatrix += columns.t() @ x[rows]
-    dweight = dmatrix.view(J, Cout, Cin).transpose(1, 2).to(weight.dtype)
+
+def gather_conv_gradients_spconv(
+    x: Tensor, neighbors: Tensor, weight: Tensor, dout: Tensor, children: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same gradients, that of x by spconv."""
+    from .gather_conv_spconv import gather_conv_spconv
+
+    # voxel m is read at offset k by its neighbour at the opposite offset
+    transposed = dense_weight(weight, children).flip(0).transpose(1, 2)
+    dx = gather_conv_spconv(dout.reshape(len(x), -1), neighbors, transposed)
+    _, dweight = gradients_chunks(x, neighbors, weight, dout, *_taps(children, x.device), children, with_dx=False)
     return dx, dweight, dout.sum(0)
 
 
@@ -116,9 +123,20 @@ class _SubmanifoldConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         x, neighbors, weight = ctx.saved_tensors
-        gradients = gather_conv_gradients_triton if on_triton(x) else gather_conv_gradients_reference
+        if on_triton(x):
+            gradients = gather_conv_gradients_triton
+        else:
+            gradients = gather_conv_gradients_spconv if _on_spconv(x) else gather_conv_gradients_chunks
         dx, dweight, dbias = gradients(x, neighbors, weight, dout, ctx.children)
         return dx, None, dweight, dbias, None
+
+
+def _on_spconv(x: Tensor) -> bool:
+    if not on_spconv(x):
+        return False
+    from .gather_conv_spconv import spconv_runs
+
+    return spconv_runs(x)
 
 
 def dense_weight(weight: Tensor, children: int) -> Tensor:
@@ -191,7 +209,7 @@ def take_rows(x: Tensor, order: Tensor) -> Tensor:
         from .gather_conv_triton import take_rows_triton
 
         return take_rows_triton(x, order)
-    return x.index_select(0, order)
+    return take_narrow_rows(x, order, x.new_empty(len(order), x.shape[1]))
 
 
 class _PermuteRows(torch.autograd.Function):
@@ -207,22 +225,3 @@ class _PermuteRows(torch.autograd.Function):
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order), device=order.device)
         return take_rows(dout, inverse), None
-
-
-def _gathered(
-    x: Tensor, neighbors: Tensor, offset: Tensor | None = None, child: Tensor | int = 0, children: int = 1
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield chunks of voxels n: their slice, and x[children · neighbors[offset, n] + child], zero where there is none.
-
-    The rows taken for a voxel lie side by side, (rows, J C).
-    """
-    J, C = 27 if offset is None else len(offset), x.shape[1]
-    padded = torch.nn.functional.pad(x, (0, 0, 0, children))
-    chunk_bytes = CPU_CHUNK_BYTES if x.device.type == "cpu" else DEVICE_CHUNK_BYTES
-    num_rows = max(MIN_CHUNK_ROWS, chunk_bytes // (J * C * x.element_size()))
-    for first in range(0, neighbors.shape[1], num_rows):
-        rows = slice(first, first + num_rows)
-        index = neighbors[:, rows].t()  # (rows, 27)
-        if offset is not None:
-            index = index[:, offset] * children + child
-        yield rows, padded.index_select(0, index.reshape(-1)).view(-1, J * C)

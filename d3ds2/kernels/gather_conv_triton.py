@@ -21,9 +21,9 @@ from .devices import abilities
 BLOCK_N = 128  # voxels at a time
 MIN_BLOCK_N = 16  # voxels at a time in a small result, so that it keeps a whole GPU busy
 MAX_BLOCK_C = 64  # channels at a time
-SLICE, MIN_SLICE = 16384, 128  # voxels summed into one partial weight gradient
+SLICE, MIN_SLICE = 16384, 128  # most and least voxels summed into one partial weight gradient
 CONV_PROGRAMS, DWEIGHT_PROGRAMS = 2, 8  # programs of a multiprocessor that a launch aims at
-STAGES, DEEP_STAGES = 3, 5  # loads in flight; with few rows at a time, the wait for gathered rows is longest
+STAGES, DEEP_STAGES = 3, 5  # stages of the pipeline; with few rows at a time, programs mostly wait for gathered rows
 BLOCK_S, SUMMED = 8, 512  # slices, and numbers of each, summed at a time
 
 
@@ -174,19 +174,19 @@ def gather_convs(
 
 
 def gather_conv_triton(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`gather_convs` for one convolution, without the leading G."""
+    """`gather_convs` for one convolution, without the leading G: x (N, Cin) -> (M, Cout)."""
     return gather_convs(x[None], neighbors, weight[None], None if bias is None else bias[None])[0]
 
 
 def gather_convs_gradients(x: Tensor, neighbors: Tensor, dout: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Σ_n x[g, neighbors[k, n]]ᵀ dout[g, n] and Σ_n dout[g, n].
+    """Compute Σ_n x[g, neighbors[k, n]]ᵀ dout[g, n] and Σ_n dout[g, n], the gradients of weight and bias.
 
-    Slices of the voxels are summed first, then their sums, in a fixed order: the result is deterministic.
+    The kernels sum each slice of the voxels and then add up these sums, in a fixed order: the result is deterministic.
 
     Args:
         x, dout: (G, N, Cin) and (G, N, Cout).
         neighbors: (K, N) int32, N where there is none.
-        dtype: of the results; sums are in fp32.
+        dtype: dtype of the results; the kernels sum in fp32.
 
     Returns:
         Gradients of weight (G, K, Cin, Cout) and bias (G, Cout).
@@ -214,7 +214,7 @@ def gather_convs_gradients(x: Tensor, neighbors: Tensor, dout: Tensor, dtype: to
 
 
 def take_rows_triton(x: Tensor, order: Tensor) -> Tensor:
-    """x[order]: x (N, C), order (M,) long -> (M, C)."""
+    """Return x[order]: x (N, C), order (M,) long -> (M, C)."""
     out = x.new_empty(len(order), x.shape[1])
     if out.numel():
         BLOCK = 1024

@@ -1,7 +1,7 @@
 """Rows cut into segments, and the segments that attention pairs with each other.
 
 Sizes named in this file:
-    S  segments, of queries where keys are cut too      M  segments of keys      H  key/value heads
+    S  segments, or those of queries      M  segments of keys      H  key/value heads
 """
 
 from dataclasses import dataclass, field
@@ -42,27 +42,27 @@ class Ragged:
 
     @cached_property
     def membership(self) -> Tensor:
-        """A one where a row lies in a segment, else a zero: (S, total) float32. For a list without `ids`."""
+        """One where a row lies in a segment, else zero: (S, total) float32, for a list without `ids`."""
         rows = torch.arange(self.total, dtype=torch.int32, device=self.offsets.device)
         segment_of_row = torch.searchsorted(self.offsets[1:], rows, right=True)
         return (torch.arange(len(self), device=self.offsets.device)[:, None] == segment_of_row).float()
 
     @cached_property
     def divisors(self) -> Tensor:
-        """The length of each segment, but 1 if it is empty: (S, 1) int32. Sums over it are means."""
+        """The length of each segment, but 1 if it is empty: (S, 1) int32. Sums divided by it are means."""
         return self.offsets.diff().clamp(min=1)[:, None]
 
     @cached_property
     def inverse(self) -> Tensor:
-        """The place of each row in `ids`, where every row stands once: (total,) long."""
-        assert self.ids is not None  # the rows 0, 1, 2, … are where they belong
+        """The place of each row in `ids`, which must be a permutation: (total,) long."""
+        assert self.ids is not None  # the rows 0, 1, 2, … are in their places
         return self.ids.argsort()
 
     def tiles(self, size: int) -> tuple[Tensor, Tensor]:
         """Cut the segments into tiles of at most `size` rows, without waiting for the device.
 
         Return the first tile of each segment (S + 1,) and the segment of each tile, both int32. The host does not know
-        the number of tiles, so it allows for the most there can be; those beyond the last belong to segment S.
+        the number of tiles, so it returns as many as there can be; those beyond the last belong to segment S.
         """
         if size not in self._tiles:
             capacity = self.total // size + len(self)
@@ -111,7 +111,7 @@ class AttentionPlan:
         windows: tokens of each window.
         children: compressed tokens of each selection block.
         sample_blocks: first block of each sample and, last, the number of all blocks, (B + 1,) int32.
-        max_blocks: number of blocks of the sample that has most.
+        max_blocks: largest number of blocks in a sample.
         block_order: the blocks of each sample, those with most compressed tokens first, (M,) int32; None where every
             block has exactly one.
         block_counts: number of blocks of each sample, on the host; only the definition reads it.

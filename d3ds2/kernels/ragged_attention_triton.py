@@ -75,7 +75,7 @@ def _load_keys(
 
 @triton.jit
 def _load_stats(stats, at, valid):
-    """Load lse and delta of rows. The threads share one load of both; two loads, one of each, every thread repeats."""
+    """Load lse and delta of rows together: the threads share one load of both, but would all repeat two loads."""
     return tl.split(tl.load(stats + at[:, None] * 2 + tl.arange(0, 2)[None, :], mask=valid[:, None], other=0.0))
 
 
@@ -100,7 +100,7 @@ def _bounded_step(
     b_q, k, v, key_ids, j, end, h, m, denom, acc, scale_log2, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK_K: tl.constexpr, HAS_KEY_IDS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Update the same where m is already a close bound of all scores, and stays."""
+    """Update denominator and numerator, where m is not the maximum but a close bound of all scores."""
     b_k, b_v = _load_keys(k, v, key_ids, j, end, h, H, D, DP, BLOCK_K, HAS_KEY_IDS, TAIL)
     b_p = tl.exp2(_dot(b_q, tl.trans(b_k)) * scale_log2 - m[:, None])  # [BLOCK_Q * GP, BLOCK_K]
     if TAIL:
@@ -117,7 +117,7 @@ def _dq_step(
     b_k, b_v = _load_keys(k, v, key_ids, j, end, h, H, D, DP, BLOCK_K, HAS_KEY_IDS, TAIL)
     b_p = tl.exp2(_dot(b_q, tl.trans(b_k)) * scale_log2 - b_lse[:, None])  # [BLOCK_Q * GP, BLOCK_K]
     if TAIL:
-        b_p = tl.where((j + tl.arange(0, BLOCK_K) < end)[None, :], b_p, 0.0)  # where no key is, exp2(-lse) may overflow
+        b_p = tl.where((j + tl.arange(0, BLOCK_K) < end)[None, :], b_p, 0.0)  # without a key, exp2(-lse) may overflow
     b_ds = b_p * (_dot(b_do, tl.trans(b_v)) - b_delta[:, None])
     return acc + _dot(b_ds.to(b_k.dtype), b_k)
 
@@ -278,8 +278,8 @@ def _dkdv_kernel(
             at = rows * G + g
             b_q = tl.load(q + at[:, None] * D + offs_d, mask=valid[:, None] & is_d, other=0.0)  # [BLOCK_Q * GP, DP]
             b_do = tl.load(dout + at[:, None] * D + offs_d, mask=valid[:, None] & is_d, other=0.0)
-            b_lse, b_delta = _load_stats(stats, at, valid)  # where no query is, q, dout and delta are zero
-            # [BLOCK_K, BLOCK_Q * GP]; where no key is, a row holds anything, and reaches only a row that is not stored
+            b_lse, b_delta = _load_stats(stats, at, valid)  # without a query, q, dout and delta are zero
+            # [BLOCK_K, BLOCK_Q * GP]; a row without a key may hold anything: it reaches only a row that is not stored
             b_p = tl.exp2(_dot(b_k, tl.trans(b_q)) * scale_log2 - b_lse)
             b_ds = b_p * (_dot(b_v, tl.trans(b_do)) - b_delta)
             b_dv += _dot(b_p.to(b_do.dtype), b_do)
@@ -292,7 +292,7 @@ def _dkdv_kernel(
 def kernel_arguments(q: Tensor, k: Tensor, segments: AttentionSegments, tile: Tile) -> tuple[tuple, dict]:
     """Return the lists of rows as the kernels take them, and the sizes, for q (T, H * G, D) and k (Tk, H, D).
 
-    Ids that are None are never read; the offsets stand for them.
+    Where ids are None, the offsets are passed instead, and the kernels never read them.
     """
     H, D = k.shape[1:]
     G = q.shape[1] // H
@@ -323,7 +323,7 @@ def ragged_attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """Return out (T, H * G, D) and lse (T, H * G) float32, in base 2, as `ragged_attention_reference` does.
 
-    With pairs they are (T * H * P, G, D) and (T * H * P, G). Rows in no segment are not written.
+    With pairs they are (T * H * P, G, D) and (T * H * P, G). Rows that lie in no segment are not written.
 
     Args:
         q: queries (T, H * G, D); all inputs are contiguous.

@@ -46,7 +46,7 @@ def spatial_sparse_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, compressed_k: Tensor, compressed_v: Tensor, gates: Tensor, plan: AttentionPlan,
     top_k: int,
 ) -> Tensor:  # fmt: skip
-    """Definition of `spatial_sparse_attention`."""
+    """Definition of `spatial_sparse_attention`: (N, H, D)."""
     samples, compressed = plan.samples, plan.compressed
     counts = samples.lengths, compressed.lengths
     compression, lse = packed_attention_with_lse(

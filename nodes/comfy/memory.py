@@ -14,7 +14,7 @@ from ...d3ds2.kernels.devices import find_dtype
 from .sockets import Model
 
 GB = 1 << 30
-SOLIDS = ("structure_vae", "sdf_vae", "fine_sdf_vae", "refiner", "fine_refiner")  # get ComfyUI's VAE dtype
+SOLIDS = ("structure_vae", "sdf_vae", "fine_sdf_vae", "refiner", "fine_refiner")  # these take ComfyUI's VAE dtype
 
 
 def choose_dtype(network: str, precision: str) -> torch.dtype:

@@ -41,7 +41,7 @@ def decode(model: Model, latents: Tensor, voxels: Voxels, memory_budget_gb: floa
     stage, N = model.stages[voxels.resolution], len(voxels)
     name, vae = f"{stage.prefix}sdf_vae", stage.sdf_vae
     size, dtype = vae.config.hidden_size, dtype_of(vae)
-    kept, each = kept_bytes(size, N, dtype), 2 * latent_bytes(size, dtype)
+    kept, each = kept_bytes(size, N, dtype, mm.get_torch_device()), 2 * latent_bytes(size, dtype)
     whole, least = kept + each * N, kept + each * min(N, (2 * HALO + 1) ** 3)
     if memory_budget_gb and memory_budget_gb * GB < least:
         raise ValueError(

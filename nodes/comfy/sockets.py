@@ -24,7 +24,7 @@ ModelSocket = io.Custom("D3DS2_MODEL")
 StructureSocket = io.Custom("D3DS2_STRUCTURE")
 LatentSocket = io.Custom("D3DS2_LATENT")
 SDFSocket = io.Custom("D3DS2_SDF")
-BackgroundRemovalSocket = io.Custom("BACKGROUND_REMOVAL")  # core defines it since 0.20.1
+BackgroundRemovalSocket = io.Custom("BACKGROUND_REMOVAL")  # in core since 0.20.1; a name also works before
 
 CATEGORY = "3d/direct3d-s2"
 MAX_SEED = 0xFFFFFFFFFFFFFFFF

@@ -1,4 +1,4 @@
-"""The graph of all stages from image to mesh, as the tests of prompts post it."""
+"""The prompt that most tests post: all stages from image to mesh."""
 
 from tests.comfy.server import Graph
 from tests.comfy.workflow_file import with_widgets
@@ -7,7 +7,7 @@ MODEL, PICTURE, STRUCTURE, LATENT, DECODE, EXPORT, VIEW = "1234567"
 
 
 def graph(**widgets) -> Graph:
-    """Image to mesh with the model `random`; a mesh takes a second. `widgets` go to all nodes that have them."""
+    """Return the graph from image to mesh with the model `random`; `widgets` go to every node that has them."""
     nodes = {
         MODEL: ("LoadD3DS2Model", {"model": "random", "precision": "auto"}),
         PICTURE: ("LoadImage", {"image": "object.png"}),

@@ -1,4 +1,4 @@
-"""A ComfyUI server on the loopback interface, with this pack in its custom_nodes, and the requests of the tests."""
+"""A ComfyUI server on the loopback interface with this pack in its custom_nodes, and requests to it."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.comfy.installation import PACK, Installation
 
 PACK_NAME = "ComfyUI-D3DS2"
 MODULE = f"custom_nodes.{PACK_NAME}"
-START_SECONDS = RUN_SECONDS = 600  # only what hangs takes so long; a start takes 6 to 13 seconds, a run fewer
+START_SECONDS = RUN_SECONDS = 600  # only a server that hangs takes so long; starts take 6 to 13, runs fewer
 ANSWER_SECONDS = 300
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 WITNESS = Path(__file__).parent / "witness.py"
@@ -30,7 +30,7 @@ Graph = dict[str, dict[str, Any]]
 
 @dataclass
 class Run:
-    """The messages that the front end receives about a prompt, from its start to its end.
+    """The messages about a prompt that a front end receives, from its start to its end.
 
     messages: (kind, data); status texts have kind "text", live pictures kind "picture".
     """
@@ -63,13 +63,13 @@ class Run:
 
 
 class PromptRefused(Exception):
-    """The server would not queue a prompt; its answer is in the message."""
+    """The server refused to queue a prompt; the message is its answer."""
 
 
 class ComfyServer:
     """`with ComfyServer(installation, folder) as server:` - `folder` gets custom_nodes, models, input and output.
 
-    `elsewhere` is a second place for models, by extra_model_paths.yaml.
+    `elsewhere` is a second folder for models, named in extra_model_paths.yaml.
     """
 
     def __init__(self, installation: Installation, folder: Path, with_pack: bool = True):
@@ -94,8 +94,13 @@ class ComfyServer:
         own = ("--database-url", f"sqlite:///{self.folder / 'comfyui.db'}")
         own += ("--extra-model-paths-config", self.paths_file)
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        environment |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # nothing leaves
-        environment |= {"MALLOC_MMAP_THRESHOLD_": "131072"}  # freed tensors go back to the system, so `memory` sees it
+        environment |= {
+            "http_proxy": "http://127.0.0.1:9",
+            "https_proxy": "http://127.0.0.1:9",
+        }  # no request leaves the machine
+        environment |= {
+            "MALLOC_MMAP_THRESHOLD_": "131072"
+        }  # freed tensors go back to the system, where `memory` sees it
         with self.log_file.open("w") as log:
             self.process = subprocess.Popen(
                 [str(part) for part in (*command, "--base-directory", self.folder, *own, *UNUSED)],
@@ -152,9 +157,9 @@ class ComfyServer:
             extra: what the front end sends beside the prompt, such as its workflow.
 
         Raises:
-            PromptRefused: it was not queued.
+            PromptRefused: the server does not queue the prompt.
         """
-        import websocket  # here, so that a machine without it can collect the tests; they themselves need it
+        import websocket  # here, so that the tests can be collected without it
 
         client = uuid.uuid4().hex
         listener = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={client}", timeout=RUN_SECONDS)
@@ -175,7 +180,7 @@ class ComfyServer:
             listener.close()
 
     def free(self) -> None:
-        """Press the button that unloads all models and forgets all results; it is done soon after."""
+        """Press the button that unloads all models and forgets all results; the server does so soon after."""
         self.post("/free", {"unload_models": True, "free_memory": True})
 
     def _answers(self) -> bool:

@@ -10,7 +10,7 @@ from tests.comfy.prompts import DECODE, EXPORT, LATENT, MODEL, STRUCTURE, graph
 from tests.comfy.server import ComfyServer, Graph
 from tests.support.tiny_model import draw_object
 
-WAIT_SECONDS = 120  # for the server to come to a place; only a test that fails waits so long
+WAIT_SECONDS = 300  # for the server to reach a place; only a failing test waits so long
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def server(comfyui: ComfyServer) -> ComfyServer:
 
 @contextmanager
 def watched(server: ComfyServer, place: str) -> Iterator[None]:
-    """Hold the server where it comes to `place`."""
+    """Hold the server when it reaches `place`, and release it at the end."""
     server.post("/witness", {"place": place})
     try:
         yield
@@ -39,7 +39,7 @@ def wait_until(server: ComfyServer, what: str, condition: Callable[[dict], bool]
 
 
 def with_mesh(prompt: Graph, node_id: str) -> Graph:
-    """Let a node that reads a mesh take the place of the one before it."""
+    """Replace the sampler before a node, or the source of its structure, by a node that reads a mesh."""
     from_voxels = {"voxel": [STRUCTURE, 1], "algorithm": "surface net", "threshold": 0.5}
     prompt["8"] = {"class_type": "VoxelToMesh", "inputs": from_voxels}
     from_mesh = {"model": [MODEL, 0], "mesh": ["8", 0], "fit": True, "shell": 0.55}
@@ -80,14 +80,14 @@ def test_no_layer_and_no_step_begins_after_cancel(server, node, place):
 @pytest.mark.parametrize(
     ("node_id", "place", "seed"),
     [
-        pytest.param("D3DS2VAEDecodeSDF", "networks.sdf_vae.Decoder", 310, id="decode"),
+        pytest.param("D3DS2VAEDecodeSDF", "layers.attention.WindowAttention", 310, id="decode"),
         pytest.param("D3DS2VAEEncodeMesh", "networks.sdf_vae.Encoder", 311, id="encode"),
         pytest.param("D3DS2VAEEncodeMesh", "meshes.mesh_to_sdf.mesh_to_sdf", 312, id="distances"),
         pytest.param("D3DS2StructureFromMesh", "meshes.mesh_to_sdf.mesh_to_sdf", 313, id="structure-from-mesh"),
     ],
 )
 def test_cancel_waits_for_no_call_and_no_layer_of_it_begins(server, node_id, place, seed):
-    """The node ends while the thread of its call is held. Let go, the thread begins no layer."""
+    """The node ends while its thread is held; when released, the thread begins no further layer."""
     prompt, node = graph(seed=seed), DECODE
     if node_id != "D3DS2VAEDecodeSDF":
         prompt, node = with_mesh(prompt, node_id), "9"

@@ -1,13 +1,13 @@
-"""A custom node file for a ComfyUI under test: it holds a node in the midst of its work and counts the layers after.
+"""A file of custom nodes for a ComfyUI under test: it stops a node in its work and counts the layers after that.
 
-It adds no nodes, only requests to the server, and changes nothing before the first of them.
+It has no nodes, only requests to the server. Before the first request it changes nothing.
 
-    POST /witness {"place": name}   hold the next thread that comes to this place
+    POST /witness {"place": name}   hold the next thread that reaches this place
     GET /witness                    {"held", "working", "layers", "expired"}
-    POST /witness/release           let that thread go on
+    POST /witness/release           let the thread go on
     POST /witness/leave             stop watching
 
-A place is "module.Class" for a network, where the hold is at its third layer, or "module.function".
+A place is "module.function", or "module.Class" of a network, whose third layer is then held.
 """
 
 import functools
@@ -21,15 +21,15 @@ import torch
 from aiohttp import web
 from server import PromptServer
 
-NODE_CLASS_MAPPINGS: dict[str, type] = {}  # ComfyUI wants it
+NODE_CLASS_MAPPINGS: dict[str, type] = {}  # ComfyUI expects one in every such file
 HELD_LAYER = 3
 HOLD_SECONDS = 300  # then a held thread goes on, so that a failing test ends
 
 
 class Watch:
-    """One hold, and what happened after it.
+    """A thread held at a place, and the number of layers of any network that began after that.
 
-    layers: how many layers of any network began after the hold.
+    expired: nobody released the thread within HOLD_SECONDS.
     """
 
     def __init__(self, place: str):
@@ -43,7 +43,7 @@ class Watch:
         return {"held": self.thread is not None, "working": working, "layers": self.layers, "expired": self.expired}
 
     def _watch(self, place: str) -> Callable[[], None]:
-        """Begin to watch a place; return the function that ends it."""
+        """Watch a place, and return the function that stops watching."""
         module_name, name = place.rsplit(".", 1)
         pack = next(key for key in sys.modules if key.endswith("ComfyUI-D3DS2"))
         module = importlib.import_module(f"{pack}.d3ds2.{module_name}")

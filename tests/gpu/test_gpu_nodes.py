@@ -66,7 +66,7 @@ def test_the_estimates_cover_the_memory_taken(comfy, model):
     assert taken <= allowed <= 6 * taken + estimate.WORKSPACE, ("latent_dit", taken, allowed)
 
     size, dtype = vae.config.hidden_size, next(vae.parameters()).dtype
-    budget = kept_bytes(size, len(coarse), dtype) + 2 * latent_bytes(size, dtype) * len(coarse)
+    budget = kept_bytes(size, len(coarse), dtype, torch.device("cuda")) + 2 * latent_bytes(size, dtype) * len(coarse)
     taken = peak(lambda: pipeline.decode_blocks(x_t, fresh(coarse), budget))
     assert taken <= budget, ("decoding", taken, budget)
 

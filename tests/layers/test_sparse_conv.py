@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from d3ds2.kernels import gather_conv
+from d3ds2.kernels import gather_conv, gather_conv_chunks
 from d3ds2.layers.sparse_conv import PackedGroupNorm, SubdivideConv3d, SubmanifoldConv3d, mean_pool, side_by_side
 from tests.support.random_voxels import random_voxels
 
@@ -120,9 +120,9 @@ def test_chunks_change_nothing(monkeypatch):
     conv = SubmanifoldConv3d(4, 6).double()
     x = torch.randn(len(voxels), 4, dtype=torch.float64, requires_grad=True)
     whole = outputs_and_gradients(lambda: conv(x, voxels), x, conv.weight, conv.bias)
-    monkeypatch.setattr(gather_conv, "CPU_CHUNK_BYTES", 1)
-    monkeypatch.setattr(gather_conv, "MIN_CHUNK_ROWS", 100)
-    assert len(list(gather_conv._gathered(x, voxels.neighbors))) == 6
+    monkeypatch.setattr(gather_conv_chunks, "CPU_GATHER_BYTES", 1)
+    monkeypatch.setattr(gather_conv_chunks, "MIN_ROWS", 100)
+    assert len(list(gather_conv_chunks.gathered(x.detach(), voxels.neighbors))) == 6
     assert_all_close(outputs_and_gradients(lambda: conv(x, voxels), x, conv.weight, conv.bias), whole)
 
 

@@ -65,7 +65,7 @@ class Calls(list):
 def budget_for(vae, voxels, latents):
     """Return the budget in bytes that allows chunks of `latents` latents, halo included."""
     size, dtype = vae.config.hidden_size, torch.float32
-    return kept_bytes(size, len(voxels), dtype) + 2 * latents * latent_bytes(size, dtype)
+    return kept_bytes(size, len(voxels), dtype, voxels.device) + 2 * latents * latent_bytes(size, dtype)
 
 
 @pytest.mark.parametrize("name", shapes())
@@ -125,7 +125,9 @@ def test_slices_of_windows_and_rows_change_nothing(vae, monkeypatch):
     latents = torch.randn(len(voxels), 16)
     expected = decode_in_chunks(vae, latents, voxels).values
     monkeypatch.setattr(chunked_decode, "MIN_SLICE", 300)
-    budget = kept_bytes(64, len(voxels), torch.float32) + 2 * len(voxels) * latent_bytes(64, torch.float32)
+    budget = kept_bytes(64, len(voxels), torch.float32, voxels.device) + 2 * len(voxels) * latent_bytes(
+        64, torch.float32
+    )
     slices = [*chunked_decode._window_slices(voxels.windows(4, 8), 300)]
     assert len(slices) > 2 and sum(sum(part.lengths) for _, part in slices) == len(voxels)
     actual = decode_in_chunks(vae, latents, voxels, budget).values
@@ -203,7 +205,7 @@ def test_gpu_decodes_what_the_cpu_decodes(vae, dtype, tolerance):
     expected = decode_in_chunks(vae, latents, voxels)
     twin = copy.deepcopy(vae).to("cuda", dtype)
     for limit in (len(voxels), 400):
-        budget = kept_bytes(64, len(voxels), dtype) + 2 * limit * latent_bytes(64, dtype)
+        budget = kept_bytes(64, len(voxels), dtype, latents.cuda().device) + 2 * limit * latent_bytes(64, dtype)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

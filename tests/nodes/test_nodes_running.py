@@ -180,9 +180,9 @@ def test_an_unloaded_network_leaves_the_device_whole(comfy):
 
 def test_a_memory_budget_changes_nothing_but_rounding(comfy, model, latent, mesh):
     chunked = comfy.module("d3ds2.networks.chunked_decode")
-    size, tokens = model.pipeline.stages[0].sdf_vae.config.hidden_size, len(latent.latents)
-    least = chunked.kept_bytes(size, tokens, torch.float32) + 2 * 343 * chunked.latent_bytes(size, torch.float32)
-    budget = (least + 1) / (1 << 30)
+    size = model.pipeline.stages[0].sdf_vae.config.hidden_size
+    kept = chunked.kept_bytes(size, len(latent.latents), torch.float32, torch.device("cpu"))
+    budget = (kept + 2 * 343 * chunked.latent_bytes(size, torch.float32) + 1) / (1 << 30)
     sdf = comfy.run("D3DS2VAEDecodeSDF", model=model, latent=latent)[1]
     again = comfy.run("D3DS2VAEDecodeSDF", model=model, latent=latent, memory_budget_gb=budget)[1]
     torch.testing.assert_close(again.values, sdf.values, atol=1e-4, rtol=0)

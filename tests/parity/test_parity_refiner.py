@@ -33,9 +33,8 @@ def record(model: Refiner | SignRefiner) -> dict[str, torch.Tensor]:
     """Return a dict that gets the outputs of a network's parts when it runs, under the names of the parity files."""
     results = {}
     parts = {f"unet_down{i}": blocks[-1] for i, blocks in enumerate(model.unet.down_blocks)}
-    parts |= {
-        f"unet_down{i}": block for i, block in enumerate(model.unet.downsamples)
-    }  # replaces the last block: a level ends with its downsampling
+    # a level that is halved ends with its downsampling
+    parts |= {f"unet_down{i}": block for i, block in enumerate(model.unet.downsamples)}
     parts |= {"unet_mid": model.unet.middle_blocks[-1], "unet": model.unet, "conv_out": model.output_conv}
     parts |= {f"adaptive{i}": getattr(model, f"adaptive{i}") for i in (1, 2) if hasattr(model, f"adaptive{i}")}
     for name, part in parts.items():

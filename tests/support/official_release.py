@@ -66,7 +66,7 @@ def without_numbers(key: str) -> str:
 
 
 def official_state(module: nn.Module, version: str, file: str, part: str) -> dict[str, Tensor]:
-    """Return a module's state dict as the official code has it: with names of the release, and official layouts."""
+    """Return a module's state dict with the names and layouts of the official one; every name is in the release."""
     network = {
         StructureVAE: "structure_vae",
         StructureDiT: "structure_dit",
