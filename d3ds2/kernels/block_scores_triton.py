@@ -94,7 +94,7 @@ def _select_kernel(
     rows_of_scratch = scratch + (tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64) * STRIDE
     for work in range(tl.program_id(0), num_tiles * H, tl.num_programs(0)):
         tile, h = work // H, work % H
-        # Spare tiles have sample B. They are taken as tiles of the last sample, but begin after its end, so they have no
+        # Spare tiles have sample B. They are taken as tiles of the last sample, but begin after its end: they have no
         # queries and store nothing. An `if` would spare their work, but Triton 3.1 to 3.3 allow no calls in an `if`
         # inside a loop
         sample = tl.minimum(tl.load(tile_samples + tile), B - 1)
