@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .devices import HAS_TRITON
+from .selection_attention_batched import selection_attention_batched
 
 _SCORE_ELEMENTS = 1 << 19  # scores held at once by the form that goes block by block: 2 MiB, what stays in the cache
 
@@ -60,8 +61,7 @@ def selection_attention(
         from .selection_attention_triton import selection_attention_triton
 
         return selection_attention_triton(q, k, v, block_offsets, block_indices, scale)
-    with torch.autocast(q.device.type, enabled=False):  # it computes in fp32 by itself
-        return _SelectionAttention.apply(q, k, v, block_offsets, block_indices, scale)
+    return selection_attention_batched(q, k, v, block_offsets, block_indices, scale)
 
 
 def selection_attention_reference(
