@@ -27,18 +27,22 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.structures import ragged_batch, real_voxels, surface_voxels  # noqa: E402
 from d3ds2.geometry.attention_plan import attention_plan  # noqa: E402
 from d3ds2.geometry.voxels import Voxels  # noqa: E402
+from d3ds2.kernels.attention_tiles import AttentionTiles  # noqa: E402
 from d3ds2.kernels.block_scores_triton import select_blocks_triton  # noqa: E402
 from d3ds2.kernels.packed_attention import _varlen  # noqa: E402
 from d3ds2.kernels.packed_attention_triton import packed_attention_triton  # noqa: E402
 from d3ds2.kernels.ragged import AttentionSegments  # noqa: E402
 from d3ds2.kernels.ragged_attention_triton import (  # noqa: E402
-    Tile,
     ragged_attention_dkdv,
     ragged_attention_dq,
     ragged_attention_forward,
 )
 from d3ds2.kernels.selection_attention_triton import pairs_by_block, select_backward, select_forward  # noqa: E402
-from d3ds2.kernels.spatial_sparse_attention_triton import COMPRESSION, WINDOW, spatial_attention_triton  # noqa: E402
+from d3ds2.kernels.spatial_sparse_attention_triton import (  # noqa: E402
+    COMPRESSION,
+    WINDOW,
+    spatial_sparse_attention_triton,
+)
 from d3ds2.layers.spatial_sparse_attention import SpatialSparseAttention  # noqa: E402
 
 H, HK, D = 32, 2, 32
@@ -166,7 +170,7 @@ def ssa(voxels: Voxels, c: int, pooled_conv: bool, top_k: int) -> tuple[Callable
         return module.compress(k.flatten(1), v.flatten(1), voxels)
 
     def run(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
-        return spatial_attention_triton(q, k, v, *compress(k, v), gates, branches, top_k, D**-0.5)
+        return spatial_sparse_attention_triton(q, k, v, *compress(k, v), gates, branches, top_k, D**-0.5)
 
     return run, lambda k, v: torch.cat(compress(k, v))
 
@@ -225,14 +229,14 @@ def measure_parts(name: str, voxels: Voxels, c: int, top_k: int) -> list[str]:
     def both(forward: Callable, backward: Callable) -> None:
         cells.append(f"{median_ms(forward):.2f} / {median_ms(backward):.2f}")
 
-    def of_runs(k: Tensor, v: Tensor, segments: AttentionSegments, tiles: tuple[Tile, Tile, Tile]) -> Tensor:
-        out, lse = ragged_attention_forward(q, k, v, segments, scale, tiles[0])
+    def of_runs(k: Tensor, v: Tensor, segments: AttentionSegments, tiles: AttentionTiles) -> Tensor:
+        out, lse = ragged_attention_forward(q, k, v, segments, scale, tiles.forward)
         arguments = segments, torch.stack([lse, (out.float() * dout.float()).sum(-1)], dim=-1), dout, scale
         both(
-            lambda: ragged_attention_forward(q, k, v, segments, scale, tiles[0]),
+            lambda: ragged_attention_forward(q, k, v, segments, scale, tiles.forward),
             lambda: (
-                ragged_attention_dq(q, k, v, *arguments, tiles[1]),
-                ragged_attention_dkdv(q, k, v, *arguments, tiles[2]),
+                ragged_attention_dq(q, k, v, *arguments, tiles.dq),
+                ragged_attention_dkdv(q, k, v, *arguments, tiles.dkdv),
             ),
         )
         return lse

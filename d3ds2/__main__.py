@@ -8,7 +8,7 @@ import argparse
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from PIL import Image
@@ -49,7 +49,9 @@ class ProgressBars:
     """A bar on standard error for each of `stages`, in turn."""
 
     def __init__(self, stages: tuple[str, ...]):
-        self.stages, self.stage, self.bar = stages, None, None
+        self.stages = stages
+        self.stage: str | None = None
+        self.bar: Any = None  # a tqdm
 
     def __call__(self, stage: str, step: int, steps: int) -> None:
         if stage != self.stage:

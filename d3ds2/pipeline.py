@@ -150,10 +150,10 @@ class Pipeline:
         image_tokens = self.encode_image(images)
         report("image", 1, 1)
 
-        meshes = None
+        meshes: list[Mesh] = []  # of the stage before
         for stage, steps in zip(stages, (latent_steps, fine_steps), strict=False):
             structure_name, latents_name, sdf_name, mesh_name = stage.progress
-            if meshes is None:
+            if not meshes:
                 count_step = on_step(structure_name, structure_steps)
                 voxels = self.sample_structure(image_tokens, seeds, structure_steps, on_step=count_step)
             else:

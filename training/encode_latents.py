@@ -15,6 +15,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ class EncodeLatentsConfig:
     resolution: int = 256
     symmetries: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # the views of train_dit may need all
     max_tokens: int = 65536  # in a batch; a larger shape is a batch of its own
-    precision: str = "bf16"
+    precision: Literal["bf16", "fp32"] = "bf16"
     device: str = "auto"
     workers: int = 0
 

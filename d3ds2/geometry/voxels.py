@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -253,17 +254,16 @@ class Voxels:
         resolution = self.resolution // factor
         coords = self.coords // device_constant((1, factor, factor, factor), self.device)
         keys = sort_keys(coords, resolution)
-        counts, coarsest = self._coarser_grids if factor == 2 else (None, None)
-        if counts == []:
-            return coarsest, torch.searchsorted(coarsest._keys, keys)
+        known = self._coarser_grids if factor == 2 else None
+        if known is not None and not known.counts:
+            return known.coarsest, torch.searchsorted(known.coarsest._keys, keys)
         keys, order = keys.sort()
         rank = (keys.diff(prepend=keys[:1]) > 0).cumsum(0)  # of the coarse voxel, in sorted order
-        known = None if counts is None else sum(counts[0])
-        N = known if known is not None else int(rank[-1]) + 1 if len(rank) else 0
+        N = sum(known.counts[0]) if known is not None else int(rank[-1]) + 1 if len(rank) else 0
         parent = torch.empty_like(rank).scatter_(0, order, rank)
         child = rank.new_empty(N).scatter_(0, rank, order)  # one of each coarse voxel
         coords = coords.index_select(0, child)
-        tables = {} if counts is None else _known_grids(counts, coarsest)
+        tables = {} if known is None else _known_grids(*known)
         tables[Voxels._keys.key()] = rank.new_empty(N).scatter_(0, rank, keys)
         return Voxels(coords, resolution, self.batch_size, tables, check=False), parent
 
@@ -304,9 +304,9 @@ class Voxels:
         return (self.coords[:, None] * device_constant((1, 2, 2, 2), self.device) + offset).flatten(0, 1)
 
     @per_grid_property
-    def _coarser_grids(self) -> tuple[list[list[int]] | None, "Voxels | None"]:
-        """Counts of the grids between this one and a coarsest one, and the coarsest, if `above` was given them."""
-        return None, None
+    def _coarser_grids(self) -> "_CoarserGrids | None":
+        """The grids that coarsening by 2 leads to, if `above` was given them."""
+        return None
 
     @per_grid_property
     def _subdivided(self) -> "weakref.ref[Voxels] | None":
@@ -338,6 +338,13 @@ class Voxels:
         return sort_keys(self.coords, self.resolution)
 
 
+class _CoarserGrids(NamedTuple):
+    """The grids that coarsening by 2, again and again, leads to."""
+
+    counts: list[list[int]]  # voxels of each sample, in the grids before `coarsest`, finest first
+    coarsest: Voxels
+
+
 def _check_coords(coords: Tensor, resolution: int, batch_size: int) -> None:
     if coords.ndim != 2 or coords.shape[1] != 4 or coords.dtype != torch.int32:
         raise ValueError(f"expected coords (N, 4) int32, got {tuple(coords.shape)} {coords.dtype}")
@@ -352,7 +359,7 @@ def _check_coords(coords: Tensor, resolution: int, batch_size: int) -> None:
 
 def _known_grids(counts: list[list[int]], coarsest: Voxels) -> dict:
     """Return the tables of voxels over a known grid; arguments as for `Voxels.above`."""
-    return {Voxels.counts.key(): counts[0], Voxels._coarser_grids.key(): (counts[1:], coarsest)}
+    return {Voxels.counts.key(): counts[0], Voxels._coarser_grids.key(): _CoarserGrids(counts[1:], coarsest)}
 
 
 def _first_of_samples(coords: Tensor, batch_size: int) -> Tensor:

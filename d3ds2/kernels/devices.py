@@ -1,16 +1,100 @@
-"""The abilities of a device: the only place that asks whether Triton or a GPU is there."""
+"""The abilities of a device: the only place that asks which GPU there is, and whether Triton works on it.
 
+Each device is asked once, when a kernel first runs on it. Everything else reads the answers here, so an older card, a
+Mac, or a computer without a C compiler takes another way through the same operations instead of failing.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-HAS_TRITON = find_spec("triton") is not None  # torch for Windows or macOS comes without
+HAS_TRITON = find_spec("triton") is not None
+KIB = 1 << 10
+# Shared memory that one program may take, in KiB, for versions of torch that do not tell.
+SHARED_KIB = {(7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
+OLDEST_FOR_TRITON = (7, 5)
+OLDEST_FOR_FLASH = (8, 0)
+TRITON = "triton-windows" if sys.platform == "win32" else "triton"  # the package to install
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """The facts about a device that decide which kernels run on it, and in which tiles.
+
+    Args:
+        name: for messages, such as "NVIDIA GeForce RTX 4090".
+        backend: "cuda", "hip" (a GPU of AMD), or the type of the torch device: "cpu", "mps", "xpu", …
+        capability: compute capability of CUDA, (0, 0) elsewhere.
+        shared_memory: bytes that one program of a kernel may take.
+        multiprocessors: programs that run at once without sharing anything.
+        triton: whether Triton's kernels compile and run.
+        why_no_triton: what keeps them from it, and the remedy; "" where they run.
+        flash: whether torch has FlashAttention over samples of different lengths.
+    """
+
+    name: str
+    backend: str
+    capability: tuple[int, int] = (0, 0)
+    shared_memory: int = 48 * KIB
+    multiprocessors: int = 1
+    triton: bool = False
+    why_no_triton: str = ""
+    flash: bool = False
+
+    def stages(self, wanted: int, bytes_of_stage: int, other_bytes: int = 0) -> int:
+        """Return how many of the `wanted` stages of a kernel's pipeline fit into shared memory, at least 1.
+
+        All stages but one have a buffer of `bytes_of_stage` there, beside `other_bytes`.
+        """
+        return max(1, min(wanted, 1 + (self.shared_memory - other_bytes) // max(1, bytes_of_stage)))
+
+    @property
+    def kernels(self) -> str:
+        """One line that says which kernels run."""
+        if self.triton:
+            return f"Triton {_version('triton', 'triton-windows')} on {self.name}"
+        return f"no Triton on {self.name}" + (f": {self.why_no_triton}" if self.why_no_triton else "")
+
+
+_ABILITIES: dict[torch.device, Abilities] = {}
+
+
+def abilities(device: torch.device) -> Abilities:
+    """Return the abilities of a device. The first question about a GPU compiles and runs a tiny kernel there."""
+    found = _ABILITIES.get(device)
+    if found is None:
+        found = _ABILITIES[device] = _ask(device)
+        if found.why_no_triton:
+            logging.warning(f"Direct3D-S2: {found.kernels}")
+    return found
+
+
+@torch.compiler.assume_constant_result
+def triton_works(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a device."""
+    return abilities(device).triton
+
+
+@torch.compiler.assume_constant_result
+def has_flash(device: torch.device) -> bool:
+    """Whether torch has FlashAttention over samples of different lengths for a device."""
+    return abilities(device).flash
+
+
+def flash_takes(q: Tensor) -> bool:
+    """Whether torch's FlashAttention over samples of different lengths takes these queries (..., D)."""
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return q.is_cuda and has_flash(q.device) and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 def on_triton(x: Tensor) -> bool:
-    """Whether the Triton kernels run on this tensor: it lies on a GPU, and Triton is installed."""
-    return x.is_cuda and HAS_TRITON
+    """Whether the Triton kernels run on this tensor."""
+    return x.is_cuda and triton_works(x.device)
 
 
 def half_on_triton(x: Tensor) -> bool:
@@ -18,13 +102,53 @@ def half_on_triton(x: Tensor) -> bool:
     return on_triton(x) and x.dtype != torch.float64
 
 
-def has_flash_attention(q: Tensor) -> bool:
-    """Whether torch's FlashAttention takes these queries (..., D): in half precision, on Ampere or newer."""
-    return (
-        q.is_cuda
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] <= 256
-        and torch.backends.cuda.is_flash_attention_available()
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+def _ask(device: torch.device) -> Abilities:
+    if device.type != "cuda":
+        return Abilities(device.type, device.type)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:  # torch's FlashAttention for AMD has not been tried with samples of many lengths
+        backend, capability, shared, flash = "hip", (0, 0), properties.shared_memory_per_block, False
+    else:
+        backend, capability = "cuda", (properties.major, properties.minor)
+        shared = getattr(properties, "shared_memory_per_block_optin", 0) or SHARED_KIB.get(capability, 48) * KIB
+        flash = capability >= OLDEST_FOR_FLASH and torch.backends.cuda.is_flash_attention_available()
+    why_not = _why_no_triton(device, backend, capability)
+    return Abilities(
+        properties.name, backend, capability, shared, properties.multi_processor_count, not why_not, why_not, flash
     )
+
+
+def _why_no_triton(device: torch.device, backend: str, capability: tuple[int, int]) -> str:
+    """What keeps Triton's kernels from running, and the remedy, in one line; "" if nothing does."""
+    if backend == "cuda" and capability < OLDEST_FOR_TRITON:
+        needed, found = (".".join(map(str, numbers)) for numbers in (OLDEST_FOR_TRITON, capability))
+        return f"the kernels need a GPU of compute capability {needed} or newer, and this one has {found}"
+    if not HAS_TRITON:
+        return f"pip install {TRITON} makes everything several times faster"
+    try:
+        from .triton_probe import probe
+
+        probe(device)
+    except Exception as error:  # whatever it is, the kernels in torch do the work
+        return f"{' '.join(str(error).split())[:200] or type(error).__name__}. {_remedy(str(error))}"
+    return ""
+
+
+def _remedy(error: str) -> str:
+    if "compiler" in error.lower() or "Python.h" in error:
+        if sys.platform == "win32":
+            return (
+                "Remedy: pip install -U triton-windows, which brings a compiler; an embedded Python also needs its "
+                "include and libs folders"
+            )
+        return "Remedy: install a C compiler and Python's headers, such as apt install gcc python3-dev"
+    return f"Remedy: pip install -U {TRITON}, in the version that belongs to torch {torch.__version__.split('+')[0]}"
+
+
+def _version(*packages: str) -> str:
+    for package in packages:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return "?"

@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .devices import abilities
 from .ragged import Ragged
 
-PROGRAMS = 1024  # programs of a launch, about as many as a large GPU runs at once
+PROGRAMS = 8  # programs of a multiprocessor that a launch aims at
 MIN_TILE, MAX_BLOCK_N, MAX_BLOCK_C = 32, 64, 64  # rows of a tile; rows and channels at a time
 MERGED = 2048  # numbers that a program merges at a time
 
@@ -261,7 +262,8 @@ class _Tiling:
         T, N, C = x.shape
         BLOCK_C = min(MAX_BLOCK_C, triton.next_power_of_2(C))
         columns = triton.cdiv(C, BLOCK_C)
-        self.size = max(MIN_TILE, triton.next_power_of_2(triton.cdiv(N * T * columns, PROGRAMS)))
+        programs = PROGRAMS * abilities(x.device).multiprocessors
+        self.size = max(MIN_TILE, triton.next_power_of_2(triton.cdiv(N * T * columns, programs)))
         self.tile_offsets, tile_samples = samples.tiles(self.size)
         self.tables = samples.offsets, self.tile_offsets, tile_samples
         self.grid = len(tile_samples), columns, T

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .attention_tiles import Segments, TileGroup, cut_into_tiles, tiles_backward, tiles_forward
+from .tiled_attention import Segments, TileGroup, cut_into_tiles, tiles_backward, tiles_forward
 
 CHUNK_BYTES = 64 << 20  # copies of a group of tiles
 MAX_TILE_ROWS = 8192  # queries times heads: the longest window of 8³ tokens, where 16 heads share a key

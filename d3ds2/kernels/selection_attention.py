@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .devices import HAS_TRITON
+from .devices import on_triton
 from .selection_attention_batched import selection_attention_batched
 
 _SCORE_ELEMENTS = 1 << 19  # scores held at once by the form that goes block by block: 2 MiB, what stays in the cache
@@ -57,7 +57,7 @@ def selection_attention(
     if block_indices.ndim != 3 or block_indices.shape[:2] != (T, H):
         raise ValueError(f"expected block_indices ({T}, {H}, S), got {tuple(block_indices.shape)}")
     scale = D**-0.5 if scale is None else scale
-    if q.is_cuda and HAS_TRITON:
+    if on_triton(q):
         from .selection_attention_triton import selection_attention_triton
 
         return selection_attention_triton(q, k, v, block_offsets, block_indices, scale)

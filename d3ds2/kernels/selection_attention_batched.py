@@ -1,8 +1,8 @@
 """Selection attention on any device that torch knows: each query is paired with each block it selected.
 
-The pairs are sorted by block. They attend as the segments of attention_tiles.py, or by torch's FlashAttention where that
-runs. The results of a query are then weighted by the softmax denominators of its blocks. The backward pass starts from
-the denominator over all its blocks, so nothing of the pairs is kept.
+The pairs are sorted by block. They attend as the segments of tiled_attention.py, or by torch's FlashAttention where
+that runs. The results of a query are then weighted by the softmax denominators of its blocks. The backward pass starts
+from the denominator over all its blocks, so nothing of the pairs is kept.
 
 Sizes as in selection_attention.py, and:
     t  tokens of a chunk      P  pairs of a chunk, at most t H S
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .attention_tiles import Segments, TileGroup, cut_into_tiles, tiles_backward, tiles_forward
-from .devices import has_flash_attention
+from .tiled_attention import Segments, TileGroup, cut_into_tiles, tiles_backward, tiles_forward
+from .devices import flash_takes
 
 CHUNK_BYTES = 256 << 20  # results of pairs that are held at once
 
@@ -51,7 +51,7 @@ def selection_attention_batched(
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
     """`selection_attention` in a few large products; the results of pairs take about `chunk_bytes` at once."""
-    apply = _FlashSelection.apply if has_flash_attention(q) else _TiledSelection.apply
+    apply = _FlashSelection.apply if flash_takes(q) else _TiledSelection.apply
     with torch.autocast(q.device.type, enabled=False):  # what is computed in float32 stays so
         return apply(q, k, v, block_offsets, block_indices, scale, chunk_bytes)
 
@@ -134,7 +134,12 @@ class _FlashSelection(torch.autograd.Function):
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """q (T, H G, D) -> (T H, G D), and k and v (T, H, D) -> (T H, D)."""
-    return tuple(x.to(dtype).reshape(k.shape[0] * k.shape[1], -1) for x in (q, k, v))
+    (T, H, D), G = k.shape, q.shape[1] // k.shape[1]
+    return (
+        q.to(dtype).reshape(T * H, G * D),
+        k.to(dtype).reshape(T * H, D),
+        v.to(dtype).reshape(T * H, D),
+    )
 
 
 def _by_head(x: Tensor) -> Tensor:

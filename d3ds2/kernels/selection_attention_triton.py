@@ -167,10 +167,12 @@ def select_forward(
         inverted = pairs_by_block(block_indices[chunk], len(blocks))
         segments = _segments(*inverted, blocks, S)
         partial, partial_lse = ragged_attention_forward(q[chunk], k, v, segments, scale, tile, norms)
-        kept = (out[chunk], lse[chunk]) if keep else (partial, partial_lse)  # the latter are not written
+        kept = partial, partial_lse  # stand-ins, not written
+        if out is not None and lse is not None:
+            kept = out[chunk], lse[chunk]
         gating = (
             (partial, partial, partial_lse, partial)
-            if others is None
+            if others is None or gated_out is None
             else (*(x[chunk] for x in others), gated_out[chunk])
         )
         rows = q[chunk].shape[0] * q.shape[1]
@@ -206,7 +208,7 @@ def select_backward(
         )  # fmt: skip
         del partial
         of_chunk = (ragged_attention_dkdv if blocks.longest is None else pair_dkdv)(*inputs, tiles[1])
-        dk, dv = of_chunk if dk is None else (dk.add_(of_chunk[0]), dv.add_(of_chunk[1]))
+        dk, dv = of_chunk if dk is None or dv is None else (dk.add_(of_chunk[0]), dv.add_(of_chunk[1]))
     return dq, dk, dv
 
 

@@ -17,7 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .devices import abilities
+
 BLOCK_N = 128  # voxels at a time
+STAGES = 3  # loads in flight
 SLICE = 8192  # voxels whose moments one program computes
 
 
@@ -154,11 +157,15 @@ def volume_conv_triton(
     bias = x.new_zeros(M) if bias is None else bias
     scale, shift = (bias, bias) if norm is None else norm
     second, added = (x if tensor is None else tensor.contiguous() for tensor in (y, residual))
+    widest = max(_block(C), _block(D)) if D else _block(C)
+    stages = abilities(x.device).stages(
+        STAGES, (BLOCK_N + _block(M)) * widest * x.element_size(), BLOCK_N * 34 * x.element_size()
+    )
     _conv_kernel[triton.cdiv(V, BLOCK_N), triton.cdiv(M, _block(M))](
         x.contiguous(), second, scale, shift, rows, bias, added, out, *size, C, D, M,
         EDGE=weight.shape[-1], NORM=norm is not None, HAS_Y=y is not None, HAS_RESIDUAL=residual is not None,
         FIXED_C=_fixed(C), FIXED_D=_fixed(D), FIXED_M=_fixed(M),
-        BLOCK_N=BLOCK_N, BLOCK_C=_block(C), BLOCK_D=_block(D), BLOCK_M=_block(M),
+        BLOCK_N=BLOCK_N, BLOCK_C=_block(C), BLOCK_D=_block(D), BLOCK_M=_block(M), num_stages=stages,
     )  # fmt: skip
     return out
 

@@ -29,8 +29,11 @@ class LayerNorm32(nn.LayerNorm):
         return affine_norm(x, self.weight, self.bias, self.eps)
 
 
-class ModulatedNorm(LayerNorm32):
-    """Layer norm without affine, then x (1 + scale) + shift."""
+class ModulatedNorm(nn.LayerNorm):
+    """Layer norm with eps 1e-6 and without affine, then x (1 + scale) + shift."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__(hidden_size, eps=1e-6, elementwise_affine=False)
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, samples: Ragged) -> Tensor:
         """x (N, C), the rows of `samples`, with shift and scale (B, C) of each sample -> (N, C)."""

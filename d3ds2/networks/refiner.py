@@ -86,7 +86,8 @@ class ResBlock(nn.Module):
         norm at a time, and the convolutions are sums over the groups.
         """
         if torch.is_grad_enabled():
-            return self(torch.cat([h if upsample is None else upsample(h), skip], dim=1))
+            joined = torch.cat([h if upsample is None else upsample(h), skip], dim=1)
+            return self(joined)  # pyrefly: ignore[not-callable]: nn.Module, which has __call__, is Any to it
         size = self.norm1.num_channels // GROUPS
         hidden = shortcut = None
         for first in range(0, self.norm1.num_channels, size):

@@ -216,28 +216,38 @@ class SDFVAE(nn.Module):
         mean, logvar = moments.float().chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0), latent_voxels
 
-    def decode(
-        self,
-        latents: Tensor,
-        voxels: Voxels,
-        position_factor: float | None = None,
-        return_features: bool = False,
-    ) -> tuple[Tensor, Voxels] | tuple[Tensor, Tensor, Voxels]:
+    def decode(self, latents: Tensor, voxels: Voxels, position_factor: float | None = None) -> tuple[Tensor, Voxels]:
         """Reconstruct all 8³ SDF voxels of every latent.
 
         Args:
             latents: (L, E), as the encoder returns them (not normalised).
             voxels: their voxels at R / 8.
             position_factor: factor on latent coordinates. Default: position_resolution / R.
-            return_features: also return the features before the output layer, (512 L, C / 16).
 
         Returns:
             sdf (512 L, 1) float32 in [-1, 1], and its voxels at R, sorted: block i of `sdf.view(L, 8, 8, 8)` lies at
-            `block_coords[i]` of those voxels. With `return_features`: sdf, features, voxels.
+            `block_coords[i]` of those voxels.
 
         Raises:
             ValueError: if latents and voxels do not fit together.
         """
+        features, order, fine = self._decode_features(latents, voxels, position_factor)
+        return self._sdf_of(features, order), fine
+
+    def decode_with_features(
+        self, latents: Tensor, voxels: Voxels, position_factor: float | None = None
+    ) -> tuple[Tensor, Tensor, Voxels]:
+        """Return sdf, the features before the output layer (512 L, C / 16), and their voxels.
+
+        Arguments and errors as for `decode`.
+        """
+        features, order, fine = self._decode_features(latents, voxels, position_factor)
+        return self._sdf_of(features, order), permute_rows(features, order), fine
+
+    def _decode_features(
+        self, latents: Tensor, voxels: Voxels, position_factor: float | None
+    ) -> tuple[Tensor, Tensor, Voxels]:
+        """Return the features before the output layer, not yet sorted, the order that sorts them, and their voxels."""
         if latents.shape != (len(voxels), self.config.latent_channels):
             raise ValueError(
                 f"expected latents ({len(voxels)}, {self.config.latent_channels}), got {tuple(latents.shape)}"
@@ -245,9 +255,10 @@ class SDFVAE(nn.Module):
         if position_factor is None:
             position_factor = self.config.position_resolution / (FACTOR * voxels.resolution)
         latents = latents.to(self.decoder.input_layer.weight.dtype)
-        features, order, fine = self.decoder(latents, voxels, position_factor, self._run)
-        sdf = permute_rows(self.decoder.out_layer(features).float().tanh(), order)
-        return (sdf, permute_rows(features, order), fine) if return_features else (sdf, fine)
+        return self.decoder(latents, voxels, position_factor, self._run)
+
+    def _sdf_of(self, features: Tensor, order: Tensor) -> Tensor:
+        return permute_rows(self.decoder.out_layer(features).float().tanh(), order)
 
     def forward(
         self, sdf: Tensor, voxels: Voxels, generator: torch.Generator | None = None

@@ -1,4 +1,4 @@
-"""ComfyUI's memory manager: networks in ModelPatchers, room made before they run, refusals before they fail."""
+"""ComfyUI's memory manager: wraps networks in ModelPatchers, makes room before they run, refuses what cannot fit."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from comfy.patcher_extension import CallbacksMP
 from .sockets import Model
 
 GB = 1 << 30
-SOLIDS = ("structure_vae", "sdf_vae", "fine_sdf_vae", "refiner", "fine_refiner")  # what ComfyUI means by a VAE
+SOLIDS = ("structure_vae", "sdf_vae", "fine_sdf_vae", "refiner", "fine_refiner")  # get ComfyUI's VAE dtype
 
 
 def choose_dtype(network: str, precision: str) -> torch.dtype:
-    """The dtype of a network on ComfyUI's device; `auto` follows the device and ComfyUI's own command-line switches."""
+    """Return the dtype for a network on ComfyUI's device; `auto` follows the device and ComfyUI's own options."""
     chosen = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(precision)
     if chosen is not None:
         return chosen
@@ -29,34 +29,35 @@ def choose_dtype(network: str, precision: str) -> torch.dtype:
 
 
 def dtype_of(network: torch.nn.Module) -> torch.dtype:
+    """Return the dtype of a network's parameters."""
     return next(network.parameters()).dtype
 
 
 def make_patcher(network: torch.nn.Module) -> Any:
-    """Hand a network to ComfyUI, which moves it from now on."""
-    kind = comfy.model_patcher.CoreModelPatcher  # looked up here: ComfyUI may exchange it at its start
+    """Wrap a network in a ModelPatcher; from then on ComfyUI moves it between devices."""
+    kind = comfy.model_patcher.CoreModelPatcher  # looked up only now: ComfyUI may replace it while it starts
     patcher = kind(network, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
     patcher.add_callback(CallbacksMP.ON_DETACH, _take_back)
     return patcher
 
 
 def _take_back(patcher: Any, unpatch_all: bool) -> None:
-    """All of an unloaded network leaves the device; ComfyUI's dynamic patcher forgets what lies beside submodules."""
+    """Move all of an unloaded network off the device; ComfyUI's dynamic patcher leaves parameters beside submodules."""
     if unpatch_all:
         patcher.model.to(patcher.offload_device)
 
 
 def load_networks(model: Model, names: tuple[str, ...], memory_required: int, what: str, advice: str) -> None:
-    """Bring networks of a model to the device, with room for what they need beside their weights.
+    """Load networks of a model onto the device, with `memory_required` bytes of room beside their weights.
 
-    Raises ValueError before any work if the device is too small altogether, saying what would help.
+    Raises ValueError, made of `what` and `advice`, before any work if the device is too small.
     """
     patchers = [model.patchers[name] for name in names]
     total = mm.get_total_memory(mm.get_torch_device())
     needed = memory_required + sum(patcher.model_size() for patcher in patchers)
     if needed > total:
         raise ValueError(
-            f"{what} needs about {needed / GB:.1f} GB, and {mm.get_torch_device()} has {total / GB:.1f} GB: {advice}."
+            f"{what} needs about {needed / GB:.1f} GB, but {mm.get_torch_device()} has {total / GB:.1f} GB: {advice}."
         )
-    # whole networks: ours are plain modules, which ComfyUI cannot run in parts
+    # load whole networks: they are plain modules, which ComfyUI cannot run when only partly loaded
     mm.load_models_gpu(patchers, memory_required=memory_required, force_full_load=True)

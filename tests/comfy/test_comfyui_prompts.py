@@ -11,59 +11,10 @@ import trimesh
 from PIL import Image
 
 from d3ds2.pipeline import TINY
-from tests.comfy.server import ComfyServer, Graph, PromptRefused, Run
+from tests.comfy.prompts import DECODE, EXPORT, LATENT, MODEL, PICTURE, STRUCTURE, VIEW, graph
+from tests.comfy.server import ComfyServer, PromptRefused, Run
 from tests.comfy.workflow_file import WORKFLOWS, nodes_of, read, to_prompt, with_widgets
 from tests.support.tiny_model import draw_object
-
-CANCEL_SECONDS = 1.0
-MODEL, PICTURE, STRUCTURE, LATENT, DECODE, EXPORT, VIEW = "1234567"
-
-
-def graph(**widgets) -> Graph:
-    """Image to mesh with the model `random`; a mesh takes a second. `widgets` go to all nodes that have them."""
-    nodes = {
-        MODEL: ("LoadD3DS2Model", {"model": "random", "precision": "auto"}),
-        PICTURE: ("LoadImage", {"image": "object.png"}),
-        STRUCTURE: (
-            "D3DS2SparseStructureSample",
-            {"model": [MODEL, 0], "image": [PICTURE, 0], "seed": 0, "steps": 0, "guidance_scale": 0.0},
-        ),
-        LATENT: (
-            "D3DS2SSADiTSample",
-            {
-                "model": [MODEL, 0],
-                "structure": [STRUCTURE, 0],
-                "image": [PICTURE, 0],
-                "seed": 0,
-                "steps": 0,
-                "guidance_scale": 0.0,
-                "max_tokens": 250_000,
-            },
-        ),
-        DECODE: (
-            "D3DS2VAEDecodeSDF",
-            {
-                "model": [MODEL, 0],
-                "latent": [LATENT, 0],
-                "level": 0.0,
-                "memory_budget_gb": 0.0,
-                "keep_largest": False,
-                "min_component": 0.05,
-            },
-        ),
-        EXPORT: (
-            "D3DS2MeshExport",
-            {
-                "mesh": [DECODE, 0],
-                "filename_prefix": "test/mesh",
-                "format": "glb",
-                "target_faces": 0,
-                "up_axis": "Y",
-                "embed_workflow": True,
-            },
-        ),
-    }
-    return with_widgets({key: {"class_type": name, "inputs": inputs} for key, (name, inputs) in nodes.items()}, widgets)
 
 
 @pytest.fixture(scope="module")
@@ -177,39 +128,6 @@ def test_meshes_pass_to_core_and_back(server):
 def test_other_formats(server, extension):
     (file,) = files_of(server, server.run(graph(seed=42, format=extension)))
     assert file.suffix == f".{extension}" and len(geometry(file)[1]) > 100
-
-
-def run_and_cancel(server: ComfyServer, prompt: Graph, node: str) -> None:
-    """Press Cancel while a node works; the run ends there, in time."""
-    run = server.run(prompt, cancel_at=node)
-    assert run.end == "execution_interrupted" and run.all("execution_interrupted")[0]["node_id"] == node
-    (pressed,) = (when for when, kind, _ in run.messages if kind == "cancel")
-    assert run.seconds - pressed < CANCEL_SECONDS
-
-
-@pytest.mark.parametrize("stage", ["D3DS2SparseStructureSample", "D3DS2SSADiTSample", "D3DS2VAEDecodeSDF"])
-def test_cancel_ends_a_stage_within_a_second(server, stage):
-    workflow = next(file for file in WORKFLOWS if file.stem == "image_to_mesh")
-    prompt = with_widgets(to_prompt(read(workflow), server.get("/object_info")), {"steps": 1, "seed": 99})
-    (node,) = nodes_of(prompt, stage)
-    if "steps" in prompt[node]["inputs"]:
-        prompt[node]["inputs"]["steps"] = 200
-    run_and_cancel(server, prompt, node)
-    assert server.run(graph(seed=1)).end == "execution_success"
-
-
-@pytest.mark.parametrize("stage", ["D3DS2VAEEncodeMesh", "D3DS2StructureFromMesh"])
-def test_cancel_ends_work_on_meshes_within_a_second(server, stage):
-    prompt = graph(model="tiny", steps=1, seed=99)
-    from_voxels = {"voxel": [STRUCTURE, 1], "algorithm": "surface net", "threshold": 0.5}
-    prompt["8"] = {"class_type": "VoxelToMesh", "inputs": from_voxels}
-    from_mesh = {"model": [MODEL, 0], "mesh": ["8", 0], "fit": True, "shell": 0.55}
-    prompt["9"] = {"class_type": stage, "inputs": from_mesh}
-    if stage == "D3DS2StructureFromMesh":
-        prompt[LATENT]["inputs"]["structure"] = ["9", 0]
-    else:
-        prompt[DECODE]["inputs"]["latent"] = ["9", 0]
-    run_and_cancel(server, prompt, "9")
 
 
 def test_a_model_of_extra_model_paths_runs(server):

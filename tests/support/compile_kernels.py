@@ -71,7 +71,7 @@ def compile_kernel(kernel, constants: dict, num_warps: int, num_stages: int = 2,
 def of_tile(tile) -> dict:
     return (
         SIZES
-        | {"LIMIT": 100.0, "FLOOR": 2.0**-100, "SHIFT": run_attention.SHIFT}
+        | {"MAX_BOUND": 100.0, "MIN_MEAN_WEIGHT": 2.0**-100, "SHIFT": run_attention.SHIFT}
         | {"BLOCK_Q": tile.rows // 16, "BLOCK_K": tile.keys, "SPLITS": tile.splits}
     )
 
@@ -85,9 +85,9 @@ def main() -> None:
     compile_kernel(kernel, named(kernel, of_tile(tile) | {"P": 8, "CHUNK": pair_gradients.CHUNK}), tile.warps)
     kernel = pair_gradients._add_chunks_kernel
     compile_kernel(kernel, named(kernel, of_tile(tile)), 4)
-    for has_order, tile in ((False, block_scores.HALF), (True, block_scores.SEVERAL)):
+    for has_order, tile in ((False, block_scores.HALF), (True, block_scores.HALF_SEVERAL_KEYS)):
         kernel = block_scores._select_kernel
-        constants = SIZES | {"KP": 8, "LANES": block_scores.LANES, "STEPS": block_scores.BOUND_STEPS}
+        constants = SIZES | {"KP": 8, "LANES": tile.lanes, "STEPS": tile.bound_steps}
         constants |= {"BLOCK_Q": tile.rows // 16, "BLOCK_B": tile.blocks, "RANKED": tile.ranked}
         compile_kernel(kernel, constants | {"HAS_ORDER": has_order, "INTERLEAVED": True}, tile.warps, tile.stages)
     merging = SIZES | {"BLOCK": selection.MERGED_ROWS, "GATED": True, "KEEP": True, "HAS_OTHERS": True}
@@ -101,8 +101,8 @@ def main() -> None:
     compile_kernel(pair_order._count_kernel, order, 4, types=numbers)
     compile_kernel(pair_order._place_kernel, order | {"KEYS": pair_order.MAX_BINS}, 4, types=numbers)
     compile_kernel(run_attention._key_norm_kernel, {"D": 32, "DP": 32, "BLOCK": 256, "H": 2}, 4)
-    compile_kernel(cutting._tile_offsets_kernel, {"SIZE": 4, "BLOCK": cutting.BLOCK}, 4)
-    compile_kernel(cutting._tile_runs_kernel, {"BLOCK": 128}, 4)
+    compile_kernel(cutting._tile_offsets_kernel, {"SIZE": 4, "BLOCK": cutting.MAX_SEGMENTS}, 4)
+    compile_kernel(cutting._tile_segments_kernel, {"BLOCK": cutting.TILES}, 4)
     compile_compression()
     compile_modulation()
 
