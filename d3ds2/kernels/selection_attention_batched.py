@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .tiled_attention import Segments, TileGroup, cut_into_tiles, tiles_backward, tiles_forward
 from .devices import flash_takes
+from .tiled_attention import Segments, TileGroup, cut_into_tiles, tiles_backward, tiles_forward
 
 CHUNK_BYTES = 256 << 20  # results of pairs that are held at once
 

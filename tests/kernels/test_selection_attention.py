@@ -93,7 +93,7 @@ def test_scores_beyond_the_range_of_exp(form):
     problem = (q.requires_grad_(), k.requires_grad_(), v, block_offsets, block_indices)
     expected = outputs_and_gradients(selection_attention_reference, *problem)
     for a, e in zip(outputs_and_gradients(form, *problem), expected, strict=True):
-        torch.testing.assert_close(a, e, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(a, e, atol=5e-3, rtol=1e-3)
 
 
 def test_pieces_do_not_change_the_result(monkeypatch):
