@@ -35,8 +35,8 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, lengths_q, lengths_k, scale, chunk_bytes):
         rows = _rows(q, k, v)
-        groups, slots, num_slots = _tiles(rows, k.shape[1], lengths_q, lengths_k, chunk_bytes)
-        out, lse = tiles_forward(*rows, groups, num_slots, scale)
+        groups, slots = _tiles(rows, k.shape[1], lengths_q, lengths_k, chunk_bytes)
+        out, lse = tiles_forward(*rows, groups, scale)
         out, lse = out.index_select(0, slots), lse.index_select(0, slots)
         if 0 in lengths_k:
             without = (torch.tensor(lengths_k) == 0).repeat_interleave(torch.tensor(lengths_q)).to(q.device)
@@ -54,9 +54,9 @@ class _PackedAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         rows = _rows(q, k, v)
         dk, dv = torch.zeros_like(rows[1]), torch.zeros_like(rows[2])
-        groups, slots, num_slots = _tiles(rows, k.shape[1], *ctx.lengths, ctx.chunk_bytes)
+        groups, slots = _tiles(rows, k.shape[1], *ctx.lengths, ctx.chunk_bytes)
         dout = dout.to(out.dtype).reshape(out.shape)
-        dq = tiles_backward(dout, *rows, out, lse, groups, num_slots, ctx.scale, dk, dv).index_select(0, slots)
+        dq = tiles_backward(dout, *rows, out, lse, groups, ctx.scale, dk, dv).index_select(0, slots)
         dq.masked_fill_(lse[:, :1] == -torch.inf, 0.0)  # no key
         return *(d.view(x.shape).to(x.dtype) for d, x in zip((dq, dk, dv), (q, k, v), strict=True)), *[None] * 4
 
@@ -73,7 +73,7 @@ def _rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _tiles(
     rows: tuple[Tensor, Tensor, Tensor], Hk: int, lengths_q: list[int], lengths_k: list[int], chunk_bytes: int
-) -> tuple[list[TileGroup], Tensor, int]:
+) -> tuple[list[TileGroup], Tensor]:
     """Cut the segments of each head into tiles: see `cut_into_tiles`, but the slots are (Tq Hk,), as the rows of q.
 
     The slot of a query without a key is 0.
@@ -92,9 +92,7 @@ def _tiles(
         num_keys=lengths_k.expand(Hk, -1).flatten(),
         key_stride=Hk,
     )
-    groups, slots, num_slots = cut_into_tiles(
-        segments, q.shape[1], k.shape[1], q.element_size(), chunk_bytes, MAX_TILE_ROWS
-    )
+    groups, slots = cut_into_tiles(segments, q.shape[1], k.shape[1], q.element_size(), chunk_bytes, MAX_TILE_ROWS)
     slot_of_row = torch.zeros(len(q), dtype=torch.long, device=q.device)
     slot_of_row[segments.rows] = slots
-    return groups, slot_of_row, num_slots
+    return groups, slot_of_row

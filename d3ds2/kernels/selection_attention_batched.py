@@ -66,8 +66,8 @@ class _TiledSelection(torch.autograd.Function):
         out = torch.zeros_like(rows[0])
         lse = out.new_full((len(out), G), math.inf)
         for pairs in _pairs(block_offsets, block_indices, G * D * out.element_size(), chunk_bytes):
-            groups, slots, num_slots = _tiles(pairs, block_offsets, H, rows, chunk_bytes)
-            by_slot = tiles_forward(*rows, groups, num_slots, scale)
+            groups, slots = _tiles(pairs, block_offsets, H, rows, chunk_bytes)
+            by_slot = tiles_forward(*rows, groups, scale)
             _merge(*by_slot, slots[pairs.place], pairs, out, lse)
         ctx.save_for_backward(q, k, v, block_offsets, block_indices, out, lse)
         ctx.scale, ctx.chunk_bytes = scale, chunk_bytes
@@ -82,8 +82,8 @@ class _TiledSelection(torch.autograd.Function):
         dout = dout.to(out.dtype).reshape(out.shape)
         dq, dk, dv = (torch.zeros_like(x) for x in rows)
         for pairs in _pairs(block_offsets, block_indices, row_bytes, ctx.chunk_bytes):
-            groups, slots, num_slots = _tiles(pairs, block_offsets, H, rows, ctx.chunk_bytes)
-            by_slot = tiles_backward(dout, *rows, out, lse, groups, num_slots, ctx.scale, dk, dv)
+            groups, slots = _tiles(pairs, block_offsets, H, rows, ctx.chunk_bytes)
+            by_slot = tiles_backward(dout, *rows, out, lse, groups, ctx.scale, dk, dv)
             _sum(by_slot, slots[pairs.place], pairs, dq)
         return *(d.view(x.shape).to(x.dtype) for d, x in zip((dq, dk, dv), (q, k, v), strict=True)), *[None] * 4
 
@@ -169,7 +169,7 @@ def _pairs(block_offsets: Tensor, block_indices: Tensor, pair_bytes: int, chunk_
 
 def _tiles(
     pairs: Pairs, block_offsets: Tensor, H: int, rows: tuple[Tensor, Tensor, Tensor], chunk_bytes: int
-) -> tuple[list[TileGroup], Tensor, int]:
+) -> tuple[list[TileGroup], Tensor]:
     """Cut the pairs into tiles; see `cut_into_tiles`."""
     offsets = block_offsets.long().cpu()
     first_key = H * offsets[:-1] + torch.arange(H)[:, None]  # (H, M)

@@ -48,25 +48,18 @@ class TileGroup:
         queries: rows in q, (n, R) long; a padded place repeats the tile's last query.
         keys: rows in k and v, (n, L) long; a padded place repeats the last key.
         real_queries: False where a query is padding, (n, R); None if none is.
-        real_keys: the same of keys, (n, L).
-        first_slot: the place of the first query among all padded queries of all groups.
+        real_keys: the same of keys, (n, L); None if none is.
     """
 
     queries: Tensor
     keys: Tensor
     real_queries: Tensor | None
     real_keys: Tensor | None
-    first_slot: int
-
-    @property
-    def slots(self) -> slice:
-        """The places of the queries among all padded queries of all groups."""
-        return slice(self.first_slot, self.first_slot + self.queries.numel())
 
 
 def cut_into_tiles(
     segments: Segments, row_size: int, head_dim: int, element_size: int, chunk_bytes: int, max_rows: int = TILE_ROWS
-) -> tuple[list[TileGroup], Tensor, int]:
+) -> tuple[list[TileGroup], Tensor]:
     """Cut segments into groups of tiles.
 
     Args:
@@ -77,7 +70,7 @@ def cut_into_tiles(
         max_rows: queries times G of a tile at most.
 
     Returns:
-        The groups, the slot of each query of the lists, (P,) long, and the number of slots.
+        The groups, and the slot of each query of the lists, (P,) long: its place among all queries of all groups.
     """
     G = row_size // head_dim
     max_queries = max(1, max_rows // G)
@@ -102,26 +95,27 @@ def cut_into_tiles(
         tile_bytes = element_size * (3 * R * row_size + 2 * L * head_dim + R * G * L)
         for chunk in members.split(max(1, chunk_bytes // tile_bytes)):
             slot[chunk] = num_slots + R * torch.arange(len(chunk))
-            tile = (x[chunk].to(device) for x in (start, count, first_key, num_keys))
-            groups.append(_group(segments, *tile, R, L, num_slots))
+            full = bool((count[chunk] == R).all()), bool((num_keys[chunk] == L).all())
+            tiles_of_group = (x[chunk].to(device) for x in (start, count, first_key, num_keys))
+            groups.append(_group(segments, *tiles_of_group, R, L, *full))
             num_slots += R * len(chunk)
 
     shift = torch.repeat_interleave((slot - start).to(device), count.to(device), output_size=len(segments.rows))
-    return groups, shift.add_(torch.arange(len(shift), device=device)), num_slots
+    return groups, shift.add_(torch.arange(len(shift), device=device))
 
 
 def _group(
-    segments: Segments, start: Tensor, count: Tensor, first_key: Tensor, num_keys: Tensor, R: int, L: int, slot: int
-) -> TileGroup:
+    segments: Segments, start: Tensor, count: Tensor, first_key: Tensor, num_keys: Tensor, R: int, L: int,
+    full_queries: bool, full_keys: bool,
+) -> TileGroup:  # fmt: skip
     """A group of the tiles with `count` queries from place `start` in the lists, (n,) each, and their keys."""
     real_queries, queries = _padded(count, R)
     real_keys, keys = _padded(num_keys, L)
     return TileGroup(
         queries=segments.rows[start[:, None] + queries],
         keys=first_key[:, None] + segments.key_stride * keys,
-        real_queries=real_queries,
-        real_keys=real_keys,
-        first_slot=slot,
+        real_queries=None if full_queries else real_queries,
+        real_keys=None if full_keys else real_keys,
     )
 
 
@@ -131,20 +125,15 @@ def _padded(lengths: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return places < lengths[:, None], torch.minimum(places, (lengths - 1)[:, None])
 
 
-def tiles_forward(
-    q: Tensor, k: Tensor, v: Tensor, groups: list[TileGroup], num_slots: int, scale: float
-) -> tuple[Tensor, Tensor]:
+def tiles_forward(q: Tensor, k: Tensor, v: Tensor, groups: list[TileGroup], scale: float) -> tuple[Tensor, Tensor]:
     """Attend within each tile: q (Nq, G D), k and v (Nk, D) -> out (slots, G D) and lse (slots, G), at least float32.
 
     What stands in the slots of padded queries means nothing.
     """
-    D = k.shape[1]
-    out, lse = q.new_empty(num_slots, q.shape[1]), q.new_empty(num_slots, q.shape[1] // D)
-    for group in groups:
-        tile_out, tile_lse = _attend(*_operands(group, q, k, v), scale)
-        out[group.slots] = tile_out.view(-1, out.shape[1])
-        lse[group.slots] = tile_lse.reshape(-1, lse.shape[1])
-    return out, lse
+    both, G = torch.cat([k, v], dim=1), q.shape[1] // k.shape[1]
+    results = [_attend(*_operands(group, q, both), scale) for group in groups]
+    out, lse = zip(*results, strict=True)
+    return torch.cat([x.reshape(-1, q.shape[1]) for x in out]), torch.cat([x.reshape(-1, G) for x in lse])
 
 
 def tiles_backward(
@@ -155,7 +144,6 @@ def tiles_backward(
     out: Tensor,
     lse: Tensor,
     groups: list[TileGroup],
-    num_slots: int,
     scale: float,
     dk: Tensor,
     dv: Tensor,
@@ -165,51 +153,62 @@ def tiles_backward(
     dout, q and out are (Nq, G D), lse is (Nq, G). A query may stand in several tiles; out and lse are then those over
     the keys of all of them.
     """
-    dq = q.new_empty(num_slots, q.shape[1])
+    dq, both = [], torch.cat([k, v], dim=1)
     for group in groups:
-        queries, keys, values, bias = _operands(group, q, k, v)
+        queries, keys, values, bias = _operands(group, q, both)
         rows = group.queries.flatten()
         tile_dout, tile_out = (x.index_select(0, rows).view(queries.shape) for x in (dout, out))
         tile_lse = lse.index_select(0, rows).view(*group.queries.shape, -1)
-        tile_lse.masked_fill_(~group.real_queries[..., None], math.inf)  # all probabilities zero
+        if group.real_queries is not None:
+            tile_lse.masked_fill_(~group.real_queries[..., None], math.inf)  # all their probabilities are zero
         tile_lse = tile_lse.view(queries.shape[:3])
         tile_dq, *gradients = _gradients(tile_dout, queries, keys, values, tile_out, tile_lse, bias, scale)
-        dq[group.slots] = tile_dq.reshape(-1, dq.shape[1])
+        dq.append(tile_dq.reshape(-1, q.shape[1]))
         for total, gradient in zip((dk, dv), gradients, strict=True):
             total.index_add_(0, group.keys.flatten(), gradient.reshape(-1, k.shape[1]))
-    return dq
+    return torch.cat(dq)
 
 
-def _operands(group: TileGroup, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """Queries (n, 1, R G, D), keys and values (n, 1, L, D), and what is added to their scores, (n, 1, 1, L)."""
-    (n, L), D = group.keys.shape, k.shape[1]
+def _operands(group: TileGroup, q: Tensor, keys_values: Tensor) -> tuple[Tensor, ...]:
+    """Queries (n, 1, R G, D), keys and values (n, 1, L, D), and what is added to their scores, (n, 1, 1, L) or None.
+
+    q is (Nq, G D), and keys and values stand side by side, (Nk, 2 D).
+    """
+    (n, L), D = group.keys.shape, keys_values.shape[1] // 2
     queries = q.index_select(0, group.queries.flatten()).view(n, 1, -1, D)
-    keys, values = (x.index_select(0, group.keys.flatten()).view(n, 1, L, D) for x in (k, v))
-    bias = q.new_zeros(n, 1, 1, L).masked_fill_(~group.real_keys[:, None, None], -math.inf)
-    return queries, keys, values, bias
+    keys, values = keys_values.index_select(0, group.keys.flatten()).view(n, 1, L, 2 * D).split(D, dim=3)
+    if group.real_keys is None:
+        return queries, keys, values, None
+    return queries, keys, values, q.new_zeros(n, 1, 1, L).masked_fill_(~group.real_keys[:, None, None], -math.inf)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """softmax(q kᵀ scale + bias) v and the logsumexp: q (n, 1, R G, D) -> the same shape, and (n, 1, R G)."""
     if q.device.type == "cpu":
-        bias = bias.expand(-1, -1, q.shape[2], -1)
+        bias = None if bias is None else bias.expand(-1, -1, q.shape[2], -1)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
-    scores = torch.matmul(q, k.transpose(2, 3)).mul_(scale).add_(bias)
+    scores = _scores(q, k, bias, scale)
     lse = scores.logsumexp(-1)
     return torch.matmul(scores.sub_(lse[..., None]).exp_(), v), lse
 
 
 def _gradients(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor, scale: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v of `_attend`; out and lse may be those over more keys."""
     if q.device.type == "cpu":
-        bias = bias.expand(-1, -1, q.shape[2], -1)
+        bias = None if bias is None else bias.expand(-1, -1, q.shape[2], -1)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scale
         )
-    weights = torch.matmul(q, k.transpose(2, 3)).mul_(scale).add_(bias).sub_(lse[..., None]).exp_()
+    weights = _scores(q, k, bias, scale).sub_(lse[..., None]).exp_()
     dv = torch.matmul(weights.transpose(2, 3), dout)
     delta = (dout * out).sum(-1, keepdim=True)
     dscores = torch.matmul(dout, v.transpose(2, 3)).sub_(delta).mul_(weights).mul_(scale)
     return torch.matmul(dscores, k), torch.matmul(dscores.transpose(2, 3), q), dv
+
+
+def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """q kᵀ scale + bias, (n, 1, R G, L)."""
+    scores = torch.matmul(q, k.transpose(2, 3)).mul_(scale)
+    return scores if bias is None else scores.add_(bias)
