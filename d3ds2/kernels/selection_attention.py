@@ -75,7 +75,8 @@ def selection_attention_reference(
     is_selected.scatter_(2, torch.where(block_indices < 0, M, block_indices).long(), True)
     mask = is_selected[..., block_of_token].movedim(1, 0)[:, None]  # (H, 1, T, T)
     scores = torch.einsum("thgd,shd->hgts", q.unflatten(1, (H, -1)), k) * scale
-    weights = scores.float().masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num(0.0)  # no block: output 0
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num(0.0)  # no block: output 0
     return torch.einsum("hgts,shd->thgd", weights.to(v.dtype), v).flatten(1, 2)
 
 

@@ -164,7 +164,7 @@ def _pairs(block_offsets: Tensor, block_indices: Tensor, pair_bytes: int, chunk_
             place = torch.zeros(exists.numel(), dtype=torch.long, device=order.device)
             place[order] = torch.arange(num_pairs, device=order.device)
             queries = slice(first * H, (first + len(blocks)) * H)
-            yield Pairs(queries, order // S + first * H, ends.diff(), place.view(-1, S), exists.view(-1, S))
+            yield Pairs(queries, order // S + first * H, ends.diff(), place.view(-1, S), exists.reshape(-1, S))
 
 
 def _tiles(

@@ -184,7 +184,7 @@ def _operands(group: TileGroup, q: Tensor, keys_values: Tensor) -> tuple[Tensor,
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """softmax(q kᵀ scale + bias) v and the logsumexp: q (n, 1, R G, D) -> the same shape, and (n, 1, R G)."""
-    if q.device.type == "cpu":
+    if attends_on_cpu(q):
         bias = None if bias is None else bias.expand(-1, -1, q.shape[2], -1)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
     scores = _scores(q, k, bias, scale)
@@ -196,7 +196,7 @@ def _gradients(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v of `_attend`; out and lse may be those over more keys."""
-    if q.device.type == "cpu":
+    if attends_on_cpu(q):
         bias = None if bias is None else bias.expand(-1, -1, q.shape[2], -1)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scale
@@ -206,6 +206,11 @@ def _gradients(
     delta = (dout * out).sum(-1, keepdim=True)
     dscores = torch.matmul(dout, v.transpose(2, 3)).sub_(delta).mul_(weights).mul_(scale)
     return torch.matmul(dscores, k), torch.matmul(dscores.transpose(2, 3), q), dv
+
+
+def attends_on_cpu(q: Tensor) -> bool:
+    """Whether torch's attention for the CPU takes these queries; like the products below, it returns the lse."""
+    return q.device.type == "cpu"
 
 
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
