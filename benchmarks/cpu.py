@@ -58,7 +58,7 @@ def header() -> str:
         "# Spatial sparse attention without Triton, on a CPU\n\n"
         f"{datetime.date.today()}, {model}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, load before "
         f"{load:.1f}, OMP_WAIT_POLICY {policy}. torch {torch.__version__}, float32. `python benchmarks/cpu.py`.\n"
-        f"The best of {ROUNDS} rounds; in a round, what is compared runs in turn. Cores: processor time over clock time."
+        f"The best of {ROUNDS} rounds, in which what is compared runs in turn. Cores: processor time over clock time."
     )
 
 

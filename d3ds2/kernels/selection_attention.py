@@ -10,21 +10,15 @@ Shapes (these capital letters name the sizes in both files):
     M  blocks, all samples packed         G  query heads per key/value head (GQA)
     S  blocks selected per query, padded with -1
 
-The public function, its definition in PyTorch, and the form for devices without Triton, which goes block by block.
+The public function and its definition in PyTorch. Where Triton does not run: selection_attention_batched.py.
 The kernels: selection_attention_triton.py.
 """
 
-import math
-from itertools import pairwise
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .devices import on_triton
 from .selection_attention_batched import selection_attention_batched
-
-_SCORE_ELEMENTS = 1 << 19  # scores held at once by the form that goes block by block: 2 MiB, what stays in the cache
 
 
 def selection_attention(
@@ -92,87 +86,3 @@ def queries_by_block(block_indices: Tensor, num_blocks: int) -> tuple[Tensor, Te
     key, order = key.flatten().sort(stable=True)
     query_offsets = torch.searchsorted(key, torch.arange(H * num_blocks + 1, device=device))
     return query_offsets.int(), (order // (H * S)).int()
-
-
-class _SelectionAttention(torch.autograd.Function):
-    """Block by block: matrix products of a block's tokens with the queries that selected it, softmax kept running.
-
-    The scores stand keys first, (tokens of the block, queries * G), so that the maximum over keys is a maximum of rows.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, block_offsets, block_indices, scale):
-        (T, H, D), G = k.shape, q.shape[1] // k.shape[1]
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        pieces = _pieces(block_offsets, block_indices, G)
-        out = torch.empty_like(q).view(T, H, G * D)
-        lse = torch.empty(H, T, G, dtype=dtype, device=q.device)
-        for h in range(H):
-            queries = q[:, h * G : (h + 1) * G].to(dtype).reshape(T, G * D) * scale
-            keys, values = k[:, h].to(dtype), v[:, h].to(dtype)
-            numerator = torch.zeros(T, G * D, dtype=dtype, device=q.device)
-            denominator = torch.zeros(T, G, dtype=dtype, device=q.device)
-            top = torch.full((T, G), -math.inf, dtype=dtype, device=q.device)
-            for tokens, ids in pieces[h]:
-                scores = keys[tokens] @ queries.index_select(0, ids).view(-1, D).t()
-                old_top = top.index_select(0, ids)
-                new_top = torch.maximum(old_top, scores.amax(0).view(-1, G))
-                weights = scores.sub_(new_top.view(-1)).exp_()
-                decay = (old_top - new_top).exp_()
-                partial = (weights.t() @ values[tokens]).view(-1, G, D)
-                partial.addcmul_(numerator.index_select(0, ids).view(-1, G, D), decay[..., None])
-                numerator.index_copy_(0, ids, partial.flatten(1))
-                total = weights.sum(0).view(-1, G).addcmul_(denominator.index_select(0, ids), decay)
-                denominator.index_copy_(0, ids, total)
-                top.index_copy_(0, ids, new_top)
-            has_keys = denominator > 0  # a query without any block: zeros, and an lse of +inf makes its gradients zero
-            out[:, h] = (numerator.view(T, G, D) / denominator.masked_fill(~has_keys, 1.0)[..., None]).flatten(1)
-            lse[h] = (top + denominator.log()).masked_fill(~has_keys, math.inf)
-        out = out.view(T, H * G, D)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.pieces, ctx.scale = pieces, scale
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        q, k, v, out, lse = ctx.saved_tensors
-        (T, H, D), G, dtype = k.shape, q.shape[1] // k.shape[1], lse.dtype
-        dq = torch.empty_like(q).view(T, H, G * D)
-        dk, dv = torch.empty_like(k), torch.empty_like(v)
-        for h in range(H):
-            heads = slice(h * G, (h + 1) * G)
-            queries = q[:, heads].to(dtype).reshape(T, G * D) * ctx.scale
-            douts = dout[:, heads].to(dtype).reshape(T, G * D)
-            delta = (out[:, heads].to(dtype) * dout[:, heads].to(dtype)).sum(-1)  # (T, G)
-            keys, values = k[:, h].to(dtype), v[:, h].to(dtype)
-            dqueries = torch.zeros_like(queries)
-            dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
-            for tokens, ids in ctx.pieces[h]:
-                rows, drows = queries.index_select(0, ids).view(-1, D), douts.index_select(0, ids).view(-1, D)
-                weights = (keys[tokens] @ rows.t()).sub_(lse[h].index_select(0, ids).view(-1)).exp_()
-                dvalues[tokens].addmm_(weights, drows)
-                dscores = (values[tokens] @ drows.t()).sub_(delta.index_select(0, ids).view(-1)).mul_(weights)
-                dkeys[tokens].addmm_(dscores, rows)
-                dqueries.index_add_(0, ids, (dscores.t() @ keys[tokens]).view(-1, G * D))
-            dq[:, h] = dqueries * ctx.scale
-            dk[:, h], dv[:, h] = dkeys, dvalues
-        return dq.view(T, H * G, D), dk, dv, None, None, None
-
-
-def _pieces(block_offsets: Tensor, block_indices: Tensor, G: int) -> list[list[tuple[slice, Tensor]]]:
-    """For each head (tokens of a block, queries that selected it), cut to at most `_SCORE_ELEMENTS` scores."""
-    M, H = block_offsets.numel() - 1, block_indices.shape[1]
-    query_offsets, query_ids = queries_by_block(block_indices, M)
-    offsets, query_offsets = block_offsets.tolist(), query_offsets.tolist()
-    lengths = [last - first for first, last in pairwise(query_offsets)]
-    selected = query_ids[: query_offsets[-1]].long().split(lengths)
-    return [
-        [
-            (slice(offsets[m], offsets[m + 1]), ids)
-            for m in range(M)
-            if len(selected[h * M + m]) and offsets[m + 1] > offsets[m]
-            for ids in selected[h * M + m].split(max(1, _SCORE_ELEMENTS // (G * (offsets[m + 1] - offsets[m]))))
-        ]
-        for h in range(H)
-    ]

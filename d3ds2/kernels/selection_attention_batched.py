@@ -77,7 +77,7 @@ class _TiledSelection(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         q, k, v, block_offsets, block_indices, out, lse = ctx.saved_tensors
-        H, row_bytes = k.shape[1], out[0].numel() * out.element_size()
+        H, row_bytes = k.shape[1], out.shape[1] * out.element_size()
         rows = _rows(q, k, v, out.dtype)
         dout = dout.to(out.dtype).reshape(out.shape)
         dq, dk, dv = (torch.zeros_like(x) for x in rows)

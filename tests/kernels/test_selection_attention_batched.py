@@ -60,7 +60,7 @@ def test_no_query_selects_a_block():
 
 
 def test_products_of_other_devices(monkeypatch):
-    """What runs where torch has no attention of its own that returns the softmax denominators."""
+    """The products that run on neither a CPU nor FlashAttention."""
     import d3ds2.kernels.tiled_attention as tiled_attention
 
     monkeypatch.setattr(tiled_attention, "attends_on_cpu", lambda q: False)

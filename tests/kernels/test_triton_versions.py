@@ -26,7 +26,7 @@ NAMES = [
     "compression",
     "ragged_attention",
 ]
-ELSEWHERE = ("torch_compile", "block_by_block", "block-by-block", "by_loops")  # concern torch, not Triton
+ELSEWHERE = ("torch_compile", "batched", "by_loops")  # concern torch, not Triton
 RUN = """
 import sys, pytest, triton
 if triton.__version__ != sys.argv[1]:
