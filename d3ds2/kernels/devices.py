@@ -92,6 +92,12 @@ def has_flash(device: torch.device) -> bool:
     return abilities(device).flash
 
 
+def flash_takes(q: Tensor) -> bool:
+    """Whether torch's FlashAttention over samples of different lengths takes these queries (..., D)."""
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return q.is_cuda and has_flash(q.device) and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
 def on_triton(x: Tensor) -> bool:
     """Whether the Triton kernels run on this tensor."""
     return x.is_cuda and triton_works(x.device)

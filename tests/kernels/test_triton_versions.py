@@ -26,7 +26,7 @@ NAMES = [
     "compression",
     "ragged_attention",
 ]
-WITHOUT_TRITON = ("torch_compile", "block-by-block", "pairs_by_block")  # tests of torch alone
+WITHOUT_TRITON = ("torch_compile", "batched", "pairs_by_block")  # tests of torch alone
 RUN = """
 import sys, pytest, triton
 if triton.__version__ != sys.argv[1]:
