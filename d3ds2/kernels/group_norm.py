@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from .devices import half_on_triton
 from .ragged import Ragged
 
-CPU_SLAB_BYTES = 1 << 20  # of rows in float32 at a time; they stay in a core's cache
+CPU_SLAB_BYTES = 1 << 18  # of rows in float32 at a time; they stay in a core's cache
 SLAB_BYTES = 64 << 20  # on a device
 
 
@@ -61,7 +61,8 @@ class _GroupNorm(torch.autograd.Function):
         rstd = (_group_mean(squares / samples.divisors, num_groups) + eps).rsqrt()
         out, scale = torch.empty_like(x), rstd * weight
         for b, rows in _slabs(x, samples):
-            out[rows] = torch.addcmul(bias, x[rows].to(dtype) - mean[b], scale[b])
+            centred = x[rows].to(dtype) - mean[b]
+            out[rows] = torch.addcmul(bias, centred, scale[b], out=centred)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.samples, ctx.num_groups = samples, num_groups
         return out
