@@ -1,11 +1,11 @@
-"""Spatial sparse attention beside FlashAttention-2, cuDNN and FlexAttention, in one run on one GPU.
+"""Time spatial sparse attention beside FlashAttention-2, cuDNN and FlexAttention, in one run on one GPU.
 
     python benchmarks/attention.py --parity ../shared/parity
 
-Queries (N, 32, 32), keys and values (N, 2, 32) in bfloat16, standard normal: neighbours choose unlike blocks, the worst
-case. SSA is timed from q, k, v and the gates to the gated sum, with the compression of keys and values; the rivals from
-q, k, v (repeated to 32 heads beforehand) to the output. Prints tables, and writes benchmarks/results/attention-*.md and
-a plot.
+Queries (N, 32, 32), keys and values (N, 2, 32) are standard normal in bfloat16. So neighbours choose different blocks,
+which is the worst case. SSA is timed from q, k, v and the gates to the gated sum, with the compression of keys and
+values. Its rivals are timed from q, k, v (repeated to 32 heads beforehand) to the output. The results are printed as
+tables, and written to benchmarks/results/attention-*.md with a plot.
 """
 
 import argparse
@@ -27,27 +27,32 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.structures import ragged_batch, real_voxels, surface_voxels  # noqa: E402
 from d3ds2.geometry.attention_plan import attention_plan  # noqa: E402
 from d3ds2.geometry.voxels import Voxels  # noqa: E402
+from d3ds2.kernels.attention_tiles import AttentionTiles  # noqa: E402
 from d3ds2.kernels.block_scores_triton import select_blocks_triton  # noqa: E402
 from d3ds2.kernels.packed_attention import _varlen  # noqa: E402
 from d3ds2.kernels.packed_attention_triton import packed_attention_triton  # noqa: E402
+from d3ds2.kernels.pair_order_triton import pairs_by_block_triton  # noqa: E402
 from d3ds2.kernels.ragged import AttentionSegments  # noqa: E402
 from d3ds2.kernels.ragged_attention_triton import (  # noqa: E402
-    Tile,
     ragged_attention_dkdv,
     ragged_attention_dq,
     ragged_attention_forward,
 )
-from d3ds2.kernels.selection_attention_triton import pairs_by_block, select_backward, select_forward  # noqa: E402
-from d3ds2.kernels.spatial_sparse_attention_triton import COMPRESSION, WINDOW, spatial_attention_triton  # noqa: E402
+from d3ds2.kernels.selection_attention_triton import select_backward, select_forward  # noqa: E402
+from d3ds2.kernels.spatial_sparse_attention_triton import (  # noqa: E402
+    COMPRESSION,
+    WINDOW,
+    spatial_sparse_attention_triton,
+)
 from d3ds2.layers.spatial_sparse_attention import SpatialSparseAttention  # noqa: E402
 
 H, HK, D = 32, 2, 32
 FORMS = [(8, False, 8), (8, False, 32), (4, True, 8), (4, True, 32)]  # compression block, pooled convolution, top-k
-MATRIX_RATE = 790e12  # bf16 operations a second of one H200, measured
-EXP_RATE = 132 * 16 * 1.98e9  # exponentials a second: 16 a cycle and multiprocessor at the clock it reaches
-BANDWIDTH = 4.3e12  # bytes a second, measured
-HEAD_START = 20_000_000  # cycles, about 10 ms
-FLEX_TOKENS = 16000  # below, FlexAttention is not compiled: it takes 10 s a size
+MATRIX_RATE = 790e12  # bf16 operations per second of one H200, measured
+EXP_RATE = 132 * 16 * 1.98e9  # exponentials per second: 16 per cycle on each multiprocessor, at the clock measured
+BANDWIDTH = 4.3e12  # bytes per second, measured
+HEAD_START = 20_000_000  # cycles, about 10 ms, in which the host enqueues work
+FLEX_TOKENS = 16000  # with fewer, FlexAttention is not timed: it takes 10 s to compile for each size
 
 
 @dataclass
@@ -61,9 +66,9 @@ class Timing:
 
 
 def median_ms(function: Callable, budget: float = 100.0) -> float:
-    """Median over as many runs as fit in `budget` ms, 2 to 12, after one that warms up.
+    """Return the median of as many runs as fit in `budget` ms, 2 to 12, after a warm-up run.
 
-    The device sleeps while the host enqueues the work: the time is that of the device, as in a replayed CUDA graph.
+    The device sleeps while the host enqueues the work. So this is device time, as in a replayed CUDA graph.
     """
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     times = []
@@ -78,7 +83,7 @@ def median_ms(function: Callable, budget: float = 100.0) -> float:
 
 
 def timed(function: Callable, inputs: list[Tensor]) -> Timing:
-    """Forward without gradients, backward alone, and the peak memory of both together."""
+    """Time the forward pass without gradients and the backward pass; measure the peak memory of both together."""
     with torch.no_grad():
         forward = median_ms(lambda: function(*inputs))
     inputs = [x.detach().requires_grad_() for x in inputs]
@@ -92,7 +97,7 @@ def timed(function: Callable, inputs: list[Tensor]) -> Timing:
 
 
 def attempt(rival: Callable, inputs: list[Tensor]) -> Timing | str:
-    """A timing, or what stands in the table where a rival lacks memory or the case; the reason goes to stderr."""
+    """Return a timing or, if the rival fails, the name of the error for the table; its message goes to stderr."""
     try:
         return timed(rival, inputs)
     except RuntimeError as error:
@@ -109,13 +114,13 @@ def make_inputs(voxels: Voxels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def flash_attention_2(voxels: Voxels) -> Callable:
-    """torch's varlen kernel."""
+    """Return torch's varlen kernel."""
     arguments = voxels.cu_seqlens, voxels.cu_seqlens, voxels.counts, voxels.counts
     return lambda q, k, v: _varlen(q, k, v, *arguments, None)[0]
 
 
 def dense(voxels: Voxels) -> Callable:
-    """The same softmax over all keys by the kernels that SSA is made of."""
+    """Return the same softmax over all keys, computed by the kernels of SSA."""
     return lambda q, k, v: packed_attention_triton(q, k, v, voxels.cu_seqlens, voxels.cu_seqlens, D**-0.5)
 
 
@@ -133,14 +138,14 @@ def cudnn(voxels: Voxels) -> Callable:
 
 
 def flex_attention_of(voxels: Voxels, top_k: int) -> Callable:
-    """FlexAttention over as many keys as SSA selects: each tile of 128 queries reads K random blocks' worth of tiles.
+    """Return FlexAttention over as many keys as SSA selects: random tiles with the keys of K blocks.
 
-    It can only choose whole tiles for whole tiles of queries, so it computes something coarser.
+    FlexAttention chooses whole tiles of 128 keys for whole tiles of 128 queries, so its selection is coarser.
     """
     from torch._functorch import config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    torch._dynamo.reset()  # after eight compilations it would fall back to all scores at once
+    torch._dynamo.reset()  # after eight compilations, it would fall back to computing all scores at once
     config.donated_buffer = False  # the backward pass is timed several times
     N, M = len(voxels), sum(voxels.block_counts)
     tiles = triton.cdiv(N, 128)
@@ -158,7 +163,7 @@ def flex_attention_of(voxels: Voxels, top_k: int) -> Callable:
 
 
 def ssa(voxels: Voxels, c: int, pooled_conv: bool, top_k: int) -> tuple[Callable, Callable]:
-    """SSA from q, k, v and gates, and its compression of keys and values alone."""
+    """Return SSA from q, k, v and gates, and its compression of keys and values alone."""
     module = SpatialSparseAttention(H * D, H, HK, c, pooled_conv, top_k).to("cuda", torch.bfloat16)
     branches = attention_plan(voxels, c, 8, 0)
 
@@ -166,16 +171,18 @@ def ssa(voxels: Voxels, c: int, pooled_conv: bool, top_k: int) -> tuple[Callable
         return module.compress(k.flatten(1), v.flatten(1), voxels)
 
     def run(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
-        return spatial_attention_triton(q, k, v, *compress(k, v), gates, branches, top_k, D**-0.5)
+        return spatial_sparse_attention_triton(q, k, v, *compress(k, v), gates, branches, top_k, D**-0.5)
 
     return run, lambda k, v: torch.cat(compress(k, v))
 
 
 def limit_ms(voxels: Voxels, c: int, top_k: int) -> tuple[float, float]:
-    """Least times of forward and backward pass by the exponentials and the matrix products they need.
+    """Return the least possible times of the forward and backward pass, in ms.
 
-    With N queries of 32 heads over n keys each: forward n = compressed + selected + window keys, with 4 D operations
-    and an exponential each, and the compressed ones once more, with 2 D and one, for the scores. Backward 10 D and one.
+    The limit is the exponentials, the matrix products or the memory traffic, whichever takes longest. A score is a pair
+    of a query head and a compressed, selected or window key. Forward, every score takes 4 D operations and an
+    exponential, and each compressed one 2 D and an exponential more for the block scores. Backward, every score takes
+    10 D operations and an exponential.
     """
     compressed = sum(n * m for n, m in zip(voxels.counts, voxels.coarsen(c)[0].counts, strict=True)) * H
     sizes = voxels.block_offsets.diff().double()
@@ -216,7 +223,7 @@ def measure(name: str, voxels: Voxels, rivals: bool) -> list[list[str]]:
 
 @torch.no_grad()
 def measure_parts(name: str, voxels: Voxels, c: int, top_k: int) -> list[str]:
-    """The kernels of SSA one by one: ms forward, and ms backward where there is one."""
+    """Time the kernels of SSA one by one: ms forward, and ms backward where there is a backward pass."""
     q, k, v, _ = make_inputs(voxels)
     compressed_k, compressed_v = (x.new_zeros(len(voxels.coarsen(c)[0]), HK, D).normal_() for x in (k, v))
     branches, scale, dout = attention_plan(voxels, c, 8, 0), D**-0.5, torch.randn_like(q)
@@ -225,22 +232,22 @@ def measure_parts(name: str, voxels: Voxels, c: int, top_k: int) -> list[str]:
     def both(forward: Callable, backward: Callable) -> None:
         cells.append(f"{median_ms(forward):.2f} / {median_ms(backward):.2f}")
 
-    def of_runs(k: Tensor, v: Tensor, segments: AttentionSegments, tiles: tuple[Tile, Tile, Tile]) -> Tensor:
-        out, lse = ragged_attention_forward(q, k, v, segments, scale, tiles[0])
+    def time_ragged(k: Tensor, v: Tensor, segments: AttentionSegments, tiles: AttentionTiles) -> Tensor:
+        out, lse = ragged_attention_forward(q, k, v, segments, scale, tiles.forward)
         arguments = segments, torch.stack([lse, (out.float() * dout.float()).sum(-1)], dim=-1), dout, scale
         both(
-            lambda: ragged_attention_forward(q, k, v, segments, scale, tiles[0]),
+            lambda: ragged_attention_forward(q, k, v, segments, scale, tiles.forward),
             lambda: (
-                ragged_attention_dq(q, k, v, *arguments, tiles[1]),
-                ragged_attention_dkdv(q, k, v, *arguments, tiles[2]),
+                ragged_attention_dq(q, k, v, *arguments, tiles.dq),
+                ragged_attention_dkdv(q, k, v, *arguments, tiles.dkdv),
             ),
         )
         return lse
 
-    lse = of_runs(compressed_k, compressed_v, AttentionSegments(branches.samples, branches.compressed), COMPRESSION)
+    lse = time_ragged(compressed_k, compressed_v, AttentionSegments(branches.samples, branches.compressed), COMPRESSION)
     block_indices = select_blocks_triton(q, compressed_k, lse, branches, top_k, scale)
     cells.append(f"{median_ms(lambda: select_blocks_triton(q, compressed_k, lse, branches, top_k, scale)):.2f}")
-    cells.append(f"{median_ms(lambda: pairs_by_block(block_indices, len(branches.blocks))):.2f}")
+    cells.append(f"{median_ms(lambda: pairs_by_block_triton(block_indices, len(branches.blocks))):.2f}")
     out, lse, pairs, _ = select_forward(q, k, v, branches.blocks, block_indices, scale)
     stats = torch.stack([lse, (out.float() * dout.float()).sum(-1)], dim=-1)
     arguments = branches.blocks, block_indices, pairs, stats, dout, scale
@@ -248,7 +255,7 @@ def measure_parts(name: str, voxels: Voxels, c: int, top_k: int) -> list[str]:
         lambda: select_forward(q, k, v, branches.blocks, block_indices, scale),
         lambda: select_backward(q, k, v, *arguments),
     )
-    of_runs(k, v, AttentionSegments(branches.windows, branches.windows), WINDOW)
+    time_ragged(k, v, AttentionSegments(branches.windows, branches.windows), WINDOW)
     print(" | ".join(cells), flush=True)
     return cells
 
@@ -265,7 +272,7 @@ PARTS = [
 
 
 def cells(timing: Timing | str, flash: Timing | str | None = None, limits: tuple | None = None) -> list[str]:
-    """forward, backward, ratios to FlashAttention-2, memory, share of the limit"""
+    """Return the cells of a timing: forward, backward, ratios to FlashAttention-2, memory, share of the limit."""
     if isinstance(timing, str):
         return [timing, "", "", "", ""]
     ratios = share = ""
@@ -285,7 +292,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def plot(rows: list[list[str]], path: Path) -> None:
-    """Ratios to FlashAttention-2 over the number of tokens, as Fig. 7 of the paper."""
+    """Plot ratios to FlashAttention-2 over the number of tokens, as in Fig. 7 of the paper."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -310,12 +317,12 @@ def plot(rows: list[list[str]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--parity", type=Path, default=ROOT.parent / "shared" / "parity", help="folder of the structure"
+        "--parity", type=Path, default=ROOT.parent / "shared" / "parity", help="folder with the real structure"
     )
     parser.add_argument("--sizes", type=int, nargs="*", default=[2, 4, 8, 16, 32, 64, 128, 256], help="in 1024 tokens")
-    parser.add_argument("--cases", nargs="*", default=["real", "ragged", "surface"], help="first words of the cases")
-    parser.add_argument("--rivals", action="store_true", help="cuDNN and FlexAttention too")
-    parser.add_argument("--parts", action="store_true", help="each kernel of SSA apart, too")
+    parser.add_argument("--cases", nargs="*", default=["real", "ragged", "surface"], help="cases, by first word")
+    parser.add_argument("--rivals", action="store_true", help="also time cuDNN and FlexAttention")
+    parser.add_argument("--parts", action="store_true", help="also time each kernel of SSA by itself")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
 
@@ -339,7 +346,7 @@ def main() -> None:
         torch.cuda.empty_cache()
         (arguments.out / f"{stem}-tables.md").write_text(
             f"{datetime.date.today()}, {device}, {versions}.\n\n{table(HEADER, rows)}\n"
-            f"\nThe kernels apart, ms forward / backward:\n\n{table(PARTS, parts)}\n"
+            f"\nSingle kernels, ms forward / backward:\n\n{table(PARTS, parts)}\n"
         )
     plot(rows, arguments.out / f"{stem}.png")
 

@@ -1,13 +1,14 @@
-"""Does memory grow from prompt to prompt?  The nodes over the memory manager of a real ComfyUI, without its server.
+"""Check that memory does not grow from prompt to prompt, with the memory manager of a real ComfyUI, without its server.
 
     python -m benchmarks.comfy_memory PATH_TO_COMFYUI [--prompts 10] [--model tiny | --folder MODEL_FOLDER] [--dynamic]
 
-Needs of ComfyUI's requirements only psutil, einops, comfy-aimdo, comfy-kitchen and torchvision. Each prompt is image ->
-structure -> latent -> SDF -> mesh with a new seed, and drops what it made, as ComfyUI's cache does at the next one.
-Then everything is unloaded by ComfyUI's own `unload_all_models`. Prints a line for each prompt: seconds, faces, bytes
-of torch's tensors on the device and the most during the prompt, bytes that the card itself counts as taken (other
-allocators and the CUDA context too), resident memory, models loaded. Exits 1 if what is held grew over the later
-prompts, or weights stayed on the device after the unloading.
+Of ComfyUI's requirements, it needs only psutil, einops, comfy-aimdo, comfy-kitchen and torchvision. Each prompt is
+image -> structure -> latent -> SDF -> mesh with a new seed. Its results are dropped afterwards, as ComfyUI's cache does
+at the next prompt. At the end, ComfyUI's own `unload_all_models` unloads everything.
+
+Prints a line for each prompt: seconds, faces, memory in torch's tensors on the device and its peak, memory that the
+card reports as used (with other allocators and the CUDA context), resident memory, models loaded. Exits with 1 if
+memory grew over the later prompts, or if weights stayed on the device after unloading.
 """
 
 import argparse
@@ -21,19 +22,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.support.comfy_stand_ins import ComfyUI  # before ComfyUI, which has `tests` of its own
+from tests.support.comfy_stand_ins import ComfyUI  # before ComfyUI, which has a package `tests` too
 
 MODULES = ("", ".model_management", ".model_patcher", ".patcher_extension", ".utils", ".cli_args")
 REAL = tuple(f"comfy{name}" for name in MODULES)
 MIB = 1 << 20
-WARM = 3  # prompts that may fill caches and compile kernels
-ALLOWED = {"tensors": 1, "card": 64, "resident": 64}  # MiB that may be held more at the end than after those
+WARM = 3  # first prompts, which may fill caches and compile kernels
+ALLOWED = {"tensors": 1, "card": 64, "resident": 64}  # MiB by which memory may grow after these
 
 
 def import_comfyui(folder: Path, dynamic: bool):
-    """ComfyUI's `model_management`, on the GPU if there is one, without looking at our arguments.
+    """Import ComfyUI's `model_management`, on the GPU if there is one; ComfyUI does not parse our arguments.
 
-    dynamic: what main.py of ComfyUI 0.30 does by default on NVIDIA, in its order: weights come and go by comfy-aimdo.
+    With `dynamic`, comfy-aimdo loads and unloads weights. The steps are those of main.py of ComfyUI 0.30, which does
+    this by default on NVIDIA.
     """
     if dynamic:
         control = importlib.import_module("comfy_aimdo.control")
@@ -53,21 +55,21 @@ def import_comfyui(folder: Path, dynamic: bool):
 
 
 def read_picture(path: Path) -> torch.Tensor:
-    """IMAGE (1, H, W, 4) of a cut-out object."""
+    """Return an image file, cut out, as IMAGE (1, H, W, 4)."""
     from d3ds2.images.foreground import cut_out, load_image
 
     return torch.from_numpy(np.array(cut_out(load_image(path)))).float()[None] / 255
 
 
 def run_prompt(comfy, model, image: torch.Tensor, seed: int) -> int:
-    """All stages; returns the number of faces."""
+    """Run all stages; return the number of faces."""
     structure = comfy.run("D3DS2SparseStructureSample", model=model, image=image, seed=seed)[0]
     latent = comfy.run("D3DS2SSADiTSample", model=model, structure=structure, image=image, seed=seed)[0]
     return comfy.run("D3DS2VAEDecodeSDF", model=model, latent=latent)[0].faces.shape[1]
 
 
 def held(process, on_gpu: bool) -> dict[str, float]:
-    """MiB: torch's tensors on the device, what the card counts as taken, resident memory."""
+    """Return MiB of torch's tensors on the device, of memory that the card reports as used, and resident memory."""
     free, total = torch.cuda.mem_get_info() if on_gpu else (0, 0)
     tensors = torch.cuda.memory_allocated() if on_gpu else 0
     sizes = {"tensors": tensors, "card": total - free, "resident": process.memory_info().rss}
@@ -80,7 +82,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=10)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--folder", type=Path, help="a model folder instead of a name")
-    parser.add_argument("--dynamic", action="store_true", help="with comfy-aimdo, as ComfyUI on NVIDIA")
+    parser.add_argument("--dynamic", action="store_true", help="use comfy-aimdo, as ComfyUI does on NVIDIA")
     parser.add_argument("--image", type=Path, default=Path("workflows/demo_input.png"))
     arguments = parser.parse_args()
     management = import_comfyui(arguments.comfyui, arguments.dynamic)
@@ -112,13 +114,13 @@ def main() -> None:
         )
     warm, last = history[min(WARM, len(history)) - 1], history[-1]
     growth = {name: last[name] - warm[name] for name in ALLOWED}
-    print(f"growth from prompt {WARM} on: " + ", ".join(f"{name} {size:.1f}" for name, size in growth.items()) + " MiB")
+    print(f"growth after prompt {WARM}: " + ", ".join(f"{name} {size:.1f}" for name, size in growth.items()) + " MiB")
     management.unload_all_models()
     management.soft_empty_cache()
     loaded = len(management.current_loaded_models)
     where = {parameter.device.type for patcher in model.get_models() for parameter in patcher.model.parameters()}
     if on_gpu:
-        torch._C._cuda_clearCublasWorkspaces()  # the library's own, 32 MiB on Hopper; no weights
+        torch._C._cuda_clearCublasWorkspaces()  # 32 MiB of cuBLAS on Hopper, not weights
     left = held(process, on_gpu)
     sizes = ", ".join(f"{name} {size:.1f}" for name, size in left.items())
     print(f"after unload_all_models: {sizes} MiB, {loaded} models loaded, weights on {', '.join(sorted(where))}")
@@ -131,7 +133,7 @@ def main() -> None:
         or where != {"cpu"}
         or any(growth[name] > most for name, most in ALLOWED.items())
     ):
-        raise SystemExit("memory grew or was not given back")
+        raise SystemExit("memory grew or was not released")
 
 
 if __name__ == "__main__":

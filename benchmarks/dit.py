@@ -1,10 +1,11 @@
-"""The latent DiT on one GPU: one forward pass of the full size and a training step.
+"""Time the latent DiT at full size on one GPU: a forward pass and a training step.
 
     python benchmarks/dit.py --parity ../shared/parity
 
-24 blocks of 1024 channels, random weights and latents. Forward in float16, one condition; both guidance branches in
-one pass; the same replayed from a CUDA graph. Training: bfloat16 autocast, fp32 parameters, recomputed blocks, forward
-and backward. Prints a table and writes it to benchmarks/results/dit-*.md.
+It has 24 blocks of 1024 channels, with random weights and latents. The forward pass runs in float16: with one
+condition, replayed from a CUDA graph, and with both guidance branches. The training step is a forward and a backward
+pass in bfloat16 autocast with fp32 parameters and recomputed blocks. Prints a table and writes it to
+benchmarks/results/dit-*.md.
 """
 
 import argparse
@@ -27,13 +28,13 @@ from d3ds2.geometry.voxels import Voxels  # noqa: E402
 from d3ds2.networks.image_encoder import ImageTokens  # noqa: E402
 from d3ds2.networks.latent_dit import LatentDiT, LatentDiTConfig  # noqa: E402
 
-PATCHES = 37  # along an edge of the picture; with 5 more tokens: 1374
+PATCHES = 37  # per edge of the picture: 37² + 5 = 1374 tokens
 V11 = {"compression_block": 8, "pooled_conv": False, "sparse_context": False}
 V10 = {"compression_block": 4, "pooled_conv": True, "sparse_context": True}
 
 
 def image_tokens(batch_size: int, foreground: float) -> ImageTokens:
-    """Random features; `foreground` of the patches are kept, those in the middle rows."""
+    """Return tokens with random features; a share `foreground` of the patches is kept, in the middle rows."""
     places = torch.arange(PATCHES**2)
     kept = places[(places // PATCHES - PATCHES // 2).abs() <= foreground * PATCHES / 2]
     patches = torch.stack([kept % PATCHES, kept // PATCHES, torch.zeros_like(kept)], dim=1)
@@ -53,7 +54,7 @@ def make_model(form: dict, top_k: int, dtype: torch.dtype) -> LatentDiT:
         model = LatentDiT(LatentDiTConfig(top_k=top_k, **form))
     for module in model.modules():
         if isinstance(module, nn.Linear) and not module.weight.any():
-            nn.init.normal_(module.weight, std=0.02)  # what begins as zero would skip nothing, but hide errors
+            nn.init.normal_(module.weight, std=0.02)  # zero layers cost the same time, but would hide errors
     return model.to(dtype)
 
 
@@ -70,7 +71,7 @@ def median_ms(function: Callable, runs: int = 7) -> float:
 
 
 def start_of_memory() -> int:
-    """Bytes that are allocated before a case: structures and what earlier cases left."""
+    """Return the bytes allocated before a case: the structures, and what earlier cases left behind."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -83,7 +84,7 @@ def peak_gib(start: int) -> float:
 
 @torch.no_grad()
 def time_forward(voxels: Voxels, form: dict, top_k: int) -> list[str]:
-    """One condition; the same from a CUDA graph; both guidance branches; peak memory with the weights."""
+    """Return ms with one condition, from a CUDA graph and with both guidance branches, and GiB, weights included."""
     start = start_of_memory()
     model = make_model(form, top_k, torch.float16).eval()
     cells = []
@@ -103,6 +104,7 @@ def time_forward(voxels: Voxels, form: dict, top_k: int) -> list[str]:
 
 
 def time_training(voxels: Voxels, form: dict, top_k: int) -> list[str]:
+    """Return ms and peak GiB of a training step."""
     start = start_of_memory()
     model = make_model(form, top_k, torch.float32)
     model.gradient_checkpointing = True
@@ -120,10 +122,10 @@ def time_training(voxels: Voxels, form: dict, top_k: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--parity", type=Path, default=ROOT.parent / "shared" / "parity", help="folder of the structure"
+        "--parity", type=Path, default=ROOT.parent / "shared" / "parity", help="folder with the real structure"
     )
     parser.add_argument("--real", action="store_true", help="only the real structure and its coarsening")
-    parser.add_argument("--forward", action="store_true", help="no training step")
+    parser.add_argument("--forward", action="store_true", help="skip the training step")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
 

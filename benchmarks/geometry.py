@@ -1,8 +1,8 @@
-"""How long the geometry takes on a CPU: mesh -> SDF, SDF -> mesh.
+"""Time the geometry on a CPU: mesh -> SDF and SDF -> mesh.
 
     python benchmarks/geometry.py --corpus ../shared/data/meshes
 
-The two meshes are scenes of parts of the corpus, placed by a fixed seed. Prints a table and writes
+The two meshes are scenes: meshes of the corpus, scattered by a fixed seed. Prints tables and writes them to
 benchmarks/results/geometry-cpu.md.
 """
 
@@ -29,7 +29,7 @@ from d3ds2.meshes.sdf_to_mesh import sdf_to_mesh  # noqa: E402
 
 
 def make_scene(corpus: Path, num_faces: int, parts: int = 100, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """About `parts` meshes of the corpus in one, scattered and scaled by the seed: (vertices (V,3), faces (F,3))."""
+    """Join about `parts` meshes of the corpus, scattered and scaled by the seed: vertices (V, 3), faces (F, 3)."""
     rng = np.random.default_rng(seed)
     share = num_faces / parts
     entries = [e for e in json.loads((corpus / "index.json").read_text()) if 0.3 * share < e["nfaces"] < 4 * share]
@@ -46,7 +46,7 @@ def make_scene(corpus: Path, num_faces: int, parts: int = 100, seed: int = 0) ->
 
 
 def analytic_band(resolution: int, band: float, turns: int = 1) -> SparseSDF:
-    """The band around the zero of `ripple`, made block by block, at any resolution."""
+    """Return the band around the zero level of `ripple`, made block by block, at any resolution."""
     grid = resolution // 8
     offset = (np.arange(8) + 0.5) / resolution * 2
     coords, values = [], []
@@ -55,7 +55,7 @@ def analytic_band(resolution: int, band: float, turns: int = 1) -> SparseSDF:
         centre = (corner * 8 + 4) / resolution * 2 - 1
         near = np.abs(ripple(*centre.T, turns)) * resolution / 2 < band + 14
         corner = corner[near]
-        p = corner[:, :, None] * 16 / resolution - 1 + offset  # (B,3,8)
+        p = corner[:, :, None] * 16 / resolution - 1 + offset  # (B, 3, 8)
         field = ripple(p[:, 0, :, None, None], p[:, 1, None, :, None], p[:, 2, None, None, :], turns)
         field = (field * (resolution / 2 / band)).clip(-1, 1).astype(np.float32)
         active = (np.abs(field) < 1).any((1, 2, 3))
@@ -66,7 +66,7 @@ def analytic_band(resolution: int, band: float, turns: int = 1) -> SparseSDF:
 
 
 def ripple(x: np.ndarray, y: np.ndarray, z: np.ndarray, turns: int) -> np.ndarray:
-    """Nearly a distance: a ball of radius 0.8 with ripples; with more turns, gyroid walls inside of it."""
+    """Return nearly the distance to a rippled ball of radius 0.8; with more turns, gyroid walls fill it."""
     ball = np.sqrt(x * x + y * y + z * z) - 0.8 + 0.02 * np.sin(9 * x) * np.sin(9 * y) * np.sin(9 * z)
     if turns == 1:
         return ball
@@ -76,14 +76,14 @@ def ripple(x: np.ndarray, y: np.ndarray, z: np.ndarray, turns: int) -> np.ndarra
 
 
 def timed(function, *arguments, **options):
-    """(result, seconds, seconds of all cores together, which tell more where other work shares the machine)"""
+    """Return the result, wall-clock seconds, and CPU seconds, which say more when other work shares the machine."""
     start, cpu_start = time.perf_counter(), time.process_time()
     result = function(*arguments, **options)
     return result, time.perf_counter() - start, time.process_time() - cpu_start
 
 
 def dense_field(sdf: SparseSDF) -> np.ndarray:
-    """Values on the whole grid, +1 where there is no block; skimage wants them like that."""
+    """Return the values on the whole grid, as skimage needs them, with +1 where there is no block."""
     field = np.ones((sdf.resolution,) * 3, np.float32)
     for (x, y, z), block in zip(sdf.block_coords * 8, sdf.values, strict=True):
         field[x : x + 8, y : y + 8, z : z + 8] = block
@@ -91,7 +91,7 @@ def dense_field(sdf: SparseSDF) -> np.ndarray:
 
 
 def peak() -> str:
-    """GiB this process has held at most until now."""
+    """Return the peak memory of this process so far, in GiB."""
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f}"
 
 
@@ -109,8 +109,8 @@ def main() -> None:
         f"{datetime.date.today()}, {cpu}, {cores} cores, load {os.getloadavg()[0]:.1f} at the start; Python "
         f"{platform.python_version()}, numpy {np.__version__}, numba {numba.__version__}, skimage "
         f"{skimage.__version__}. `python benchmarks/geometry.py`; everything compiled beforehand. "
-        "Seconds on the clock; seconds of all cores together, which tell more where other work shares the machine. "
-        "GiB: peak of the process so far.",
+        'Seconds are wall-clock time; "of all cores" is the CPU time of all cores together, which says more when other '
+        "work shares the machine. GiB: peak of the process so far.",
         "",
         "## mesh_to_sdf, band of 4 voxels",
         "",
@@ -132,7 +132,8 @@ def main() -> None:
         "",
         "## sdf_to_mesh, band of 4 voxels",
         "",
-        "Dropping small parts and skimage (Lewiner, on the dense grid, up to 512): seconds of all cores.",
+        '"Dropping small parts" and skimage (Lewiner, on the dense grid, up to 512) are CPU time of all cores, in '
+        "seconds.",
         "",
         "| resolution | voxels, M | faces, M | seconds | of all cores | dropping small parts | skimage, dense | GiB |",
         "|---|---|---|---|---|---|---|---|",

@@ -1,17 +1,17 @@
-"""The whole official path on a GPU: seconds and peak memory of every stage, with and without a cap on memory.
+"""Time the whole official path on a GPU: seconds and peak memory of each stage, with and without a cap on memory.
 
     python benchmarks/pipeline.py --parity ../shared/parity --version v1.1 --caps 0 8 4 --json numbers.json
     python benchmarks/pipeline.py --meshing
     python benchmarks/pipeline.py --small --device cpu --refine-caps 0  # with small networks, to see that it runs
 
-The architecture of the released weights with random values, in half precision, brought to the device stage by stage.
-Token counts are real: the structure of the 1024³ stage is `latent_index_official` (84,820 tokens), that of the 512³
-stage its coarsening. Random weights decode to noise, so what is meshed is a smooth solid of the structure's shape, on
-the decoded blocks. "public" is what the public implementation states or was measured at (design.md, issue 5).
+The networks have the released architecture and random weights, in half precision. Each is moved to the device for its
+stage. Token counts are real: the structure of the 1024³ stage is `latent_index_official` (84,820 tokens), and that of
+the 512³ stage is its coarsening. Random weights decode to noise, so the mesh is made from a smooth solid of the
+structure's shape, on the decoded blocks. "public" is what the public implementation states, or what it was measured at.
 
-The file of numbers is written after every stage. Under a cap the stages run `--cap-steps` steps: what counts there is
-whether they fit and the seconds of a pass. `--meshing` times marching cubes alone, at several numbers of active voxels,
-beside skimage on the dense grid.
+The file of numbers is written after every stage. Under a cap the stages run `--cap-steps` steps, enough to see whether
+they fit and how long a pass takes. `--meshing` times marching cubes alone, at several numbers of active voxels, beside
+skimage on the dense grid.
 """
 
 import argparse
@@ -52,11 +52,11 @@ from d3ds2.storage.model_folder import FineSamplingConfig, SamplingConfig  # noq
 START = time.perf_counter()
 GIB = 2**30
 LEVEL = 0.2
-PUBLIC = {  # seconds; of latents, those of one pass of 16,008 and 84,820 tokens
+PUBLIC = {  # seconds; for latents, of one pass over 16,008 and 84,820 tokens
     "v1.0": {"latents": 0.573, "fine latents": 1.361, "fine sdf": 0.5, "mesh": 3.9},
     "v1.1": {"latents": 0.194, "fine latents": 0.785, "fine sdf": 0.5, "mesh": 3.9},
 }
-BUDGETS = (0.5, 1.0, 2.0, 4.0)  # GiB in which the fine latents are decoded
+BUDGETS = (0.5, 1.0, 2.0, 4.0)  # GiB for decoding the fine latents
 SMALL = {  # keyword arguments that make each network small
     "image_encoder": {"image_size": 56, "hidden_size": 64, "depth": 1, "num_heads": 2},
     "structure_vae": {"encoder_widths": (8, 8, 16), "decoder_widths": (16, 8, 8)},
@@ -70,7 +70,7 @@ SMALL_FACTOR = 8  # by which the resolutions are divided
 
 
 def make_pipeline(version: str, dtype: torch.dtype, device: str, small: bool) -> Pipeline:
-    """The networks of a release with random weights, kept in the computer's memory."""
+    """Return a pipeline with a release's networks and random weights, which stay in main memory between stages."""
     sizes = SMALL if small else {network: {} for network in SMALL}
     if version == "v1.0":
         coarse = LatentDiTConfig(top_k=32, **sizes["latent_dit"])
@@ -97,7 +97,7 @@ def make_pipeline(version: str, dtype: torch.dtype, device: str, small: bool) ->
             network = make()
             for module in network.modules():
                 if isinstance(module, nn.Linear) and not module.weight.any():
-                    nn.init.normal_(module.weight, std=0.02)  # zeros cost less power, so would run faster
+                    nn.init.normal_(module.weight, std=0.02)  # with zeros it would run faster, on less power
         networks[name] = network.to("cpu", dtype).eval().requires_grad_(False)
     fine_sampling = FineSamplingConfig(sdf_resolution=2 * resolution)
     sampling = SamplingConfig(sdf_resolution=resolution, level=LEVEL, fine=fine_sampling)
@@ -105,7 +105,7 @@ def make_pipeline(version: str, dtype: torch.dtype, device: str, small: bool) ->
 
 
 def solid_values(voxels: Voxels) -> SDFBlocks:
-    """Distances of a smooth solid, with the structure (one sample) as its surface, on the structure's blocks."""
+    """Return distances to a smooth solid whose surface is the structure (one sample), on the structure's blocks."""
     G = voxels.resolution
     occupied = np.zeros((G, G, G), bool)
     occupied[tuple(voxels.coords[:, 1:].long().cpu().numpy().T)] = True
@@ -124,13 +124,13 @@ def solid_values(voxels: Voxels) -> SDFBlocks:
 
 
 class Stopwatch:
-    """Seconds and peak gigabytes of the stages of one run, in `rows`; `on_row` is called after each of them."""
+    """Record the seconds and peak GiB of each stage of a run in `rows`; call `on_row` after each stage."""
 
     def __init__(self, device: str, public: dict[str, float], rows: list[dict], on_row: Callable[[], None]):
         self.device, self.public, self.rows, self.on_row = device, public, rows, on_row
 
     def __call__(self, name: str, function: Callable, *arguments, passes: int = 0, **options):
-        """Run a stage; `passes` is how often it ran its network for one branch of the guidance."""
+        """Run a stage and return its result; `passes` counts its network passes, one per step and guidance branch."""
         is_gpu, row = self.device == "cuda", {"stage": name}
         if is_gpu:
             torch.cuda.synchronize()
@@ -164,7 +164,7 @@ def run_path(
     budgets: Sequence[float],
     watch: Stopwatch,
 ) -> None:
-    """All stages; structures and what is meshed are given, everything else is computed."""
+    """Run all stages; the structures and the solid to mesh are given, everything else is computed."""
     device, encoder = pipeline.device, pipeline.image_encoder
     structure_steps, latent_steps, fine_steps = steps
     size = encoder.config.image_size
@@ -183,9 +183,9 @@ def run_path(
         real = structures[prefix]
         if prefix:
             watch("fine structure", pipeline.structure_of, meshes)
-        voxels = Voxels(real.coords, real.resolution, 1)  # nothing cached yet
+        voxels = Voxels(real.coords, real.resolution, 1)  # without cached tables
         latents = watch(f"{prefix}latents", pipeline.sample_latents, voxels, tokens, [0], count, passes=2 * count)
-        latents = latents.nan_to_num().clamp(-3, 3)  # of random networks: anything
+        latents = latents.nan_to_num().clamp(-3, 3)  # random networks may return any number
         if refine:
             voxels = Voxels(real.coords, real.resolution, 1)
             watch(f"{prefix}refined sdf", pipeline.decode_surface, latents, voxels, True)
@@ -202,7 +202,7 @@ def run_path(
 
 
 def sample_anything(pipeline: Pipeline, tokens, steps: int) -> Voxels | None:
-    """The structure stage; random weights may leave it empty."""
+    """Run the structure stage; random weights may give an empty structure."""
     try:
         return pipeline.sample_structure(tokens, [0], steps)
     except EmptyResultError:
@@ -210,7 +210,7 @@ def sample_anything(pipeline: Pipeline, tokens, steps: int) -> Voxels | None:
 
 
 def time_path(arguments: argparse.Namespace, results: dict, save: Callable[[], None]) -> None:
-    """The path without a cap, then under each cap; the first run of all compiles, with two steps for each stage."""
+    """Time the path without a cap and under each cap, after a warm-up run that compiles, with two steps per stage."""
     device, version = arguments.device, arguments.version
     structures = {
         prefix: real_voxels(arguments.parity, device, factor * (SMALL_FACTOR if arguments.small else 1))
@@ -242,7 +242,7 @@ def time_path(arguments: argparse.Namespace, results: dict, save: Callable[[], N
 
 
 def ball_blocks(resolution: int) -> tuple[np.ndarray, Tensor]:
-    """Blocks within four voxels of a rippled ball, and their distances over the band."""
+    """Return the blocks within four voxels of a rippled ball, and their distances over the band."""
     G, centre, radius = resolution // 8, resolution / 2, 0.42 * resolution
 
     def distance(x, y, z):
@@ -262,7 +262,7 @@ def ball_blocks(resolution: int) -> tuple[np.ndarray, Tensor]:
 
 
 def time_device_meshing(coords: Tensor, values: Tensor, resolution: int) -> dict[str, float]:
-    """The same on the GPU: the best of three, with the mesh on the CPU at the end."""
+    """Time meshing on the GPU, until the mesh is on the CPU: the best of three runs."""
     seconds = []
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -275,7 +275,7 @@ def time_device_meshing(coords: Tensor, values: Tensor, resolution: int) -> dict
 
 
 def time_meshing(arguments: argparse.Namespace, results: dict, save: Callable[[], None]) -> None:
-    """Marching cubes alone, with the flood fill, the gaps closed and small parts dropped, and skimage's."""
+    """Time marching cubes alone, with flood fill, gap closing and dropping of small parts; and skimage's."""
     rows = results["meshing"] = []
     sdf_to_mesh(*ball_blocks(64), 64, **DECODED_OPTIONS)  # compile
     if arguments.device == "cuda":
@@ -302,7 +302,7 @@ def time_meshing(arguments: argparse.Namespace, results: dict, save: Callable[[]
 
 
 def time_skimage(coords: np.ndarray, values: np.ndarray, resolution: int) -> float:
-    """Seconds of Lewiner's marching cubes on the dense grid."""
+    """Return the seconds of Lewiner's marching cubes on the dense grid."""
     from skimage.measure import marching_cubes
 
     dense, G = np.ones((resolution,) * 3, np.float32), resolution // 8
@@ -315,21 +315,21 @@ def time_skimage(coords: np.ndarray, values: np.ndarray, resolution: int) -> flo
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--parity", type=Path, default=ROOT.parent / "shared" / "parity", help="folder of latent_index_official"
+        "--parity", type=Path, default=ROOT.parent / "shared" / "parity", help="folder with latent_index_official"
     )
     parser.add_argument("--version", choices=("v1.0", "v1.1"), default="v1.1")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--small", action="store_true", help="small networks and an eighth of the resolutions")
-    parser.add_argument("--caps", type=float, nargs="*", default=[0.0], help="GiB that the process may take; 0: all")
+    parser.add_argument("--small", action="store_true", help="use small networks and an eighth of the resolutions")
+    parser.add_argument("--caps", type=float, nargs="*", default=[0.0], help="GiB that the process may use; 0: all")
     parser.add_argument("--steps", type=int, nargs=3, default=(50, 30, 15), help="structure, latents, fine latents")
     parser.add_argument("--cap-steps", type=int, nargs=3, default=(4, 4, 2), help="the same under a cap")
     parser.add_argument("--budgets", type=float, nargs="*", default=BUDGETS, help="GiB to decode the fine latents in")
     parser.add_argument("--refine-caps", type=float, nargs="*", default=[], help="caps under which refiners run too")
-    parser.add_argument("--meshing", action="store_true", help="time marching cubes alone, nothing else")
-    parser.add_argument("--resolutions", type=int, nargs="+", default=[152, 368, 632, 664, 1024], help="of --meshing")
-    parser.add_argument("--skimage-up-to", type=int, default=664, help="the largest resolution at which skimage runs")
-    parser.add_argument("--threads", type=int, help="of --meshing; default: all cores")
+    parser.add_argument("--meshing", action="store_true", help="time marching cubes only")
+    parser.add_argument("--resolutions", type=int, nargs="+", default=[152, 368, 632, 664, 1024], help="for --meshing")
+    parser.add_argument("--skimage-up-to", type=int, default=664, help="largest resolution at which skimage runs")
+    parser.add_argument("--threads", type=int, help="for --meshing; default: all cores")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     arguments = parser.parse_args(arguments)
     results = {"date": str(datetime.date.today()), "torch": torch.__version__}

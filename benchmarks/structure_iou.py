@@ -2,8 +2,8 @@
 
     python -m benchmarks.structure_iou data/tiny d3ds2/weights/tiny --split val --every 4 --guidance 1 2
 
-Reads the files of prepare_shapes and render_views, and takes the first view of every n-th shape of the split. The mean
-structure is that of another split's shapes, not turned, cut at the level that is best on that split.
+Reads the files of prepare_shapes and render_views. Takes the first view of every n-th shape of the split. The mean
+structure averages the unturned shapes of another split, and is cut at the level that fits that split best.
 """
 
 import argparse
@@ -28,13 +28,13 @@ def occupancy(data_dir: str, resolution: int, name: str, symmetry: int = 0) -> n
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Intersection over union of grids (..., G, G, G)."""
+    """Return the intersection over union of grids (..., G, G, G): (...)."""
     axes = (-3, -2, -1)
     return (a & b).sum(axes) / np.maximum((a | b).sum(axes), 1)
 
 
 def mean_structure(data_dir: str, split: str, resolution: int) -> np.ndarray:
-    """Cut the mean of a split's structures where it agrees best with them: (G, G, G) bool."""
+    """Cut the mean of a split's structures at the level that fits them best: (G, G, G) bool."""
     shapes = np.stack([occupancy(data_dir, resolution, name) for name in list_shapes(data_dir, split, resolution)[0]])
     mean = shapes.mean(0)
     return max((mean > level for level in np.arange(0.05, 0.5, 0.05)), key=lambda cut: iou(cut, shapes).mean())

@@ -8,13 +8,14 @@ import argparse
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 from .images.foreground import METHODS, ImageError, cut_out, load_image
+from .kernels.devices import PRECISIONS, find_device, find_dtype
 from .meshes.mesh import Mesh
 from .meshes.mesh_file import FORMATS, MeshFileError, check_mesh_path, check_writable, save_mesh
 from .networks.chunked_decode import MemoryBudgetError
@@ -49,7 +50,9 @@ class ProgressBars:
     """A bar on standard error for each of `stages`, in turn."""
 
     def __init__(self, stages: tuple[str, ...]):
-        self.stages, self.stage, self.bar = stages, None, None
+        self.stages = stages
+        self.stage: str | None = None
+        self.bar: Any = None  # a tqdm
 
     def __call__(self, stage: str, step: int, steps: int) -> None:
         if stage != self.stage:
@@ -71,7 +74,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=TINY, help="model folder (default: the shipped tiny)")
     parser.add_argument("--seed", type=int, default=0, help="one seed, one mesh (default: 0)")
     parser.add_argument("--steps", type=int, help="sampling steps of both diffusion stages (default: the model's)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cuda", "xpu", "mps", "cpu"),
+        default="auto",
+        help="default: the first that is here",
+    )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="auto", help="of the networks (default: fp32 on the CPU, else fp16)"
+    )
     parser.add_argument("--mask", type=Path, help="picture that is white on the object, instead of finding it")
     parser.add_argument("--background", choices=METHODS, default="auto", help="how to find the object (default: auto)")
     parser.add_argument("--preview", type=Path, help="picture to write: the input beside the mesh from four sides")
@@ -85,9 +96,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UsageError(f"expected a seed from 0 to 2^64 - 1, got {arguments.seed}")
     if arguments.steps is not None and arguments.steps < 1:
         raise UsageError(f"expected at least 1 step, got {arguments.steps}")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("no CUDA device here; use --device cpu")
-    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        arguments.device = find_device(arguments.device)
+    except ValueError as error:
+        raise UsageError(f"--device: {error}") from None
     return arguments
 
 
@@ -124,7 +136,8 @@ def run(argv: list[str] | None) -> None:
     image = cut_out(image, mask, arguments.background)
 
     budget = None if arguments.memory is None else int(arguments.memory * 2**30)
-    pipeline = load_pipeline(arguments.model, arguments.device, memory_budget=budget)
+    dtype = find_dtype(arguments.precision, arguments.device)
+    pipeline = load_pipeline(arguments.model, arguments.device, dtype, memory_budget=budget)
     options = {"fine": not arguments.coarse, "use_refiners": arguments.refine, "fine_steps": arguments.steps}
     stages = pipeline.stages[:1] if arguments.coarse else pipeline.stages
     bars = ProgressBars(("image", *(name for stage in stages for name in stage.progress)))

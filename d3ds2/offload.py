@@ -1,6 +1,6 @@
 """Networks that are on a device only while they run."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 
 
 @contextmanager
-def on_device(network: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
+def on_device(network: nn.Module, device: torch.device | str | None) -> Generator[torch.device]:
     """Bring a network to a device for the block; None leaves it where it is.
 
     Its weights also stay where they were, so that afterwards nothing is copied back. Gives the device it is on.

@@ -23,6 +23,7 @@ from .generation_error import EmptyResultError, GenerationError, empty_result
 from .geometry.sdf_blocks import SDFBlocks
 from .geometry.voxels import Voxels
 from .images.foreground import cut_out, preprocess
+from .kernels.devices import find_dtype
 from .meshes.mesh import Mesh
 from .meshes.mesh_to_sdf import normalize_mesh
 from .meshes.mesh_to_structure import mesh_to_structure
@@ -150,10 +151,10 @@ class Pipeline:
         image_tokens = self.encode_image(images)
         report("image", 1, 1)
 
-        meshes = None
+        meshes: list[Mesh] = []  # of the stage before
         for stage, steps in zip(stages, (latent_steps, fine_steps), strict=False):
             structure_name, latents_name, sdf_name, mesh_name = stage.progress
-            if meshes is None:
+            if not meshes:
                 count_step = on_step(structure_name, structure_steps)
                 voxels = self.sample_structure(image_tokens, seeds, structure_steps, on_step=count_step)
             else:
@@ -391,8 +392,7 @@ def load_pipeline(
         ModelFolderError: the folder is missing, damaged, or its networks do not fit together.
     """
     folder, device = folder or TINY, torch.device(device)
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else torch.float16
+    dtype = find_dtype("auto", device) if dtype is None else dtype
     if offload is None:
         offload = device.type != "cpu" and "fine_latent_dit" in network_names(folder)
     networks, own_sampling = load_model(folder, "cpu" if offload else device, dtype)

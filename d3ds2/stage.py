@@ -59,7 +59,7 @@ class Stage:
             (f"context_size of {self.prefix}latent_dit", hidden_size, dit.context_size),
             (f"latent_channels of {self.prefix}latent_dit", vae.latent_channels, dit.latent_channels),
         ]
-        if self.refines_with_features:
+        if isinstance(self.refiner, Refiner):
             channels = self.refiner.config.feature_channels
             sizes.append((f"feature_channels of {self.prefix}refiner", vae.widths[0], channels))
         return sizes
@@ -77,11 +77,10 @@ def stages_of(networks: Mapping[str, nn.Module], sampling: SamplingConfig) -> tu
 
     how = sampling.latent_steps, sampling.latent_shift, sampling.latent_guidance
     first = Stage("", STAGES[1:], LATENT_STREAM, sampling.sdf_resolution, *how, **own(""))
-    fine = sampling.fine
-    parts = [networks.get("fine_latent_dit"), networks.get("fine_sdf_vae"), fine]
-    if all(part is None for part in parts):
+    fine, fine_networks = sampling.fine, {"fine_latent_dit", "fine_sdf_vae"} & networks.keys()
+    if fine is None and not fine_networks:
         return (first,)
-    if any(part is None for part in parts):
+    if fine is None or len(fine_networks) < 2:
         raise ModelFolderError("expected fine_latent_dit, fine_sdf_vae and sampling.fine all together")
     how = fine.steps, fine.shift, fine.guidance
     return first, Stage("fine_", FINE_STAGES, FINE_LATENT_STREAM, fine.sdf_resolution, *how, **own("fine_"))

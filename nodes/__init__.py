@@ -1,6 +1,6 @@
 """The nodes, in the order of the data path: image -> structure -> latent -> SDF -> mesh -> file.
 
-Importing this package imports no network, no numba and no transformers: a node imports what it runs when it runs.
+Importing this package imports no network, numba or transformers: each node imports what it needs when it runs.
 """
 
 from comfy_api.latest import ComfyExtension, io

@@ -1,4 +1,4 @@
-"""Model folder -> the five networks, held by ComfyUI's memory manager."""
+"""Model folder -> its networks, held by ComfyUI's memory manager."""
 
 from comfy_api.latest import io
 
@@ -15,25 +15,29 @@ class LoadD3DS2Model(io.ComfyNode):
             node_id="LoadD3DS2Model",
             display_name="Load D3DS2 Model",
             category=CATEGORY,
-            description="Loads a Direct3D-S2 model folder. The small model `tiny` is always there.",
+            description="Loads a Direct3D-S2 model. The small model `tiny` comes with this pack.",
             search_aliases=["direct3d", "image to 3d", "3d model loader", "d3ds2"],
             inputs=[
                 io.Combo.Input(
                     "model",
                     options=model_names(),
                     default=TINY,
-                    tooltip="A folder in models/direct3d_s2 (or in that entry of extra_model_paths.yaml), or the "
-                    "shipped `tiny`. Press R after adding a folder.",
+                    tooltip="The name of a folder in models/direct3d_s2 (or in a path listed under direct3d_s2 in "
+                    "extra_model_paths.yaml), or `tiny`, which is included. Press R after adding a folder.",
                 ),
                 io.Combo.Input(
                     "precision",
                     options=list(PRECISIONS),
                     default="auto",
-                    tooltip="auto takes what your device does best: bf16 or fp16 on a GPU, fp32 on the CPU.",
+                    tooltip="`auto` picks what suits your device: bf16 or fp16 on a GPU, fp32 on a CPU.",
                     advanced=True,
                 ),
             ],
-            outputs=[ModelSocket.Output("model_out", display_name="model", tooltip="The model, for all other nodes.")],
+            outputs=[
+                ModelSocket.Output(
+                    "model_out", display_name="model", tooltip="The loaded model, for the other nodes of this pack."
+                )
+            ],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -52,8 +56,10 @@ class LoadD3DS2Model(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, precision) -> io.NodeOutput:
+        import comfy.model_management as mm
         import torch
 
+        from ..d3ds2.kernels.devices import abilities
         from ..d3ds2.networks.model_files import load_network
         from ..d3ds2.pipeline import build_pipeline
         from ..d3ds2.storage.model_folder import (
@@ -75,13 +81,14 @@ class LoadD3DS2Model(io.ComfyNode):
             for done, network in enumerate(names):
                 progress.status(f"loading {network}")
                 dtype = choose_dtype(network, precision)
-                with torch.inference_mode(False):  # else nobody could move them outside of a node, as /free does
+                with torch.inference_mode(False):  # ComfyUI's /free could not move inference tensors
                     networks[network] = run_cancellable(load_network, folder, network, dtype=dtype)
                 progress.update(done + 1)
             pipeline = build_pipeline(networks, sampling)
         except ModelFolderError as error:
-            raise ValueError(f"{error}. Copy or convert the model {model!r} again, or choose another.") from None
-        progress.status(f"{name}: {pipeline.stages[-1].sdf_resolution}³, {_dtypes(networks)}")
+            raise ValueError(f"{error}. Copy or convert the model {model!r} again, or choose another one.") from None
+        kernels = abilities(mm.get_torch_device()).kernels
+        progress.status(f"{name}: {pipeline.stages[-1].sdf_resolution}³, {_dtypes(networks)}, {kernels}")
         return io.NodeOutput(Model(name, pipeline, {key: make_patcher(value) for key, value in networks.items()}))
 
 

@@ -22,37 +22,38 @@ class MeshExport(io.ComfyNode):
             node_id="D3DS2MeshExport",
             display_name="Mesh Export",
             category=CATEGORY,
-            description="Writes meshes into the output folder: glb, obj, ply or stl. Dropping the GLB onto the canvas "
-            "brings the workflow back.",
+            description="Saves meshes to the output folder as glb, obj, ply or stl. Drop a saved GLB onto the "
+            "canvas to get its workflow back.",
             search_aliases=["save mesh", "export 3d", "glb", "obj", "ply", "stl", "decimate", "d3ds2"],
             is_output_node=True,
             inputs=[
-                mesh_input("One mesh, a batch (a file for each), or a 3D file to convert."),
+                mesh_input("A mesh, a batch of meshes (one file each), or a 3D file to convert."),
                 io.String.Input(
                     "filename_prefix",
                     default="3d/d3ds2",
-                    tooltip="Folder and beginning of the name, inside the output folder. %year% %month% %day% %hour% "
-                    "%minute% %second% are filled in.",
+                    tooltip="Subfolder and start of the file name, inside the output folder. %year%, %month%, %day%, "
+                    "%hour%, %minute% and %second% are replaced by the date and time.",
                 ),
-                io.Combo.Input("format", options=list(FORMATS), default="glb", tooltip="The kind of file."),
+                io.Combo.Input("format", options=list(FORMATS), default="glb", tooltip="The file format."),
                 io.Int.Input(
                     "target_faces",
                     default=0,
                     min=0,
                     max=100_000_000,
-                    tooltip="Simplify to about this many faces; 0 keeps them all.",
+                    tooltip="Simplify the mesh to about this many faces; 0 keeps all of them.",
                 ),
                 io.Combo.Input(
                     "up_axis",
                     options=["Y", "Z"],
                     default="Y",
-                    tooltip="Y is glTF's and the viewer's; Z is for CAD and 3D printing.",
+                    tooltip="The axis that points up. Y is the convention of glTF and of the viewer; Z suits CAD and "
+                    "3D printing.",
                     advanced=True,
                 ),
                 io.Boolean.Input(
                     "embed_workflow",
                     default=True,
-                    tooltip="Keep the workflow inside the GLB, unless ComfyUI runs with --disable-metadata.",
+                    tooltip="Store the workflow in the GLB, unless ComfyUI runs with --disable-metadata.",
                     advanced=True,
                 ),
             ],
@@ -60,9 +61,9 @@ class MeshExport(io.ComfyNode):
                 io.String.Output(
                     "path",
                     is_output_list=True,
-                    tooltip="Path relative to the output folder, for Preview 3D.",
+                    tooltip="The file's path relative to the output folder, for Preview 3D.",
                 ),
-                io.File3DAny.Output("file_3d", is_output_list=True, tooltip="The file, for core's 3D nodes."),
+                io.File3DAny.Output("file_3d", is_output_list=True, tooltip="The file itself, for ComfyUI's 3D nodes."),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
@@ -99,9 +100,10 @@ class MeshExport(io.ComfyNode):
 
 
 def _save_path(prefix: str) -> tuple[Path, str, int, str]:
-    """Folder, beginning of the name, first free number, folder relative to output/.
+    """Return the folder, the start of the file name, the first free number, and the folder relative to output/.
 
-    Raises ValueError for a prefix that has no name or leads out of the output folder, or a folder that cannot be made.
+    Raises ValueError if the prefix has no file name or points outside the output folder, or if the folder cannot be
+    created.
     """
     import folder_paths
 
@@ -110,19 +112,19 @@ def _save_path(prefix: str) -> tuple[Path, str, int, str]:
     target = os.path.abspath(os.path.join(output, prefix))
     if os.path.commonpath((os.path.abspath(output), os.path.dirname(target))) != os.path.abspath(output):
         raise ValueError(
-            f"filename_prefix {prefix!r} leads out of the output folder {output}: use one inside it, such as 3d/name."
+            f"filename_prefix {prefix!r} points outside the output folder {output}: use one inside it, such as 3d/name."
         )
     if prefix.rsplit("/", 1)[-1].strip() in ("", ".", ".."):
-        raise ValueError(f"filename_prefix {prefix!r} has no file name: use one such as 3d/name.")
+        raise ValueError(f"filename_prefix {prefix!r} has no file name: use a prefix such as 3d/name.")
     try:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, output)
     except OSError as error:
-        raise ValueError(f"cannot make the folder of {target}: {error.strerror}. {_WRITE_ADVICE}") from None
+        raise ValueError(f"cannot create the folder for {target}: {error.strerror}. {_WRITE_ADVICE}") from None
     return Path(folder), name, counter, subfolder.replace("\\", "/")
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all. Raises ValueError with what to do if that cannot be."""
+    """Write a whole file or none. Raises ValueError, with advice, if it cannot be written."""
     from ..d3ds2.storage.atomic_file import replacing
 
     try:
@@ -132,11 +134,11 @@ def _write(path: Path, data: bytes) -> None:
         raise ValueError(f"cannot write {path}: {error.strerror}. {_WRITE_ADVICE}") from None
 
 
-_WRITE_ADVICE = "Make the folder writable, free space on the disk, or start ComfyUI with another --output-directory."
+_WRITE_ADVICE = "Make the folder writable, free up disk space, or start ComfyUI with another --output-directory."
 
 
 def _workflow(hidden: Any) -> dict[str, str]:
-    """The metadata that brings the workflow back from a GLB on the canvas; nothing under --disable-metadata."""
+    """Return the metadata from which ComfyUI restores the workflow of a GLB; empty under --disable-metadata."""
     from comfy.cli_args import args
 
     if args.disable_metadata:

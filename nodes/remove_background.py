@@ -22,33 +22,35 @@ class RemoveBackground(io.ComfyNode):
             node_id="D3DS2RemoveBackground",
             display_name="Remove Background",
             category=CATEGORY,
-            description="Cuts the object out of its background. `auto` takes the first that is there: the mask, the "
-            "image's own alpha, the background removal model, rembg, a plain background.",
+            description="Cuts the object out of its background. `auto` uses the first of these that is "
+            "available: the mask, the image's own alpha channel, the background removal model, rembg, a "
+            "plain background.",
             search_aliases=["background removal", "cut out", "matting", "rembg", "alpha", "d3ds2"],
             inputs=[
-                io.Image.Input("image", tooltip="One picture or a batch, each of one object."),
+                io.Image.Input("image", tooltip="One picture or a batch, with one object in each."),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where the object is: 1 on it, 0 around it. The MASK of Load Image is the other way round: "
-                    "switch invert_mask on for it.",
+                    tooltip="1 on the object, 0 around it. The MASK from Load Image is the other way round; turn on "
+                    "invert_mask for it.",
                 ),
                 BackgroundRemovalSocket.Input(
                     "background_removal",
                     optional=True,
-                    tooltip="From core's Load Background Removal Model; used by `auto` and `model`.",
+                    tooltip="From ComfyUI's Load Background Removal Model. The methods `auto` and `model` use it.",
                 ),
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
                     default="auto",
-                    tooltip="How to find the object. `rembg` needs the package and its model file, nothing is "
-                    "downloaded; `plain` fills in from the border of the picture.",
+                    tooltip="How to find the object. `rembg` needs the rembg package and its model file, because "
+                    "nothing is downloaded. `plain` removes a plain background, starting from the border of the "
+                    "picture.",
                 ),
                 io.Boolean.Input(
                     "invert_mask",
                     default=False,
-                    tooltip="On for the MASK of Load Image, which is 1 where the picture is transparent.",
+                    tooltip="Turn this on for the MASK from Load Image, which is 1 where the picture is transparent.",
                 ),
                 io.Float.Input(
                     "foreground_ratio",
@@ -56,8 +58,8 @@ class RemoveBackground(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="The object's longer side over the side of the square it is centred in; 0 keeps the "
-                    "picture's own framing.",
+                    tooltip="The object is centred in a square. This is its longer side as a fraction of the "
+                    "square's side; 0 keeps the picture's own framing.",
                 ),
             ],
             outputs=[
@@ -103,22 +105,25 @@ class RemoveBackground(io.ComfyNode):
 
 
 _ADVICE = {
-    "mask": "Connect a mask that is 1 on the object; for the MASK of Load Image, switch invert_mask on.",
+    "mask": "Connect a mask that is 1 on the object; for the MASK from Load Image, turn on invert_mask.",
     "alpha": "Connect an IMAGE with four channels, or choose another method.",
-    "model": "Give a picture of one object, or connect a mask.",
-    "rembg": "Connect a mask, or core's Load Background Removal Model.",
-    "plain": "Connect a mask, or core's Load Background Removal Model.",
+    "model": "Use a picture of a single object, or connect a mask.",
+    "rembg": "Connect a mask, or ComfyUI's Load Background Removal Model.",
+    "plain": "Connect a mask, or ComfyUI's Load Background Removal Model.",
 }
 
 
 def _masks_for(image: torch.Tensor, mask: torch.Tensor | None, invert: bool, method: str) -> list[Image.Image]:
-    """Pictures of mode L, white on the object: one, or one for each image. None of them if no mask is used."""
+    """Return masks as pictures of mode L, white on the object: one, or one for each image; none if no mask is used.
+
+    Raises ValueError for any other number of masks.
+    """
     from .comfy.pictures import to_masks
 
     if mask is None or method not in ("auto", "mask"):
         return []
     masks = mask[None] if mask.ndim == 2 else mask
-    # Load Image gives this for a picture without alpha: it says nothing
+    # what Load Image gives for a picture without alpha: it marks no object
     if method == "auto" and masks.shape[1:] == (64, 64) != image.shape[1:3] and not masks.any():
         return []
     if len(masks) not in (1, len(image)):
@@ -127,15 +132,15 @@ def _masks_for(image: torch.Tensor, mask: torch.Tensor | None, invert: bool, met
 
 
 def _choose(method: str, picture: Image.Image, has_mask: bool, has_model: bool) -> str:
-    """The method for a picture. Raises ValueError if it needs what is not connected."""
+    """Return the method for a picture. Raises ValueError if a method needs an input that is not connected."""
     from ..d3ds2.images.foreground import alpha_range, rembg_is_ready
 
     if method == "mask" and not has_mask:
-        raise ValueError("method is `mask`, and no mask is connected: connect one, or choose `auto`.")
+        raise ValueError("method is `mask`, but no mask is connected: connect one, or choose `auto`.")
     if method == "model" and not has_model:
         raise ValueError(
-            "method is `model`, and no background removal model is connected: connect core's Load Background Removal "
-            "Model, or choose `auto`."
+            "method is `model`, but no background removal model is connected: connect ComfyUI's Load Background "
+            "Removal Model, or choose `auto`."
         )
     if method != "auto":
         return method

@@ -12,17 +12,19 @@ class SparseStructureSample(io.ComfyNode):
             node_id="D3DS2SparseStructureSample",
             display_name="Sparse Structure Sample",
             category=CATEGORY,
-            description="Stage one: the rough shape of the object as occupied voxels. Cheap; look at it before paying "
-            "for stage two.",
+            description="Stage one: finds the rough shape of the object as occupied voxels. It is quick, so "
+            "check the shape before you run stage two.",
             search_aliases=["direct3d", "image to 3d", "voxels", "occupancy", "d3ds2"],
             inputs=[
                 ModelSocket.Input("model", tooltip="From Load D3DS2 Model."),
                 io.Image.Input(
                     "image",
-                    tooltip="The object, cut out (from Remove Background) or on a plain background. A batch makes one "
-                    "structure of each picture.",
+                    tooltip="The object, cut out by Remove Background or on a plain background. A batch gives one "
+                    "structure per picture.",
                 ),
-                *sampling_inputs("One seed, one structure. Picture i of a batch takes seed + i."),
+                *sampling_inputs(
+                    "The same seed gives the same structure. Picture i of a batch, counted from 0, uses seed + i."
+                ),
             ],
             outputs=structure_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -51,7 +53,7 @@ class SparseStructureSample(io.ComfyNode):
             ("image_encoder", "structure_dit", "structure_vae"),
             needed,
             "sampling a structure",
-            "choose precision fp16 in Load D3DS2 Model, or a smaller model",
+            "choose precision fp16 in Load D3DS2 Model, or use a smaller model",
         )
         progress = Progress(cls.hidden.unique_id, steps * len(pictures))
         parts = []

@@ -21,7 +21,7 @@ class SSADiTSample(io.ComfyNode):
             node_id="D3DS2SSADiTSample",
             display_name="SSA-DiT Sample",
             category=CATEGORY,
-            description="Stage two: the detail of the surface in every voxel of the structure, with spatial sparse "
+            description="Stage two: adds surface detail to every voxel of the structure, using spatial sparse "
             "attention.",
             search_aliases=["direct3d", "image to 3d", "sparse attention", "sampler", "d3ds2"],
             inputs=[
@@ -29,15 +29,18 @@ class SSADiTSample(io.ComfyNode):
                 StructureSocket.Input("structure", tooltip="From Sparse Structure Sample or Structure From Mesh."),
                 io.Image.Input(
                     "image",
-                    tooltip="The object, cut out or on a plain background: one for all structures, or one for each.",
+                    tooltip="The object, cut out or on a plain background: one image for all structures, or one for "
+                    "each.",
                 ),
-                *sampling_inputs("One seed, one latent. Sample i of a batch takes seed + i."),
+                *sampling_inputs(
+                    "The same seed gives the same latent. Sample i of a batch, counted from 0, uses seed + i."
+                ),
                 io.Int.Input(
                     "max_tokens",
                     default=250_000,
                     min=1,
                     max=4_000_000,
-                    tooltip="A structure with more tokens than this is refused before any work.",
+                    tooltip="A structure with more tokens than this is rejected before sampling starts.",
                     advanced=True,
                 ),
             ],
@@ -66,11 +69,11 @@ class SSADiTSample(io.ComfyNode):
         if largest > max_tokens:
             raise ValueError(
                 f"the structure has {largest:,} tokens, more than max_tokens {max_tokens:,}: use a model of lower "
-                "resolution, a picture of a more compact object, or raise max_tokens."
+                "resolution or a picture of a more compact object, or raise max_tokens."
             )
         pictures = object_pictures(image)
         if len(pictures) not in (1, structure.batch_size):
-            raise ValueError(f"expected 1 image or {structure.batch_size}, one a structure, got {len(pictures)}")
+            raise ValueError(f"expected 1 image or {structure.batch_size}, one per structure, got {len(pictures)}")
         steps, guidance_scale = steps or stage.steps, guidance_scale or stage.guidance_scale
         branches = 1 if guidance_scale == 1 or largest > GUIDED_BATCH_TOKENS else 2
         needed = max(
@@ -82,7 +85,7 @@ class SSADiTSample(io.ComfyNode):
             ("image_encoder", f"{stage.prefix}latent_dit"),
             needed,
             f"sampling {largest:,} tokens",
-            "use a model of lower resolution, or guidance_scale 1",
+            "use a model of lower resolution, or set guidance_scale to 1",
         )
         progress = Progress(cls.hidden.unique_id, steps * structure.batch_size)
         parts = []

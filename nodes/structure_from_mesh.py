@@ -13,13 +13,13 @@ class StructureFromMesh(io.ComfyNode):
             node_id="D3DS2StructureFromMesh",
             display_name="Structure From Mesh",
             category=CATEGORY,
-            description="Takes the rough shape from a mesh of any other generator, so that SSA-DiT Sample adds detail "
-            "to it, guided by an image.",
+            description="Turns a mesh from any other source into a structure, so that SSA-DiT Sample can add "
+            "detail to it, guided by an image.",
             search_aliases=["refine mesh", "mesh to voxels", "detail", "remesh", "d3ds2"],
             inputs=[
                 ModelSocket.Input("model", tooltip="From Load D3DS2 Model; it sets the resolution."),
-                mesh_input("A mesh or a 3D file, Y up, the side that the image shows toward +Z."),
-                *fit_inputs("Half the thickness, in SDF voxels, that open sheets get."),
+                mesh_input("A mesh or a 3D file: Y up, with the side that the image shows facing +Z."),
+                *fit_inputs("Half the thickness, in SDF voxels, given to open sheets."),
             ],
             outputs=structure_outputs(),
             hidden=[io.Hidden.unique_id],
@@ -37,7 +37,7 @@ class StructureFromMesh(io.ComfyNode):
         resolution = stages[-1].sdf_resolution
 
         def blocks_of(vertices, faces):
-            if len(stages) == 2:  # a second stage has learned the structures of the released pipeline
+            if len(stages) == 2:  # the second stage was trained on structures made in this way
                 return mesh_to_structure(vertices, faces, resolution)
             return distances(vertices, faces, resolution, shell).block_coords
 

@@ -12,7 +12,7 @@ class VAEDecodeSDF(io.ComfyNode):
             node_id="D3DS2VAEDecodeSDF",
             display_name="VAE Decode SDF",
             category=CATEGORY,
-            description="Decodes a latent to a signed distance field and extracts its closed surface.",
+            description="Decodes a latent into a signed distance field and extracts the surface as a closed mesh.",
             search_aliases=["direct3d", "image to 3d", "marching cubes", "latent to mesh", "d3ds2"],
             inputs=[
                 ModelSocket.Input("model", tooltip="The model that made the latent."),
@@ -23,8 +23,8 @@ class VAEDecodeSDF(io.ComfyNode):
                     min=-0.9,
                     max=0.9,
                     step=0.01,
-                    tooltip="Moves the surface, in units of the band: positive makes the object thicker, negative "
-                    "thinner.",
+                    tooltip="Moves the surface: positive values make the object thicker, negative values thinner. 1 "
+                    "is the width of the SDF's band, 2 to 4 voxels.",
                     advanced=True,
                 ),
                 io.Float.Input(
@@ -33,8 +33,8 @@ class VAEDecodeSDF(io.ComfyNode):
                     min=0.0,
                     max=1024.0,
                     step=0.1,
-                    tooltip="Device memory that decoding may take; large latents are decoded in chunks that fit. "
-                    "0: what is free.",
+                    tooltip="Memory in GB that decoding may use on the device. Large latents are decoded in chunks "
+                    "that fit. 0 uses what is free.",
                     advanced=True,
                 ),
                 io.Boolean.Input(
@@ -46,13 +46,13 @@ class VAEDecodeSDF(io.ComfyNode):
                     min=0.0,
                     max=1_000_000.0,
                     step=0.01,
-                    tooltip="Loose parts with fewer faces are dropped: below 1 a share of the largest part's faces, "
-                    "from 1 on a number of faces.",
+                    tooltip="Parts with fewer faces than this are dropped. Below 1, it is a fraction of the largest "
+                    "part's faces; from 1 up, it is a number of faces.",
                 ),
             ],
             outputs=[
-                io.Mesh.Output("mesh", tooltip="Closed, outward, Y up, front toward +Z, in [-1, 1]³."),
-                SDFSocket.Output("sdf", tooltip="The decoded distances themselves."),
+                io.Mesh.Output("mesh", tooltip="A closed mesh in [-1, 1]³: faces outward, Y up, front toward +Z."),
+                SDFSocket.Output("sdf", tooltip="The decoded signed distances."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -71,8 +71,8 @@ class VAEDecodeSDF(io.ComfyNode):
         resolution = latent.structure.resolution
         if resolution not in model.stages or latent.made_for != model.latent_space(resolution):
             raise ValueError(
-                f"wrong latent for this model: it was made with {latent.made_for[0]!r}, and this is {model.name!r}. "
-                "Connect the model that made it."
+                f"wrong latent for this model: the latent was made with {latent.made_for[0]!r}, but the model is "
+                f"{model.name!r}. Connect the model that made the latent."
             )
         voxels = latent.structure.voxels()
         B = voxels.batch_size
@@ -90,5 +90,6 @@ class VAEDecodeSDF(io.ComfyNode):
             values.append(blocks.values)
             coords.append(blocks.coords + torch.tensor([index, 0, 0, 0], dtype=torch.int32))
         faces = " + ".join(f"{len(mesh.faces):,}" for mesh in meshes)
-        progress.status(f"{faces} faces of {token_text(latent.structure)}")
-        return io.NodeOutput(to_socket(meshes), SDF(torch.cat(values), torch.cat(coords), 8 * resolution, B))
+        progress.status(f"{faces} faces from {token_text(latent.structure)}")
+        sdf_resolution = model.stages[resolution].sdf_resolution
+        return io.NodeOutput(to_socket(meshes), SDF(torch.cat(values), torch.cat(coords), sdf_resolution, B))

@@ -1,4 +1,4 @@
-"""Mesh -> latent: any mesh through the SDF VAE."""
+"""Mesh -> latent: encodes any mesh with the SDF VAE."""
 
 from comfy_api.latest import io
 
@@ -13,17 +13,18 @@ class VAEEncodeMesh(io.ComfyNode):
             node_id="D3DS2VAEEncodeMesh",
             display_name="VAE Encode Mesh",
             category=CATEGORY,
-            description="Makes a mesh of any quality watertight and encodes it: with VAE Decode SDF, remeshing.",
+            description="Turns a mesh of any quality into a watertight solid and encodes it. Follow it with VAE "
+            "Decode SDF to remesh.",
             search_aliases=["remesh", "watertight", "mesh to latent", "repair mesh", "d3ds2"],
             inputs=[
                 ModelSocket.Input("model", tooltip="From Load D3DS2 Model."),
-                mesh_input("A mesh or a 3D file. Open, self-intersecting, many-parted: all are fine."),
+                mesh_input("A mesh or a 3D file. It may be open, intersect itself or have many parts."),
                 *fit_inputs(
-                    "Half the thickness, in SDF voxels, that open sheets get; larger values also close gaps of up to "
-                    "twice their size."
+                    "Half the thickness, in SDF voxels, given to open sheets. Gaps up to twice this wide are "
+                    "closed too."
                 ),
             ],
-            outputs=[LatentSocket.Output("latent", tooltip="For VAE Decode SDF of the same model.")],
+            outputs=[LatentSocket.Output("latent", tooltip="For VAE Decode SDF with the same model.")],
             hidden=[io.Hidden.unique_id],
         )
 

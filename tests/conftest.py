@@ -1,22 +1,25 @@
-"""Settings that must hold before any test imports Triton or torch, here and in the processes that tests start."""
+"""Fixtures, and settings that must be made before Triton or torch is imported, here and in processes tests start."""
 
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-# several threads wait for each other longer than tiny networks compute; and only equal numbers give equal bits
+# tiny networks run faster on one thread, and results are the same bit by bit only for equal numbers of threads
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
 
+from d3ds2.kernels import devices
 from tests.comfy.installation import SOURCES
+from tests.support.cards import CARDS
 from tests.support.comfy_stand_ins import ComfyUI
 from tests.support.tiny_model import write_model
 
-# pytest-xdist begins with these: long files come first, so that no worker is left with one at the end. All tests of one
-# real ComfyUI are one part; the second part comes after the first and the long files, when the machine is less busy.
+# pytest-xdist starts with these parts. Long files come first, so that no worker starts one at the end. The tests of one
+# real ComfyUI form one part. The second ComfyUI comes after the long files, when the machine is less busy.
 LONG = ("test_triton_versions", "test_training_stages", "test_spatial_sparse_attention_triton", "test_pipeline_stages")
 FIRST, *OTHERS = (f"comfyui-{version}" for version in reversed(SOURCES))
 ORDER = {part: number for number, part in enumerate((FIRST, *LONG, *OTHERS))}
@@ -25,9 +28,33 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Triton's interpreter
 
 
+LESSER_CARDS = {  # of the GPU that is here: `pytest -m gpu --card NAME`
+    "sm_86": lambda card: replace(CARDS["sm_86"], name=card.name),
+    "no-triton": lambda card: replace(card, triton=False, why_no_triton="hidden by --card no-triton"),
+    "no-flash": lambda card: replace(card, flash=False),
+    "torch-alone": lambda card: replace(card, triton=False, flash=False, why_no_triton="hidden by --card torch-alone"),
+}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--card", choices=LESSER_CARDS, help="take the GPU for a lesser one: its tiles, its limits")
+
+
+def pytest_configure(config):
+    take_lesser_card(config, devices)
+
+
+def take_lesser_card(config, module) -> None:
+    """Let a copy of d3ds2.kernels.devices take the GPU for the card of `--card`."""
+    name = config.getoption("--card", None)
+    if name is not None:
+        device = torch.device("cuda", torch.cuda.current_device())
+        module._ABILITIES[device] = LESSER_CARDS[name](module.abilities(device))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With --dist loadfile, tests that share a file or a real ComfyUI run in the same worker."""
+    """Run tests that share a file or a real ComfyUI in the same worker, with --dist loadfile."""
     if config.getvalue("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadScopeScheduling
@@ -46,21 +73,21 @@ def pytest_collection_modifyitems(config, items):
 
 
 def part_of(nodeid: str) -> str:
-    """The real ComfyUI that a test asks for, as comfyui-1.2.3, or the name of its file."""
+    """Return the real ComfyUI that a test uses, such as comfyui-1.2.3, else the name of its file."""
     found = re.search(r"\[(comfyui-[\d.]+)[-\]]", nodeid)
     return found[1] if found else Path(nodeid.split("::")[0]).stem
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
-    """Start every test from the same state, in any order of tests."""
-    torch.set_num_threads(1)  # rembg imports numba's OpenMP threads, which change those of torch
+    """Start every test from the same state, whatever ran before it."""
+    torch.set_num_threads(1)  # rembg loads numba's OpenMP, which changes torch's number of threads
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")
 def comfy_folder(tmp_path_factory) -> Path:
-    """ComfyUI's folder, with the model `random`; a file of tests may bring its own."""
+    """ComfyUI's folder, with the model `random`; a test file may override this."""
     folder = tmp_path_factory.mktemp("comfy")
     (folder / "output").mkdir()
     write_model(folder / "models" / "direct3d_s2" / "random")
@@ -69,13 +96,14 @@ def comfy_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def comfy_device() -> str:
-    """Where the networks run; a file of tests may bring its own."""
+    """Where the networks run; a test file may override this."""
     return "cpu"
 
 
 @pytest.fixture(scope="module")
-def comfy(comfy_folder, comfy_device) -> Iterator[ComfyUI]:
-    """The pack over stand-ins of ComfyUI, for all tests of a file."""
+def comfy(request, comfy_folder, comfy_device) -> Iterator[ComfyUI]:
+    """The pack on stand-ins for ComfyUI, shared by all tests of a file."""
     comfy = ComfyUI(comfy_folder, device=comfy_device)
+    take_lesser_card(request.config, comfy.module("d3ds2.kernels.devices"))
     yield comfy
     comfy.close()

@@ -2,7 +2,7 @@
 
     python tests/house.py    # or: make house
 
-tests/test_wings.py and tests/test_house.py assert the counts that must be none. The others are for the reader.
+tests/test_wings.py and tests/test_house.py check the counts that must be zero. The others are for the reader.
 """
 
 import ast
@@ -56,7 +56,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def python_files(*tops: str) -> list[Path]:
-    """The modules under these folders, without caches; all folders with Python where none is given."""
+    """The modules under these folders, by default under all in PYTHON."""
     found = [path for top in tops or PYTHON for path in sorted((ROOT / top).rglob("*.py"))]
     return [path for path in found if "__pycache__" not in path.parts]
 
@@ -86,7 +86,7 @@ def modules_of(wing: str) -> list[Path]:
 
 
 def imported_wings(path: Path) -> list[tuple[int, str]]:
-    """Return line and wing of every import within the project, also of those inside functions."""
+    """Return line and wing of every import within the project, those inside functions included."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
@@ -138,7 +138,7 @@ def matches(pattern: re.Pattern, paths: list[Path]) -> list[str]:
 
 
 def banned_words() -> dict[str, list[str]]:
-    """Return the lines with each of the BANNED words, in modules and Markdown files but this one."""
+    """Return the lines with each of the BANNED words, in all modules but this one and in the Markdown files."""
     paths = [path for path in (*python_files(), *pages()) if path != Path(__file__)]
     return {word: matches(pattern, paths) for word, pattern in BANNED.items()}
 
@@ -146,7 +146,7 @@ def banned_words() -> dict[str, list[str]]:
 def device_questions() -> list[str]:
     """The lines outside d3ds2/kernels which ask whether Triton or a GPU is there."""
     outside = [path for path in python_files("d3ds2", "nodes", "training") if wing_of(path) != "d3ds2/kernels"]
-    # where a mesh is made, and torch's fused Adam: no kernel of ours answers these
+    # these choose where a mesh is made and whether Adam is fused: questions about no kernel of ours
     allowed = [ROOT / "d3ds2/meshes/sdf_to_mesh_gpu.py", ROOT / "training/state.py"]
     return matches(DEVICE_QUESTIONS, [path for path in outside if path not in allowed])
 
@@ -157,12 +157,12 @@ def hidden_state() -> list[str]:
 
 
 def kernels_without_definition() -> list[str]:
-    """The `*_triton.py` files whose docstring does not say in which existing file their definition is."""
+    """The `*_triton.py` files whose docstring names no existing file with their definition."""
     return [name(path) for path in python_files("d3ds2") if path.stem.endswith("_triton") and not _has_definition(path)]
 
 
 def _has_definition(path: Path) -> bool:
-    """Whether a sentence of the docstring has the word definition and a file, relative to this one or to d3ds2."""
+    """Whether a sentence of the docstring has "definition" and a file, whose path is relative to this one or d3ds2."""
     text = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split())
     sentences = [sentence for sentence in re.split(r"[.;] ", text) if "definition" in sentence]
     files = [file for sentence in sentences for file in re.findall(r"[\w./]+\.py\b", sentence)]
@@ -186,9 +186,9 @@ def docstrings_beginning_with(*words: str) -> list[str]:
 
 
 def public_functions(path: Path) -> Iterator[tuple[str, Function, str]]:
-    """Yield qualified name, node and docstring of the public functions and methods of a module, without Triton's.
+    """Yield qualified name, node and docstring of a module's public functions and methods, except Triton kernels.
 
-    The docstring of a method's class counts as its own: classes such as `nn.Module` say there what `forward` takes.
+    The docstring of its class counts as a method's own, because an `nn.Module` says there what `forward` takes.
     """
 
     def walk(body: list[ast.stmt], prefix: str, above: str) -> Iterator[tuple[str, Function, str]]:
@@ -214,7 +214,7 @@ def without_shapes() -> list[str]:
 
 
 def without_raises() -> list[str]:
-    """The public functions which raise ValueError themselves and whose docstring does not say so."""
+    """The public functions that raise ValueError themselves, but whose docstring does not say so."""
     return [
         f"{name(path)}:{node.lineno}  {function}"
         for path in python_files("d3ds2", "nodes", "training")

@@ -1,4 +1,4 @@
-"""python -m d3ds2: files come out, and everything that can be wrong is one line and exit code 2."""
+"""`python -m d3ds2` writes files; every error is one line and exit code 2."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def command(image, output, model, *more):
 
 
 def error_of(capsys, arguments) -> str:
-    """Run, expect exit code 2 and one line on standard error, and give it back."""
+    """Return the error message of a run, which must be one line on standard error, with exit code 2."""
     assert main([str(a) for a in arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
@@ -117,7 +117,7 @@ def test_a_mask_replaces_the_search(tmp_path, model, capsys):
 
 
 def save_image(folder: Path, what: str) -> Path:
-    """An image that cannot be used, for the reason its name gives."""
+    """Save an image that cannot be used, for the reason that `what` names."""
     path = folder / f"{what}.png"
     if what == "text":
         path.write_text("not an image")
@@ -204,6 +204,8 @@ def test_unusable_models(tmp_path, image, model, capsys, damage, message):
         (["--seed", "one"], "argument --seed: invalid int value"),
         (["--steps", "0"], "expected at least 1 step"),
         (["--device", "tpu"], "argument --device: invalid choice"),
+        (["--device", "mps"], "--device: expected a device that is here, got mps"),
+        (["--precision", "fp8"], "argument --precision: invalid choice"),
         (["--preview", "a.gif"], "expected a preview that ends in .png"),
         (["--preview", "absent/a.png"], "no folder absent"),
         (["--colour"], "unrecognized arguments: --colour"),

@@ -1,4 +1,4 @@
-"""Every example runs from a clone, small: its command is the one its docstring names."""
+"""Every example runs with small inputs, and its docstring gives the command that runs it."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Rules of the house that a machine can check; `make house` prints these counts and more."""
+"""Rules of the house that a program can check; `make house` prints these counts and more."""
 
 import pytest
 

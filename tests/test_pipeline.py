@@ -1,4 +1,4 @@
-"""Image -> mesh with a model of random weights: the stages fit, one seed gives one mesh, failures are named."""
+"""Image -> mesh with random weights: the stages fit together, a seed always gives the same mesh, errors are named."""
 
 import numpy as np
 import pytest
@@ -38,12 +38,12 @@ def test_one_seed_is_one_mesh_bit_for_bit(pipeline, mesh):
 
 
 def test_a_saved_model_makes_the_same_mesh(tmp_path, mesh):
-    torch.manual_seed(123)  # what happened before must not matter
+    torch.manual_seed(123)  # the state of the global generator must not matter
     loaded = load_pipeline(write_model(tmp_path / "model"))
     assert loaded.generate(draw_object(), seed=5).vertices.tobytes() == mesh.vertices.tobytes()
 
 
-def test_the_image_is_seen(pipeline):
+def test_the_image_changes_the_result(pipeline):
     ball, flipped = draw_object(), draw_object().rotate(180)
     tokens = [pipeline.encode_image([image]) for image in (ball, flipped)]
     v1, v2 = (pipeline.sample_structure(t, [0]) for t in tokens)
@@ -52,7 +52,7 @@ def test_the_image_is_seen(pipeline):
     assert (l1 - l2).abs().mean() > 1e-3 * l1.std()
 
 
-def test_samples_of_a_batch_are_those_alone(pipeline):
+def test_samples_of_a_batch_equal_single_ones(pipeline):
     images, seeds = [draw_object(), draw_object((40, 90))], [3, 4]
     tokens = pipeline.encode_image(images)
     alone = [pipeline.encode_image([image]) for image in images]
@@ -60,7 +60,7 @@ def test_samples_of_a_batch_are_those_alone(pipeline):
     together = pipeline.sample_structure(tokens, seeds)
     for i, structure in enumerate(structures):
         differs = len({*map(tuple, together.sample(i).coords.tolist())} ^ {*map(tuple, structure.coords.tolist())})
-        assert differs <= 2  # a logit at the threshold may fall either way with the order of a sum
+        assert differs <= 2  # the order of a sum may decide about a logit at the threshold
 
     voxels = Voxels.cat(structures)
     latents = pipeline.sample_latents(voxels, tokens, seeds).split(voxels.counts)
@@ -88,7 +88,7 @@ def test_the_two_noises_of_a_seed_differ_and_on_step_may_stop(pipeline):
         pipeline.sample_structure(tokens, [0], 1000, 1.0, stop)
     with pytest.raises(InterruptedError):
         pipeline.sample_latents(voxels, tokens, [0], 1000, 1.0, stop)
-    assert torch.corrcoef(torch.stack(seen))[0, 1].abs() < 0.5  # after one step of 1000 still the noise
+    assert torch.corrcoef(torch.stack(seen))[0, 1].abs() < 0.5  # after one of 1000 steps, x_t is still nearly the noise
 
 
 def test_guidance_and_steps_reach_the_sampler(pipeline):
@@ -110,7 +110,7 @@ def test_latents_are_denormalized_for_the_decoder():
     torch.testing.assert_close((sampled[0.5] - 0.25) * 0.5, sampled[1.0] - 0.25)
 
 
-def test_progress_tells_every_step(pipeline):
+def test_progress_reports_every_step(pipeline):
     calls = []
     pipeline.generate(draw_object(), on_progress=lambda *call: calls.append(call), structure_steps=2, latent_steps=4)
     expected = []

@@ -1,4 +1,4 @@
-"""The whole path of a released model of two stages, in miniature: converted, loaded, run, with and without refiners."""
+"""A tiny released model with two stages: converted, loaded and run, with and without refiners."""
 
 import dataclasses
 
@@ -60,7 +60,7 @@ def test_the_other_version_runs(tmp_path):
     assert_closed(pipeline.generate(draw_object(), 3, **STEPS))
 
 
-def test_the_path_is_its_stages_in_turn(pipeline):
+def test_generate_runs_the_stages_in_turn(pipeline):
     tokens = pipeline.encode_image([draw_object()])
     voxels = pipeline.sample_structure(tokens, [4], 2)
     latents = pipeline.sample_latents(voxels, tokens, [4], 2)
@@ -82,7 +82,7 @@ def test_the_path_is_its_stages_in_turn(pipeline):
 
 
 def with_fine(pipeline, **changes):
-    """The pipeline with fields of its second stage changed."""
+    """Return the pipeline with changed fields of its second stage."""
     coarse, fine = pipeline.stages
     return dataclasses.replace(pipeline, stages=(coarse, dataclasses.replace(fine, **changes)))
 
@@ -100,7 +100,7 @@ def test_the_second_stage_uses_its_own_networks_and_noise(pipeline):
     assert not torch.equal(fine, swapped.sample_latents(voxels, tokens, [1], 2))
 
 
-def test_a_batch_is_its_samples(pipeline):
+def test_a_batch_gives_the_meshes_of_its_samples(pipeline):
     images = [draw_object(), draw_object((40, 90))]
     together = pipeline.generate_batch(images, [3, 4], **STEPS)
     for mesh, image, seed in zip(together, images, [3, 4], strict=True):
@@ -109,7 +109,7 @@ def test_a_batch_is_its_samples(pipeline):
         assert abs(len(mesh.faces) - len(alone.faces)) <= 0.02 * len(alone.faces)
 
 
-def test_refiners_say_what_is_inside(pipeline):
+def test_refiners_decide_what_is_inside(pipeline):
     mesh = pipeline.generate(draw_object(), 5, use_refiners=True, **STEPS)
     assert_closed(mesh)
     filled = pipeline.generate(draw_object(), 5, **STEPS)
@@ -117,7 +117,7 @@ def test_refiners_say_what_is_inside(pipeline):
 
 
 def test_refined_surfaces_are_those_of_the_refined_volumes(pipeline):
-    """The blocks handed to the mesh against the dense volume that the refiner made of the same decoded values."""
+    """Compare the blocks that become the mesh with the refined dense volume of the same decoded values."""
     from d3ds2.networks.refined_blocks import refine_distances
 
     tokens = pipeline.encode_image([draw_object()])
@@ -125,7 +125,7 @@ def test_refined_surfaces_are_those_of_the_refined_volumes(pipeline):
     latents = pipeline.sample_latents(voxels, tokens, [6], 2)
     blocks, level = pipeline.decode_surface(latents, voxels, use_refiners=True)
     assert level == 0.4  # 2 x 0.2, as released
-    sdf, features, fine = pipeline.stages[0].sdf_vae.decode(latents, voxels, return_features=True)
+    sdf, features, fine = pipeline.stages[0].sdf_vae.decode_with_features(latents, voxels)
     volume = refine_distances(pipeline.stages[0].refiner, sdf, features, fine)
     volume = volume.view(8, 8, 8, 8, 8, 8).permute(0, 2, 4, 1, 3, 5).reshape(-1, 8, 8, 8)
     everywhere = torch.cartesian_prod(*[torch.arange(8)] * 3)
@@ -144,7 +144,7 @@ def test_offloaded_networks_make_the_same_mesh(folder, pipeline):
     assert pointers == [p.data_ptr() for network in networks.values() for p in network.parameters()]
 
 
-def test_weights_come_back_also_after_an_error():
+def test_weights_come_back_even_after_an_error():
     network = torch.nn.BatchNorm1d(3)
     with pytest.raises(KeyboardInterrupt), on_device(network, "cpu") as device:
         assert device.type == "cpu"
@@ -154,7 +154,7 @@ def test_weights_come_back_also_after_an_error():
 
 
 @pytest.mark.gpu
-def test_weights_are_on_the_gpu_for_the_block_alone(folder):
+def test_weights_are_on_the_gpu_only_inside_the_block(folder):
     network = torch.nn.BatchNorm1d(3)
     with on_device(network, "cuda"):
         assert network.weight.is_cuda and network.running_mean.is_cuda
@@ -164,7 +164,7 @@ def test_weights_are_on_the_gpu_for_the_block_alone(folder):
     assert not any(parameter.is_cuda for parameter in pipeline.stages[1].latent_dit.parameters())
 
 
-def test_a_memory_budget_changes_rounding_alone(pipeline):
+def test_a_memory_budget_changes_only_rounding(pipeline):
     tokens = pipeline.encode_image([draw_object()])
     voxels = pipeline.structure_of(pipeline.generate_batch([draw_object()], [1], fine=False, **STEPS))
     latents = pipeline.sample_latents(voxels, tokens, [1], 2)
@@ -190,15 +190,15 @@ def test_guidance_together_and_apart(pipeline):
     torch.testing.assert_close(*velocities, atol=2e-3, rtol=2e-3)
 
 
-def test_times_are_told_in_half_precision(pipeline, monkeypatch):
-    told = []
+def test_networks_get_times_in_half_precision(pipeline, monkeypatch):
+    times = []
     for network in (pipeline.structure_dit, *(stage.latent_dit for stage in pipeline.stages)):
         embedder = network.time_embedder
-        monkeypatch.setattr(embedder, "forward", lambda t, f=embedder.forward: told.append(t[0].item() * 1000) or f(t))
+        monkeypatch.setattr(embedder, "forward", lambda t, f=embedder.forward: times.append(t[0].item() * 1000) or f(t))
     pipeline.generate(draw_object(), 1, **STEPS)
     # two steps and the released shifts: 1000, and shift(shift(1 / 1000)) = 34.8 or 60.2, which float16 cannot hold
-    assert len(told) == 6 and told[0] == told[2] == told[4] == 1000
-    for t, shift in zip(told[1::2], (6, 6, 8), strict=True):
+    assert len(times) == 6 and times[0] == times[2] == times[4] == 1000
+    for t, shift in zip(times[1::2], (6, 6, 8), strict=True):
         exact = 1000 * time_schedule(2, shift)[1].item()
         assert t == pytest.approx(torch.tensor(exact).half().item(), abs=1e-4) and abs(t - exact) > 1e-3
 
@@ -226,7 +226,7 @@ def test_a_model_says_which_networks_it_lacks(folder):
         single.structure_of([])
 
 
-def test_sampling_may_be_another_than_the_folders(folder, pipeline):
+def test_sampling_may_differ_from_the_folders(folder, pipeline):
     sampling = dataclasses.replace(pipeline.sampling, latent_steps=3, level=0.1)
     changed = load_pipeline(folder, sampling=sampling)
     assert changed.stages[0].steps == 3 and changed.sampling.level == 0.1
@@ -244,8 +244,8 @@ def test_the_command_line_goes_through_both_stages(folder, tmp_path, capsys):
     draw_object().save(picture)
     command = [str(picture), "--model", str(folder), "--device", "cpu", "--steps", "2", "-o"]
     assert main([*command, str(tmp_path / "fine.glb")]) == 0
-    told = capsys.readouterr().err
-    assert "9/9 fine mesh" in told and "5/9 mesh" in told
+    shown = capsys.readouterr().err
+    assert "9/9 fine mesh" in shown and "5/9 mesh" in shown
     assert main([*command, str(tmp_path / "coarse.glb"), "--coarse", "--memory", "0.5"]) == 0
     assert "5/5 mesh" in capsys.readouterr().err
     assert (tmp_path / "coarse.glb").stat().st_size < (tmp_path / "fine.glb").stat().st_size

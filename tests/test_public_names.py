@@ -1,4 +1,4 @@
-"""`import d3ds2`: every public name is there, and none costs an import before it is used."""
+"""`import d3ds2` offers every public name, and imports nothing until a name is used."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("name", d3ds2.__all__)
-def test_a_public_name_leads_to_what_it_names(name):
+def test_a_public_name_gives_the_object_of_that_name(name):
     assert getattr(d3ds2, name).__name__ == name and name in dir(d3ds2)
 
 
@@ -22,7 +22,7 @@ def test_an_unknown_name_is_an_attribute_error():
         d3ds2.nothing  # noqa: B018
 
 
-def test_the_import_brings_nothing_else():
+def test_the_import_loads_nothing_else():
     program = "import sys, json, d3ds2; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     modules = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""The flow, its time law, noise and sampler on problems with a known answer."""
+"""The flow, its schedule, its training times, noise and sampler, on problems with a known answer."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Which wing may import which: imports go down the wings, never up. The table is in house.py."""
+"""Imports go down the wings, never up. The table of what a wing may import is in house.py."""
 
 import pytest
 

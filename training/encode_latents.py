@@ -15,12 +15,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from d3ds2.kernels.devices import find_device
 from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE
 from d3ds2.storage.atomic_file import replacing
@@ -28,7 +30,7 @@ from training.config import load_config
 from training.data.datasets import ShapeBatch, active_voxels, load_batches, pack_shapes
 from training.data.latent_moments import LatentMoments, set_latent_scale
 from training.data.shape_files import latent_path, list_shapes, load_shape, shape_path, write_arrays
-from training.run import RunConfig, autocast, find_device
+from training.run import RunConfig, autocast
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ class EncodeLatentsConfig:
     model_dir: str = "models/model"
     splits: tuple[str, ...] = ("train",)
     resolution: int = 256
-    symmetries: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # the views of train_dit may need all
+    symmetries: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # the views of train_dit may need them all
     max_tokens: int = 65536  # in a batch; a larger shape is a batch of its own
-    precision: str = "bf16"
+    precision: Literal["bf16", "fp32"] = "bf16"
     device: str = "auto"
     workers: int = 0
 
@@ -118,7 +120,7 @@ def main(config: EncodeLatentsConfig) -> dict:
     if summary is not None:
         print(f"the latents in {folder} are up to date")
         return summary
-    (folder / "moments.json").unlink(missing_ok=True)  # until all files are of this VAE
+    (folder / "moments.json").unlink(missing_ok=True)  # missing until all files are of this VAE
     all_moments = []
     for split, shapes in zip(config.splits, splits, strict=True):
         moments = LatentMoments(vae.config.latent_channels, device)

@@ -24,6 +24,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from d3ds2.kernels.devices import find_device, find_dtype
 from d3ds2.networks.model_files import load_network
 from d3ds2.pipeline import load_pipeline
 from d3ds2.storage.atomic_file import replacing
@@ -35,7 +36,6 @@ from training.data.shape_files import list_shapes
 from training.evaluation import generation, generation_scores, round_trip
 from training.evaluation.generation import GenerationConfig
 from training.evaluation.shape_scores import ScoreConfig
-from training.run import find_device
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -127,7 +127,7 @@ def evaluate_generation(
 def dtype_of(config: EvaluateConfig, device: torch.device) -> torch.dtype:
     """The dtype of the networks' weights."""
     if config.precision == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
+        return find_dtype("auto", device)
     return DTYPES[config.precision]
 
 

@@ -95,7 +95,7 @@ def random_light(config: RenderViewsConfig, camera: Camera, rng: np.random.Gener
         fill=rng.uniform(0.05, 0.2),
         sky=rng.uniform(0.25, 0.45),
         ground=rng.uniform(0.08, 0.2),
-        shadows=bool(rng.uniform() < config.shadows),
+        shadows=rng.uniform() < config.shadows,
     )
 
 

@@ -12,6 +12,7 @@ import math
 import signal
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from d3ds2.kernels.devices import abilities, find_device
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,14 @@ class RunConfig:
     weight_decay: float = 0.0  # [D]
     grad_clip: float = 1.0  # largest norm of the gradients [D]
     ema_decay: float = 0.9999  # at most (1 + n) / (10 + n) at step n [D]
-    precision: Literal["bf16", "fp32"] = "bf16"  # bf16: autocast on CUDA; a CPU always computes in fp32
+    precision: Literal["bf16", "fp32"] = "bf16"  # bf16: autocast on a GPU; a CPU always computes in fp32
     compile: bool = False  # torch.compile the dense transformer blocks: a slower start, then faster steps
     device: str = "auto"
     workers: int = 0  # data loading processes; 0: load in the main process
     log_every: int = 20
     save_every: int = 1000
     start_from: str = ""  # model folder from whose weights a new run starts; "": random weights
-    max_minutes: float = 0.0  # then save, export and stop; 0: no limit
+    max_minutes: float = 0.0  # after which to save, export and stop; 0: no limit
     tensorboard: bool = True
 
     def __post_init__(self):
@@ -82,17 +85,11 @@ def check_run(out_dir: str | Path, model_dir: str | Path) -> None:
         raise ValueError(f"{out_dir} is a run of the model {owner}, not of {model_dir}: choose another run.out_dir")
 
 
-def find_device(name: str) -> torch.device:
-    """Return the device of that name; "auto" is CUDA if available, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """The context in which a step's forward pass runs: bf16 on CUDA unless the config says fp32."""
-    enabled = config.precision == "bf16" and device.type == "cuda"
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager:
+    """The context in which a step's forward pass runs: bf16 on a GPU that has it, unless the config says fp32."""
+    if config.precision == "bf16" and device.type in ("cuda", "xpu") and abilities(device).bf16:
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
 
 
 def seed_step(generator: torch.Generator, seed: int, step: int) -> None:

@@ -34,7 +34,7 @@ def cells_of(voxels: Voxels, c: int) -> Cells:
 
 @per_grid
 def places_of(voxels: Voxels, c: int) -> tuple[Ragged, Tensor]:
-    """Return the voxels at each place in their cell of c³, and the place of each voxel, (N,) long."""
+    """Return the voxels at each place in a cell of c³ voxels, and the place of each voxel, (N,) long."""
     x, y, z = (voxels.coords[:, 1:].long() % c).unbind(1)
     place = (x * c + y) * c + z
     ordered, order = place.sort(stable=True)
@@ -53,7 +53,7 @@ def attention_plan(voxels: Voxels, c: int, window: int, shift: int) -> Attention
     N, coarse, windows = len(voxels), voxels.coarsen(c)[0], voxels.windows(shift, window)
     blocks, order = block_of_compressed(voxels, c).sort(stable=True)
     edges = torch.arange(voxels.block_offsets.numel(), device=voxels.device)
-    in_order = c == BLOCK and voxels.resolution <= BLOCK**2  # one block of coarse voxels: lexicographic as blocks are
+    in_order = c == BLOCK and voxels.resolution <= BLOCK**2  # all coarse voxels in one block: lexicographic, as blocks
     return AttentionPlan(
         samples=samples_of(voxels),
         compressed=samples_of(coarse),
@@ -72,7 +72,7 @@ def attention_plan(voxels: Voxels, c: int, window: int, shift: int) -> Attention
 
 
 def _most_children_first(voxels: Voxels, block_of_child: Tensor) -> Tensor:
-    """Blocks by sample and then by how many of `block_of_child` they hold, (M,) int32."""
+    """Return the blocks sorted by sample, then by their number in `block_of_child`, most first: (M,) int32."""
     M = voxels.block_offsets.numel() - 1
     children = torch.zeros(M, dtype=torch.long, device=voxels.device)
     children.scatter_add_(0, block_of_child, torch.ones_like(block_of_child))

@@ -1,6 +1,6 @@
 """The order of voxels, and tables of their 27 neighbours.
 
-Voxels are sorted by one integer key each (`sort_keys`), which orders by sample, 8³ block and place in the block.
+Voxels are sorted by an integer key (`sort_keys`), that is by sample, 8³ block and place in the block.
 
 A table of neighbours is (27, N) int32. Its row k = 9 (dx+1) + 3 (dy+1) + (dz+1) holds, for each voxel, the row of the
 voxel at coords + (dx, dy, dz), or N where there is none. Row 13 is the voxel itself.
@@ -17,19 +17,17 @@ from torch import Tensor
 from ..kernels.device_constant import device_constant
 
 EDGE_BITS = 3
-BLOCK = (
-    1 << EDGE_BITS
-)  # voxels along the edge of a selection block: m_slc in the paper, and the SDF voxels of one latent
-PLACE_BITS = 3 * EDGE_BITS  # the low bits of a key, the place of a voxel in its block; the bits above count the blocks
-SEARCH_CHUNK = 1 << 22  # neighbours searched at a time, each of which takes some 150 bytes
+BLOCK = 1 << EDGE_BITS  # voxels per edge of a selection block (m_slc in the paper), and SDF voxels per edge of a latent
+PLACE_BITS = 3 * EDGE_BITS  # low bits of a key: the place of a voxel in its block; the bits above number the blocks
+SEARCH_CHUNK = 1 << 22  # neighbours searched at a time; each takes some 150 bytes
 OFFSETS = tuple(product((-1, 0, 1), repeat=3))
 
 
 def _child_tables() -> tuple[tuple, tuple]:
-    """Return where the neighbour at each of the 27 offsets of each of the 8 children of a cell lies, (27, 8) each.
+    """Return two tables (27, 8) that locate the neighbours of the 8 children of a cell, at each of the 27 offsets.
 
-    The first table holds the offset k from the cell to the neighbour's cell, the second which child of that cell the
-    neighbour is.
+    The first table holds the offset k from the cell to the neighbour's cell. The second holds which child of that cell
+    the neighbour is.
     """
     offset, which = [], []
     for steps in OFFSETS:
@@ -88,7 +86,7 @@ def search_neighbors(coords: Tensor, keys: Tensor, resolution: int) -> Tensor:
 
 
 def child_neighbors(coarse: Tensor, slots: Tensor) -> Tensor:
-    """Look the neighbours up in the table of the grid of half the resolution: much faster than a search.
+    """Look up the neighbours in the table of the grid of half the resolution, which is much faster than a search.
 
     Args:
         coarse: the table of that grid, (27, Nc).

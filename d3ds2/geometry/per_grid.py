@@ -1,8 +1,8 @@
 """Results that follow from a geometry alone: computed once, then kept in its `tables`."""
 
-from collections.abc import Callable
 from functools import partial, update_wrapper
 from inspect import signature
+from types import FunctionType
 from typing import Any
 
 
@@ -14,13 +14,14 @@ class per_grid:
     arguments must be hashable.
     """
 
-    def __init__(self, function: Callable):
+    def __init__(self, function: FunctionType):
         update_wrapper(self, function)
+        self._function = function
         self._signature = signature(function)
         self._defaults = tuple(parameter.default for parameter in self._signature.parameters.values())[1:]
 
     def key(self, *arguments) -> tuple["per_grid", tuple]:
-        """Return the key of the result in `tables`, for those who look it up there or know it beforehand."""
+        """Return the key of the result in `tables`, to look it up there or to store it beforehand."""
         return self, arguments + self._defaults[len(arguments) :]
 
     def __call__(self, voxels, *arguments, **named) -> Any:
@@ -30,18 +31,18 @@ class per_grid:
             arguments = bound.args[1:]
         key = self, arguments + self._defaults[len(arguments) :]
         if key not in voxels.tables:
-            voxels.tables[key] = self.__wrapped__(voxels, *arguments)
+            voxels.tables[key] = self._function(voxels, *arguments)
         return voxels.tables[key]
 
     def __get__(self, voxels, owner=None) -> Any:
         return self if voxels is None else partial(self, voxels)
 
     def __reduce__(self) -> str:
-        return self.__qualname__  # pickled by name, as functions are: tables travel from the workers of a DataLoader
+        return self._function.__qualname__  # pickled by name, as functions are: DataLoader workers send tables
 
 
 class per_grid_property(per_grid):
-    """Decorate a property likewise: `voxels.name` is the result."""
+    """Decorate a property in the same way: `voxels.name` is the result."""
 
     def __get__(self, voxels, owner=None) -> Any:
         return self if voxels is None else self(voxels)

@@ -1,6 +1,6 @@
 """A decoded SDF as blocks of 8³ voxels, one for each latent.
 
-The coordinates of the blocks take a hundredth of the memory that those of the voxels would take.
+Block coordinates take a hundredth of the memory of voxel coordinates.
 
 Sizes named in this file:
     M  blocks, all samples packed      R  SDF voxels per edge

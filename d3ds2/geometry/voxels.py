@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from .windows import Windows
 
 PLACES = tuple((0, *place) for place in product(range(BLOCK), repeat=3))  # in a block, in their order
 CHILDREN = tuple((0, *child) for child in product((0, 1), repeat=3))  # of a voxel, in their order
-EMBEDDED_ROWS = 16384  # positions embedded at a time: meanwhile they take several times the space of the result
+EMBEDDED_ROWS = 16384  # positions embedded at a time: temporaries take several times the memory of the result
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +34,14 @@ class Voxels:
     """Occupied voxels of a batch, sorted by (sample, 8³ block, place in block), each lexicographically in x, y, z.
 
     Args:
-        coords: (N, 4) int32 rows [batch, x, y, z]. Unsorted ones go through `Voxels.sort`.
+        coords: (N, 4) int32 rows [batch, x, y, z]. `Voxels.sort` takes unsorted ones.
         resolution: voxels along an edge of the grid.
         batch_size: number of samples B; some may be empty.
-        tables: results known beforehand, under their `per_grid.key`. Those computed later are added.
+        tables: results known beforehand, under their `per_grid.key`. Results computed later are added.
         check: False for coords that are sorted by construction. The checks make the host wait for the device.
 
     Raises:
-        ValueError: for a wrong shape or dtype, coordinates outside the grid, rows out of order or given twice.
+        ValueError: for a wrong shape or dtype, coordinates outside the grid, or rows that are out of order or repeated.
     """
 
     coords: Tensor
@@ -64,7 +65,7 @@ class Voxels:
             The voxels, and `order` (N,) long with coords[order] == voxels.coords.
 
         Raises:
-            ValueError: for a wrong shape, coordinates outside the grid or given twice.
+            ValueError: for a wrong shape, or coordinates outside the grid or repeated.
         """
         coords = coords.int()
         if batch_size is None:
@@ -102,7 +103,7 @@ class Voxels:
 
     @classmethod
     def above(cls, coords: Tensor, counts: list[list[int]], coarsest: "Voxels") -> "Voxels":
-        """Return voxels over a known grid: coarsening them by 2 again and again never waits for the device.
+        """Return voxels over a known grid, so that coarsening them by 2 repeatedly never waits for the device.
 
         Args:
             coords: (N, 4) int32, sorted and without repeats; not checked.
@@ -132,7 +133,7 @@ class Voxels:
         """Return prepared voxels with all tensors moved."""
         coords = move(self.coords)
         tables = {}
-        for key, table in self.tables.items():  # what is none of these is left out, to be computed there if needed
+        for key, table in self.tables.items():  # other tables are left out, and computed again if needed
             if isinstance(table, Tensor):
                 tables[key] = move(table)
             elif isinstance(table, Windows):
@@ -142,7 +143,7 @@ class Voxels:
         return Voxels(coords, self.resolution, self.batch_size, tables, check=False)
 
     def pin_memory(self) -> "Voxels":
-        """Return the same in pinned memory; a DataLoader calls this."""
+        """Return the same voxels in pinned memory; a DataLoader calls this."""
         return self.map(Tensor.pin_memory)
 
     def __len__(self) -> int:
@@ -159,7 +160,7 @@ class Voxels:
 
     @per_grid
     def repeat(self, times: int) -> "Voxels":
-        """Return the whole batch `times` over, for both guidance branches in one pass."""
+        """Return the whole batch, repeated `times` times, for both guidance branches in one pass."""
         return Voxels.cat([self] * times)
 
     def sample(self, index: int) -> "Voxels":
@@ -253,17 +254,16 @@ class Voxels:
         resolution = self.resolution // factor
         coords = self.coords // device_constant((1, factor, factor, factor), self.device)
         keys = sort_keys(coords, resolution)
-        counts, coarsest = self._coarser_grids if factor == 2 else (None, None)
-        if counts == []:
-            return coarsest, torch.searchsorted(coarsest._keys, keys)
+        known = self._coarser_grids if factor == 2 else None
+        if known is not None and not known.counts:
+            return known.coarsest, torch.searchsorted(known.coarsest._keys, keys)
         keys, order = keys.sort()
         rank = (keys.diff(prepend=keys[:1]) > 0).cumsum(0)  # of the coarse voxel, in sorted order
-        known = None if counts is None else sum(counts[0])
-        N = known if known is not None else int(rank[-1]) + 1 if len(rank) else 0
+        N = sum(known.counts[0]) if known is not None else int(rank[-1]) + 1 if len(rank) else 0
         parent = torch.empty_like(rank).scatter_(0, order, rank)
-        child = rank.new_empty(N).scatter_(0, rank, order)  # one of each coarse voxel
+        child = rank.new_empty(N).scatter_(0, rank, order)  # a child of each coarse voxel
         coords = coords.index_select(0, child)
-        tables = {} if counts is None else _known_grids(counts, coarsest)
+        tables = {} if known is None else _known_grids(*known)
         tables[Voxels._keys.key()] = rank.new_empty(N).scatter_(0, rank, keys)
         return Voxels(coords, resolution, self.batch_size, tables, check=False), parent
 
@@ -304,9 +304,9 @@ class Voxels:
         return (self.coords[:, None] * device_constant((1, 2, 2, 2), self.device) + offset).flatten(0, 1)
 
     @per_grid_property
-    def _coarser_grids(self) -> tuple[list[list[int]] | None, "Voxels | None"]:
-        """Counts of the grids between this one and a coarsest one, and the coarsest, if `above` was given them."""
-        return None, None
+    def _coarser_grids(self) -> "_CoarserGrids | None":
+        """The grids that coarsening by 2 leads to, if `above` was given them."""
+        return None
 
     @per_grid_property
     def _subdivided(self) -> "weakref.ref[Voxels] | None":
@@ -338,6 +338,13 @@ class Voxels:
         return sort_keys(self.coords, self.resolution)
 
 
+class _CoarserGrids(NamedTuple):
+    """The grids that coarsening by 2, again and again, leads to."""
+
+    counts: list[list[int]]  # voxels of each sample, in the grids before `coarsest`, finest first
+    coarsest: Voxels
+
+
 def _check_coords(coords: Tensor, resolution: int, batch_size: int) -> None:
     if coords.ndim != 2 or coords.shape[1] != 4 or coords.dtype != torch.int32:
         raise ValueError(f"expected coords (N, 4) int32, got {tuple(coords.shape)} {coords.dtype}")
@@ -352,7 +359,7 @@ def _check_coords(coords: Tensor, resolution: int, batch_size: int) -> None:
 
 def _known_grids(counts: list[list[int]], coarsest: Voxels) -> dict:
     """Return the tables of voxels over a known grid; arguments as for `Voxels.above`."""
-    return {Voxels.counts.key(): counts[0], Voxels._coarser_grids.key(): (counts[1:], coarsest)}
+    return {Voxels.counts.key(): counts[0], Voxels._coarser_grids.key(): _CoarserGrids(counts[1:], coarsest)}
 
 
 def _first_of_samples(coords: Tensor, batch_size: int) -> Tensor:

@@ -17,7 +17,7 @@ from .plain_background import remove_plain_background
 
 METHODS = ("auto", "alpha", "plain", "rembg")
 SIZE, MARGIN = 518, 16  # pixels: edge of the picture that the encoder reads, and space around the object in it
-MIN_FOREGROUND = 1e-3  # share of the pixels; an object that covers less is none
+MIN_FOREGROUND = 1e-3  # share of the pixels; what covers less is no object
 REMBG_MODELS = ("birefnet-general", "isnet-general-use", "u2net", "u2netp", "silueta", "bria-rmbg")  # best first
 
 

@@ -15,7 +15,7 @@ import numpy as np
 SENSOR_MM = 36.0  # edge of the square sensor
 GREY = 200  # sRGB albedo of a mesh without colours
 SHADOW_OFFSET = 1e-4  # of the bounding sphere's radius
-EDGE_CONTRAST = 0.03  # difference between neighbours, summed over linear RGBA, from which both are resampled
+EDGE_CONTRAST = 0.03  # pixels that differ from a neighbour by more, summed over linear RGBA, are sampled again
 
 # sRGB: linear values in 4096 steps to bytes, and bytes to linear values
 _LEVELS = np.arange(4096) / 4095

@@ -1,7 +1,7 @@
 """Draw occupied voxels from the front, the right and above: a preview of a structure while it is sampled.
 
-In parallel projection all cubes look alike, so one is drawn and stamped for every voxel, the farthest first. This takes
-some milliseconds.
+In parallel projection all cubes look alike, so one cube is drawn and stamped for every voxel, the farthest first. This
+takes some milliseconds.
 
 Sizes:
     N  voxels     R  voxels per edge of the cube     P  pixels of one voxel's stamp

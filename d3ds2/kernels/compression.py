@@ -1,8 +1,10 @@
-"""Compression of keys and values together (eq. 7): the public operations and their definitions in torch.
+"""Compression of keys and values together (eq. 7): the public operations, and their definitions in torch.
+
+A cell is a cube of c³ voxels, whose tokens are compressed into one.
 
 Sizes named in this file:
-    T  tensors: keys and values      N  tokens      C  channels of the keys and of the values, Hk D
-    Nc  cells                        c  edge of a cell, in voxels
+    T  tensors: keys and values      N   tokens      C  channels of the keys and of the values, Hk D
+    c  edge of a cell, in voxels     Nc  cells
 """
 
 from dataclasses import dataclass
@@ -25,9 +27,10 @@ class Cells:
         samples, coarse_samples: tokens and cells of each sample.
         tokens: tokens of each cell.
         parent: cell of each token, (N,) long.
-        coords: of the cells, (Nc, 4) int32 [batch, x, y, z].
-        neighbors: of the cells, (27, Nc) int32.
-        places, place: tokens at each of the c³ places in a cell, and the place of each token, (N,) long.
+        coords: coordinates of the cells, (Nc, 4) int32 [batch, x, y, z].
+        neighbors: neighbours of the cells, (27, Nc) int32, Nc where there is none.
+        places: tokens at each of the c³ places in a cell.
+        place: place of each token in its cell, (N,) long.
     """
 
     samples: Ragged
@@ -41,12 +44,12 @@ class Cells:
 
 
 def compresses_together(k: Tensor) -> bool:
-    """Return whether the kernels compress keys and values of this kind together, in few launches."""
+    """Return whether the kernels compress keys such as k (N, C) together with their values, in few launches."""
     return half_on_triton(k) and len(k) > 0
 
 
 def pooled_silu(x: Tensor, cells: Cells) -> Tensor:
-    """Return the pooled SiLU of x (T, N, C), N > 0: (T, Nc, C), dtype of x. Differentiable in x."""
+    """Pool SiLU(x) of x (T, N, C), N > 0, over cells: (T, Nc, C), dtype of x. Differentiable in x."""
     if not half_on_triton(x):
         return pooled_silu_reference(x, cells)
     if torch.compiler.is_compiling():
@@ -57,7 +60,7 @@ def pooled_silu(x: Tensor, cells: Cells) -> Tensor:
 
 
 def pooled_silu_reference(x: Tensor, cells: Cells) -> Tensor:
-    """Definition of `pooled_silu`."""
+    """Definition of `pooled_silu`: x (T, N, C) -> (T, Nc, C)."""
     return torch.stack([_pool(torch.nn.functional.silu(rows), cells) for rows in x])
 
 
@@ -65,19 +68,20 @@ def pooled_conv_compression(
     k: Tensor, v: Tensor, position: Tensor, parameters: list[Tensor], cells: Cells, num_groups: int, eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Norm, pool and convolve k + position[place] and v, around a pooled skip.
+    """Norm, pool and convolve k + position[place] and v, and add the pooled input.
 
     Args:
-        k, v: (N, C), N > 0.
-        position: (c³, C).
-        parameters: for keys and values in turn: weight and bias of the first norm and of the second, biases of the
-            first and of the second convolution, (C,) each; then their weights (27, C, C).
+        k, v: keys and values (N, C), N > 0.
+        position: embedding of each place in a cell, (c³, C).
+        parameters: 16 tensors, each one of the keys followed by the same of the values: weight and bias of the first
+            norm, weight and bias of the second norm, biases of the two convolutions, (C,) each, and weights of the two
+            convolutions (27, C, C).
         cells: the rows of each cell and the neighbours of the cells.
-        num_groups, eps: of the norms.
-        dtype: of the convolutions and of the results.
+        num_groups, eps: groups of channels in the norms, and the number added to their variances.
+        dtype: dtype of the convolutions and of the results.
 
     Returns:
-        Two (Nc, C). Differentiable in k, v, position and the parameters.
+        Compressed keys and values, (Nc, C) each. Differentiable in k, v, position and the parameters.
     """
     inputs = k, v, position, parameters, cells, num_groups, eps, dtype
     if not half_on_triton(k):
@@ -93,13 +97,11 @@ def pooled_conv_compression_reference(
     k: Tensor, v: Tensor, position: Tensor, parameters: list[Tensor], cells: Cells, num_groups: int, eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Definition of `pooled_conv_compression`."""
-    outputs = []
-    for x, (w_in, b_in, w_out, b_out, bias_in, bias_out, conv_in, conv_out) in (
-        (k + position[cells.place], parameters[0::2]),
-        (v, parameters[1::2]),
-    ):
-        conv_in, bias_in, conv_out, bias_out = (part.to(dtype) for part in (conv_in, bias_in, conv_out, bias_out))
+    """Definition of `pooled_conv_compression`: k and v (N, C) -> (Nc, C) each."""
+    outputs, of_keys, of_values = [], parameters[0::2], parameters[1::2]
+    for x, own_parameters in ((k + position[cells.place], of_keys), (v, of_values)):
+        w_in, b_in, w_out, b_out, *convolutions = own_parameters
+        bias_in, bias_out, conv_in, conv_out = (parameter.to(dtype) for parameter in convolutions)
         activated = packed_group_norm_reference(x, w_in, b_in, cells.samples, num_groups, eps, silu=True)
         hidden = submanifold_conv(_pool(activated, cells).to(dtype), cells.neighbors, conv_in, bias_in)
         hidden = packed_group_norm_reference(hidden, w_out, b_out, cells.coarse_samples, num_groups, eps, silu=True)
@@ -108,6 +110,6 @@ def pooled_conv_compression_reference(
 
 
 def _pool(x: Tensor, cells: Cells) -> Tensor:
-    """The sum of the rows of each cell over their number + 1: (N, C) -> (Nc, C), as the released models divide."""
+    """Divide the sum of the rows of a cell by their number + 1, as the released models do: (N, C) -> (Nc, C)."""
     counts = cells.tokens.offsets.diff()[:, None]
     return (segment_sum_reference(x, cells.tokens, cells.parent) / (counts + 1)).to(x.dtype)

@@ -1,11 +1,10 @@
 """Compression of keys and values together, in Triton; the definitions are in compression.py.
 
-Keys and values are two tensors of one launch. What the definition rounds between two operations of one launch stays
-fp32 here.
+One launch serves both tensors. Between operations of one launch numbers stay fp32, where the definition rounds them.
 
 Sizes named in this file:
-    N  tokens      C  channels of the keys and of the values, Hk D      c  edge of a cell
-    Nc  cells      G  groups of channels
+    T  tensors: keys and values      N   tokens      C  channels of the keys and of the values, Hk D
+    B  samples                       Nc  cells       G  groups of channels
 """
 
 import torch
@@ -28,9 +27,9 @@ def _pool_kernel(
     C: tl.constexpr, G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     HAS_IDS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_C channels of one cell; SiLU(x), pooled: sum / (count + 1).
+    """One program: pool SiLU(x) in BLOCK_C channels of one cell, as sum / (count + 1).
 
-    With NORM the SiLU of the normed x, and `skip`, x itself pooled.
+    With NORM, pool SiLU(norm(x)) instead, and x itself into `skip`.
     """
     cell, tensor = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -68,7 +67,7 @@ def _pool_gradient_kernel(
     x, parent, offsets, dpooled, dx, N, M,
     C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program: gradient of the pooled SiLU(x) in BLOCK_N rows and BLOCK_C channels of x, from that of M cells."""
+    """One program: the gradient of BLOCK_N rows and BLOCK_C channels of x, from that of SiLU(x) pooled in M cells."""
     tensor = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -85,9 +84,10 @@ def _pool_gradient_kernel(
 
 
 def _pool(x: Tensor, cells: Cells, pooled: Tensor, norm: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor | None:
-    """SiLU of x (T, N, C), pooled into `pooled` (T, Nc, C).
+    """Pool SiLU(x) of x (T, N, C) into `pooled` (T, Nc, C).
 
-    With `norm` = statistics, weight and bias the SiLU of the normed x; then returns x pooled, (T, Nc, C) float32.
+    With `norm` = statistics, weight and bias, pool SiLU(norm(x)) instead, and return x itself pooled, (T, Nc, C)
+    float32.
     """
     (T, N, C), Nc, tokens = x.shape, pooled.shape[1], cells.tokens
     skip = None if norm is None else torch.empty(T, Nc, C, dtype=torch.float32, device=x.device)
@@ -128,7 +128,7 @@ class _PooledSiLU(torch.autograd.Function):
 
 
 def pooled_silu_triton(x: Tensor, cells: Cells) -> Tensor:
-    """The pooled SiLU of x (T, N, C), N > 0: (T, Nc, C), dtype of x. Differentiable in x."""
+    """`pooled_silu`: x (T, N, C) -> (T, Nc, C)."""
     return _PooledSiLU.apply(x, cells)
 
 
@@ -136,19 +136,23 @@ class _PooledConvCompression(torch.autograd.Function):
     @staticmethod
     def forward(ctx, k, v, position, cells, num_groups, eps, dtype, *parameters):
         (N, C), Nc = k.shape, len(cells.coords)
-        vectors = torch.stack(parameters[:12]).view(6, 2, C)  # norm in: weight, bias; norm out; convolutions in, out
-        weights = torch.stack(parameters[12:]).to(dtype)  # (4, 27, C, C): in for keys and values, out
+        *first_vectors, keys_in, values_in, keys_out, values_out = parameters
+        vectors = torch.stack(first_vectors).view(6, 2, C)
+        weights = torch.stack((keys_in, values_in, keys_out, values_out)).to(dtype)  # (4, 27, C, C)
+        scale_in, shift_in, scale_out, shift_out, bias_in, bias_out = vectors  # of norms and convolutions, (2, C) each
+        conv_in, conv_out = weights.split(2)  # (2, 27, C, C) each
         x = k.new_empty(2, N, C, dtype=torch.promote_types(k.dtype, position.dtype))
-        features = k.new_empty(4, Nc, C, dtype=dtype)  # what the convolutions read
+        features = k.new_empty(4, Nc, C, dtype=dtype)
+        features_in, features_out = features.split(2)  # the inputs of the convolutions, (2, Nc, C) each
         joined = k.contiguous(), v.contiguous(), position.contiguous(), cells.place
         statistics_in = group_norm_statistics(x, cells.samples, num_groups, eps, joined)
-        skip = _pool(x, cells, features[:2], (statistics_in, vectors[0], vectors[1]))
-        hidden = gather_convs(features[:2], cells.neighbors, weights[:2], vectors[4])
+        skip = _pool(x, cells, features_in, (statistics_in, scale_in, shift_in))
+        hidden = gather_convs(features_in, cells.neighbors, conv_in, bias_in)
         statistics_out = group_norm_statistics(hidden, cells.coarse_samples, num_groups, eps)
-        group_norm_apply(hidden, cells.coarse_samples, statistics_out, vectors[2], vectors[3], True, features[2:])
-        out = gather_convs(features[2:], cells.neighbors, weights[2:], vectors[5], added=skip)
+        group_norm_apply(hidden, cells.coarse_samples, statistics_out, scale_out, shift_out, True, features_out)
+        out = gather_convs(features_out, cells.neighbors, conv_out, bias_out, added=skip)
         ctx.save_for_backward(x, features, hidden, statistics_in, statistics_out, vectors, weights)
-        ctx.cells, ctx.dtypes = cells, (k.dtype, v.dtype, position.dtype, parameters[12].dtype)
+        ctx.cells, ctx.dtypes = cells, (k.dtype, v.dtype, position.dtype, keys_in.dtype)
         return out[0], out[1]
 
     @staticmethod
@@ -156,22 +160,26 @@ class _PooledConvCompression(torch.autograd.Function):
     def backward(ctx, dk, dv):
         x, features, hidden, statistics_in, statistics_out, vectors, weights = ctx.saved_tensors
         cells, (k_dtype, v_dtype, position_dtype, weight_dtype) = ctx.cells, ctx.dtypes
-        gradients = torch.empty_like(features)  # of what the convolutions make
-        torch.stack((dk, dv), out=gradients[2:])
-        dvectors, dx = torch.empty_like(vectors[:4]), torch.empty_like(x)
-        dactivated = gather_convs(gradients[2:], cells.neighbors, weights[2:], transposed=True)
+        scale_in, shift_in, scale_out, shift_out, *_ = vectors
+        conv_in, conv_out = weights.split(2)
+        dconvolved = torch.empty_like(features)  # gradients of the outputs of the convolutions
+        dhidden, dout = dconvolved.split(2)
+        torch.stack((dk, dv), out=dout)
+        dnorms, dx = torch.empty_like(vectors[:4]), torch.empty_like(x)
+        dscale_in, dshift_in, dscale_out, dshift_out = dnorms
+        dactivated = gather_convs(dout, cells.neighbors, conv_out, transposed=True)
         group_norm_backward(
-            dactivated, hidden, cells.coarse_samples, statistics_out, vectors[2], vectors[3], True,
-            gradients[:2], dvectors[2], dvectors[3],
+            dactivated, hidden, cells.coarse_samples, statistics_out, scale_out, shift_out, True,
+            dhidden, dscale_out, dshift_out,
         )  # fmt: skip
-        dpooled = gather_convs(gradients[:2], cells.neighbors, weights[:2], transposed=True)
-        dweights, dbiases = gather_convs_gradients(features, cells.neighbors, gradients, weight_dtype)
-        pooled = Pooled(cells.parent, cells.tokens, skip=gradients[2:])
+        dpooled = gather_convs(dhidden, cells.neighbors, conv_in, transposed=True)
+        dweights, dbiases = gather_convs_gradients(features, cells.neighbors, dconvolved, weight_dtype)
+        pooled = Pooled(cells.parent, cells.tokens, skip=dout)
         group_norm_backward(
-            dpooled, x, cells.samples, statistics_in, vectors[0], vectors[1], True, dx, dvectors[0], dvectors[1], pooled
+            dpooled, x, cells.samples, statistics_in, scale_in, shift_in, True, dx, dscale_in, dshift_in, pooled
         )
         dposition = segment_sum_triton(dx[0], cells.places).to(position_dtype)
-        dvectors = *dvectors.flatten(0, 1).unbind(), *dbiases.to(vectors.dtype).unbind()
+        dvectors = *dnorms.flatten(0, 1).unbind(), *dbiases.to(vectors.dtype).unbind()
         return dx[0].to(k_dtype), dx[1].to(v_dtype), dposition, None, None, None, None, *dvectors, *dweights.unbind()
 
 
@@ -179,5 +187,5 @@ def pooled_conv_compression_triton(
     k: Tensor, v: Tensor, position: Tensor, parameters: list[Tensor], cells: Cells, num_groups: int, eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Same contract as `pooled_conv_compression` of compression.py."""
+    """`pooled_conv_compression`: k and v (N, C) -> compressed keys and values (Nc, C)."""
     return _PooledConvCompression.apply(k, v, position, cells, num_groups, eps, dtype, *parameters)

@@ -1,4 +1,4 @@
-"""Small integer tables that are copied to a device once: with every copy, the host waits for the device."""
+"""Small tables of numbers, copied to a device once, because the host waits for the device at every copy."""
 
 from functools import cache
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def device_constant(values: tuple, device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:
-    """Return the tensor of a (nested) tuple of numbers. All callers share it: never write to it."""
+    """Return a (nested) tuple of numbers as a tensor. All callers share the tensor, so none may write to it."""
     return _made(values, device, dtype)
 
 
 @cache
 def _made(values: tuple, device: torch.device, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):  # a later caller may train
+    with torch.inference_mode(False):  # else a caller that trains could not use it
         return torch.tensor(values, dtype=dtype, device=device)

@@ -1,17 +1,100 @@
-"""The abilities of a device: the only place that asks whether Triton or a GPU is there."""
+"""The abilities of a device: the only place that asks which GPU there is, and whether Triton works on it.
 
+Each device is asked once, when a kernel first runs on it. Everything else reads the answers here, so an older card, a
+Mac, or a computer without a C compiler takes another way through the same operations instead of failing.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-HAS_TRITON = find_spec("triton") is not None  # torch for Windows or macOS comes without
+HAS_TRITON = find_spec("triton") is not None
 HAS_SPCONV = find_spec("spconv") is not None  # its CPU build included
+KIB = 1 << 10
+# Shared memory that one program may take, in KiB, for versions of torch that do not tell.
+SHARED_KIB = {(7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
+PRECISIONS = ("auto", "fp16", "bf16", "fp32")
+OLDEST_FOR_TRITON = (7, 5)
+OLDEST_FOR_FLASH = OLDEST_FOR_BF16 = (8, 0)
+TRITON = "triton-windows" if sys.platform == "win32" else "triton"  # the package to install
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """The facts about a device that decide which kernels run on it, and in which tiles.
+
+    Args:
+        name: for messages, such as "NVIDIA GeForce RTX 4090".
+        backend: "cuda", "hip" (a GPU of AMD), or the type of the torch device: "cpu", "mps", "xpu", …
+        capability: compute capability of CUDA, (0, 0) elsewhere.
+        shared_memory: bytes that one program of a kernel may take.
+        multiprocessors: programs that run at once without sharing anything.
+        triton: whether Triton's kernels compile and run.
+        why_no_triton: what keeps them from it, and the remedy; "" where they run.
+        flash: whether torch has FlashAttention over samples of different lengths.
+        bf16: whether the device computes in bfloat16 by itself.
+    """
+
+    name: str
+    backend: str
+    capability: tuple[int, int] = (0, 0)
+    shared_memory: int = 48 * KIB
+    multiprocessors: int = 1
+    triton: bool = False
+    why_no_triton: str = ""
+    flash: bool = False
+    bf16: bool = True
+
+    def stages(self, wanted: int, bytes_of_stage: int, other_bytes: int = 0) -> int:
+        """Return how many of the `wanted` stages of a kernel's pipeline fit into shared memory, at least 1.
+
+        All stages but one have a buffer of `bytes_of_stage` there, beside `other_bytes`.
+        """
+        return max(1, min(wanted, 1 + (self.shared_memory - other_bytes) // max(1, bytes_of_stage)))
+
+    @property
+    def kernels(self) -> str:
+        """One line that says which kernels run."""
+        if self.backend not in ("cuda", "hip"):
+            return f"torch on {'the CPU' if self.backend == 'cpu' else self.name}"
+        if self.triton:
+            return f"Triton {_version('triton', 'triton-windows')} on {self.name}"
+        return f"no Triton on {self.name}" + (f": {self.why_no_triton}" if self.why_no_triton else "")
+
+
+_ABILITIES: dict[torch.device, Abilities] = {}
+
+
+def abilities(device: torch.device) -> Abilities:
+    """Return the abilities of a device. The first question about a GPU compiles and runs a tiny kernel there."""
+    found = _ABILITIES.get(device)
+    if found is None:
+        found = _ABILITIES[device] = _ask(device)
+        if found.why_no_triton:
+            logging.warning(f"Direct3D-S2: {found.kernels}")
+    return found
+
+
+@torch.compiler.assume_constant_result
+def triton_works(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a device."""
+    return abilities(device).triton
+
+
+@torch.compiler.assume_constant_result
+def has_flash(device: torch.device) -> bool:
+    """Whether torch has FlashAttention over samples of different lengths for a device."""
+    return abilities(device).flash
 
 
 def on_triton(x: Tensor) -> bool:
-    """Whether the Triton kernels run on this tensor: it lies on a GPU, and Triton is installed."""
-    return x.is_cuda and HAS_TRITON
+    """Whether the Triton kernels run on this tensor."""
+    return x.is_cuda and triton_works(x.device)
 
 
 def on_spconv(x: Tensor) -> bool:
@@ -22,3 +105,96 @@ def on_spconv(x: Tensor) -> bool:
 def half_on_triton(x: Tensor) -> bool:
     """`on_triton` for kernels that compute in float32 or less: a tensor of float64 keeps the definition."""
     return on_triton(x) and x.dtype != torch.float64
+
+
+def find_device(name: str | None = None) -> torch.device:
+    """Return the device of a name; None or "auto" is the first that is there of CUDA, XPU, MPS and the CPU.
+
+    Raises:
+        ValueError: the device is not there.
+    """
+    there = {"cuda": torch.cuda.is_available, "xpu": torch.xpu.is_available, "mps": torch.backends.mps.is_available}
+    if name in (None, "auto"):
+        name = next((kind for kind, is_available in there.items() if is_available()), "cpu")
+    device = torch.device(name)
+    if device.type in there and not there[device.type]():
+        raise ValueError(f"expected a device that is here, got {name}; use cpu")
+    return device
+
+
+def find_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of networks for "auto", "fp16", "bf16" or "fp32": auto is fp32 on the CPU, fp16 elsewhere.
+
+    A device that cannot compute in bfloat16 gets fp16, and a warning says so.
+    """
+    if precision == "auto":
+        return torch.float32 if device.type == "cpu" else torch.float16
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    if dtype == torch.bfloat16 and not abilities(device).bf16:
+        logging.warning(f"Direct3D-S2: {abilities(device).name} cannot compute in bf16; it computes in fp16 instead")
+        return torch.float16
+    return dtype
+
+
+def _ask(device: torch.device) -> Abilities:
+    if device.type == "mps":
+        return Abilities(
+            "mps", "mps", bf16=torch.backends.mps.is_available() and torch.backends.mps.is_macos_or_newer(14, 0)
+        )
+    if device.type != "cuda":
+        return Abilities(device.type, device.type, bf16=device.type != "privateuseone")  # DirectML has none
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:  # torch's FlashAttention for AMD has not been tried with samples of many lengths
+        backend, capability, shared, flash = "hip", (0, 0), properties.shared_memory_per_block, False
+    else:
+        backend, capability = "cuda", (properties.major, properties.minor)
+        shared = getattr(properties, "shared_memory_per_block_optin", 0) or SHARED_KIB.get(capability, 48) * KIB
+        flash = capability >= OLDEST_FOR_FLASH and torch.backends.cuda.is_flash_attention_available()
+    why_not = _why_no_triton(device, backend, capability)
+    return Abilities(
+        properties.name,
+        backend,
+        capability,
+        shared,
+        properties.multi_processor_count,
+        triton=not why_not,
+        why_no_triton=why_not,
+        flash=flash,
+        bf16=backend == "hip" or capability >= OLDEST_FOR_BF16,
+    )
+
+
+def _why_no_triton(device: torch.device, backend: str, capability: tuple[int, int]) -> str:
+    """Return what keeps Triton's kernels from running, and the remedy, in one line; "" if nothing does."""
+    if backend == "cuda" and capability < OLDEST_FOR_TRITON:
+        needed, found = (".".join(map(str, numbers)) for numbers in (OLDEST_FOR_TRITON, capability))
+        return f"the kernels need a GPU of compute capability {needed} or newer, and this one has {found}"
+    if not HAS_TRITON:
+        return f"pip install {TRITON} makes everything several times faster"
+    try:
+        from .triton_probe import probe
+
+        probe(device)
+    except Exception as error:  # whatever it is, the kernels in torch do the work
+        return f"{' '.join(str(error).split())[:200] or type(error).__name__}. {_remedy(str(error))}"
+    return ""
+
+
+def _remedy(error: str) -> str:
+    if "compiler" in error.lower() or "Python.h" in error:
+        if sys.platform == "win32":
+            return (
+                "Remedy: pip install -U triton-windows, which brings a compiler; an embedded Python also needs its "
+                "include and libs folders"
+            )
+        return "Remedy: install a C compiler and Python's headers, such as apt install gcc python3-dev"
+    return f"Remedy: pip install -U {TRITON}, in the version that belongs to torch {torch.__version__.split('+')[0]}"
+
+
+def _version(*packages: str) -> str:
+    for package in packages:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return "?"

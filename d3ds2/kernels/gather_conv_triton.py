@@ -16,12 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .devices import abilities
+
 BLOCK_N = 128  # voxels at a time
 MIN_BLOCK_N = 16  # voxels at a time in a small result, so that it keeps a whole GPU busy
 MAX_BLOCK_C = 64  # channels at a time
-SLICE, MIN_SLICE = 16384, 128  # voxels summed into one partial weight gradient
-CONV_PROGRAMS, DWEIGHT_PROGRAMS = 264, 1024  # programs that a launch aims at
-STAGES, DEEP_STAGES = 3, 5  # loads in flight; with few rows at a time, the wait for gathered rows is longest
+SLICE, MIN_SLICE = 16384, 128  # most and least voxels summed into one partial weight gradient
+CONV_PROGRAMS, DWEIGHT_PROGRAMS = 2, 8  # programs of a multiprocessor that a launch aims at
+STAGES, DEEP_STAGES = 3, 5  # stages of the pipeline; with few rows at a time, programs mostly wait for gathered rows
 BLOCK_S, SUMMED = 8, 512  # slices, and numbers of each, summed at a time
 
 
@@ -154,32 +156,37 @@ def gather_convs(
     if M:
         blocks = {"BLOCK_I": _block(Cin), "BLOCK_O": _block(Cout)}
         columns = triton.cdiv(Cout, blocks["BLOCK_O"])
-        rows = triton.next_power_of_2(triton.cdiv(M * columns * G, CONV_PROGRAMS))
+        card = abilities(x.device)
+        rows = triton.next_power_of_2(triton.cdiv(M * columns * G, CONV_PROGRAMS * card.multiprocessors))
         rows = max(MIN_BLOCK_N, min(BLOCK_N, rows))
+        stages = card.stages(
+            DEEP_STAGES if rows <= 32 else STAGES,
+            (rows + blocks["BLOCK_O"]) * blocks["BLOCK_I"] * x.element_size(),
+        )
         _conv_kernel[triton.cdiv(M, rows), columns, G](
             x.contiguous(), neighbors.contiguous(), weight.contiguous(),
             out if bias is None else bias, out if added is None else added, out, N, M,
             K=K, CIN=Cin, COUT=Cout, CB=Cout if bias is None else bias.shape[1], HAS_BIAS=bias is not None,
             HAS_ADDED=added is not None, TRANSPOSED=transposed, BLOCK_N=rows, **blocks,
-            num_stages=DEEP_STAGES if rows <= 32 else STAGES,
+            num_stages=stages,
         )  # fmt: skip
     return out
 
 
 def gather_conv_triton(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`gather_convs` for one convolution, without the leading G."""
+    """`gather_convs` for one convolution, without the leading G: x (N, Cin) -> (M, Cout)."""
     return gather_convs(x[None], neighbors, weight[None], None if bias is None else bias[None])[0]
 
 
 def gather_convs_gradients(x: Tensor, neighbors: Tensor, dout: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Σ_n x[g, neighbors[k, n]]ᵀ dout[g, n] and Σ_n dout[g, n].
+    """Compute Σ_n x[g, neighbors[k, n]]ᵀ dout[g, n] and Σ_n dout[g, n], the gradients of weight and bias.
 
-    Slices of the voxels are summed first, then their sums, in a fixed order: the result is deterministic.
+    The kernels sum each slice of the voxels and then add up these sums, in a fixed order: the result is deterministic.
 
     Args:
         x, dout: (G, N, Cin) and (G, N, Cout).
         neighbors: (K, N) int32, N where there is none.
-        dtype: of the results; sums are in fp32.
+        dtype: dtype of the results; the kernels sum in fp32.
 
     Returns:
         Gradients of weight (G, K, Cin, Cout) and bias (G, Cout).
@@ -187,7 +194,8 @@ def gather_convs_gradients(x: Tensor, neighbors: Tensor, dout: Tensor, dtype: to
     (G, N, Cin), Cout, K = x.shape, dout.shape[2], len(neighbors)
     blocks = {"BLOCK_I": _block(Cin), "BLOCK_O": _block(Cout)}
     tiles = triton.cdiv(Cin, blocks["BLOCK_I"]) * triton.cdiv(Cout, blocks["BLOCK_O"])
-    size = triton.next_power_of_2(triton.cdiv(N * tiles * G * K, DWEIGHT_PROGRAMS))
+    card = abilities(x.device)
+    size = triton.next_power_of_2(triton.cdiv(N * tiles * G * K, DWEIGHT_PROGRAMS * card.multiprocessors))
     size = max(MIN_SLICE, min(SLICE, size))
     S = triton.cdiv(N, size)
     out = torch.empty(G, K * Cin + 1, Cout, dtype=dtype, device=x.device)
@@ -196,6 +204,7 @@ def gather_convs_gradients(x: Tensor, neighbors: Tensor, dout: Tensor, dtype: to
         _dweight_kernel[S, G * (K + 1), tiles](
             x.contiguous(), neighbors.contiguous(), dout.contiguous(), partial, N, size,
             K=K, CIN=Cin, COUT=Cout, BLOCK_N=BLOCK_N, **blocks,
+            num_stages=card.stages(STAGES, (blocks["BLOCK_I"] + blocks["BLOCK_O"]) * BLOCK_N * x.element_size()),
         )  # fmt: skip
     if out.numel():
         _sum_slices_kernel[(triton.cdiv(out.numel(), SUMMED),)](
@@ -205,7 +214,7 @@ def gather_convs_gradients(x: Tensor, neighbors: Tensor, dout: Tensor, dtype: to
 
 
 def take_rows_triton(x: Tensor, order: Tensor) -> Tensor:
-    """x[order]: x (N, C), order (M,) long -> (M, C)."""
+    """Return x[order]: x (N, C), order (M,) long -> (M, C)."""
     out = x.new_empty(len(order), x.shape[1])
     if out.numel():
         BLOCK = 1024

@@ -1,8 +1,8 @@
 """Triton kernels of the group norm of packed samples; the definition is in group_norm.py.
 
 One launch serves T tensors of the same shape. The samples are cut into tiles of rows. A first kernel computes the mean
-and the squared deviations of each channel in each tile; a second merges them per sample and group. So nothing cancels,
-as if the rows were read twice, and the order of all sums is fixed.
+and the sum of squared deviations of each channel in each tile; a second merges them for each sample and group. So no
+digits cancel, though the rows are read once, and the order of all sums is fixed.
 
 Sizes named in this file:
     T  tensors      N  rows of each      B  samples      C  channels      G  groups of channels
@@ -16,21 +16,22 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .devices import abilities
 from .ragged import Ragged
 
-PROGRAMS = 1024  # programs of a launch, about as many as a large GPU runs at once
+PROGRAMS = 8  # programs of a multiprocessor that a launch aims at
 MIN_TILE, MAX_BLOCK_N, MAX_BLOCK_C = 32, 64, 64  # rows of a tile; rows and channels at a time
-MERGED = 2048  # numbers that a program merges at a time
+MERGED_NUMBERS = 2048  # that a program merges at a time
 
 
 @dataclass(frozen=True)
 class Pooled:
-    """The cells of a `mean_pool` after the norm, through which the gradient passes.
+    """The cells of a `mean_pool` that follows the norm, for the gradient that comes through it.
 
     Args:
         parent: cell of each row, (N,) long.
         cells: rows of each cell.
-        skip: gradient of the means of x itself, (T, cells, C); it is added to that of x.
+        skip: gradient of the means of x itself over cells, (T, cells, C); the gradient of x contains it.
     """
 
     parent: Tensor
@@ -40,7 +41,10 @@ class Pooled:
 
 @triton.jit
 def _tile_rows(offsets, tile_offsets, tile_samples, B, SIZE):
-    """Sample of this program's tile, its first row and the row after its last; tiles beyond the last have no rows."""
+    """Return the sample of this program's tile, its first row, and the row after its last.
+
+    Tiles beyond the last have no rows.
+    """
     tile = tl.program_id(0)
     loaded = tl.load(tile_samples + tile)
     sample = tl.minimum(loaded, B - 1)
@@ -51,6 +55,7 @@ def _tile_rows(offsets, tile_offsets, tile_samples, B, SIZE):
 
 @triton.jit
 def silu_gradient(z):
+    """Return the derivative of SiLU at z."""
     s = tl.sigmoid(z)
     return s * (1 + z * (1 - s))
 
@@ -60,9 +65,9 @@ def _statistics_kernel(
     x, keys, values, position, place, offsets, tile_offsets, tile_samples, partial, B, N, SIZE,
     C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
-    """One program: mean and squared deviations of the channels over one tile -> partial (tiles, T, 2, C).
+    """One program: mean and sum of squared deviations of each channel in one tile -> partial (tiles, T, 2, C).
 
-    With JOIN the program first writes x: tensor 0 is keys + position[place], tensor 1 is values.
+    With JOIN, the program first writes x: tensor 0 is keys + position[place], tensor 1 is values.
     """
     tensor = tl.program_id(2).to(tl.int64)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -140,7 +145,7 @@ def _normalize_kernel(
     x, statistics, weight, bias, out, offsets, tile_offsets, tile_samples, B, N, SIZE,
     C: tl.constexpr, G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """One program: the norm, and SiLU with SILU, of one tile."""
+    """One program: the norm of one tile, with SILU followed by SiLU."""
     tensor = tl.program_id(2).to(tl.int64)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_c = offs_c < C
@@ -167,11 +172,12 @@ def _gradient_kernel(
     C: tl.constexpr, G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     SILU: tl.constexpr, POOLED: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """One program, for one tile. With SUM: the sums of dy and of dy times the normed x -> partial (tiles, T, 2, C).
+    """One program: a step of the gradient in one tile.
 
-    Otherwise: dx, from `group_means` (2, T, B, G), the means of both over a group.
+    With SUM, it sums dy and dy times the normed x over the rows -> partial (tiles, T, 2, C). Without SUM, it computes
+    dx from the means of the same two over each group, `group_means` (2, T, B, G).
 
-    dy is the gradient of the norm; with SILU, of its SiLU; with POOLED, of the mean of that over each of M cells.
+    dy is the gradient of the norm; with SILU, that of SiLU(norm); with POOLED, that of its mean over each of M cells.
     `skip` is then the gradient of the mean of x over each cell.
     """
     tensor = tl.program_id(2).to(tl.int64)
@@ -224,7 +230,10 @@ def _merge_sums_kernel(
     C: tl.constexpr, G: tl.constexpr, J: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_G groups of one sample -> group_means (2, T, B, G), or of all -> dweight and dbias (T, C)."""
+    """One program: BLOCK_G groups of sample b -> group_means (2, T, B, G), or of all samples -> dweight, dbias (T, C).
+
+    Program B takes all samples.
+    """
     sample, tensor = tl.program_id(0), tl.program_id(2).to(tl.int64)
     T = tl.num_programs(2)
     offs_g, offs_j = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_J)
@@ -255,13 +264,14 @@ def _merge_sums_kernel(
 
 
 class _Tiling:
-    """Tiles of the rows of all samples, and the blocks of the kernels over them and of those that merge them."""
+    """The tiles of the rows, and the sizes of the kernels that work on tiles and of those that merge them."""
 
     def __init__(self, x: Tensor, samples: Ragged, num_groups: int):
         T, N, C = x.shape
         BLOCK_C = min(MAX_BLOCK_C, triton.next_power_of_2(C))
         columns = triton.cdiv(C, BLOCK_C)
-        self.size = max(MIN_TILE, triton.next_power_of_2(triton.cdiv(N * T * columns, PROGRAMS)))
+        programs = PROGRAMS * abilities(x.device).multiprocessors
+        self.size = max(MIN_TILE, triton.next_power_of_2(triton.cdiv(N * T * columns, programs)))
         self.tile_offsets, tile_samples = samples.tiles(self.size)
         self.tables = samples.offsets, self.tile_offsets, tile_samples
         self.grid = len(tile_samples), columns, T
@@ -270,20 +280,21 @@ class _Tiling:
         BLOCK_J = triton.next_power_of_2(J)
         BLOCK_G = min(max(1, 16 // BLOCK_J), triton.next_power_of_2(num_groups))
         self.merging = {"J": J, "BLOCK_J": BLOCK_J, "BLOCK_G": BLOCK_G}
-        self.merging["BLOCK_T"] = max(1, min(128, MERGED // (BLOCK_J * BLOCK_G)))
+        self.merging["BLOCK_T"] = max(1, min(128, MERGED_NUMBERS // (BLOCK_J * BLOCK_G)))
         self.group_blocks = triton.cdiv(num_groups, BLOCK_G)
 
     def partial(self, x: Tensor) -> Tensor:
+        """Return memory for two numbers of each tile and channel of x (T, N, C): (tiles, T, 2, C) float32."""
         return torch.empty(self.grid[0], x.shape[0], 2, x.shape[2], dtype=torch.float32, device=x.device)
 
 
 def group_norm_statistics(
     x: Tensor, samples: Ragged, num_groups: int, eps: float, joined: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 ) -> Tensor:
-    """Mean and 1 / deviation of x (T, N, C) in each sample and group: (2, T, B, G) float32.
+    """Compute mean and 1 / deviation of x (T, N, C) in each sample and group: (2, T, B, G) float32.
 
-    With `joined` = keys (N, C), values (N, C), position (P, C) and place (N,) long, x is first written, T = 2: keys +
-    position[place], and values.
+    With `joined` = keys (N, C), values (N, C), position (P, C) and place (N,) long, T is 2, and the kernel first writes
+    keys + position[place] and values into x.
     """
     (T, N, C), B = x.shape, len(samples)
     statistics = torch.empty(2, T, B, num_groups, dtype=torch.float32, device=x.device)
@@ -318,7 +329,7 @@ def group_norm_backward(
 ) -> None:  # fmt: skip
     """Write the gradients of `group_norm_apply` into dx (T, N, C), dweight and dbias (T, C), of any floating dtype.
 
-    dy is (T, N, C), or with `pooled` the gradient of the means over cells, (T, cells, C).
+    dy is the gradient of its result, (T, N, C), or with `pooled` that of the means over cells, (T, cells, C).
     """
     (T, N, C), B, G = x.shape, len(samples), statistics.shape[3]
     tiling = _Tiling(x, samples, G)
@@ -361,5 +372,5 @@ class _GroupNorm(torch.autograd.Function):
 def group_norm_triton(
     x: Tensor, weight: Tensor, bias: Tensor, samples: Ragged, num_groups: int, eps: float, silu: bool = False
 ) -> Tensor:
-    """`packed_group_norm` with sums in float32."""
+    """`packed_group_norm` of x (N, C) with sums in float32: (N, C)."""
     return _GroupNorm.apply(x, weight, bias, samples, num_groups, eps, silu)

@@ -1,7 +1,7 @@
 """Triton kernels of layer norm with modulation and of the gated residual; the definitions are in modulation.py.
 
 A program takes a tile: up to `rows` rows of one sample, whose parameters it reads once. In the backward pass it also
-writes their gradients over its rows; another kernel adds these tile by tile, in a fixed order.
+sums the gradients of the parameters over its rows; another kernel adds up the tiles of each sample, in a fixed order.
 
 Sizes named in this file:
     N  rows      B  samples      C  channels
@@ -20,7 +20,7 @@ from .segment_sum_triton import segment_sum_triton
 
 
 class RowTile(NamedTuple):
-    """Rows of a program, the numbers that it holds at a time, and its warps."""
+    """The rows that a program takes, the numbers that it holds at a time, and its warps."""
 
     rows: int
     elements: int
@@ -35,10 +35,10 @@ GATE_BACKWARD = RowTile(32, 4096, 4)
 
 @triton.jit
 def _rows_of_tile(offsets, tile_offsets, tile_samples, N, B, ROWS: tl.constexpr, RAGGED: tl.constexpr):
-    """The sample of this program's tile, the first row of the tile, and the row after its last."""
+    """Return the sample of this program's tile, the first row of the tile, and the row after its last."""
     tile = tl.program_id(0)
     if RAGGED:
-        sample = tl.minimum(tl.load(tile_samples + tile), B - 1)  # tiles beyond the last come out empty
+        sample = tl.minimum(tl.load(tile_samples + tile), B - 1)  # tiles beyond the last have no rows
         first = tl.load(offsets + sample) + (tile - tl.load(tile_offsets + sample)) * ROWS
         last = tl.minimum(first + ROWS, tl.load(offsets + sample + 1))
     else:
@@ -57,7 +57,7 @@ def _parameters(x, sample, STRIDE, C: tl.constexpr, CP: tl.constexpr):
 
 @triton.jit
 def _normed(b_h, is_c, C: tl.constexpr, EPS: tl.constexpr):
-    """The rows with mean 0 and variance 1, and the factor that makes their variance 1, [BLOCK_N, 1]."""
+    """Return the rows with mean 0 and variance 1, and the factor that made it 1, [BLOCK_N, 1]."""
     centred = tl.where(is_c, b_h - (tl.sum(b_h, 1) / C)[:, None], 0.0)
     rstd = (1.0 / tl.sqrt(tl.sum(centred * centred, 1) / C + EPS))[:, None]
     return centred * rstd, rstd
@@ -69,7 +69,7 @@ def _norm_kernel(
     C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr,
     EPS: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
-    """One program: norm(h) (ONE + scale) + shift of a tile."""
+    """One program: norm(h) (ONE + scale) + shift in a tile."""
     sample, first, last = _rows_of_tile(offsets, tile_offsets, tile_samples, N, B, ROWS, RAGGED)
     offs_c = tl.arange(0, CP)
     b_shift = _parameters(shift, sample, SHIFT_STRIDE, C, CP)
@@ -89,7 +89,7 @@ def _norm_backward_kernel(
     C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr,
     EPS: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
-    """One program: dh of a tile, and in `partial` (tiles, 2, C) the sums over its rows for dshift and dscale."""
+    """One program: dh in a tile, and the parts of dshift and dscale from its rows -> partial (tiles, 2, C)."""
     sample, first, last = _rows_of_tile(offsets, tile_offsets, tile_samples, N, B, ROWS, RAGGED)
     offs_c = tl.arange(0, CP)
     b_factor = _parameters(scale, sample, SCALE_STRIDE, C, CP) + ONE
@@ -116,7 +116,7 @@ def _gate_kernel(
     h, gate, x, out, offsets, tile_offsets, tile_samples, N, B, STRIDE,
     C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """One program: h + gate x of a tile."""
+    """One program: h + gate x in a tile."""
     sample, first, last = _rows_of_tile(offsets, tile_offsets, tile_samples, N, B, ROWS, RAGGED)
     offs_c = tl.arange(0, CP)
     b_gate = _parameters(gate, sample, STRIDE, C, CP)
@@ -134,7 +134,7 @@ def _gate_backward_kernel(
     gate, x, dout, dx, partial, offsets, tile_offsets, tile_samples, N, B, STRIDE,
     C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """One program: dx of a tile, and in `partial` (tiles, C) the sum over its rows for dgate."""
+    """One program: dx in a tile, and the part of dgate from its rows -> partial (tiles, C)."""
     sample, first, last = _rows_of_tile(offsets, tile_offsets, tile_samples, N, B, ROWS, RAGGED)
     offs_c = tl.arange(0, CP)
     b_gate = _parameters(gate, sample, STRIDE, C, CP)
@@ -202,33 +202,33 @@ class _GatedSum(torch.autograd.Function):
 def modulated_norm_triton(
     h: Tensor, shift: Tensor, scale: Tensor, samples: Ragged, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """`modulated_norm` in `dtype`."""
+    """`modulated_norm` of h (N, C) with a result of `dtype`: (N, C)."""
     return _ModulatedNorm.apply(h.contiguous(), _packed(shift), _packed(scale), _several(samples), eps, 1.0, dtype)
 
 
 def affine_norm_triton(h: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """`affine_norm` in `dtype`."""
+    """`affine_norm` of h (..., C) with a result of `dtype`: (..., C)."""
     rows = h.reshape(-1, h.shape[-1]).contiguous()
     return _ModulatedNorm.apply(rows, _packed(bias[None]), _packed(weight[None]), None, eps, 0.0, dtype).view(h.shape)
 
 
 def gated_sum_triton(h: Tensor, gate: Tensor, x: Tensor, samples: Ragged, dtype: torch.dtype) -> Tensor:
-    """`gated_sum` in `dtype`."""
+    """`gated_sum` of h and x (N, C) with a result of `dtype`: (N, C)."""
     return _GatedSum.apply(h.contiguous(), _packed(gate), x.contiguous(), _several(samples), dtype)
 
 
 def _several(samples: Ragged) -> Ragged | None:
-    """The samples, or None where there is one: the kernels then read no tables."""
+    """Return the samples, or None for a single one: the kernels then read no tables."""
     return None if len(samples) == 1 else samples
 
 
 def _packed(x: Tensor) -> Tensor:
-    """The parameters with the channels of a row side by side; rows may lie apart, as those of a chunk do."""
+    """Return x with the channels of a row side by side. Rows may lie apart, as those of `chunk` do."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _launch(x: Tensor, samples: Ragged | None, tile: RowTile) -> tuple[tuple[int], tuple, dict]:
-    """Grid, tables that assign the rows of x (N, C) to samples, and compile-time sizes."""
+    """Return the grid, the tables that assign the rows of x (N, C) to samples, and the compile-time sizes."""
     N, C = x.shape
     CP = triton.next_power_of_2(C)
     BLOCK_N = min(tile.rows, max(1, tile.elements // CP))

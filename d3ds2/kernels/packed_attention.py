@@ -1,21 +1,21 @@
 """Softmax attention over packed samples of different lengths.
 
 Sizes named in this file:
-    Tq, Tk  queries and keys, all segments packed      H  query heads        G  query heads per key head, H / Hk
-    D       channels per head                          Hk key/value heads
+    Tq, Tk  queries and keys, all segments packed      H  query heads        G  query heads per key/value head, H / Hk
+    S       segments                                   Hk key/value heads    D  channels per head
 
-A packed batch is cut into segments (samples, or attention windows) by `cu_seqlens` (segments + 1,) int32 on the device
-and `lengths`, the same on the host. Queries attend to all keys of the segment with their number; a query whose segment
-has no key gets zeros.
+A packed batch is cut into segments: samples, or attention windows. `cu_seqlens` (S + 1,) int32 on the device says where
+each begins, `lengths` on the host how long each is. The queries of a segment attend to all keys of the segment with the
+same number. A query whose segment has no key gets zeros.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .devices import HAS_TRITON
+from .devices import has_flash, on_triton
 
-_LSE_ELEMENTS = 1 << 24  # logits held at once where no kernel returns the logsumexp
+_LSE_ELEMENTS = 1 << 24  # scores held at once where no kernel returns the logsumexp
 
 
 def packed_attention(
@@ -28,13 +28,13 @@ def packed_attention(
     lengths_k: list[int],
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(q kᵀ · scale) v within each segment (eq. 4-5).
+    """Compute softmax(q kᵀ · scale) v within each segment (eq. 4-5).
 
     Args:
         q: queries (Tq, H, D).
         k, v: keys and values (Tk, Hk, D) of the dtype of q; Hk divides H.
-        cu_seqlens_q, cu_seqlens_k: first row of each segment and, last, Tq or Tk, (segments + 1,) int32.
-        lengths_q, lengths_k: tokens of each segment, on the host; zero is allowed.
+        cu_seqlens_q, cu_seqlens_k: first row of each segment and, last, Tq or Tk, (S + 1,) int32.
+        lengths_q, lengths_k: rows of each segment, on the host; zero is allowed.
         scale: factor on the scores. Default: 1 / sqrt(D).
 
     Returns:
@@ -45,7 +45,7 @@ def packed_attention(
     """
     _check(q, k, v, lengths_q, lengths_k)
     if _has_varlen_kernel(q):
-        if HAS_TRITON and q.shape[2] <= 32 and not torch.compiler.is_compiling():
+        if on_triton(q) and q.shape[2] <= 32 and not torch.compiler.is_compiling():
             from .packed_attention_triton import packed_attention_triton
 
             scale = q.shape[2] ** -0.5 if scale is None else scale
@@ -68,10 +68,13 @@ def packed_attention_with_lse(
     lengths_k: list[int],
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`packed_attention`, and the natural logarithm of each query's softmax denominator.
+    """Compute `packed_attention` and the natural logarithm of each query's softmax denominator.
 
     Returns:
-        out (Tq, H, D), and lse (Tq, H) float32, which carries no gradient; -inf where a segment has no key.
+        out (Tq, H, D), and lse (Tq, H) float32, which has no gradient; -inf where a segment has no key.
+
+    Raises:
+        ValueError: for shapes or lengths that do not fit together.
     """
     _check(q, k, v, lengths_q, lengths_k)
     if _has_varlen_kernel(q):
@@ -94,16 +97,16 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lengths_q: list[int], lengths_k: lis
     if len(lengths_q) != len(lengths_k) or sum(lengths_q) != len(q) or sum(lengths_k) != len(k):
         raise ValueError(
             f"expected lengths of equally many segments with sums {len(q)} and {len(k)}, got {len(lengths_q)} and "
-            f"{len(lengths_k)} with sums {sum(lengths_q)} and {sum(lengths_k)}"
+            f"{len(lengths_k)} segments with sums {sum(lengths_q)} and {sum(lengths_k)}"
         )
 
 
 def _has_varlen_kernel(q: Tensor) -> bool:
-    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] % 8 == 0
+    return q.is_cuda and has_flash(q.device) and q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] % 8 == 0
 
 
 def _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, lengths_q, lengths_k, scale) -> tuple[Tensor, Tensor]:
-    """FlashAttention over all segments at once: out (Tq, H, D) and lse (H, Tq)."""
+    """FlashAttention over all segments in one launch: out (Tq, H, D) and lse (H, Tq)."""
     max_q, max_k = max(lengths_q, default=0), max(lengths_k, default=0)
     if max_q == 0 or max_k == 0:
         return torch.zeros_like(q), q.new_full((q.shape[1], len(q)), -torch.inf, dtype=torch.float32)
@@ -133,14 +136,14 @@ def _segment_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> t
 
 
 def _group(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The G heads of a group become more queries, (1, Hk, L · G, D), so that no key is copied."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # the CPU kernel relies on it
+    """Turn the G heads of a group into more queries, (1, Hk, L · G, D), so that no key is copied."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # the CPU kernel needs stride 1
     q = q.unflatten(1, (k.shape[1], -1)).movedim(1, 0).flatten(1, 2)
     return q[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None]
 
 
 def _ungroup(x: Tensor, length: int) -> Tensor:
-    """The inverse: (Hk, L · G, ...) -> (L, H, ...)."""
+    """Undo `_group`: (Hk, L · G, ...) -> (L, H, ...)."""
     return x.unflatten(1, (length, -1)).movedim(0, 1).flatten(1, 2)
 
 

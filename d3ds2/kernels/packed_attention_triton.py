@@ -10,11 +10,16 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .attention_tiles import AttentionTiles, Tile
 from .ragged import AttentionSegments, Ragged
-from .ragged_attention_triton import Tile, ragged_attention_dkdv, ragged_attention_dq, ragged_attention_forward
+from .ragged_attention_triton import ragged_attention_dkdv, ragged_attention_dq, ragged_attention_forward
 
-TILES = Tile(64, 64, stages=3, registers=80), Tile(64, 64, stages=3), Tile(128, 64, stages=3)  # forward, dq, dk, dv
-ENOUGH_PROGRAMS = 6000  # of dk and dv: of few keys, the queries are split
+TILES = AttentionTiles(
+    forward=Tile(64, 64, stages=3, registers=80),
+    dq=Tile(64, 64, stages=3),
+    dkdv=Tile(128, 64, stages=3),
+)
+ENOUGH_PROGRAMS = 6000  # of dk and dv: where keys are few, their queries are split to make so many
 MAX_SPLITS = 16
 
 
@@ -23,7 +28,7 @@ class _PackedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, scale):
         ctx.segments = AttentionSegments(Ragged(cu_seqlens_q, len(q)), Ragged(cu_seqlens_k, len(k)))
         ctx.scale = scale
-        out, lse = ragged_attention_forward(q, k, v, ctx.segments, scale, TILES[0])
+        out, lse = ragged_attention_forward(q, k, v, ctx.segments, scale, TILES.forward)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
@@ -33,9 +38,9 @@ class _PackedAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         dout = dout.contiguous()
         stats = torch.stack([lse, (out.float() * dout.float()).sum(-1)], dim=-1)  # (Tq, H, 2)
-        dq = ragged_attention_dq(q, k, v, ctx.segments, stats, dout, ctx.scale, TILES[1])
-        programs = triton.cdiv(len(k), TILES[2].keys) * k.shape[1]
-        tile = replace(TILES[2], splits=min(MAX_SPLITS, max(1, ENOUGH_PROGRAMS // max(1, programs))))
+        dq = ragged_attention_dq(q, k, v, ctx.segments, stats, dout, ctx.scale, TILES.dq)
+        programs = triton.cdiv(len(k), TILES.dkdv.keys) * k.shape[1]
+        tile = replace(TILES.dkdv, splits=min(MAX_SPLITS, max(1, ENOUGH_PROGRAMS // max(1, programs))))
         dk, dv = ragged_attention_dkdv(q, k, v, ctx.segments, stats, dout, ctx.scale, tile)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
@@ -43,7 +48,7 @@ class _PackedAttention(torch.autograd.Function):
 def packed_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
 ) -> Tensor:
-    """Same contract as `packed_attention` of packed_attention.py, for half precision."""
+    """`packed_attention` of q (Tq, H, D), k and v (Tk, Hk, D): (Tq, H, D). Differentiable in q, k and v."""
     if len(q) == 0:
         return torch.zeros_like(q)
     return _PackedAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens_q, cu_seqlens_k, scale)

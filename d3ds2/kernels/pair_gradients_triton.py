@@ -1,10 +1,10 @@
-"""Triton kernels of dk and dv where some runs of keys have very many queries: their lists are cut into chunks.
+"""Triton kernels of dk and dv for blocks that many queries may select; the definition is in pair_gradients.py.
 
-A block that most queries selected would keep one program busy long after all others. Here a program takes one chunk of
-a list; lists of several chunks write partial sums, which are then added in a fixed order. Their number is bounded by
-the number of pairs, not of blocks. Sizes are named in ragged_attention_triton.py.
+One program for a block that most queries selected would still run long after all others. Here a program takes one chunk
+of a block's pairs. A block with several chunks gets a partial sum from each; they are then added in a fixed order. The
+number of chunks is bounded by the number of pairs, not by the number of blocks.
 
-The definition is in selection_attention.py.
+Sizes are named in ragged_attention_triton.py.
 """
 
 import torch
@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attention_tiles import Tile
 from .ragged import AttentionSegments
-from .ragged_attention_triton import LOG2_E, Tile, _dot, _load_stats, kernel_arguments
+from .ragged_attention_triton import LOG2_E, _dot, _load_stats, kernel_arguments
 
-CHUNK = 512  # pairs
+CHUNK_PAIRS = 512  # that a program takes
 
 
 @triton.jit
@@ -25,14 +26,17 @@ def _dkdv_chunk_kernel(
     P: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One program: dk, dv of BLOCK_K keys of one run over one chunk of its pairs."""
+    """One program: dk and dv of BLOCK_K keys of one segment, from one chunk of its CHUNK pairs.
+
+    They are the result if the segment has no other chunk. Otherwise they are partial sums, in slots of LONGEST keys.
+    """
     chunk = tl.program_id(0)
     segment = tl.load(chunk_segments + chunk)
     if segment < S:
-        run, h = segment % M, segment // M
-        start = tl.load(key_offsets + run)
-        size = tl.load(key_offsets + run + 1) - start
-        place = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)  # in the run
+        key_segment, h = segment % M, segment // M
+        start = tl.load(key_offsets + key_segment)
+        size = tl.load(key_offsets + key_segment + 1) - start
+        place = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)  # in the segment
         if tl.program_id(1) * BLOCK_K < size:
             offs, offs_d = tl.arange(0, BLOCK_Q * GP), tl.arange(0, DP)
             is_key, is_d = place < size, offs_d < D
@@ -51,13 +55,13 @@ def _dkdv_chunk_kernel(
                 valid = valid & (g < G)
                 b_q = tl.load(q + at[:, None] * D + offs_d, mask=valid[:, None] & is_d, other=0.0)
                 b_do = tl.load(dout + at[:, None] * D + offs_d, mask=valid[:, None] & is_d, other=0.0)
-                b_lse, b_delta = _load_stats(stats, at, valid)  # no query: q, dout and delta are zero
+                b_lse, b_delta = _load_stats(stats, at, valid)  # where no query is, q, dout and delta are zero
                 b_p = tl.exp2(_dot(b_k, tl.trans(b_q)) * scale_log2 - b_lse)  # [BLOCK_K, BLOCK_Q * GP]
                 b_ds = b_p * (_dot(b_v, tl.trans(b_do)) - b_delta)
                 b_dv += _dot(b_p.to(b_do.dtype), b_do)
                 b_dk += _dot(b_ds.to(b_q.dtype), b_q)
             slot = tl.load(slots + segment)
-            if tl.load(slots + segment + 1) == slot:  # the only chunk of its list
+            if tl.load(slots + segment + 1) == slot:  # the segment has only this chunk
                 tl.store(dk + kv, b_dk * scale, mask=is_key[:, None] & is_d)
                 tl.store(dv + kv, b_dv, mask=is_key[:, None] & is_d)
             else:
@@ -68,20 +72,20 @@ def _dkdv_chunk_kernel(
 
 @triton.jit
 def _add_chunks_kernel(
-    partial_dk, partial_dv, chunk_offsets, slots, tile_offsets, tile_runs, key_offsets, dk, dv, M, LONGEST,
+    partial_dk, partial_dv, chunk_offsets, slots, tile_offsets, tile_segments, key_offsets, dk, dv, M, LONGEST,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_K keys of one run and head whose pairs are in no chunk, or in several."""
+    """One program: dk and dv of BLOCK_K keys of one segment and head, unless its pairs fill just one chunk."""
     tile, h = tl.program_id(0), tl.program_id(1)
-    run = tl.load(tile_runs + tile)
-    if run < M:
-        segment = h * M + run
+    key_segment = tl.load(tile_segments + tile)
+    if key_segment < M:
+        segment = h * M + key_segment
         chunks = tl.load(chunk_offsets + segment + 1) - tl.load(chunk_offsets + segment)
         if chunks != 1:
             offs_d = tl.arange(0, DP)
-            start = tl.load(key_offsets + run)
-            place = (tile - tl.load(tile_offsets + run)) * BLOCK_K + tl.arange(0, BLOCK_K)
-            mask = (start + place < tl.load(key_offsets + run + 1))[:, None] & (offs_d < D)
+            start = tl.load(key_offsets + key_segment)
+            place = (tile - tl.load(tile_offsets + key_segment)) * BLOCK_K + tl.arange(0, BLOCK_K)
+            mask = (start + place < tl.load(key_offsets + key_segment + 1))[:, None] & (offs_d < D)
             b_dk = tl.zeros([BLOCK_K, DP], dtype=tl.float32)
             b_dv = tl.zeros([BLOCK_K, DP], dtype=tl.float32)
             slot = tl.load(slots + segment).to(tl.int64)
@@ -96,10 +100,19 @@ def _add_chunks_kernel(
 
 def pair_dkdv(
     q: Tensor, k: Tensor, v: Tensor, segments: AttentionSegments, stats: Tensor, dout: Tensor, scale: float,
-    tile: Tile, chunk: int = CHUNK,
+    tile: Tile, chunk: int = CHUNK_PAIRS,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dk and dv (Tk, H, D) float32 of segments with pairs, whose longest run of keys is known. Arguments: as of
-    `ragged_attention_dkdv`; `chunk` pairs are taken by one program.
+    """Return dk and dv (Tk, H, D) float32, as `pair_dkdv_reference` does.
+
+    Args:
+        q: queries (T, H * G, D).
+        k, v: keys and values (Tk, H, D).
+        segments: H * M segments of pairs and M segments of keys, without ids, whose `longest` is known.
+        stats: lse in base 2, and the sum of out * dout over D, of each row of q: (T, H * G, 2) float32.
+        dout: gradient of the output (T, H * G, D).
+        scale: factor on the scores.
+        tile: how the kernels cut their work.
+        chunk: pairs of a chunk.
     """
     (query_offsets, query_ids, key_offsets, _), sizes = kernel_arguments(q, k, segments, tile)
     for name in ("HAS_QUERY_IDS", "HAS_KEY_IDS"):
@@ -108,17 +121,17 @@ def pair_dkdv(
     chunk_offsets, chunk_segments = segments.queries.tiles(chunk)
     chunks = chunk_offsets.diff()
     slots = torch.nn.functional.pad(torch.where(chunks > 1, chunks, 0).cumsum(0), (1, 0)).int()
-    capacity = 2 * segments.queries.total // chunk + 1  # a list of n > chunk pairs has at most 2 n / chunk chunks
+    capacity = 2 * segments.queries.total // chunk + 1  # a segment of n > chunk pairs has at most 2 n / chunk chunks
     dk, dv = (k.new_empty(k.shape, dtype=torch.float32) for _ in range(2))
-    partial = k.new_empty(2, capacity, keys.longest, D, dtype=torch.float32)
+    partial_dk, partial_dv = k.new_empty(2, capacity, keys.longest, D, dtype=torch.float32)
     _dkdv_chunk_kernel[len(chunk_segments), triton.cdiv(keys.longest, tile.keys)](
         q, k, v, chunk_offsets, chunk_segments, slots, query_offsets, query_ids, key_offsets, stats, dout, dk, dv,
-        partial[0], partial[1], scale, scale * LOG2_E, len(segments.queries), len(keys), keys.longest,
+        partial_dk, partial_dv, scale, scale * LOG2_E, len(segments.queries), len(keys), keys.longest,
         **sizes, CHUNK=chunk,
     )  # fmt: skip
-    tiles = keys.tiles(tile.keys)
-    _add_chunks_kernel[len(tiles[1]), H](
-        partial[0], partial[1], chunk_offsets, slots, *tiles, key_offsets, dk, dv, len(keys), keys.longest,
-        H=H, D=D, DP=sizes["DP"], BLOCK_K=tile.keys,
+    tile_offsets, tile_segments = keys.tiles(tile.keys)
+    _add_chunks_kernel[len(tile_segments), H](
+        partial_dk, partial_dv, chunk_offsets, slots, tile_offsets, tile_segments, key_offsets, dk, dv,
+        len(keys), keys.longest, H=H, D=D, DP=sizes["DP"], BLOCK_K=tile.keys,
     )  # fmt: skip
     return dk, dv

@@ -1,76 +1,125 @@
-"""Triton kernels that bring pairs (query, selected block) into the order of their blocks: a counting sort.
+"""Triton kernels that sort the pairs of a query and a selected block; shapes and definition are in pair_order.py.
 
-For few blocks: three launches in the place of the ten of a radix sort, which at a few thousand tokens are most of its
-time. The definition is `pairs_by_block` of selection_attention_triton.py, by torch's sort.
+Pairs are sorted by their list: h * M + m for head h and block m, Hk * M for a place without a block. With few lists, a
+counting sort takes three launches instead of a radix sort's ten, which are most of its time at a few thousand tokens.
+With more, one kernel writes the lists, and torch sorts them.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 128  # pairs of a program
-GROUP = 32  # of them, or of the keys, that are compared with the tile at a time
-MAX_BINS = 256
-MAX_PAIRS = 1 << 18
+
+@dataclass(frozen=True)
+class OrderTile:
+    """How the kernels cut their work.
+
+    Args:
+        counted: pairs of a program of the counting sort.
+        compared: lists, or other pairs, that it compares with these at a time.
+        listed: pairs whose lists a program writes for torch's sort.
+    """
+
+    counted: int = 128
+    compared: int = 32
+    listed: int = 1024
+
+
+TILE = OrderTile()
+MAX_LISTS = 256  # the counting sort takes fewer
+MAX_PAIRS = 1 << 18  # that the counting sort takes
 
 
 @triton.jit
-def _count_kernel(block_indices, keys, counts, PAIRS, H, S, M, TILES, TILE: tl.constexpr, GROUP: tl.constexpr):
-    """One program: the keys of a tile, head * M + block, or H * M without a block; how many pairs have each key.
+def _list_kernel(block_indices, lists, PAIRS, Hk, K, M, BLOCK: tl.constexpr):
+    """One program: the lists of BLOCK pairs."""
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block = tl.load(block_indices + pair, mask=pair < PAIRS, other=-1)
+    tl.store(lists + pair, tl.where(block < 0, Hk * M, pair // K % Hk * M + block), mask=pair < PAIRS)
 
-    counts is (keys, tiles).
+
+@triton.jit
+def _count_kernel(block_indices, lists, counts, PAIRS, Hk, K, M, TILES, BLOCK: tl.constexpr, COMPARED: tl.constexpr):
+    """One program: the lists of the BLOCK pairs of a tile, and how many of these pairs each list has.
+
+    counts is (lists, tiles). Beyond the last pair, the list is Hk * M + 1, which is not counted.
     """
     tile = tl.program_id(0)
-    pair = tile * TILE + tl.arange(0, TILE)
+    pair = tile * BLOCK + tl.arange(0, BLOCK)
     block = tl.load(block_indices + pair, mask=pair < PAIRS, other=-1)
-    key = tl.where(block < 0, H * M, pair // S % H * M + block)
-    key = tl.where(pair < PAIRS, key, H * M + 1)
-    tl.store(keys + pair, key)
-    for first in range(0, H * M + 1, GROUP):
-        some = first + tl.arange(0, GROUP)
-        # 64 bits are what Triton 3.1's interpreter has after a sum, whatever it says
-        count = tl.sum((key[:, None] == some[None, :]).to(tl.int32), 0).to(tl.int64)
-        tl.store(counts + some * TILES + tile, count.to(tl.int32), mask=some <= H * M)
+    own = tl.where(block < 0, Hk * M, pair // K % Hk * M + block)
+    own = tl.where(pair < PAIRS, own, Hk * M + 1)
+    tl.store(lists + pair, own)
+    for first in range(0, Hk * M + 1, COMPARED):
+        some = first + tl.arange(0, COMPARED)
+        # Triton 3.1's interpreter makes a sum of 64 bits but says it has 32: the cast makes both agree
+        count = tl.sum((own[:, None] == some[None, :]).to(tl.int32), 0).to(tl.int64)
+        tl.store(counts + some * TILES + tile, count.to(tl.int32), mask=some <= Hk * M)
 
 
 @triton.jit
 def _place_kernel(
-    keys, counts, ends, pair_offsets, pair_ids, PAIRS, BINS, TILES,
-    TILE: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr,
+    lists, counts, ends, pair_offsets, pair_ids, PAIRS, LISTS, TILES,
+    BLOCK: tl.constexpr, COMPARED: tl.constexpr, LP: tl.constexpr,
 ):  # fmt: skip
-    """One program: puts the pairs of one tile behind those of the tiles before it which have the same key."""
+    """One program: puts the pairs of a tile behind those of earlier tiles in the same list.
+
+    LISTS is their number without the last; LP is LISTS + 1 rounded up to a power of 2.
+    """
     tile = tl.program_id(0)
     if tile == 0:
-        some = tl.arange(0, KEYS)
-        valid = some <= BINS
+        some = tl.arange(0, LP)
+        valid = some <= LISTS
         at = some * TILES
         first = tl.load(ends + at, mask=valid, other=0) - tl.load(counts + at, mask=valid, other=0)
         tl.store(pair_offsets + some, first, mask=valid)
-    pair = tile * TILE + tl.arange(0, TILE)
-    key = tl.load(keys + pair)
-    before = tl.zeros([TILE], dtype=tl.int32)  # pairs of this tile with the same key that come first
-    for first in range(0, TILE, GROUP):
-        other = tile * TILE + first + tl.arange(0, GROUP)
-        same = key[:, None] == tl.load(keys + other)[None, :]
+    pair = tile * BLOCK + tl.arange(0, BLOCK)
+    own = tl.load(lists + pair)
+    before = tl.zeros([BLOCK], dtype=tl.int32)  # earlier pairs of the tile in the same list
+    for first in range(0, BLOCK, COMPARED):
+        other = tile * BLOCK + first + tl.arange(0, COMPARED)
+        same = own[:, None] == tl.load(lists + other)[None, :]
         before += tl.sum((same & (other[None, :] < pair[:, None])).to(tl.int32), 1)
     valid = pair < PAIRS
-    at = tl.where(valid, key, 0) * TILES + tile
+    at = tl.where(valid, own, 0) * TILES + tile
     place = tl.load(ends + at, mask=valid, other=0) - tl.load(counts + at, mask=valid, other=0) + before
     tl.store(pair_ids + place, pair, mask=valid)
 
 
-def order_pairs_triton(block_indices: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """Same contract as `pairs_by_block` for fewer than MAX_BINS lists and at most MAX_PAIRS pairs."""
-    (_, H, S), PAIRS = block_indices.shape, block_indices.numel()
-    bins, TILES = H * num_blocks, triton.cdiv(PAIRS, TILE)
+def pairs_by_block_triton(block_indices: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+    """Return the pairs of each head and block, as `pairs_by_block` does, for block_indices (T, Hk, K) int32."""
+    (_, Hk, K), pairs = block_indices.shape, block_indices.numel()
+    num_lists = Hk * num_blocks
+    if 0 < num_lists < MAX_LISTS and 0 < pairs <= MAX_PAIRS:
+        return count_pairs(block_indices, num_blocks)
+    dtype = torch.int16 if num_lists < 1 << 15 else torch.int32  # a radix sort takes two passes instead of four
+    lists = torch.empty(pairs, dtype=dtype, device=block_indices.device)
+    if pairs:
+        programs = triton.cdiv(pairs, TILE.listed)
+        _list_kernel[(programs,)](block_indices, lists, pairs, Hk, K, num_blocks, BLOCK=TILE.listed)
+    lists, pair_ids = lists.sort(stable=True)
+    edges = torch.arange(num_lists + 1, dtype=dtype, device=block_indices.device)
+    return torch.searchsorted(lists, edges, out_int32=True), pair_ids.int()
+
+
+def count_pairs(block_indices: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+    """Return what `pairs_by_block` does, by a counting sort.
+
+    block_indices is (T, Hk, K) int32, with fewer than MAX_LISTS lists and at most MAX_PAIRS pairs.
+    """
+    (_, Hk, K), pairs = block_indices.shape, block_indices.numel()
+    num_lists, num_tiles = Hk * num_blocks, triton.cdiv(pairs, TILE.counted)
     make = block_indices.new_empty
-    keys, counts = make(TILES * TILE), make((bins + 1) * TILES)
-    pair_offsets, pair_ids = make(bins + 1), make(PAIRS)
-    tile = {"TILE": TILE, "GROUP": GROUP}
-    _count_kernel[(TILES,)](block_indices, keys, counts, PAIRS, H, S, num_blocks, TILES, **tile)
+    lists, counts = make(num_tiles * TILE.counted), make((num_lists + 1) * num_tiles)
+    pair_offsets, pair_ids = make(num_lists + 1), make(pairs)
+    sizes = {"BLOCK": TILE.counted, "COMPARED": TILE.compared}
+    _count_kernel[(num_tiles,)](block_indices, lists, counts, pairs, Hk, K, num_blocks, num_tiles, **sizes)
     ends = counts.cumsum(0, dtype=torch.int32)
-    _place_kernel[(TILES,)](
-        keys, counts, ends, pair_offsets, pair_ids, PAIRS, bins, TILES, **tile, KEYS=triton.next_power_of_2(bins + 1)
-    )
+    _place_kernel[(num_tiles,)](
+        lists, counts, ends, pair_offsets, pair_ids, pairs, num_lists, num_tiles,
+        **sizes, LP=triton.next_power_of_2(num_lists + 1),
+    )  # fmt: skip
     return pair_offsets, pair_ids

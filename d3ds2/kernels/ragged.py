@@ -1,7 +1,7 @@
-"""Rows cut into segments: which queries a kernel of attention pairs with which keys.
+"""Rows cut into segments, and the segments that attention pairs with each other.
 
 Sizes named in this file:
-    S  runs of queries      M  runs of keys      H  key/value heads
+    S  segments, or those of queries      M  segments of keys      H  key/value heads
 """
 
 from dataclasses import dataclass, field
@@ -15,11 +15,14 @@ from .devices import on_triton
 
 @dataclass(frozen=True, eq=False)
 class Ragged:
-    """Consecutive runs of a list of rows: run i is `ids[offsets[i] : offsets[i + 1]]`.
+    """A list of rows cut into consecutive segments: segment i is `ids[offsets[i] : offsets[i + 1]]`.
 
-    `offsets` is (S + 1,) int32, `total` bounds the length of the list from above, and `ids` (int32) is None where the
-    list is 0, 1, 2, …; `longest` is the length of the longest run, where it is known on the host.
-    `known_lengths` are the lengths of all runs, where the host knows them.
+    Args:
+        offsets: first place of each segment in the list and, last, the length of the list, (S + 1,) int32.
+        total: an upper bound of the length of the list.
+        ids: the list, int32; None where it is 0, 1, 2, …
+        longest: an upper bound of the lengths of the segments, where the host knows one.
+        known_lengths: the length of each segment, where the host knows them.
     """
 
     offsets: Tensor
@@ -34,31 +37,32 @@ class Ragged:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """The rows of each segment, on the host; unless they are known, the host waits for the device."""
+        """The length of each segment, on the host; unless they are known, the host waits for the device."""
         return self.offsets.diff().tolist() if self.known_lengths is None else self.known_lengths
 
     @cached_property
     def membership(self) -> Tensor:
-        """One where a row belongs to a segment, else zero: (S, total) float32, for rows 0, 1, 2, … without `ids`."""
+        """One where a row lies in a segment, else zero: (S, total) float32, for a list without `ids`."""
         rows = torch.arange(self.total, dtype=torch.int32, device=self.offsets.device)
         segment_of_row = torch.searchsorted(self.offsets[1:], rows, right=True)
         return (torch.arange(len(self), device=self.offsets.device)[:, None] == segment_of_row).float()
 
     @cached_property
     def divisors(self) -> Tensor:
-        """The length of each segment, 1 where it is empty: (S, 1) int32, to make means of sums."""
+        """The length of each segment, but 1 if it is empty: (S, 1) int32. Sums divided by it are means."""
         return self.offsets.diff().clamp(min=1)[:, None]
 
     @cached_property
     def inverse(self) -> Tensor:
-        """The position of each row in `ids`, (N,) long."""
+        """The place of each row in `ids`, which must be a permutation: (total,) long."""
+        assert self.ids is not None  # the rows 0, 1, 2, … are in their places
         return self.ids.argsort()
 
     def tiles(self, size: int) -> tuple[Tensor, Tensor]:
-        """Cut the runs into tiles of at most `size`, without asking the device how many there are.
+        """Cut the segments into tiles of at most `size` rows, without waiting for the device.
 
-        Returns the first tile of each run (S + 1,) and the run of each tile, both int32; there are as many tiles as
-        there may be at most, and those beyond the last have run S.
+        Return the first tile of each segment (S + 1,) and the segment of each tile, both int32. The host does not know
+        the number of tiles, so it returns as many as there can be; those beyond the last belong to segment S.
         """
         if size not in self._tiles:
             capacity = self.total // size + len(self)
@@ -67,12 +71,12 @@ class Ragged:
 
                 self._tiles[size] = cut_triton(self.offsets, size, capacity)
             else:
-                self._tiles[size] = cut(self.offsets, size, capacity)
+                self._tiles[size] = cut_reference(self.offsets, size, capacity)
         return self._tiles[size]
 
 
-def cut(offsets: Tensor, size: int, capacity: int) -> tuple[Tensor, Tensor]:
-    """Definition of `Ragged.tiles`: first tile of each run (S + 1,), run of each of `capacity` tiles, both int32."""
+def cut_reference(offsets: Tensor, size: int, capacity: int) -> tuple[Tensor, Tensor]:
+    """Definition of `Ragged.tiles`: first tile of each segment (S + 1,), segment of each of `capacity` tiles; int32."""
     tiles = (offsets.diff() + (size - 1)) // size
     tile_offsets = torch.nn.functional.pad(tiles.cumsum(0), (1, 0)).int()
     numbers = torch.arange(capacity, dtype=torch.int32, device=offsets.device)
@@ -81,9 +85,14 @@ def cut(offsets: Tensor, size: int, capacity: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class AttentionSegments:
-    """Lists of query rows and the runs of keys they attend to: S runs of `queries` and M of `keys`.
+    """Segments of queries, and the segments of keys they attend to.
 
-    S = M, or H * M where `pairs` is not 0.
+    Args:
+        queries: S segments.
+        keys: M segments.
+        pairs: 0 where S = M, and segment i of the queries attends to segment i of the keys in every head. Otherwise
+            S = H * M, and segment h * M + m of the queries attends to segment m of the keys in head h. Each query row
+            then lies in up to `pairs` segments, and `queries.ids` numbers pairs as ragged_attention.py says.
     """
 
     queries: Ragged
@@ -93,7 +102,7 @@ class AttentionSegments:
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """The rows that the three branches of spatial sparse attention pair; they follow from the voxels alone.
+    """The rows that each branch of spatial sparse attention pairs. They follow from the voxels alone.
 
     Args:
         samples: tokens of each sample.
@@ -101,11 +110,11 @@ class AttentionPlan:
         blocks: tokens of each selection block.
         windows: tokens of each window.
         children: compressed tokens of each selection block.
-        sample_blocks: first block of each sample and, last, their number, (B + 1,) int32.
-        max_blocks: most blocks in a sample.
-        block_order: the blocks of each sample, first those with most compressed tokens, (M,) int32; None where every
-            block has one.
-        block_counts: blocks of each sample, on the host; only the definition reads them.
+        sample_blocks: first block of each sample and, last, the number of all blocks, (B + 1,) int32.
+        max_blocks: largest number of blocks in a sample.
+        block_order: the blocks of each sample, those with most compressed tokens first, (M,) int32; None where every
+            block has exactly one.
+        block_counts: number of blocks of each sample, on the host; only the definition reads it.
     """
 
     samples: Ragged

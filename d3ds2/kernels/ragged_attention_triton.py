@@ -1,47 +1,31 @@
-"""Triton kernels of softmax attention between lists of query rows and runs of keys, for every branch of SSA.
+"""Triton kernels of attention between segments; the definition is in ragged_attention.py.
 
-A query row is one token and key/value head, with the G query heads that share it: `q` is (T, H, G, D). A segment pairs
-a list of query rows with a run of keys: a sample and its compressed keys, a window and itself, or a block and the
-queries that selected it. Programs take a tile of one segment; the number of tiles is bounded on the host, so that
-nothing waits for the device.
+They serve every branch of SSA. A query row is one token in one key/value head, with the G query heads that share it:
+`q` is (T, H, G, D). A program takes a tile of one segment. The host bounds the number of tiles, so nothing waits for
+the device.
 
 Sizes named in this file:
     T   query tokens        H  key/value heads                       D  channels per head
-    Tk  keys                G  query heads per key/value head        S  segments
-    P   pairs per query row: 0 where each row stands in one segment, and segments serve all heads. Otherwise rows are
-        numbered (token * H + head) * P + place, every pair has its own output, and segment h * M + m is of head h.
-
-The definition is in packed_attention.py.
+    Tk  keys                G  query heads per key/value head        S  segments of queries
+    P   pairs per query row, or 0; see ragged_attention.py           M  segments of keys
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attention_tiles import Tile
 from .ragged import AttentionSegments
 
 LOG2_E = 1.4426950408889634
-# Softmax weights exp2(s + SHIFT - bound) of scores s <= bound need no running maximum, as long as their mean is at
-# least FLOOR: then half precision keeps its digits. Bounds beyond LIMIT are hardly ever close enough
+# Where no score is above `bound`, the softmax weights exp2(score + SHIFT - bound) need no running maximum. In half
+# precision they keep their digits if their mean is at least MIN_MEAN_WEIGHT. Bounds above MAX_BOUND are hardly ever so
+# close. Scores and bounds are exponents of 2
 SHIFT = 15.0
-LIMIT = {torch.float16: 28.0, torch.bfloat16: 100.0, torch.float32: 100.0}
-FLOOR = {torch.float16: 2.0**-13, torch.bfloat16: 2.0**-100, torch.float32: 2.0**-100}
-NORM_ELEMENTS = 8192  # of keys at a time where their lengths are compared
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a kernel cuts its work: query heads (rows x G) and keys at a time, warps, and stages of its pipeline."""
-
-    rows: int
-    keys: int
-    warps: int = 4
-    stages: int = 2
-    splits: int = 1  # of the queries of a run of keys, in the kernel of dk and dv
-    registers: int | None = None  # of a thread, at most
+MAX_BOUND = {torch.float16: 28.0, torch.bfloat16: 100.0, torch.float32: 100.0}
+MIN_MEAN_WEIGHT = {torch.float16: 2.0**-13, torch.bfloat16: 2.0**-100, torch.float32: 2.0**-100}
+NORM_ELEMENTS = 8192  # numbers of the keys whose lengths a program compares
 
 
 @triton.jit
@@ -51,7 +35,7 @@ def _dot(a, b):
 
 @triton.jit
 def _query_rows(query_ids, offs_i, valid, h, H: tl.constexpr, P: tl.constexpr, HAS_QUERY_IDS: tl.constexpr):
-    """Rows of q and rows of the output, int64, of the places `offs_i` in the list of a segment."""
+    """Return the rows of q and those of the output, int64, at the places `offs_i` of the list of queries."""
     ids = offs_i.to(tl.int64)
     if HAS_QUERY_IDS:
         ids = tl.load(query_ids + offs_i, mask=valid, other=0).to(tl.int64)
@@ -66,6 +50,7 @@ def _query_rows(query_ids, offs_i, valid, h, H: tl.constexpr, P: tl.constexpr, H
 
 @triton.jit
 def _key_rows(key_ids, offs_j, valid, h, H: tl.constexpr, HAS_KEY_IDS: tl.constexpr):
+    """Return the rows of k, int64, at the places `offs_j` of the list of keys."""
     ids = offs_j.to(tl.int64)
     if HAS_KEY_IDS:
         ids = tl.load(key_ids + offs_j, mask=valid, other=0).to(tl.int64)
@@ -77,7 +62,7 @@ def _load_keys(
     k, v, key_ids, j, end, h, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_KEY_IDS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values [BLOCK_K, DP] from place j on; zero beyond the end, which only the TAIL of a run reaches."""
+    """Load keys and values [BLOCK_K, DP] from place j on, zeros from `end` on, which only the TAIL of a segment has."""
     offs_j, offs_d = j + tl.arange(0, BLOCK_K), tl.arange(0, DP)
     is_key = offs_j < end
     at = _key_rows(key_ids, offs_j, is_key, h, H, HAS_KEY_IDS)[:, None] * D + offs_d[None, :]
@@ -90,7 +75,7 @@ def _load_keys(
 
 @triton.jit
 def _load_stats(stats, at, valid):
-    """The pairs (lse, delta) of rows: two vectors. One load of both is spread over the threads; two were repeated."""
+    """Load lse and delta of rows together: the threads share one load of both, but would all repeat two loads."""
     return tl.split(tl.load(stats + at[:, None] * 2 + tl.arange(0, 2)[None, :], mask=valid[:, None], other=0.0))
 
 
@@ -99,7 +84,7 @@ def _forward_step(
     b_q, k, v, key_ids, j, end, h, m, denom, acc, scale_log2, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK_K: tl.constexpr, HAS_KEY_IDS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Softmax over BLOCK_K more keys: the maximum m, the denominator and the numerator acc of each row."""
+    """Update the softmax of each row by BLOCK_K keys: its maximum m, its denominator and its numerator acc."""
     b_k, b_v = _load_keys(k, v, key_ids, j, end, h, H, D, DP, BLOCK_K, HAS_KEY_IDS, TAIL)
     b_s = _dot(b_q, tl.trans(b_k))  # [BLOCK_Q * GP, BLOCK_K]
     if TAIL:
@@ -115,7 +100,7 @@ def _bounded_step(
     b_q, k, v, key_ids, j, end, h, m, denom, acc, scale_log2, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK_K: tl.constexpr, HAS_KEY_IDS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """The same where m is known to bound what is to come closely enough."""
+    """Update denominator and numerator, where m is not the maximum but a close bound of all scores."""
     b_k, b_v = _load_keys(k, v, key_ids, j, end, h, H, D, DP, BLOCK_K, HAS_KEY_IDS, TAIL)
     b_p = tl.exp2(_dot(b_q, tl.trans(b_k)) * scale_log2 - m[:, None])  # [BLOCK_Q * GP, BLOCK_K]
     if TAIL:
@@ -128,11 +113,11 @@ def _dq_step(
     b_q, b_do, b_lse, b_delta, k, v, key_ids, j, end, h, acc, scale_log2, H: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, BLOCK_K: tl.constexpr, HAS_KEY_IDS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """acc, and what BLOCK_K more keys add to dq."""
+    """Return acc plus the share of BLOCK_K keys in dq."""
     b_k, b_v = _load_keys(k, v, key_ids, j, end, h, H, D, DP, BLOCK_K, HAS_KEY_IDS, TAIL)
     b_p = tl.exp2(_dot(b_q, tl.trans(b_k)) * scale_log2 - b_lse[:, None])  # [BLOCK_Q * GP, BLOCK_K]
     if TAIL:
-        b_p = tl.where((j + tl.arange(0, BLOCK_K) < end)[None, :], b_p, 0.0)  # exp2(-lse) may overflow
+        b_p = tl.where((j + tl.arange(0, BLOCK_K) < end)[None, :], b_p, 0.0)  # without a key, exp2(-lse) may overflow
     b_ds = b_p * (_dot(b_do, tl.trans(b_v)) - b_delta[:, None])
     return acc + _dot(b_ds.to(b_k.dtype), b_k)
 
@@ -142,19 +127,19 @@ def _forward_kernel(
     q, k, v, tile_offsets, tile_segments, query_offsets, query_ids, key_offsets, key_ids, key_norms, out, lse,
     scale_log2, S, M, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
     GP: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_QUERY_IDS: tl.constexpr, HAS_KEY_IDS: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr,
+    HAS_QUERY_IDS: tl.constexpr, HAS_KEY_IDS: tl.constexpr, MAX_BOUND: tl.constexpr, MIN_MEAN_WEIGHT: tl.constexpr,
     SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_Q query rows of one segment, each with its G heads. lse is that of base 2.
+    """One program: BLOCK_Q query rows of one segment, each with its G heads.
 
-    Scores are at most |q| |k|; where that is close enough, there is no need to follow their maximum.
+    Scores are at most |q| |k|. Where that bound is close enough, no running maximum is needed.
     """
     tile = tl.program_id(0)
     segment = tl.load(tile_segments + tile)
     if segment < S:
-        run, h = segment, tl.program_id(1)
+        key_segment, h = segment, tl.program_id(1)
         if P > 0:
-            run, h = segment % M, segment // M
+            key_segment, h = segment % M, segment // M
         first = tl.load(query_offsets + segment) + (tile - tl.load(tile_offsets + segment)) * BLOCK_Q
         offs, offs_d = tl.arange(0, BLOCK_Q * GP), tl.arange(0, DP)
         offs_i, g = first + offs // GP, offs % GP
@@ -164,13 +149,13 @@ def _forward_kernel(
         is_d = offs_d < D
         b_q = tl.load(q + (rows * G + g)[:, None] * D + offs_d, mask=valid[:, None] & is_d, other=0.0)
 
-        start, end = tl.load(key_offsets + run), tl.load(key_offsets + run + 1)
+        start, end = tl.load(key_offsets + key_segment), tl.load(key_offsets + key_segment + 1)
         denom = tl.zeros([BLOCK_Q * GP], dtype=tl.float32)
         acc = tl.zeros([BLOCK_Q * GP, DP], dtype=tl.float32)
         full = start + (end - start) // BLOCK_K * BLOCK_K
         b_square = b_q.to(tl.float32)
         m = tl.sqrt(tl.sum(b_square * b_square, 1)) * tl.load(key_norms + h) * scale_log2
-        if tl.max(m, 0) <= LIMIT:
+        if tl.max(m, 0) <= MAX_BOUND:
             m -= SHIFT
             for j in range(start, full, BLOCK_K):
                 denom, acc = _bounded_step(
@@ -180,7 +165,7 @@ def _forward_kernel(
                 denom, acc = _bounded_step(
                     b_q, k, v, key_ids, full, end, h, m, denom, acc, scale_log2, H, D, DP, BLOCK_K, HAS_KEY_IDS, True
                 )
-        if tl.min(tl.where(valid, denom, float("inf")), 0) < (end - start) * FLOOR:
+        if tl.min(tl.where(valid, denom, float("inf")), 0) < (end - start) * MIN_MEAN_WEIGHT:
             m = tl.full([BLOCK_Q * GP], float("-inf"), dtype=tl.float32)
             denom = tl.zeros([BLOCK_Q * GP], dtype=tl.float32)
             acc = tl.zeros([BLOCK_Q * GP, DP], dtype=tl.float32)
@@ -193,7 +178,7 @@ def _forward_kernel(
                     b_q, k, v, key_ids, full, end, h, m, denom, acc, scale_log2, H, D, DP, BLOCK_K, HAS_KEY_IDS, True
                 )
 
-        has_keys = denom > 0  # no keys: an output of zero
+        has_keys = denom > 0  # without keys, the output is zero
         to = out_rows * G + g
         tl.store(out + to[:, None] * D + offs_d, acc / tl.where(has_keys, denom, 1.0)[:, None], valid[:, None] & is_d)
         tl.store(lse + to, tl.where(has_keys, m + tl.log2(denom), float("-inf")), mask=valid)
@@ -201,7 +186,10 @@ def _forward_kernel(
 
 @triton.jit
 def _key_norm_kernel(k, norm_bits, Tk, H, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: the longest of BLOCK keys of one head. Bits of positive floats stand in their order."""
+    """One program: the length of the longest of BLOCK keys of one head.
+
+    Positive floats have the order of their bits, so an integer maximum merges the programs.
+    """
     offs_j, h, offs_d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1), tl.arange(0, DP)
     at = (offs_j.to(tl.int64) * H + h)[:, None] * D + offs_d
     b_k = tl.load(k + at, mask=(offs_j < Tk)[:, None] & (offs_d < D), other=0.0).to(tl.float32)
@@ -216,13 +204,13 @@ def _dq_kernel(
     GP: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_QUERY_IDS: tl.constexpr, HAS_KEY_IDS: tl.constexpr,
 ):  # fmt: skip
-    """One program: dq of BLOCK_Q query rows of one segment, or of their pairs. lse is that of base 2."""
+    """One program: dq of BLOCK_Q query rows of one segment, or of BLOCK_Q pairs."""
     tile = tl.program_id(0)
     segment = tl.load(tile_segments + tile)
     if segment < S:
-        run, h = segment, tl.program_id(1)
+        key_segment, h = segment, tl.program_id(1)
         if P > 0:
-            run, h = segment % M, segment // M
+            key_segment, h = segment % M, segment // M
         first = tl.load(query_offsets + segment) + (tile - tl.load(tile_offsets + segment)) * BLOCK_Q
         offs, offs_d = tl.arange(0, BLOCK_Q * GP), tl.arange(0, DP)
         offs_i, g = first + offs // GP, offs % GP
@@ -235,7 +223,7 @@ def _dq_kernel(
         b_do = tl.load(dout + at[:, None] * D + offs_d, mask=valid[:, None] & is_d, other=0.0)
         b_lse, b_delta = _load_stats(stats, at, valid)
 
-        start, end = tl.load(key_offsets + run), tl.load(key_offsets + run + 1)
+        start, end = tl.load(key_offsets + key_segment), tl.load(key_offsets + key_segment + 1)
         acc = tl.zeros([BLOCK_Q * GP, DP], dtype=tl.float32)
         full = start + (end - start) // BLOCK_K * BLOCK_K
         for j in range(start, full, BLOCK_K):
@@ -253,25 +241,25 @@ def _dq_kernel(
 
 @triton.jit
 def _dkdv_kernel(
-    q, k, v, tile_offsets, tile_runs, query_offsets, query_ids, key_offsets, key_ids, stats, dout, dk, dv,
+    q, k, v, tile_offsets, tile_segments, query_offsets, query_ids, key_offsets, key_ids, stats, dout, dk, dv,
     scale, scale_log2, M, SIZE, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
     GP: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
     HAS_QUERY_IDS: tl.constexpr, HAS_KEY_IDS: tl.constexpr,
 ):  # fmt: skip
-    """One program: dk, dv of BLOCK_K keys of one run and head, over one part of SPLITS of its query rows.
+    """One program: dk and dv of BLOCK_K keys of one segment and head, over one of SPLITS parts of its query rows.
 
     dk and dv hold SPLITS partial sums, SIZE numbers apart.
     """
     tile, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    run = tl.load(tile_runs + tile)
-    if run < M:
-        segment = run
+    key_segment = tl.load(tile_segments + tile)
+    if key_segment < M:
+        segment = key_segment
         if P > 0:
-            segment = h * M + run
-        start = tl.load(key_offsets + run) + (tile - tl.load(tile_offsets + run)) * BLOCK_K
+            segment = h * M + key_segment
+        start = tl.load(key_offsets + key_segment) + (tile - tl.load(tile_offsets + key_segment)) * BLOCK_K
         offs_j = start + tl.arange(0, BLOCK_K)
         offs, offs_d = tl.arange(0, BLOCK_Q * GP), tl.arange(0, DP)
-        is_key, is_d = offs_j < tl.load(key_offsets + run + 1), offs_d < D
+        is_key, is_d = offs_j < tl.load(key_offsets + key_segment + 1), offs_d < D
         kv = _key_rows(key_ids, offs_j, is_key, h, H, HAS_KEY_IDS)[:, None] * D + offs_d
         b_k = tl.load(k + kv, mask=is_key[:, None] & is_d, other=0.0)  # [BLOCK_K, DP]
         b_v = tl.load(v + kv, mask=is_key[:, None] & is_d, other=0.0)
@@ -290,9 +278,9 @@ def _dkdv_kernel(
             at = rows * G + g
             b_q = tl.load(q + at[:, None] * D + offs_d, mask=valid[:, None] & is_d, other=0.0)  # [BLOCK_Q * GP, DP]
             b_do = tl.load(dout + at[:, None] * D + offs_d, mask=valid[:, None] & is_d, other=0.0)
-            b_lse, b_delta = _load_stats(stats, at, valid)  # no query: q, dout and delta are zero
-            b_p = tl.exp2(_dot(b_k, tl.trans(b_q)) * scale_log2 - b_lse)  # [BLOCK_K, BLOCK_Q * GP]; rows beyond the
-            # end hold anything: they reach only themselves
+            b_lse, b_delta = _load_stats(stats, at, valid)  # without a query, q, dout and delta are zero
+            # [BLOCK_K, BLOCK_Q * GP]; a row without a key may hold anything: it reaches only a row that is not stored
+            b_p = tl.exp2(_dot(b_k, tl.trans(b_q)) * scale_log2 - b_lse)
             b_ds = b_p * (_dot(b_v, tl.trans(b_do)) - b_delta)
             b_dv += _dot(b_p.to(b_do.dtype), b_do)
             b_dk += _dot(b_ds.to(b_q.dtype), b_q)
@@ -302,12 +290,15 @@ def _dkdv_kernel(
 
 
 def kernel_arguments(q: Tensor, k: Tensor, segments: AttentionSegments, tile: Tile) -> tuple[tuple, dict]:
-    """The lists as the kernels take them (one that is not there is never read), and the sizes."""
+    """Return the lists of rows as the kernels take them, and the sizes, for q (T, H * G, D) and k (Tk, H, D).
+
+    Where ids are None, the offsets are passed instead, and the kernels never read them.
+    """
     H, D = k.shape[1:]
     G = q.shape[1] // H
     GP = triton.next_power_of_2(G)
     queries, keys = segments.queries, segments.keys
-    lists = tuple(x for runs in (queries, keys) for x in (runs.offsets, runs.offsets if runs.ids is None else runs.ids))
+    lists = tuple(x for rows in (queries, keys) for x in (rows.offsets, rows.offsets if rows.ids is None else rows.ids))
     return lists, {
         "H": H, "G": G, "D": D, "P": segments.pairs, "GP": GP, "DP": max(16, triton.next_power_of_2(D)),
         "BLOCK_Q": max(1, tile.rows // GP), "BLOCK_K": tile.keys,
@@ -318,7 +309,7 @@ def kernel_arguments(q: Tensor, k: Tensor, segments: AttentionSegments, tile: Ti
 
 
 def key_norms(k: Tensor) -> Tensor:
-    """The length of the longest key of each head of k (Tk, H, D): (H,) float32."""
+    """Return the length of the longest key of each head, (H,) float32, for k (Tk, H, D)."""
     (Tk, H, D), DP = k.shape, triton.next_power_of_2(k.shape[2])
     norms = k.new_zeros(H, dtype=torch.float32)
     if Tk:
@@ -330,9 +321,17 @@ def key_norms(k: Tensor) -> Tensor:
 def ragged_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, segments: AttentionSegments, scale: float, tile: Tile, norms: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """out and base-2 lse of q (T, H * G, D), k and v (Tk, H, D): (T, H * G, D) and (T, H * G) float32.
+    """Return out (T, H * G, D) and lse (T, H * G) float32, in base 2, as `ragged_attention_reference` does.
 
-    With pairs, one for each pair: (T * H * P, G, D) and (T * H * P, G). All inputs contiguous; `norms`: `key_norms(k)`.
+    With pairs they are (T * H * P, G, D) and (T * H * P, G). Rows that lie in no segment are not written.
+
+    Args:
+        q: queries (T, H * G, D); all inputs are contiguous.
+        k, v: keys and values (Tk, H, D).
+        segments: which of them attention pairs.
+        scale: factor on the scores.
+        tile: how the kernel cuts its work.
+        norms: `key_norms(k)`, where it is known.
     """
     lists, sizes = kernel_arguments(q, k, segments, tile)
     shape = (len(q) * sizes["H"] * segments.pairs, sizes["G"]) if segments.pairs else q.shape[:2]
@@ -341,8 +340,8 @@ def ragged_attention_forward(
     if len(tiles[1]):
         _forward_kernel[len(tiles[1]), 1 if segments.pairs else sizes["H"]](
             q, k, v, *tiles, *lists, key_norms(k) if norms is None else norms, out, lse, scale * LOG2_E,
-            len(segments.queries), len(segments.keys), **sizes, LIMIT=LIMIT[q.dtype],
-            FLOOR=FLOOR[q.dtype], SHIFT=SHIFT,
+            len(segments.queries), len(segments.keys), **sizes, MAX_BOUND=MAX_BOUND[q.dtype],
+            MIN_MEAN_WEIGHT=MIN_MEAN_WEIGHT[q.dtype], SHIFT=SHIFT,
         )  # fmt: skip
     return out, lse
 
@@ -350,10 +349,14 @@ def ragged_attention_forward(
 def ragged_attention_dq(
     q: Tensor, k: Tensor, v: Tensor, segments: AttentionSegments, stats: Tensor, dout: Tensor, scale: float, tile: Tile,
 ) -> Tensor:  # fmt: skip
-    """dq (T, H * G, D), or with pairs one for each pair (T * H * P, G, D).
+    """Return dq (T, H * G, D), or with pairs the part of it from each pair (T * H * P, G, D).
 
-    stats (T, H * G, 2) float32: the lse of base 2, less log2 of a factor on dout if there is one; and delta, the sum of
-    out * dout over D, without that factor.
+    Args:
+        q, k, v, segments, scale, tile: as in `ragged_attention_forward`.
+        stats: lse in base 2, and delta, the sum of out * dout over D, of each row: (T, H * G, 2) float32. With pairs, a
+            row has one softmax over all its pairs.
+        dout: gradient of out, (T, H * G, D). It may lack a positive factor for each row, if log2 of the factor is
+            subtracted from lse, and delta lacks the factor too.
     """
     lists, sizes = kernel_arguments(q, k, segments, tile)
     pairs = len(q) * sizes["H"] * segments.pairs
@@ -370,7 +373,10 @@ def ragged_attention_dq(
 def ragged_attention_dkdv(
     q: Tensor, k: Tensor, v: Tensor, segments: AttentionSegments, stats: Tensor, dout: Tensor, scale: float, tile: Tile,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dk and dv (Tk, H, D) float32, sums of `tile.splits` parts in a fixed order. Every key must be in one run."""
+    """Return dk and dv (Tk, H, D) float32, sums of `tile.splits` parts in a fixed order.
+
+    Every key must lie in exactly one segment. The arguments are those of `ragged_attention_dq`.
+    """
     lists, sizes = kernel_arguments(q, k, segments, tile)
     dk, dv = (k.new_empty(tile.splits, *k.shape, dtype=torch.float32) for _ in range(2))
     tiles = segments.keys.tiles(tile.keys)

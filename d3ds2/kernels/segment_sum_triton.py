@@ -9,11 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .devices import abilities
 from .ragged import Ragged
 
 MAX_BLOCK_N, MAX_BLOCK_C = 32, 64  # rows and channels at a time
 LONG_BLOCK_N, LONG_BLOCK_C = 128, 16  # the same where segments are few and may be long
-MIN_SUMS = 264 * MAX_BLOCK_C  # sums below which the usual tiles would leave a large GPU idle
+PROGRAMS = 2  # programs of a multiprocessor, below which the usual tiles would leave the GPU idle
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def segment_sum_triton(x: Tensor, segments: Ragged) -> Tensor:
             MAX_BLOCK_N if segments.longest is None else min(MAX_BLOCK_N, triton.next_power_of_2(segments.longest))
         )
         BLOCK_C = min(MAX_BLOCK_C, triton.next_power_of_2(C))
-        if segments.longest is None and out.numel() < MIN_SUMS:
+        if segments.longest is None and out.numel() < PROGRAMS * abilities(x.device).multiprocessors * MAX_BLOCK_C:
             BLOCK_N, BLOCK_C = LONG_BLOCK_N, min(LONG_BLOCK_C, BLOCK_C)
         _sum_kernel[len(segments), triton.cdiv(C, BLOCK_C)](
             x.contiguous(),

@@ -1,17 +1,16 @@
 """Spatial blockwise selection attention (Direct3D-S2, section 4.1, Algorithm 1).
 
-Every query token attends to all tokens inside the blocks selected for it. Blocks are
-cubes of voxels, so they hold a varying number of tokens; tokens are sorted by block and
-`block_offsets` says where each block begins. Block ids are global over the batch, so a
-packed batch needs no sequence lengths here.
+Each query attends to all tokens of the blocks selected for it. A block is a cube of voxels, so blocks hold different
+numbers of tokens. Tokens are sorted by block, and `block_offsets` says where each block begins. Block ids count through
+the whole packed batch, so the lengths of the samples are not needed.
 
-Shapes (these capital letters name the sizes in both files):
-    T  tokens, all samples packed         H  key/value heads       D  channels per head
-    M  blocks, all samples packed         G  query heads per key/value head (GQA)
-    S  blocks selected per query, padded with -1
+Sizes named in this file:
+    T  tokens, all samples packed         H   query heads           D  channels per head
+    M  blocks, all samples packed         Hk  key/value heads       G  query heads per key/value head, H / Hk
+    K  blocks selected per query, padded with -1
 
-The public function, its definition in PyTorch, and the form for devices without Triton, which goes block by block.
-The kernels: selection_attention_triton.py.
+Here are the public function, its definition, and the form for devices without Triton, which goes from block to block.
+The kernels are in selection_attention_triton.py.
 """
 
 import math
@@ -21,92 +20,78 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .devices import HAS_TRITON
+from .devices import on_triton
+from .pair_order import pairs_by_block
 
-_SCORE_ELEMENTS = 1 << 19  # scores held at once by the form that goes block by block: 2 MiB, what stays in the cache
+_CACHED_SCORES = 1 << 19  # held at once on devices without Triton: 2 MiB, which stay in the cache
 
 
 def selection_attention(
     q: Tensor, k: Tensor, v: Tensor, block_offsets: Tensor, block_indices: Tensor, scale: float | None = None
 ) -> Tensor:
-    """Attend from each query to every token of the blocks selected for it.
+    """Return the attention of each query to every token of the blocks selected for it.
 
     Args:
-        q: queries, (T, H * G, D).
-        k: keys, (T, H, D). Tokens are sorted by block.
-        v: values, (T, H, D).
-        block_offsets: first token of each block and, last, T, (M + 1,), int32.
-        block_indices: global ids of the selected blocks per token and key/value head, (T, H, S), int32, -1 is none;
-            no block twice for one query.
+        q: queries (T, H, D).
+        k, v: keys and values (T, Hk, D), sorted by block; Hk divides H.
+        block_offsets: first token of each block and, last, T: (M + 1,) int32.
+        block_indices: global ids of the blocks selected for each token and key/value head (T, Hk, K) int32; -1 is
+            none. A query has no block twice.
         scale: factor on the scores. Default: 1 / sqrt(D).
 
     Returns:
-        Attention outputs, (T, H * G, D). A query without any block gets zeros.
-        Differentiable in q, k and v, in memory linear in T.
+        (T, H, D). A query without any block gets zeros. Differentiable in q, k and v, in memory linear in T.
 
     Raises:
         ValueError: for shapes that do not fit together.
     """
-    (T, H, D), Hq = k.shape, q.shape[1]
-    if v.shape != k.shape or q.shape[0] != T or q.shape[2] != D or Hq % H:
+    (T, Hk, D), H = k.shape, q.shape[1]
+    if v.shape != k.shape or q.shape[0] != T or q.shape[2] != D or H % Hk:
         raise ValueError(
-            f"expected q (T, H * G, D), k and v (T, H, D), got q {tuple(q.shape)}, k {tuple(k.shape)}, "
+            f"expected q (T, H, D), k and v (T, Hk, D), Hk dividing H, got q {tuple(q.shape)}, k {tuple(k.shape)}, "
             f"v {tuple(v.shape)}"
         )
-    if block_indices.ndim != 3 or block_indices.shape[:2] != (T, H):
-        raise ValueError(f"expected block_indices ({T}, {H}, S), got {tuple(block_indices.shape)}")
+    if block_indices.ndim != 3 or block_indices.shape[:2] != (T, Hk):
+        raise ValueError(f"expected block_indices ({T}, {Hk}, K), got {tuple(block_indices.shape)}")
     scale = D**-0.5 if scale is None else scale
-    if q.is_cuda and HAS_TRITON:
+    if on_triton(q):
         from .selection_attention_triton import selection_attention_triton
 
         return selection_attention_triton(q, k, v, block_offsets, block_indices, scale)
-    with torch.autocast(q.device.type, enabled=False):  # it computes in fp32 by itself
+    with torch.autocast(q.device.type, enabled=False):  # the form below chooses its own dtype
         return _SelectionAttention.apply(q, k, v, block_offsets, block_indices, scale)
 
 
 def selection_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, block_offsets: Tensor, block_indices: Tensor, scale: float
 ) -> Tensor:
-    """The definition: dense attention under a mask, quadratic in T."""
-    T, H = k.shape[:2]
+    """The definition of `selection_attention`: dense attention under a mask (T, T), quadratic in T."""
+    T, Hk = k.shape[:2]
     M = block_offsets.numel() - 1
     block_of_token = torch.repeat_interleave(torch.arange(M, device=k.device), block_offsets.diff())  # (T,)
-    is_selected = torch.zeros(T, H, M + 1, dtype=torch.bool, device=k.device)  # the last column takes the -1
+    is_selected = torch.zeros(T, Hk, M + 1, dtype=torch.bool, device=k.device)  # the last column is for -1
     is_selected.scatter_(2, torch.where(block_indices < 0, M, block_indices).long(), True)
-    mask = is_selected[..., block_of_token].movedim(1, 0)[:, None]  # (H, 1, T, T)
-    scores = torch.einsum("thgd,shd->hgts", q.unflatten(1, (H, -1)), k) * scale
-    weights = scores.float().masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num(0.0)  # no block: output 0
+    mask = is_selected[..., block_of_token].movedim(1, 0)[:, None]  # (Hk, 1, T, T)
+    scores = torch.einsum("thgd,shd->hgts", q.unflatten(1, (Hk, -1)), k) * scale  # (Hk, G, T, T)
+    weights = scores.float().masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num(0.0)  # NaN without any block
     return torch.einsum("hgts,shd->thgd", weights.to(v.dtype), v).flatten(1, 2)
 
 
-def queries_by_block(block_indices: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """Invert the selection: for each head and block, the queries which selected it.
-
-    Returns `query_offsets` (H * M + 1,) and `query_ids` (T * H * S,), both int32. The queries of head h and block m are
-    query_ids[query_offsets[h * M + m] : query_offsets[h * M + m + 1]], ascending; those of the -1 stand at the end.
-    """
-    (H, S), device = block_indices.shape[1:], block_indices.device
-    head = torch.arange(H, device=device)[:, None]
-    key = torch.where(block_indices < 0, H * num_blocks, head * num_blocks + block_indices)  # (T, H, S)
-    key, order = key.flatten().sort(stable=True)
-    query_offsets = torch.searchsorted(key, torch.arange(H * num_blocks + 1, device=device))
-    return query_offsets.int(), (order // (H * S)).int()
-
-
 class _SelectionAttention(torch.autograd.Function):
-    """Block by block: matrix products of a block's tokens with the queries that selected it, softmax kept running.
+    """The form without Triton: goes from block to block, with a running softmax for each query.
 
-    The scores stand keys first, (tokens of the block, queries * G), so that the maximum over keys is a maximum of rows.
+    Each step multiplies the tokens of a block with the queries that selected it. Scores are (tokens, queries * G): with
+    the tokens first, the maximum over them is one over whole rows, which is fast.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, block_offsets, block_indices, scale):
-        (T, H, D), G = k.shape, q.shape[1] // k.shape[1]
+        (T, Hk, D), G = k.shape, q.shape[1] // k.shape[1]
         dtype = torch.promote_types(q.dtype, torch.float32)
         pieces = _pieces(block_offsets, block_indices, G)
-        out = torch.empty_like(q).view(T, H, G * D)
-        lse = torch.empty(H, T, G, dtype=dtype, device=q.device)
-        for h in range(H):
+        out = torch.empty_like(q).view(T, Hk, G * D)
+        lse = torch.empty(Hk, T, G, dtype=dtype, device=q.device)
+        for h in range(Hk):
             queries = q[:, h * G : (h + 1) * G].to(dtype).reshape(T, G * D) * scale
             keys, values = k[:, h].to(dtype), v[:, h].to(dtype)
             numerator = torch.zeros(T, G * D, dtype=dtype, device=q.device)
@@ -124,10 +109,10 @@ class _SelectionAttention(torch.autograd.Function):
                 total = weights.sum(0).view(-1, G).addcmul_(denominator.index_select(0, ids), decay)
                 denominator.index_copy_(0, ids, total)
                 top.index_copy_(0, ids, new_top)
-            has_keys = denominator > 0  # a query without any block: zeros, and an lse of +inf makes its gradients zero
+            has_keys = denominator > 0  # without any block, the output is 0, and an lse of +inf makes the gradients 0
             out[:, h] = (numerator.view(T, G, D) / denominator.masked_fill(~has_keys, 1.0)[..., None]).flatten(1)
             lse[h] = (top + denominator.log()).masked_fill(~has_keys, math.inf)
-        out = out.view(T, H * G, D)
+        out = out.view(T, Hk * G, D)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.pieces, ctx.scale = pieces, scale
         return out
@@ -136,10 +121,10 @@ class _SelectionAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         q, k, v, out, lse = ctx.saved_tensors
-        (T, H, D), G, dtype = k.shape, q.shape[1] // k.shape[1], lse.dtype
-        dq = torch.empty_like(q).view(T, H, G * D)
+        (T, Hk, D), G, dtype = k.shape, q.shape[1] // k.shape[1], lse.dtype
+        dq = torch.empty_like(q).view(T, Hk, G * D)
         dk, dv = torch.empty_like(k), torch.empty_like(v)
-        for h in range(H):
+        for h in range(Hk):
             heads = slice(h * G, (h + 1) * G)
             queries = q[:, heads].to(dtype).reshape(T, G * D) * ctx.scale
             douts = dout[:, heads].to(dtype).reshape(T, G * D)
@@ -156,22 +141,25 @@ class _SelectionAttention(torch.autograd.Function):
                 dqueries.index_add_(0, ids, (dscores.t() @ keys[tokens]).view(-1, G * D))
             dq[:, h] = dqueries * ctx.scale
             dk[:, h], dv[:, h] = dkeys, dvalues
-        return dq.view(T, H * G, D), dk, dv, None, None, None
+        return dq.view(T, Hk * G, D), dk, dv, None, None, None
 
 
 def _pieces(block_offsets: Tensor, block_indices: Tensor, G: int) -> list[list[tuple[slice, Tensor]]]:
-    """For each head (tokens of a block, queries that selected it), cut to at most `_SCORE_ELEMENTS` scores."""
-    M, H = block_offsets.numel() - 1, block_indices.shape[1]
-    query_offsets, query_ids = queries_by_block(block_indices, M)
-    offsets, query_offsets = block_offsets.tolist(), query_offsets.tolist()
-    lengths = [last - first for first, last in pairwise(query_offsets)]
-    selected = query_ids[: query_offsets[-1]].long().split(lengths)
+    """Return for each head the pieces of work: the tokens of a block, and queries that selected it.
+
+    The queries are split so that a piece has at most `_CACHED_SCORES` scores.
+    """
+    M, (Hk, K) = block_offsets.numel() - 1, block_indices.shape[1:]
+    pair_offsets, pair_ids = pairs_by_block(block_indices, M)
+    offsets, pair_offsets = block_offsets.tolist(), pair_offsets.tolist()
+    lengths = [last - first for first, last in pairwise(pair_offsets)]
+    selected = (pair_ids[: pair_offsets[-1]].long() // (Hk * K)).split(lengths)  # queries
     return [
         [
             (slice(offsets[m], offsets[m + 1]), ids)
             for m in range(M)
             if len(selected[h * M + m]) and offsets[m + 1] > offsets[m]
-            for ids in selected[h * M + m].split(max(1, _SCORE_ELEMENTS // (G * (offsets[m + 1] - offsets[m]))))
+            for ids in selected[h * M + m].split(max(1, _CACHED_SCORES // (G * (offsets[m + 1] - offsets[m]))))
         ]
-        for h in range(H)
+        for h in range(Hk)
     ]

@@ -1,4 +1,4 @@
-"""Spatial sparse attention after the projections: the public operation and its definition (eq. 6-8).
+"""Spatial sparse attention after the projections (eq. 6-8): the public operation, and its definition.
 
 Sizes named in this file:
     N   tokens, all samples packed      H   query heads           D  channels per head
@@ -25,28 +25,28 @@ def spatial_sparse_attention(
         q: queries (N, H, D).
         k, v: keys and values (N, Hk, D).
         compressed_k, compressed_v: keys and values of the compression branch (Nc, Hk, D).
-        gates: in [0, 1], (N, 3): compression, selection, window.
+        gates: gates of compression, selection and window, in [0, 1], (N, 3).
         plan: the rows that each branch pairs.
-        top_k: blocks selected for each query and key/value head.
+        top_k: number of blocks selected for each query and key/value head.
 
     Returns:
-        (N, H, D). Differentiable in the first six.
+        (N, H, D). Differentiable in all tensors.
     """
     inputs = q, k, v, compressed_k, compressed_v, gates, plan, top_k
     if not on_triton(q):
-        return attend(*inputs)
+        return spatial_sparse_attention_reference(*inputs)
     if torch.compiler.is_compiling():
-        from .uncompiled import spatial_attention_triton
+        from .uncompiled import spatial_sparse_attention_triton
     else:
-        from .spatial_sparse_attention_triton import spatial_attention_triton
-    return spatial_attention_triton(*inputs, q.shape[2] ** -0.5)
+        from .spatial_sparse_attention_triton import spatial_sparse_attention_triton
+    return spatial_sparse_attention_triton(*inputs, q.shape[2] ** -0.5)
 
 
-def attend(
+def spatial_sparse_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, compressed_k: Tensor, compressed_v: Tensor, gates: Tensor, plan: AttentionPlan,
     top_k: int,
 ) -> Tensor:  # fmt: skip
-    """The definition of `spatial_sparse_attention`."""
+    """Definition of `spatial_sparse_attention`: (N, H, D)."""
     samples, compressed = plan.samples, plan.compressed
     counts = samples.lengths, compressed.lengths
     compression, lse = packed_attention_with_lse(
@@ -62,10 +62,9 @@ def attend(
 
 
 def attend_windows(q: Tensor, k: Tensor, v: Tensor, windows: Ragged) -> Tensor:
-    """Return attention within the windows: q (N, H, D), k and v (N, Hk, D) -> (N, H, D)."""
+    """Attend within the windows: q (N, H, D), k and v (N, Hk, D) -> (N, H, D)."""
     offsets, lengths = windows.offsets, windows.lengths
     if windows.ids is None:
         return packed_attention(q, k, v, offsets, offsets, lengths, lengths)
-    order = windows.ids.long()
-    q, k, v = q[order], k[order], v[order]
-    return packed_attention(q, k, v, offsets, offsets, lengths, lengths)[windows.inverse]
+    q, k, v = (x.index_select(0, windows.ids) for x in (q, k, v))
+    return packed_attention(q, k, v, offsets, offsets, lengths, lengths).index_select(0, windows.inverse)

@@ -1,6 +1,10 @@
-"""All of spatial sparse attention after the projections, in Triton; its definition is in spatial_sparse_attention.py.
+"""Spatial sparse attention after the projections, in Triton; its definition is in spatial_sparse_attention.py.
 
-The gates cost nothing in the backward pass: a branch's gate scales its weights, and log2 of it goes into their lse.
+The gates cost nothing in the backward pass: a gate is a factor on the softmax weights of its branch, so its log2 is
+subtracted from their lse.
+
+Sizes named in this file:
+    T  tokens      HG  query heads      D  channels per head
 """
 
 import torch
@@ -9,27 +13,30 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .attention_tiles import AttentionTiles, Tile
 from .block_scores_triton import select_blocks_triton
 from .ragged import AttentionPlan, AttentionSegments
-from .ragged_attention_triton import (
-    Tile,
-    key_norms,
-    ragged_attention_dkdv,
-    ragged_attention_dq,
-    ragged_attention_forward,
-)
+from .ragged_attention_triton import key_norms, ragged_attention_dkdv, ragged_attention_dq, ragged_attention_forward
 from .selection_attention_triton import select_backward, select_forward
 
-# forward, dq, dk and dv; measured on an H200: benchmarks/results/attention-h200.md
-COMPRESSION = Tile(64, 64, stages=3, registers=80), Tile(64, 64, stages=3), Tile(64, 64, stages=3, splits=48)
-WINDOW = Tile(64, 32, stages=3, registers=64), Tile(128, 32, stages=3, registers=128), Tile(64, 64, stages=4)
-FP32 = Tile(32, 32), Tile(32, 32), Tile(32, 32, splits=4)
-ROWS = 64  # rows of tokens times heads in a program of the kernels here
+# measured on an H200: benchmarks/results/attention-h200.md
+COMPRESSION = AttentionTiles(
+    forward=Tile(64, 64, stages=3, registers=80),
+    dq=Tile(64, 64, stages=3),
+    dkdv=Tile(64, 64, stages=3, splits=48),
+)
+WINDOW = AttentionTiles(
+    forward=Tile(64, 32, stages=3, registers=64),
+    dq=Tile(128, 32, stages=3, registers=128),
+    dkdv=Tile(64, 64, stages=4),
+)
+FP32 = AttentionTiles(forward=Tile(32, 32), dq=Tile(32, 32), dkdv=Tile(32, 32, splits=4))
+DELTA_ROWS = 64  # rows (token, query head) of a program of `_delta_kernel`
 
 
 @triton.jit
 def _gated(lse, gate, valid):
-    """lse - log2(gate); of a row without keys (-inf) and where the gate is zero, the lse of no weight at all, +inf."""
+    """Return lse - log2(gate). Where a row has no keys or its gate is zero, return +inf, which makes all weights 0."""
     b_lse, b_gate = tl.load(lse, mask=valid, other=0.0), tl.load(gate, mask=valid, other=1.0)
     return tl.where((b_lse == float("-inf")) | (b_gate <= 0), float("inf"), b_lse - tl.log2(b_gate))
 
@@ -40,9 +47,9 @@ def _delta_kernel(
     stats, SIZE, ROWS, HG,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program, of BLOCK rows (token, query head): for each branch lse - log2(gate), and the sum of out * dout.
+    """One program, for BLOCK rows (token, query head): lse - log2(gate) and the sum of out * dout of each branch.
 
-    stats holds such pairs, those of the three branches SIZE numbers apart.
+    The two stand side by side in stats; the branches are SIZE numbers apart.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     offs_d = tl.arange(0, DP)
@@ -61,72 +68,75 @@ def _delta_kernel(
     tl.store(stats + 2 * SIZE + row * 2 + 1, tl.sum(b_o * b_do, 1), mask=valid)
 
 
-def _tiles(q: Tensor, half: tuple[Tile, Tile, Tile]) -> tuple[Tile, Tile, Tile]:
-    return FP32 if q.dtype == torch.float32 else half
+def _tiles(q: Tensor) -> tuple[AttentionTiles, AttentionTiles]:
+    """The tiles of the compression branch and of the window branch."""
+    return (FP32, FP32) if q.dtype == torch.float32 else (COMPRESSION, WINDOW)
 
 
-def _segments(branches: AttentionPlan) -> tuple[AttentionSegments, AttentionSegments]:
+def _segments(plan: AttentionPlan) -> tuple[AttentionSegments, AttentionSegments]:
     """The segments of the compression branch and of the window branch."""
-    return AttentionSegments(branches.samples, branches.compressed), AttentionSegments(
-        branches.windows, branches.windows
-    )
+    return AttentionSegments(plan.samples, plan.compressed), AttentionSegments(plan.windows, plan.windows)
 
 
-class _SpatialAttention(torch.autograd.Function):
+class _SpatialSparseAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, compressed_k, compressed_v, gates, branches, top_k, scale, keep):
-        over_samples, over_windows = _segments(branches)
+    def forward(ctx, q, k, v, compressed_k, compressed_v, gates, plan, top_k, scale, keep):
+        over_samples, over_windows = _segments(plan)
+        compression_tiles, window_tiles = _tiles(q)
         compression, compression_lse = ragged_attention_forward(
-            q, compressed_k, compressed_v, over_samples, scale, _tiles(q, COMPRESSION)[0]
+            q, compressed_k, compressed_v, over_samples, scale, compression_tiles.forward
         )
-        block_indices = select_blocks_triton(q, compressed_k, compression_lse, branches, top_k, scale)
+        block_indices = select_blocks_triton(q, compressed_k, compression_lse, plan, top_k, scale)
         norms = key_norms(k)
-        window, window_lse = ragged_attention_forward(q, k, v, over_windows, scale, _tiles(q, WINDOW)[0], norms)
+        window, window_lse = ragged_attention_forward(q, k, v, over_windows, scale, window_tiles.forward, norms)
         selection, selection_lse, pairs, out = select_forward(
-            q, k, v, branches.blocks, block_indices, scale, (compression, window, gates), keep, norms
+            q, k, v, plan.blocks, block_indices, scale, (compression, window, gates), keep, norms
         )
         if keep:
             outputs, lses = (compression, selection, window), (compression_lse, selection_lse, window_lse)
             ctx.save_for_backward(q, k, v, compressed_k, compressed_v, gates, *outputs, *lses, block_indices, *pairs)
-            ctx.branches, ctx.scale = branches, scale
+            ctx.plan, ctx.scale = plan, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        q, k, v, compressed_k, compressed_v, gates, *saved = ctx.saved_tensors
-        outputs, lses, (block_indices, *pairs) = saved[:3], saved[3:6], saved[6:]
-        over_samples, over_windows = _segments(ctx.branches)
+        (
+            q, k, v, compressed_k, compressed_v, gates, compression, selection, window,
+            compression_lse, selection_lse, window_lse, block_indices, *pairs,
+        ) = ctx.saved_tensors  # fmt: skip
         (T, HG, D), scale, dout = q.shape, ctx.scale, dout.contiguous()
         stats = q.new_empty(3, T, HG, 2, dtype=torch.float32)
-        _delta_kernel[(triton.cdiv(T * HG, ROWS),)](
-            dout, *outputs, gates, *lses, stats, 2 * T * HG, T * HG, HG,
-            D=D, DP=triton.next_power_of_2(D), BLOCK=ROWS,
+        _delta_kernel[(triton.cdiv(T * HG, DELTA_ROWS),)](
+            dout, compression, selection, window, gates, compression_lse, selection_lse, window_lse,
+            stats, 2 * T * HG, T * HG, HG, D=D, DP=triton.next_power_of_2(D), BLOCK=DELTA_ROWS,
         )  # fmt: skip
-        of_branch = [(stats[i], dout, scale) for i in range(3)]
-        _, tile_dq, tile_dkdv = _tiles(q, COMPRESSION)
-        dq = ragged_attention_dq(q, compressed_k, compressed_v, over_samples, *of_branch[0], tile_dq)
-        dkc, dvc = ragged_attention_dkdv(q, compressed_k, compressed_v, over_samples, *of_branch[0], tile_dkdv)
-        _, tile_dq, tile_dkdv = _tiles(q, WINDOW)
-        dq_window = ragged_attention_dq(q, k, v, over_windows, *of_branch[2], tile_dq)
-        dk, dv = ragged_attention_dkdv(q, k, v, over_windows, *of_branch[2], tile_dkdv)
-        dq, dks, dvs = select_backward(
-            q, k, v, ctx.branches.blocks, block_indices, pairs, *of_branch[1], others=(dq, dq_window)
-        )
+        compression_stats, selection_stats, window_stats = stats.unbind()
+        over_samples, over_windows = _segments(ctx.plan)
+        compression_tiles, window_tiles = _tiles(q)
+        inputs = q, compressed_k, compressed_v, over_samples, compression_stats, dout, scale
+        dq_compression = ragged_attention_dq(*inputs, compression_tiles.dq)
+        dcompressed_k, dcompressed_v = ragged_attention_dkdv(*inputs, compression_tiles.dkdv)
+        inputs = q, k, v, over_windows, window_stats, dout, scale
+        dq_window = ragged_attention_dq(*inputs, window_tiles.dq)
+        dk_window, dv_window = ragged_attention_dkdv(*inputs, window_tiles.dkdv)
+        dq, dk, dv = select_backward(
+            q, k, v, ctx.plan.blocks, block_indices, pairs, selection_stats, dout, scale,
+            others=(dq_compression, dq_window),
+        )  # fmt: skip
+        dk, dv = dk.add_(dk_window).to(k.dtype), dv.add_(dv_window).to(v.dtype)
+        dcompressed_k, dcompressed_v = dcompressed_k.to(k.dtype), dcompressed_v.to(v.dtype)
         dgates = stats[..., 1].sum(-1).t().to(gates.dtype)  # (T, 3)
-        return (
-            dq, dks.add_(dk).to(k.dtype), dvs.add_(dv).to(v.dtype), dkc.to(k.dtype), dvc.to(v.dtype), dgates,
-            None, None, None, None,
-        )  # fmt: skip
+        return dq, dk, dv, dcompressed_k, dcompressed_v, dgates, None, None, None, None
 
 
-def spatial_attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, compressed_k: Tensor, compressed_v: Tensor, gates: Tensor, branches: AttentionPlan,
+def spatial_sparse_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, compressed_k: Tensor, compressed_v: Tensor, gates: Tensor, plan: AttentionPlan,
     top_k: int, scale: float,
 ) -> Tensor:  # fmt: skip
-    """The same contract as `attend` of spatial_sparse_attention.py, differentiable in the first six."""
+    """`spatial_sparse_attention` with a factor `scale` on the scores: (N, H, D). Differentiable in all tensors."""
     if len(q) == 0:
         return torch.zeros_like(q)
     inputs = (x.contiguous() for x in (q, k, v, compressed_k, compressed_v))
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, compressed_k, compressed_v, gates))
-    return _SpatialAttention.apply(*inputs, gates.float().contiguous(), branches, top_k, scale, keep)
+    return _SpatialSparseAttention.apply(*inputs, gates.float().contiguous(), plan, top_k, scale, keep)

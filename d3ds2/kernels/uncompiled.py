@@ -1,13 +1,13 @@
-"""The kernels that torch.compile leaves alone: it breaks its graph there and runs the kernels as they are.
+"""The kernels that torch.compile leaves alone: it breaks the graph there, and they run as they are.
 
-Imported only while it compiles: `torch.compiler.disable` takes seconds to import.
+This module is imported only inside torch.compile, because `torch.compiler.disable` takes seconds to import.
 """
 
 import torch
 
-from . import compression_triton
-from .spatial_sparse_attention_triton import spatial_attention_triton as _spatial_attention_triton
+from . import compression_triton as compression
+from . import spatial_sparse_attention_triton as attention
 
-spatial_attention_triton = torch.compiler.disable(_spatial_attention_triton)
-pooled_silu_triton = torch.compiler.disable(compression_triton.pooled_silu_triton)
-pooled_conv_compression_triton = torch.compiler.disable(compression_triton.pooled_conv_compression_triton)
+spatial_sparse_attention_triton = torch.compiler.disable(attention.spatial_sparse_attention_triton)
+pooled_silu_triton = torch.compiler.disable(compression.pooled_silu_triton)
+pooled_conv_compression_triton = torch.compiler.disable(compression.pooled_conv_compression_triton)

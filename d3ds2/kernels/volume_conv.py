@@ -1,7 +1,7 @@
 """Convolutions of a dense volume whose voxels are rows: voxel (x, y, z) is row (x Y + y) Z + z of a matrix.
 
-On CUDA the kernels of volume_conv_triton.py read the neighbours in place; elsewhere the definition runs. None of these
-operations has a gradient.
+On CUDA, the kernels of volume_conv_triton.py read the neighbours where they lie; elsewhere the definitions run. None of
+these operations has a gradient.
 
 Sizes named in this file:
     V  voxels, X · Y · Z      C, D  channels of the first and the second input      M  channels of the result
@@ -13,14 +13,14 @@ from torch.nn import functional as F
 
 from .devices import on_triton
 
-OFFSETS = 27  # the voxel itself and its neighbours, x slowest
+OFFSETS = 27  # from a voxel to itself and its neighbours, x slowest
 
 Size = tuple[int, int, int]
 Norm = tuple[Tensor, Tensor]  # scale and shift of each channel, float32
 
 
 def rows_are_faster(volume: Tensor) -> bool:
-    """Whether a network should run on rows rather than volumes: on Triton, and without a gradient."""
+    """Return whether rows are the faster form of this volume (B, C, X, Y, Z): on Triton and without a gradient."""
     return on_triton(volume) and not torch.is_grad_enabled()
 
 
@@ -33,7 +33,7 @@ def volume_conv(
     norm: Norm | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`conv3d` that keeps the size, of x and y side by side, plus the residual.
+    """Convolve x and y, side by side, to a volume of the same size, and add the residual.
 
     Args:
         x: rows (V, C).
@@ -41,11 +41,12 @@ def volume_conv(
         weight: (M, C + D, 1, 1, 1) or (M, C + D, 3, 3, 3), of the dtype of x.
         bias: (M,) or None.
         y: rows (V, D) or None.
-        norm: scale and shift (C + D,) float32; then SiLU(x · scale + shift) is convolved, zero beyond the volume.
+        norm: scale and shift (C + D,) float32, or None. If given, SiLU(input · scale + shift) is convolved, which is
+            zero outside the volume.
         residual: rows (V, M) or None.
 
     Returns:
-        (V, M), dtype of x; summed in at least float32.
+        (V, M), dtype of x. The kernels sum in float32.
     """
     if on_triton(x):
         from .volume_conv_triton import volume_conv_triton
@@ -55,7 +56,7 @@ def volume_conv(
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel of rows (V, C): two of (C,), float64."""
+    """Compute mean and variance of each channel of rows (V, C): (C,) float64 each."""
     if on_triton(x):
         from .volume_conv_triton import channel_moments_triton
 
@@ -64,7 +65,16 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def adaptive_conv(x: Tensor, size: Size, weights: Tensor) -> Tensor:
-    """out[n] = Σ_k w[n, k] x[neighbour k of n] / Σ_k |w[n, k]|: rows (V, C) and (V, 27), x slowest -> (V, C)."""
+    """Convolve each voxel with weights of its own: out[n] = Σ_k w[n, k] x[neighbour k of n] / Σ_k |w[n, k]|.
+
+    Args:
+        x: rows (V, C).
+        size: X, Y, Z.
+        weights: (V, 27), the x offset slowest.
+
+    Returns:
+        (V, C).
+    """
     if on_triton(x):
         from .volume_conv_triton import adaptive_conv_triton
 
@@ -81,7 +91,7 @@ def volume_conv_reference(
     norm: Norm | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Definition of `volume_conv`."""
+    """Definition of `volume_conv`: rows (V, C) and (V, D) -> (V, M)."""
     h = _to_volume(x if y is None else torch.cat([x, y], dim=1), size)
     if norm is not None:
         scale, shift = (values[:, None, None, None] for values in norm)
@@ -91,13 +101,13 @@ def volume_conv_reference(
 
 
 def channel_moments_reference(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Definition of `channel_moments`."""
+    """Definition of `channel_moments`: rows (V, C) -> (C,) each."""
     variance, mean = torch.var_mean(x.double(), dim=0, correction=0)
     return mean, variance
 
 
 def adaptive_conv_reference(x: Tensor, size: Size, weights: Tensor) -> Tensor:
-    """Definition of `adaptive_conv`."""
+    """Definition of `adaptive_conv`: rows (V, C) -> (V, C)."""
     shares, padded = _to_volume(F.normalize(weights, p=1.0, dim=1), size), F.pad(_to_volume(x, size), (1,) * 6)
     (X, Y, Z), out = size, torch.zeros_like(padded[:, :, 1:-1, 1:-1, 1:-1])
     for k in range(OFFSETS):

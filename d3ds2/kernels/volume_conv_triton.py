@@ -1,10 +1,9 @@
 """Triton kernels of convolutions of a dense volume of few channels; the definitions are in volume_conv.py.
 
-A volume is a matrix of rows: voxel (x, y, z) is row (x Y + y) Z + z. A convolution reads the 27 neighbours in place,
-applies the group norm and SiLU before it on the way, and reads two volumes side by side from where they lie. So only
-results are stored.
+A volume is a matrix of rows: voxel (x, y, z) is row (x Y + y) Z + z. A convolution reads the 27 neighbours where they
+lie, of two volumes if it has two inputs, and applies norm and SiLU to what it reads. So only results are stored.
 
-The number of channels is a multiple of 16, known when the kernel runs, or any number, for which the kernel is compiled
+A number of channels that is a multiple of 16 is an argument of the kernel. For any other number, a kernel is compiled
 (`FIXED`). Either way a row is read in wide words.
 
 Sizes named in this file:
@@ -17,7 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .devices import abilities
+
 BLOCK_N = 128  # voxels at a time
+STAGES = 3  # loads in flight
 SLICE = 8192  # voxels whose moments one program computes
 
 
@@ -39,7 +41,7 @@ def _source(
     acc, x, scale, shift, weight, row, found, k, before, C, ALL, M, offs_m,
     NORM: tl.constexpr, FIXED: tl.constexpr, FIXED_M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """acc + act(x[row]) @ weight[k, before : before + C]."""
+    """Return acc + x[row] @ weight[k, before : before + C]; with NORM, SiLU(x · scale + shift) stands for x."""
     for first in range(0, C, BLOCK):
         c = before + first + tl.arange(0, BLOCK)
         b_x, has_channel = _load_rows(x, row, found, first, C, FIXED, BLOCK)
@@ -60,7 +62,7 @@ def _source(
 
 @triton.jit
 def _neighbor(n, i, j, l, X, Y, Z):  # noqa: E741
-    """Rows of the neighbours of voxels n at an offset, and whether they lie in the volume."""
+    """Return the rows of the neighbours of voxels n at an offset, and whether they lie in the volume."""
     at_z, at_y, at_x = n % Z + l, n // Z % Y + j, n // Z // Y + i
     found = (at_x >= 0) & (at_x < X) & (at_y >= 0) & (at_y < Y) & (at_z >= 0) & (at_z < Z)
     return (n + (i * Y + j) * Z + l).to(tl.int64), found & (n < X * Y * Z)
@@ -73,7 +75,7 @@ def _conv_kernel(
     FIXED_C: tl.constexpr, FIXED_D: tl.constexpr, FIXED_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N voxels and BLOCK_M channels of the result; kernels of EDGE³, 1 or 3."""
+    """One program: BLOCK_N voxels and BLOCK_M channels of the result. The weights cover EDGE³ voxels, 1³ or 3³."""
     n, offs_m = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     for k in range(EDGE * EDGE * EDGE):
@@ -124,7 +126,7 @@ def _moments_kernel(
 
 @triton.jit(do_not_specialize=["X", "Y", "Z"])
 def _adaptive_kernel(x, weights, out, X, Y, Z, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """One program: BLOCK_N voxels, each with its own 27 weights, over the sum of their absolute values."""
+    """One program: BLOCK_N voxels, each with 27 weights of its own, divided by the sum of their absolute values."""
     n, c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
     inside = n < X * Y * Z
     acc, total = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float32), tl.zeros([BLOCK_N], dtype=tl.float32)
@@ -147,24 +149,28 @@ def volume_conv_triton(
     norm: tuple[Tensor, Tensor] | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`volume_conv`, summed in float32."""
+    """`volume_conv`, summed in float32: rows (V, C) and (V, D) -> (V, M)."""
     (V, C), M, D = x.shape, len(weight), 0 if y is None else y.shape[1]
     out = x.new_empty(V, M)
     rows = weight.permute(2, 3, 4, 1, 0).flatten(0, 2).contiguous()  # (K, C + D, M)
     bias = x.new_zeros(M) if bias is None else bias
     scale, shift = (bias, bias) if norm is None else norm
     second, added = (x if tensor is None else tensor.contiguous() for tensor in (y, residual))
+    widest = max(_block(C), _block(D)) if D else _block(C)
+    stages = abilities(x.device).stages(
+        STAGES, (BLOCK_N + _block(M)) * widest * x.element_size(), BLOCK_N * 34 * x.element_size()
+    )
     _conv_kernel[triton.cdiv(V, BLOCK_N), triton.cdiv(M, _block(M))](
         x.contiguous(), second, scale, shift, rows, bias, added, out, *size, C, D, M,
         EDGE=weight.shape[-1], NORM=norm is not None, HAS_Y=y is not None, HAS_RESIDUAL=residual is not None,
         FIXED_C=_fixed(C), FIXED_D=_fixed(D), FIXED_M=_fixed(M),
-        BLOCK_N=BLOCK_N, BLOCK_C=_block(C), BLOCK_D=_block(D), BLOCK_M=_block(M),
+        BLOCK_N=BLOCK_N, BLOCK_C=_block(C), BLOCK_D=_block(D), BLOCK_M=_block(M), num_stages=stages,
     )  # fmt: skip
     return out
 
 
 def channel_moments_triton(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`channel_moments`: slices are summed in float32 and merged in float64."""
+    """`channel_moments` of rows (V, C), (C,) each: slices are summed in float32 and merged in float64."""
     V, C = x.shape
     slices, block = triton.cdiv(V, SLICE), _block(C)
     mean, spread = (torch.empty(slices, C, dtype=torch.float32, device=x.device) for _ in range(2))
@@ -179,7 +185,7 @@ def channel_moments_triton(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def adaptive_conv_triton(x: Tensor, size: tuple[int, int, int], weights: Tensor) -> Tensor:
-    """`adaptive_conv`, summed in float32."""
+    """`adaptive_conv` of rows (V, C), summed in float32: (V, C)."""
     V, C = x.shape
     out = torch.empty_like(x)
     arguments = x.contiguous(), weights.contiguous(), out, *size, C
@@ -188,12 +194,12 @@ def adaptive_conv_triton(x: Tensor, size: tuple[int, int, int], weights: Tensor)
 
 
 def _fixed(channels: int) -> int:
-    """The number of channels a kernel is compiled for; 0 for a multiple of 16."""
+    """Return the number of channels to compile a kernel for, 0 for all multiples of 16."""
     return channels if channels % 16 else 0
 
 
 def _block(channels: int) -> int:
-    """Channels at a time: a divisor of their number where that is a multiple of 16."""
+    """Return the number of channels at a time. It divides a number that is a multiple of 16."""
     if channels % 16:
         return max(16, min(64, triton.next_power_of_2(channels)))
     return next(width for width in (64, 32, 16) if channels % width == 0)

@@ -1,12 +1,11 @@
-"""Multi-head attention layers: over windows of voxels, to the context of a sample, over a whole sample.
+"""Multi-head attention layers: within windows of voxels, to the context of a sample, and within a dense sample.
 
 Sizes named in this file:
-    Tq, Tk  queries and keys, all segments packed      H  query heads        G  query heads per key head, H / Hk
-    C       channels of the tokens                     Hk key/value heads    D  channels per head
+    N  tokens, all samples packed               H  heads                    C  channels of the tokens
+    L  tokens of the context, or of a sample    D  channels per head        B  samples
 
-A packed batch is cut into segments (samples, or attention windows) by `cu_seqlens` (segments + 1,) int32 on the device
-and `lengths`, the same on the host. Queries attend to all keys of the segment with their number; a query whose segment
-has no key gets zeros. Query head h reads key head h // G.
+A packed batch is cut into samples by `cu_seqlens` (B + 1,) int32 on the device, where each begins, and `lengths` on the
+host, how long each is. A token whose sample has no context gets zeros from attention.
 """
 
 import torch
@@ -18,7 +17,7 @@ from ..kernels.packed_attention import packed_attention
 
 
 class WindowAttention(nn.Module):
-    """Multi-head self attention within the windows of `Voxels.windows`, with biases."""
+    """Multi-head self attention within the windows of `Voxels.windows`. All projections have biases."""
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -38,7 +37,7 @@ class WindowAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of tokens to the context of their sample, with biases."""
+    """Multi-head attention of tokens to the context of their sample. All projections have biases."""
 
     def __init__(self, hidden_size: int, context_size: int, num_heads: int):
         super().__init__()
@@ -57,7 +56,7 @@ class CrossAttention(nn.Module):
         lengths: list[int],
         context_lengths: list[int],
     ) -> Tensor:
-        """x (N, C), context (L, context_size) -> (N, C)."""
+        """x (N, C), context (L, context_size) -> (N, C); L counts the context of all samples."""
         q = self.to_q(x).unflatten(-1, (self.num_heads, self.head_dim))  # (N, H, D)
         k, v = self.to_kv(context).unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(1)  # (L, H, D) each
         out = packed_attention(q, k, v, cu_seqlens, context_cu_seqlens, lengths, context_lengths)
@@ -65,7 +64,7 @@ class CrossAttention(nn.Module):
 
 
 class HeadRMSNorm(nn.Module):
-    """x / ‖x‖ · √D · gamma per head, statistics in fp32; gamma is (H, D)."""
+    """RMS norm of each head: x / ‖x‖ · √D · gamma in fp32, with gamma (H, D)."""
 
     def __init__(self, num_heads: int, head_dim: int):
         super().__init__()
@@ -77,7 +76,7 @@ class HeadRMSNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Full multi-head self attention of dense samples, with biases and optionally RMS-normed queries and keys."""
+    """Multi-head self attention of dense samples. All projections have biases; queries and keys may be RMS-normed."""
 
     def __init__(self, hidden_size: int, num_heads: int, qk_rms_norm: bool):
         super().__init__()

@@ -46,14 +46,14 @@ class SubmanifoldConv3d(nn.Module):
 
 
 class SubdivideConv3d(SubmanifoldConv3d):
-    """Subdivide every voxel into its 8 children, which copy its features, then `SubmanifoldConv3d` on the children.
+    """Subdivide every voxel into 8 children, which copy its features, and apply `SubmanifoldConv3d` to the children.
 
-    The 27 neighbours of a child lie in 2³ of its parent's 27 neighbours, and children of one parent share features. So
-    the same sum is a convolution of the coarse voxels with 8 Cout output channels, whose weights are sums of `weight`.
-    It gathers an eighth of the rows and needs neither features nor neighbours of the fine grid.
+    The 27 neighbours of a child lie in only 2³ coarse voxels, its parent among them, and children of the same parent
+    share features. So the result is a convolution of the coarse voxels with 8 Cout output channels, whose weights are
+    sums of `weight`. It gathers an eighth of the rows, and needs no features or neighbours of the fine grid.
 
-    With `place` every child also has its own weight for its parent, `place` (8, Cin, Cout), at first zero. It is added
-    to a weight that is there anyway, so it costs nothing more.
+    With `place`, every child also has its own weight for its parent, `place` (8, Cin, Cout), which is zero at first. It
+    is added to an existing weight, so it costs no time.
     """
 
     def __init__(self, in_channels: int, out_channels: int, place: bool = False):
@@ -89,7 +89,7 @@ def _convolve(x: Tensor, voxels: Voxels, weight: Tensor, bias: Tensor, children:
 def mean_pool(x: Tensor, voxels: Voxels, factor: int) -> tuple[Tensor, Voxels]:
     """Pool the voxels of each factor³ cell: `sum / (count + 1)`.
 
-    The released models divide so: they average into a zero, which is counted. This divisor is kept everywhere.
+    The released models count a zero in every mean, which gives this divisor. It is kept everywhere.
 
     Args:
         x: features (N, C).

@@ -1,4 +1,4 @@
-"""Spatial sparse attention (Direct3D-S2, section 4.1, eq. 6-8): compression + selection + window, gated.
+"""Spatial sparse attention (Direct3D-S2, section 4.1, eq. 6-8): the gated sum of compression, selection and windows.
 
 Sizes named in this file:
     N   tokens (voxels), all samples packed      H   query heads              C   channels of the tokens
@@ -23,7 +23,7 @@ MAX_NORM_GROUPS = 32
 
 
 class PooledConvCompression(nn.Module):
-    """δ of the paper and of v1.0: norm, pool, two 3³ convolutions on the pooled grid, around a pooled skip."""
+    """δ of the paper and of v1.0: norm, pool, two 3³ convolutions on the pooled grid, plus the pooled input."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -34,14 +34,14 @@ class PooledConvCompression(nn.Module):
         self.conv_out = SubmanifoldConv3d(channels, channels)
 
     def forward(self, x: Tensor, voxels: Voxels, c: int) -> Tensor:
-        """x (N, channels) -> (Nc, channels), rows of `voxels.coarsen(c)`."""
+        """x (N, channels) -> (Nc, channels), a row for each voxel of `voxels.coarsen(c)`."""
         activated, coarse = mean_pool(self.norm_in(x, voxels, silu=True), voxels, c)
         hidden = self.conv_in(activated, coarse)
         hidden = self.conv_out(self.norm_out(hidden, coarse, silu=True), coarse)
         return hidden + mean_pool(x, voxels, c)[0]
 
     def parts(self) -> list[Tensor]:
-        """The parameters, in the order of the kernels."""
+        """The parameters, in the order of `pooled_conv_compression`."""
         norms, convolutions = (self.norm_in, self.norm_out), (self.conv_in, self.conv_out)
         vectors = [vector for norm in norms for vector in (norm.weight, norm.bias)]
         return vectors + [conv.bias for conv in convolutions] + [conv.weight for conv in convolutions]
@@ -55,25 +55,25 @@ class PointwiseCompression(nn.Module):
         self.pointwise = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, voxels: Voxels, c: int) -> Tensor:
-        """x (N, channels) -> (Nc, channels), rows of `voxels.coarsen(c)`."""
+        """x (N, channels) -> (Nc, channels), a row for each voxel of `voxels.coarsen(c)`."""
         return mean_pool(F.silu(self.pointwise(x)), voxels, c)[0]
 
     def parts(self) -> list[Tensor]:
-        """The parameters, in the order of the kernels."""
+        """The parameters: weight and bias."""
         return [self.pointwise.weight, self.pointwise.bias]
 
 
 class SpatialSparseAttention(nn.Module):
-    """Self attention of the tokens of each sample over three views of it.
+    """Self attention of each sample over three views of it: compressed, selected blocks, and windows.
 
     Args:
         hidden_size: C.
         num_heads, num_kv_heads: H and Hk; Hk divides H.
-        compression_block: c, must divide the selection block of 8 voxels.
-        pooled_conv: `PooledConvCompression`; otherwise `PointwiseCompression`.
-        top_k: blocks selected for each query and key/value head.
+        compression_block: c; it must divide the edge of a selection block, 8 voxels.
+        pooled_conv: whether compression is `PooledConvCompression`; otherwise it is `PointwiseCompression`.
+        top_k: K, the number of blocks selected for each query and key/value head.
         window: edge of the attention windows, in voxels.
-        shift: displacement of the windows.
+        shift: displacement of the windows, in voxels.
         head_dim: D. Default: C / H.
 
     Raises:
@@ -138,7 +138,7 @@ class SpatialSparseAttention(nn.Module):
         return compressed_k.to(k.dtype).unflatten(-1, kv_heads), compressed_v.to(v.dtype).unflatten(-1, kv_heads)
 
     def compress_together(self, k: Tensor, v: Tensor, voxels: Voxels) -> tuple[Tensor, Tensor]:
-        """`compress` on keys and values together, in few launches: (Nc, Hk D) each."""
+        """Compress keys and values together, in few launches: k, v (N, Hk D) -> (Nc, Hk D) each."""
         cells = cells_of(voxels, self.compression_block)
         parts = list(zip(self.compress_k.parts(), self.compress_v.parts(), strict=True))
         if isinstance(self.compress_k, PointwiseCompression):

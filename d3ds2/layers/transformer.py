@@ -14,11 +14,11 @@ from ..kernels.modulation import affine_norm, modulated_norm
 from ..kernels.ragged import Ragged
 
 NUM_FREQUENCIES = 128  # of the time embedding
-SLICE_ROWS = 8192  # tokens at a time in a feed-forward without a gradient: its hidden layer is the widest tensor
+SLICE_ROWS = 8192  # tokens at a time in a feed-forward without gradients, whose hidden layer is the widest tensor
 
 
 class LayerNorm32(nn.LayerNorm):
-    """Layer norm with eps 1e-6, by default without affine; torch's kernels keep the statistics in fp32."""
+    """Layer norm of x (N, C), by default with eps 1e-6 and without affine; torch's kernels keep statistics in fp32."""
 
     def __init__(self, hidden_size: int, eps: float = 1e-6, affine: bool = False):
         super().__init__(hidden_size, eps=eps, elementwise_affine=affine)
@@ -29,8 +29,11 @@ class LayerNorm32(nn.LayerNorm):
         return affine_norm(x, self.weight, self.bias, self.eps)
 
 
-class ModulatedNorm(LayerNorm32):
-    """Layer norm without affine, then x (1 + scale) + shift."""
+class ModulatedNorm(nn.LayerNorm):
+    """Layer norm with eps 1e-6 and without affine, then x (1 + scale) + shift."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__(hidden_size, eps=1e-6, elementwise_affine=False)
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, samples: Ragged) -> Tensor:
         """x (N, C), the rows of `samples`, with shift and scale (B, C) of each sample -> (N, C)."""
@@ -51,7 +54,7 @@ class FeedForward(nn.Module):
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
     def _in_slices(self, x: Tensor) -> Tensor:
-        """The same without a gradient, `SLICE_ROWS` tokens at a time, written straight into the result."""
+        """Compute the same without gradients, `SLICE_ROWS` tokens at a time, straight into the result."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         weight, bias = self.down.weight.to(dtype), self.down.bias.to(dtype)

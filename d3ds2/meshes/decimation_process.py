@@ -1,4 +1,4 @@
-"""Run `decimate` in a process of its own, so that the program can answer meanwhile (ComfyUI's Cancel button).
+"""Run `decimate` in a process of its own, so that the program stays responsive, to ComfyUI's Cancel button for one.
 
 fast-simplification holds the GIL for all of its work: two seconds for a million faces.
 """
@@ -22,11 +22,11 @@ from d3ds2.meshes.decimation_process import main; main(sys.argv[2:])"""
 
 
 def decimate_in_process(mesh: Mesh, target_faces: int, on_wait: Callable[[], None]) -> Mesh:
-    """Simplify as `decimate` does, calling `on_wait` ten times a second meanwhile; it may raise to stop the work.
+    """Simplify as `decimate` does, calling `on_wait` ten times a second; if it raises, the process is killed.
 
     Raises:
         ValueError: as `decimate`.
-        RuntimeError: the process failed; the message has the last line that it wrote.
+        RuntimeError: the process failed; the message ends with the last line that it wrote.
     """
     if len(mesh.faces) <= MIN_FACES or len(mesh.faces) <= target_faces:
         return decimate(mesh, target_faces)
@@ -41,7 +41,7 @@ def decimate_in_process(mesh: Mesh, target_faces: int, on_wait: Callable[[], Non
                 on_wait()
                 time.sleep(POLL_SECONDS)
         finally:
-            process.kill()  # does nothing if it has ended
+            process.kill()  # does nothing if the process has ended
             message = process.communicate()[1].decode(errors="replace").strip()
         if process.returncode:
             raise RuntimeError(f"simplifying the mesh failed: {message.splitlines()[-1] if message else 'no message'}")

@@ -1,4 +1,4 @@
-"""Tell inside from outside: all is solid that the outside does not reach through positive voxels and missing blocks."""
+"""Tell inside from outside: whatever the outside cannot reach through positive voxels and missing blocks is solid."""
 
 import numpy as np
 
@@ -15,7 +15,7 @@ def fill_from_outside(
         block_coords: (B,3) coordinates of the stored blocks, in [0, G).
         positive: words (B,8) uint64 with a bit set for each of their voxels that is not below the level (`pack_bits`).
         grid: G, blocks per edge.
-        outer_only: make solid all that the outside does not reach; otherwise cavities are outside too.
+        outer_only: make everything solid that the outside does not reach; otherwise cavities are outside too.
         solid: (S,3) missing blocks that the outside may not enter.
 
     Returns:

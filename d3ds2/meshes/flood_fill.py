@@ -41,7 +41,7 @@ def spread_in_block(free, reached):
     changed = True
     while changed:
         changed = False
-        for sweep in range(2 * BLOCK):  # to and fro through x
+        for sweep in range(2 * BLOCK):  # forth and back along x
             layer = sweep if sweep < BLOCK else 2 * BLOCK - 1 - sweep
             word, start = reached[layer], reached[layer]
             if layer > 0:

@@ -116,7 +116,7 @@ def decimate(mesh: Mesh, target_faces: int) -> Mesh:
     if len(mesh.faces) <= target_faces:
         return mesh
     try:
-        import fast_simplification  # optional: no mesh needs it to be made
+        import fast_simplification  # optional: making a mesh does not need it
     except ImportError as error:
         raise ImportError("decimate needs fast-simplification: pip install fast-simplification") from error
     vertices, faces = fast_simplification.simplify(

@@ -72,7 +72,7 @@ def save_mesh(path: str | Path, mesh: Mesh, metadata: dict[str, str | int | floa
 
 def mesh_bytes(kind: str, mesh: Mesh, metadata: dict[str, str | int | float] | None = None) -> bytes:
     """Return the content of a mesh file; `kind` is one of FORMATS. Arguments and errors as in `save_mesh`."""
-    import trimesh  # slow to import, and only the end of a run needs it
+    import trimesh  # slow to import, and needed only at the end of a run
 
     if kind not in FORMATS:
         raise MeshFileError(f"expected an output that ends in {', '.join(FORMATS)}, got {kind!r}")

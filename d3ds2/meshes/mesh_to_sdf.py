@@ -90,8 +90,8 @@ def mesh_to_sdf(
     """Voxelise a mesh of any quality into the truncated SDF of a closed solid.
 
     The solid's surface lies `shell` voxels outside the triangles: a closed mesh gets its exact SDF minus the shell, an
-    open sheet a slab twice as thick as the shell. From 0.5 on nothing leaks through the triangles themselves; larger
-    shells also close gaps of up to twice their size.
+    open sheet becomes a slab twice as thick as the shell. From 0.5 on, nothing leaks through the triangles themselves;
+    larger shells also close gaps of up to twice their size.
 
     Args:
         vertices: (V,3) in [-1,1]³, see `normalize_mesh`.

@@ -16,7 +16,7 @@ from .triangle_distance import blocks_near_triangles, measure_blocks
 
 BAND = 4.0  # the released threshold, in R-ths of the cube's edge
 QUANTUM = 1e-7  # the released distances are multiples of it, rounded down; the cube's edge is 1
-MARGIN = 1e-3  # grid units: triangles are measured so far beyond the band, vertices must lie so far within it
+MARGIN = 1e-3  # grid units: how far beyond the band triangles are measured, and how far within it vertices must lie
 
 
 @kernel

@@ -3,8 +3,7 @@
 Kernels release the GIL and run on plain threads, each on its own range of blocks. No numba threading layer is
 involved, so they are safe after a fork, inside worker processes and when called from several threads at once.
 
-A kernel calls only kernels of its own file, because numba keeps the machine code on disk until that file changes and
-looks at no other file.
+A kernel calls only kernels of its own file, because numba keeps the machine code on disk until that one file changes.
 """
 
 import os

@@ -34,7 +34,7 @@ def blocks_to_mesh(block_coords: Tensor, values: Tensor, resolution: int, **opti
         resolution: R.
         options: see `device_mesh`.
 
-    Raises as these two.
+    Raises as those two do.
     """
     if values.is_cuda:
         return device_mesh(block_coords, values, resolution, **options)

@@ -18,8 +18,8 @@ STEPS_PER_VOXEL = 1024  # vertices that round to the same step of this grid are 
 def find_sharp_edges(vertices: np.ndarray, faces: np.ndarray, angle: float, resolution: int) -> np.ndarray:
     """Find the edges where two faces meet at more than `angle` degrees, and the edges of one face or of more than two.
 
-    Vertices in the same place are welded first. Of several faces on the same three vertices one counts; a face with two
-    corners in the same place does not. The winding of the faces does not matter.
+    Vertices in the same place are merged first. Of several faces on the same three vertices only one counts, and a face
+    with two corners in the same place counts not at all. The winding of the faces does not matter.
 
     Args:
         vertices: (V,3) float64 in voxels, the centre of voxel i at i.

@@ -1,7 +1,7 @@
 """Estimates of the bytes that a network needs beside its weights, from its configuration and the number of tokens.
 
-The factors fit peaks that torch's memory profiler measured on the CPU, with a fifth on top. The tests of this file
-repeat the measurement. The estimates serve to free memory in time and to refuse early, not to fill a card.
+The factors fit peaks that torch's memory profiler measured on the CPU, plus a fifth. The tests of this file repeat the
+measurement. The estimates are for freeing memory in time and for refusing early, not for filling a card.
 
 Sizes named in this file:
     T  tokens of one pass, those of the second guidance branch included      N  SDF voxels
@@ -44,7 +44,7 @@ def latent_dit_bytes(config: LatentDiTConfig, tokens: int, dtype: torch.dtype) -
 
 def sdf_encode_bytes(config: SDFVAEConfig, voxels: int, dtype: torch.dtype) -> int:
     """Estimate the bytes for encoding N active SDF voxels: their features at full resolution take most."""
-    side_by_side = 3 * dtype.itemsize if config.voxel_place else 0  # of the places of 8 children about 2.5 are occupied
+    side_by_side = 3 * dtype.itemsize if config.voxel_place else 0  # about 2.5 of 8 children are occupied
     return _with_margin(voxels * (120 + config.widths[0] * (dtype.itemsize + 12 + side_by_side)))
 
 

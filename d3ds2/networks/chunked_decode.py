@@ -1,8 +1,8 @@
 """Decode latents to an SDF in bounded memory: the same numbers as `SDFVAE.decode`, in pieces.
 
-The transformer goes a few windows at a time, since the result of a window depends on that window alone. The
-convolutions that follow go over boxes of latents, which do not overlap and together hold every latent. A box is halved
-until what it needs fits the memory.
+The transformer runs on a few windows at a time, because the result of a window depends on that window alone. The
+convolutions that follow run on boxes of latents, which do not overlap and together hold every latent. A box is halved
+until it fits the memory.
 
 The SDF voxels of a latent depend on latents at most three away. From the edge of a box, the six convolutions reach 1
 voxel at R, 1 + 1 at R/2, 1 + 1 at R/4 and 1 latent. So a box needs features of
@@ -13,7 +13,7 @@ and no others are computed.
 
 Sizes named in this file:
     L  latents, all samples packed      C  hidden size
-    N  cells of one level in one chunk  P  of them or of their children, those taken further
+    N  cells of one level in one chunk  P  the needed ones among them or their children
 """
 
 from collections.abc import Callable, Iterator
@@ -32,13 +32,13 @@ from ..kernels.device_constant import device_constant
 from ..kernels.gather_conv import gather_conv, workspace_bytes
 from .sdf_vae import FACTOR, SDFVAE
 
-HALO = 3  # latents beyond the edge of a box on which its voxels depend
+HALO = 3  # latents beyond the edge of a box that its voxels depend on
 MARGINS = (3, 3, 2)  # cells beyond that edge whose features are needed, at R/8, R/4 and R/2
 CELLS = (FACTOR // 2) ** 3  # of a latent, at R/2
 DEFAULT_BUDGET = 2 << 30  # bytes
 MIN_SLICE = 1024  # cells or tokens at a time, at least
 
-OnChunk = Callable[[int, int], None]  # takes the number of finished latents, and of all
+OnChunk = Callable[[int, int], None]  # takes the numbers of finished and of all latents
 
 
 class MemoryBudgetError(ValueError):
@@ -61,9 +61,9 @@ def decode_in_chunks(
         vae: on the device of the latents.
         latents: (L, E), as the encoder returns them (not normalised).
         voxels: their voxels at R / 8.
-        memory_budget: bytes that this may take beside weights and latents, its result included. Default: 2 GiB.
+        memory_budget: bytes that decoding may take beside weights and latents, its result included. Default: 2 GiB.
         position_factor: as in `SDFVAE.decode`.
-        on_chunk: called after each chunk with the number of finished latents and of all; may raise to stop.
+        on_chunk: called after each chunk with the numbers of finished and of all latents; may raise to stop.
         features_out: (512 L, C / 16), to be filled with the features before the output layer, in the order of
             `SDFBlocks.to_voxels`; not counted in the budget.
 
@@ -91,7 +91,7 @@ def decode_in_chunks(
     features = transform(vae, latents, voxels, position_factor, slice_bytes)  # (L, C)
     coords, order = _lexicographic(voxels)
     place = torch.empty_like(order)
-    place[order] = torch.arange(L, device=order.device)  # of each latent in the result
+    place[order] = torch.arange(L, device=order.device)  # row of each latent in the result
     values = torch.empty(L, FACTOR**3, device=latents.device)
     weights = [layer.dense_weights() for block in vae.decoder.up_blocks for layer in (block.conv1, block.conv2)]
     table, done = _Table(voxels), 0
@@ -146,7 +146,7 @@ def chunk_boxes(voxels: Voxels, limit: int) -> list[tuple[np.ndarray, np.ndarray
         core = core[((core >= low) & (core < high)).all(1)]
         if not len(core):
             continue
-        low, high = core.min(0), core.max(0) + 1  # an empty margin needs no halo
+        low, high = core.min(0), core.max(0) + 1  # shrink to the latents: empty space needs no halo
         near = near[((coords[near] >= low - reach) & (coords[near] < high + reach)).all(1)]
         single_sample = high[0] - low[0] == 1
         if len(near) <= limit and single_sample:
@@ -169,7 +169,7 @@ def transform(vae: SDFVAE, latents: Tensor, voxels: Voxels, position_factor: flo
     dtype = decoder.input_layer.weight.dtype
     tokens = max(MIN_SLICE, slice_bytes // (C * (12 * dtype.itemsize + 4)))  # queries, keys, values, feed-forward
     x = latents.new_empty(len(voxels), C, dtype=dtype)
-    for first in range(0, len(voxels), tokens):  # not `voxels.position_embedding`, which would be kept
+    for first in range(0, len(voxels), tokens):  # not `voxels.position_embedding`, which would stay in memory
         rows = slice(first, first + tokens)
         position = absolute_position_embedding(voxels.coords[rows, 1:].float() * position_factor, C)
         x[rows] = decoder.input_layer(latents[rows].to(dtype)) + position.to(dtype)
@@ -183,7 +183,7 @@ def transform(vae: SDFVAE, latents: Tensor, voxels: Voxels, position_factor: flo
 
 
 def _window_slices(windows: Windows, tokens: int) -> Iterator[tuple[slice | Tensor, Windows]]:
-    """Yield groups of whole windows with about `tokens` tokens: their rows, and the windows numbered among these."""
+    """Yield groups of whole windows with about `tokens` tokens: their rows, and the windows over these rows."""
     ends = np.concatenate([[0], np.cumsum(windows.lengths)])
     first = 0
     while first < len(windows.lengths):
@@ -196,14 +196,14 @@ def _window_slices(windows: Windows, tokens: int) -> Iterator[tuple[slice | Tens
 
 
 class _Table:
-    """The neighbours of all latents, from which those of a chunk are taken."""
+    """The neighbours of all latents, to look up those of a chunk."""
 
     def __init__(self, voxels: Voxels):
         self.neighbors = voxels.neighbors
         self.local = torch.empty(len(voxels) + 1, dtype=torch.int32, device=voxels.device)
 
     def of_rows(self, rows: Tensor) -> Tensor:
-        """Return the neighbours (27, N) among `rows` (N,), N where there is none."""
+        """Return the neighbours (27, N) of `rows` (N,) among these rows, N where there is none."""
         N = len(rows)
         self.local.fill_(N)
         self.local[rows] = torch.arange(N, dtype=torch.int32, device=rows.device)
@@ -270,7 +270,7 @@ def _child_neighbors(neighbors: Tensor, needed: Tensor) -> Tensor:
 
 
 def _lexicographic(voxels: Voxels) -> tuple[Tensor, Tensor]:
-    """Return the coordinates (L, 4) sorted by sample, x, y, z, and `order` (L,): they are voxels.coords[order]."""
+    """Return coords (L, 4) sorted by sample, x, y, z, and `order` (L,), which gives them as `voxels.coords[order]`."""
     batch, x, y, z = voxels.coords.long().unbind(1)
     R = voxels.resolution
     order = (((batch * R + x) * R + y) * R + z).argsort()

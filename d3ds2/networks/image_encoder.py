@@ -1,4 +1,4 @@
-"""Image -> image tokens: DINOv2 with registers, of whose patches those that touch the foreground are kept (eq. 9).
+"""Image -> image tokens: DINOv2 with registers, then only patches that touch the foreground are kept (eq. 9).
 
 Sizes named in this file:
     B  images        S  pixels per edge        P  patches per edge, S / patch_size
@@ -130,7 +130,7 @@ class ImageEncoderConfig:
             raise ValueError(f"expected positive sizes, got {self}")
 
 
-# names of the projections in transformers 5.2x -> in the published weights and all earlier versions
+# names of the projections in transformers 5.2x -> names in the published weights and in all earlier versions
 PUBLISHED_NAMES = {
     ".attention.q_proj.": ".attention.attention.query.",
     ".attention.k_proj.": ".attention.attention.key.",

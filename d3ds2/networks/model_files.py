@@ -1,4 +1,4 @@
-"""Networks to and from a model folder, whose form `storage/model_folder.py` describes."""
+"""Save and load the networks of a model folder; `storage/model_folder.py` describes its format."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def save_network(folder: str | Path, name: str, module: nn.Module, dtype: torch.
 
     Args:
         module: has its dataclass in `module.config`.
-        dtype: of the floating tensors in the file (torch.float16 halves it); default: the one that each has.
+        dtype: of the floating tensors in the file (torch.float16 halves its size). Default: they keep theirs.
 
     Raises:
         ValueError: the module is not of the class that `name` stands for, or a value is not finite in `dtype`.
@@ -58,7 +58,7 @@ def load_network(
 def load_model(
     folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[dict[str, nn.Module], SamplingConfig]:
-    """Return a model's networks by name, the five and the extra ones that it has, and how to sample them.
+    """Return a model's networks by name, the five and any extra ones, and its sampling config.
 
     Raises as `load_network`.
     """

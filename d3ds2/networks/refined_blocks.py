@@ -1,8 +1,8 @@
 """The refiners over a whole volume: a decoded SDF -> the 8³ blocks that the refined surface crosses.
 
-A refiner works on patches of the size that it was trained on, for its norms average over a patch. They pass over the
-grid one by one. The largest dense tensor held is one volume: of distances in `refine_distances`, of signs at half the
-resolution in `refine_signs`. Where nothing was decoded, the released decoder means +1, inside the solid and outside.
+A refiner works on patches of the size that it was trained on, because its norms average over a patch. The patches are
+processed one by one. The largest dense tensor is a single volume: distances in `refine_distances`, signs at half the
+resolution in `refine_signs`. Where nothing was decoded, the released models assume +1, inside the solid and outside.
 
 Sizes named in this file:
     N  decoded voxels of one sample      R  voxels per edge      G = R / 8  blocks per edge
@@ -20,7 +20,7 @@ from ..geometry.sdf_blocks import SDFBlocks
 from ..geometry.voxels import BLOCK, Voxels
 from .refiner import Refiner, SignRefiner
 
-OVERLAP = 6  # neighbouring patches of `refine_distances` share P / 6 voxels, where one fades into the next
+OVERLAP = 6  # neighbouring patches of `refine_distances` overlap by P / 6 voxels, where they are blended
 
 OnPatch = Callable[[int, int], None]  # finished patches, all patches
 
@@ -67,10 +67,10 @@ def refine_distances(
 
 @torch.no_grad()
 def refine_signs(refiner: SignRefiner, sdf: Tensor, voxels: Voxels, on_patch: OnPatch | None = None) -> Tensor:
-    """Tell which cells of 2³ voxels are outside; it counts where nothing was decoded.
+    """Find out which cells of 2³ voxels are outside. The result is for places where nothing was decoded.
 
-    Arguments and errors as for `refine_distances`. Patches lie on the grid of R / 2 and overlap by P / 2, where the
-    later one counts.
+    Arguments and errors as for `refine_distances`. Patches lie on the grid of R / 2 and overlap by P / 2, where a later
+    patch replaces an earlier one.
 
     Returns:
         (R/2, R/2, R/2) bool, True outside.
@@ -97,7 +97,7 @@ def refine_surface(
     device: torch.device,
     on_patch: OnPatch | None = None,
 ) -> SDFBlocks:
-    """Refine each sample; return the blocks that its refined surface crosses, perhaps none.
+    """Refine each sample; return the blocks that the refined surface crosses, possibly none.
 
     Args:
         refiner: on `device`; a `SignRefiner` where `features` is None.
@@ -117,7 +117,7 @@ def refine_surface(
         sample = SDFBlocks(own.to(device), blocks.values[some].to(device), blocks.resolution, 1)
         if features is None:
             outside = refine_signs(refiner, *sample.to_voxels(), on_patch)
-            # made a second time: voxels kept while refining would be the largest tensor
+            # the voxels are made twice: kept while refining, they would be the largest tensor
             crossed = blocks_of_signs(*sample.to_voxels(), outside, level)
             del outside
         else:
@@ -132,23 +132,23 @@ def refine_surface(
 
 
 def blocks_of_distances(volume: Tensor, level: float) -> tuple[Tensor, Tensor]:
-    """Return the blocks of a volume (R, R, R) that hold an end of a grid edge where it crosses `level`.
+    """Return the blocks of a volume (R, R, R) that hold an end of a grid edge which crosses `level`.
 
-    They are block coordinates (M, 3) long and values (M, 8, 8, 8), as `sdf_to_mesh` takes them.
+    The result is block coordinates (M, 3) long and values (M, 8, 8, 8), as `sdf_to_mesh` takes them.
     """
     return _crossed_blocks(lambda first, last: volume[first:last], len(volume), level)
 
 
 def blocks_of_signs(sdf: Tensor, voxels: Voxels, outside: Tensor, level: float) -> tuple[Tensor, Tensor]:
-    """Return the same blocks of a volume of decoded distances, sdf (N, 1), and of signs where nothing was decoded.
+    """Return such blocks for a volume of decoded distances, sdf (N, 1), with signs where nothing was decoded.
 
-    `outside` is the result of `refine_signs`: +1 where it is True, else -1.
+    `outside` is the result of `refine_signs`; a sign is +1 where it is True, else -1.
     """
     return _crossed_blocks(lambda first, last: signed_slab(sdf, voxels, outside, first, last), voxels.resolution, level)
 
 
 def signed_slab(sdf: Tensor, voxels: Voxels, outside: Tensor, first: int, last: int) -> Tensor:
-    """Layers first <= x < last of the volume of `blocks_of_signs`, (last - first, R, R) float32."""
+    """Return layers first <= x < last of the volume of `blocks_of_signs`, (last - first, R, R) float32."""
     cells = outside[first // 2 : (last + 1) // 2]
     for dim in range(3):
         cells = cells.repeat_interleave(2, dim)
@@ -165,7 +165,7 @@ def _starts(resolution: int, patch: int, stride: int) -> list[int]:
 
 
 def _ramp(start: int, starts: list[int], patch: int, device: torch.device) -> Tensor:
-    """Weight of a patch along one axis, (P,): where it overlaps a neighbour it rises linearly from 0 to 1, or falls."""
+    """Return the weight of a patch along an axis, (P,): it rises or falls linearly where neighbours overlap."""
     ramp, rise = torch.ones(patch, device=device), torch.linspace(0, 1, patch // OVERLAP, device=device)
     if start > starts[0]:
         ramp[: len(rise)] = rise
@@ -203,7 +203,7 @@ def _mean_of_cells(sdf: Tensor, voxels: Voxels, dtype: torch.dtype = torch.float
     means = torch.empty(R // 2, R // 2, R // 2, dtype=dtype, device=sdf.device)
     for first in range(0, R, BLOCK):
         rows, place = _in_layers(voxels, first, first + BLOCK)
-        slab = torch.zeros(2, BLOCK * R * R, device=sdf.device)  # values, and one for each voxel
+        slab = torch.zeros(2, BLOCK * R * R, device=sdf.device)  # values, and 1 for each voxel
         slab[0, place], slab[1, place] = sdf[rows, 0].float(), 1.0
         total, count = F.avg_pool3d(slab.view(2, 1, BLOCK, R, R), 2)[:, 0] * 8
         means[first // 2 : (first + BLOCK) // 2] = torch.where(count > 0.5, total / (count + 1), 1.0)
@@ -211,7 +211,7 @@ def _mean_of_cells(sdf: Tensor, voxels: Voxels, dtype: torch.dtype = torch.float
 
 
 def _crossed_blocks(slab: Callable[[int, int], Tensor], resolution: int, level: float) -> tuple[Tensor, Tensor]:
-    """Crossed blocks of the volume whose layers `slab(first, last)` returns; all is outside beyond the grid."""
+    """Return the crossed blocks of the volume whose layers `slab(first, last)` returns; beyond the grid is outside."""
     found = [*_crossed_in_layers(slab, resolution, level)]
     coords, values = zip(*found, strict=True)
     return torch.cat(coords), torch.cat(values)
@@ -229,6 +229,6 @@ def _crossed_in_layers(
         if first == 0 or last == R:
             has_outside.fill_(1.0)
         sides = torch.stack([F.pad(inside.any(0).float(), (1,) * 4), F.pad(has_outside, (1,) * 4, value=1.0)])
-        y, z = F.max_pool2d(sides[:, None], BLOCK + 2, BLOCK)[:, 0].amin(0).nonzero().unbind(1)  # each with both sides
+        y, z = F.max_pool2d(sides[:, None], BLOCK + 2, BLOCK)[:, 0].amin(0).nonzero().unbind(1)  # those with both
         core = layers[BLOCK * bx - first :][:BLOCK].unflatten(2, (G, BLOCK)).unflatten(1, (G, BLOCK))
         yield torch.stack([torch.full_like(y, bx), y, z], dim=1), core.permute(1, 3, 0, 2, 4)[y, z]

@@ -1,8 +1,8 @@
 """The two refiners of the released models: dense U-Nets on patches of the decoded SDF volume.
 
-`Refiner` makes new distances for every voxel of a patch from the decoder's distances and features. `SignRefiner` only
-tells whether a voxel is outside (+1) or inside (-1). Both have the same U-Net. refined_blocks.py runs them over a
-volume; on CUDA and without a gradient, refiner_rows.py computes the same with voxels as rows.
+`Refiner` computes new distances for every voxel of a patch from the decoder's distances and features. `SignRefiner`
+only decides whether a voxel is outside (+1) or inside (-1). Both have the same U-Net. refined_blocks.py runs them over
+a volume. On CUDA and without gradients, refiner_rows.py computes the same with voxels as rows.
 
 Sizes named in this file:
     B  patches      P  voxels along the edge of a patch      C  channels      D  channels of the decoder's features
@@ -20,7 +20,7 @@ from .refiner_rows import adaptive_rows, conv_rows, unet_rows
 
 GROUPS = 4  # of every group norm
 ADAPTIVE_STEPS = 3  # times an adaptive convolution is applied
-SLAB_BYTES = 64 << 20  # input and output of a convolution at a time, without a gradient: cuDNN copies its input
+SLAB_BYTES = 64 << 20  # of input and output of a convolution at a time, without gradients: cuDNN copies its input
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,12 @@ class ResBlock(nn.Module):
     def forward_cat(self, h: Tensor, skip: Tensor, upsample: nn.ConvTranspose3d | None) -> Tensor:
         """Apply `forward` to the upsampled h and skip side by side.
 
-        Joined, they would be the largest tensor of the network. Without a gradient they are joined one group of the
-        norm at a time, and the convolutions are sums over the groups.
+        Joined, they would be the largest tensor of the network. So without gradients they are joined for one group of
+        the norm at a time, and the convolutions are summed over the groups.
         """
         if torch.is_grad_enabled():
-            return self(torch.cat([h if upsample is None else upsample(h), skip], dim=1))
+            joined = torch.cat([h if upsample is None else upsample(h), skip], dim=1)
+            return self(joined)  # pyrefly: ignore[not-callable]: nn.Module, which has __call__, is Any to it
         size = self.norm1.num_channels // GROUPS
         hidden = shortcut = None
         for first in range(0, self.norm1.num_channels, size):
@@ -223,7 +224,7 @@ class Refiner(nn.Module):
 
 
 class SignRefiner(nn.Module):
-    """Whether voxels are outside or inside, from the decoder's distances: the released `Voxel_RefinerXL_sign`."""
+    """Signs outside and inside from the decoder's distances: the released `Voxel_RefinerXL_sign`."""
 
     def __init__(self, config: SignRefinerConfig):
         super().__init__()
@@ -255,7 +256,7 @@ def _volumes(*volumes: Tensor, run: Callable) -> Tensor:
 
 
 def _norm_silu(x: Tensor, norm: nn.GroupNorm, overwrite: bool = False) -> Tensor:
-    """SiLU of the normed x. Without a gradient, `overwrite` lets it be written into x, a group at a time."""
+    """Return SiLU of the normed x. Without gradients, `overwrite` writes it into x, a group at a time."""
     if torch.is_grad_enabled() or not overwrite:
         return F.silu(norm(x), inplace=not torch.is_grad_enabled())
     parts = (tensor.chunk(norm.num_groups, dim) for tensor, dim in ((x, 1), (norm.weight, 0), (norm.bias, 0)))
@@ -265,7 +266,7 @@ def _norm_silu(x: Tensor, norm: nn.GroupNorm, overwrite: bool = False) -> Tensor
 
 
 def _channels(h: Tensor, skip: Tensor, upsample: nn.ConvTranspose3d | None, first: int, last: int) -> Tensor:
-    """Channels first <= c < last of the upsampled h and of skip side by side."""
+    """Return channels first <= c < last of the upsampled h and skip side by side."""
     C = h.shape[1] if upsample is None else upsample.out_channels
     parts = []
     if first < C:
@@ -280,9 +281,9 @@ def _channels(h: Tensor, skip: Tensor, upsample: nn.ConvTranspose3d | None, firs
 
 
 def _conv(x: Tensor, conv: nn.Conv3d, some: slice = slice(None), total: Tensor | None = None) -> Tensor:
-    """Convolve `some` of the input channels with stride 1, keeping the size, and add to `total`, the sum over others.
+    """Convolve `some` of the input channels with stride 1, keeping the size; add to `total`, the sum over the others.
 
-    Without a gradient it takes a few layers of x at a time. The bias is added with the first sum.
+    Without gradients, it takes a few layers of x at a time. The bias is added only when `total` is None.
     """
     weight, bias, margin = conv.weight[:, some], conv.bias if total is None else None, conv.padding[0]
     if torch.is_grad_enabled():
@@ -301,7 +302,7 @@ def _conv(x: Tensor, conv: nn.Conv3d, some: slice = slice(None), total: Tensor |
 
 
 def _double(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`conv_transpose3d` of stride 2, weights (in, out, 2, 2, 2), as a product: a child has one parent."""
+    """`conv_transpose3d` of stride 2, weights (in, out, 2, 2, 2), as a 1³ convolution: a child has a single parent."""
     x = F.conv3d(h, weight.flatten(1).t()[:, :, None, None, None], bias.repeat_interleave(8))  # (B, 8 out, X, Y, Z)
     x = x.unflatten(1, (-1, 2, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4)
     return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)

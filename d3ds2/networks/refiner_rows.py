@@ -1,6 +1,6 @@
 """The refiners' U-Net without gradients, with the voxels of a patch as rows (V, C); refiner.py is the definition.
 
-Nearly all memory belongs to the narrow levels. The convolutions of volume_conv.py read them in place.
+Nearly all memory is in the narrow levels, which the convolutions of volume_conv.py read in place.
 
 Sizes named in this file:
     V  voxels of one patch, X · Y · Z      C  channels
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..kernels.volume_conv import Norm, Size, adaptive_conv, channel_moments, volume_conv
 
-MAX_FUSED_CHANNELS = 64  # of a result; before wider convolutions the activations are stored
+MAX_FUSED_CHANNELS = 64  # of a convolution's result; for wider ones, the activations before it are stored
 SLAB_BYTES = 64 << 20  # rows computed at a time, in float32
 
 
@@ -67,7 +67,7 @@ def _res_block(block: nn.Module, x: Tensor, size: Size, y: Tensor | None = None)
 def _norm_conv(
     norm: nn.GroupNorm, conv: nn.Conv3d, x: Tensor, y: Tensor | None, size: Size, residual: Tensor | None = None
 ) -> Tensor:
-    """Apply group norm, SiLU and a convolution, fused unless wide: each activation would be computed too often."""
+    """Apply group norm, SiLU and a convolution; not fused if wide, where activations would be computed too often."""
     scale, shift = _norm(norm, x, y)
     if len(conv.weight) <= MAX_FUSED_CHANNELS:
         return _conv(x, size, conv, y, (scale, shift), residual)
@@ -79,7 +79,7 @@ def _norm_conv(
 
 
 def _norm(norm: nn.GroupNorm, x: Tensor, y: Tensor | None = None) -> Norm:
-    """Scale and shift of each channel in a group norm of x and y side by side."""
+    """Return the scale and shift of each channel for a group norm of x and y side by side."""
     parts = [channel_moments(part) for part in (x, y) if part is not None]
     mean, variance = (torch.cat(values).unflatten(0, (norm.num_groups, -1)) for values in zip(*parts, strict=True))
     group_mean = mean.mean(1, keepdim=True)
@@ -91,7 +91,7 @@ def _norm(norm: nn.GroupNorm, x: Tensor, y: Tensor | None = None) -> Norm:
 
 
 def _silu_(x: Tensor, norm: Norm) -> Tensor:
-    """SiLU(x · scale + shift), in place."""
+    """Apply SiLU(x · scale + shift) in place."""
     for rows in x.split(_rows(x.shape[1])):
         rows.copy_(F.silu(torch.addcmul(norm[1], rows.float(), norm[0]), inplace=True))
     return x
@@ -120,5 +120,5 @@ def _double(x: Tensor, size: Size, conv: nn.ConvTranspose3d) -> tuple[Tensor, Si
 
 
 def _rows(channels: int) -> int:
-    """Rows of so many channels that are computed at a time."""
+    """Return how many rows of so many channels are computed at a time."""
     return max(1, SLAB_BYTES // (4 * channels))

@@ -27,7 +27,7 @@ from ..layers.sparse_conv import (
 )
 from ..layers.transformer import FeedForward, LayerNorm32, initialize_linear
 
-FACTOR = BLOCK  # SDF voxels along the edge of a latent voxel, which decodes to one block by doubling three times
+FACTOR = BLOCK  # SDF voxels per edge of a latent voxel, which decodes to a block by doubling three times
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class SDFVAEConfig:
     The position embedding takes latent coordinates times position_resolution / R. `latents_scale` and `latents_shift`
     normalise latents for the diffusion model. Raises ValueError for sizes that do not fit together.
 
-    With `voxel_place` each of the eight children of a voxel has a weight of its own in the encoder's pooling and in the
-    decoder's subdivision. The released networks lack these weights. Since mean pooling and submanifold convolutions do
-    not see where in its cell a voxel lies, a surface whose band fits into half a block then has the same latents in
-    either half.
+    With `voxel_place`, each of the eight children of a voxel has its own weight in the encoder's pooling and in the
+    decoder's subdivision. The released networks lack these weights. Mean pooling and submanifold convolutions ignore
+    where in its cell a voxel lies. So without these weights, a surface whose band fits into half a block has the same
+    latents in either half.
     """
 
     latent_channels: int = 16
@@ -141,9 +141,10 @@ class Encoder(nn.Module):
         self.out_layer = nn.Linear(config.hidden_size, 2 * config.latent_channels)
 
     def forward(self, sdf: Tensor, voxels: Voxels, position_factor: float, run) -> tuple[Tensor, Voxels]:
+        """sdf (N, 1) -> moments (L, 2 E) and the latent voxels; `run(block, x, voxels)` calls a block."""
         x = self.sdf_layer(sdf)  # (N, C / 16)
         coarse = voxels
-        for _ in self.down_blocks:  # before any block runs, so that neighbours on each grid follow from the coarser one
+        for _ in self.down_blocks:  # first, so that the neighbours on each grid follow from the coarser grid
             coarse = coarse.coarsen(2)[0]
         for block in self.down_blocks:
             x, voxels = run(block, x, voxels)
@@ -165,6 +166,7 @@ class Decoder(nn.Module):
         self.out_layer = nn.Linear(widths[0], 1)
 
     def forward(self, latents: Tensor, voxels: Voxels, position_factor: float, run):
+        """latents (L, E) -> features (512 L, C / 16), the order that sorts them, and the voxels in that order."""
         x = _embed(latents, voxels, self.input_layer, position_factor)  # (L, C)
         for block in self.blocks:
             x = run(block, x, voxels)
@@ -172,7 +174,7 @@ class Decoder(nn.Module):
         for block in self.up_blocks:
             x = x if order is None else permute_rows(x, order)
             x, order, voxels = run(block, x, voxels), voxels.child_order, voxels.subdivide()[0]
-        return x, order, voxels  # (512 L, C / 16), not yet sorted
+        return x, order, voxels
 
 
 class SDFVAE(nn.Module):
@@ -216,28 +218,38 @@ class SDFVAE(nn.Module):
         mean, logvar = moments.float().chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0), latent_voxels
 
-    def decode(
-        self,
-        latents: Tensor,
-        voxels: Voxels,
-        position_factor: float | None = None,
-        return_features: bool = False,
-    ) -> tuple[Tensor, Voxels] | tuple[Tensor, Tensor, Voxels]:
+    def decode(self, latents: Tensor, voxels: Voxels, position_factor: float | None = None) -> tuple[Tensor, Voxels]:
         """Reconstruct all 8³ SDF voxels of every latent.
 
         Args:
             latents: (L, E), as the encoder returns them (not normalised).
             voxels: their voxels at R / 8.
             position_factor: factor on latent coordinates. Default: position_resolution / R.
-            return_features: also return the features before the output layer, (512 L, C / 16).
 
         Returns:
             sdf (512 L, 1) float32 in [-1, 1], and its voxels at R, sorted: block i of `sdf.view(L, 8, 8, 8)` lies at
-            `block_coords[i]` of those voxels. With `return_features`: sdf, features, voxels.
+            `block_coords[i]` of those voxels.
 
         Raises:
             ValueError: if latents and voxels do not fit together.
         """
+        features, order, fine = self._decode_features(latents, voxels, position_factor)
+        return self._sdf_of(features, order), fine
+
+    def decode_with_features(
+        self, latents: Tensor, voxels: Voxels, position_factor: float | None = None
+    ) -> tuple[Tensor, Tensor, Voxels]:
+        """Return sdf, the features before the output layer (512 L, C / 16), and their voxels.
+
+        Arguments and errors as for `decode`.
+        """
+        features, order, fine = self._decode_features(latents, voxels, position_factor)
+        return self._sdf_of(features, order), permute_rows(features, order), fine
+
+    def _decode_features(
+        self, latents: Tensor, voxels: Voxels, position_factor: float | None
+    ) -> tuple[Tensor, Tensor, Voxels]:
+        """Return the features before the output layer, not yet sorted, the order that sorts them, and their voxels."""
         if latents.shape != (len(voxels), self.config.latent_channels):
             raise ValueError(
                 f"expected latents ({len(voxels)}, {self.config.latent_channels}), got {tuple(latents.shape)}"
@@ -245,9 +257,10 @@ class SDFVAE(nn.Module):
         if position_factor is None:
             position_factor = self.config.position_resolution / (FACTOR * voxels.resolution)
         latents = latents.to(self.decoder.input_layer.weight.dtype)
-        features, order, fine = self.decoder(latents, voxels, position_factor, self._run)
-        sdf = permute_rows(self.decoder.out_layer(features).float().tanh(), order)
-        return (sdf, permute_rows(features, order), fine) if return_features else (sdf, fine)
+        return self.decoder(latents, voxels, position_factor, self._run)
+
+    def _sdf_of(self, features: Tensor, order: Tensor) -> Tensor:
+        return permute_rows(self.decoder.out_layer(features).float().tanh(), order)
 
     def forward(
         self, sdf: Tensor, voxels: Voxels, generator: torch.Generator | None = None
@@ -263,11 +276,11 @@ class SDFVAE(nn.Module):
         return decoded, fine, mean, logvar
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
-        """Latents of the encoder -> latents for the diffusion model."""
+        """Turn latents (L, E) of the encoder into those that the diffusion model takes."""
         return (latents - self.config.latents_shift) * self.config.latents_scale
 
     def denormalize_latents(self, latents: Tensor) -> Tensor:
-        """Latents of the diffusion model -> latents for `decode`."""
+        """Turn latents (L, E) of the diffusion model into those that `decode` takes."""
         return latents / self.config.latents_scale + self.config.latents_shift
 
     def _run(self, block: nn.Module, x: Tensor, voxels: Voxels):

@@ -68,7 +68,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions and a skip; the width stays the same."""
+    """Two convolutions and a skip: (B, C, X, Y, Z) -> the same shape."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -83,7 +83,7 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the grid: 2³ convolution with stride 2."""
+    """Halve the grid by a 2³ convolution with stride 2: (B, ·, X, Y, Z) -> (B, ·, X/2, Y/2, Z/2)."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -94,7 +94,10 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the grid by a convolution to 8 · out_channels; channel 8 c + 4 i + 2 j + k is c of child (i, j, k)."""
+    """Double the grid by a convolution to 8 · out_channels: (B, ·, X, Y, Z) -> (B, ·, 2 X, 2 Y, 2 Z).
+
+    Channel 8 c + 4 i + 2 j + k of the convolution is channel c of child (i, j, k).
+    """
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -106,6 +109,8 @@ class Upsample(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Occupancy (B, 1, S, S, S) in -1 and 1 -> mean and logvar side by side, (B, 2 E, S/4, S/4, S/4)."""
+
     def __init__(self, config: StructureVAEConfig):
         super().__init__()
         widths = config.encoder_widths
@@ -123,6 +128,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Latents (B, E, S/4, S/4, S/4) -> occupancy logits (B, 1, S, S, S)."""
+
     def __init__(self, config: StructureVAEConfig):
         super().__init__()
         widths = config.decoder_widths
@@ -211,11 +218,11 @@ class StructureVAE(nn.Module):
         return self.decode(mean + (0.5 * logvar).exp() * noise), mean, logvar
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
-        """Latents of the encoder -> latents for the diffusion model."""
+        """Turn latents (B, E, S/4, S/4, S/4) of the encoder into those that the diffusion model takes."""
         return (latents - self.config.latents_shift) * self.config.latents_scale
 
     def denormalize_latents(self, latents: Tensor) -> Tensor:
-        """Latents of the diffusion model -> latents for `decode`."""
+        """Turn latents (B, E, S/4, S/4, S/4) of the diffusion model into those that `decode` takes."""
         return latents / self.config.latents_scale + self.config.latents_shift
 
     def _run(self, block: nn.Module, x: Tensor) -> Tensor:

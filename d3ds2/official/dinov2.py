@@ -19,7 +19,7 @@ NAMES = (  # patterns of torch.hub's names: those of the published transformers 
     (r"\.attn\.proj\.", ".attention.output.dense."),
     (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
 )
-UNUSED = {"mask_token", "norm.weight", "norm.bias"}  # for pretraining only, and the last norm, which conditioning omits
+UNUSED = {"mask_token", "norm.weight", "norm.bias"}  # used in pretraining only; the last norm, which conditioning omits
 
 
 def load_dinov2(path: Path) -> ImageEncoder:

@@ -1,4 +1,4 @@
-"""Any mesh -> a signed distance field -> a watertight mesh; no network is involved.
+"""Any mesh -> a signed distance field -> a watertight mesh, without any network.
 
 python docs/examples/mesh_to_sdf_and_back.py broken.obj watertight.glb [resolution]
 """

@@ -3,7 +3,8 @@
     python docs/examples/train_on_a_folder.py my_meshes models/mine
 
 The configs are those of `tiny`. `key=value` changes a setting of training, such as run.steps=2; `configs=PREFIX` takes
-other config files: PREFIX_shapes.toml, PREFIX_views.toml, PREFIX_vae.toml, ... Stopped, the same command goes on.
+other config files: PREFIX_shapes.toml, PREFIX_views.toml, PREFIX_vae.toml, ... If it was stopped, the same command
+continues.
 """
 
 import subprocess

@@ -1,4 +1,4 @@
-"""Meshes -> vertices and faces in a model's box, one mesh after the other."""
+"""Meshes -> vertices and faces in a model's box, one mesh at a time."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Result = TypeVar("Result")
 def for_each_mesh(
     meshes: list[Mesh], fit: bool, resolution: int, progress: Progress, make: Callable[..., Result]
 ) -> Iterator[Result]:
-    """make(vertices (V, 3) in [-1, 1]³, faces (F, 3)) of each mesh, watched by the Cancel button.
+    """Yield make(vertices (V, 3) in [-1, 1]³, faces (F, 3)) for each mesh. Cancel interrupts it.
 
     Args:
-        fit: centre it and scale it to the box; otherwise it must lie there.
+        fit: centre each mesh and scale it to the box; otherwise it must already lie in the box.
         resolution: SDF voxels per edge, for the status text.
         progress: counts the meshes.
 
     Raises:
-        ValueError: a mesh outside the box without `fit`, with what to do.
+        ValueError: a mesh extends beyond the box, and `fit` is off.
     """
     from ...d3ds2.meshes.mesh_to_sdf import normalize_mesh
 
@@ -40,21 +40,21 @@ def for_each_mesh(
             reach = abs(vertices).max()
             if reach > 1:
                 raise ValueError(
-                    f"the mesh reaches out of the box [-1, 1]³, to {reach:.3g}: switch fit on, or scale it."
+                    f"the mesh extends beyond the box [-1, 1]³, to {reach:.3g}: turn on fit, or scale the mesh down."
                 )
             yield run_cancellable(make, vertices, mesh.faces)
         progress.update(index + 1)
 
 
 def distances(vertices: np.ndarray, faces: np.ndarray, resolution: int, shell: float) -> SparseSDF:
-    """`mesh_to_sdf`, with a band wide enough for the shell."""
+    """Return `mesh_to_sdf` of vertices (V, 3) and faces (F, 3), with a band wide enough for the shell."""
     from ...d3ds2.meshes.mesh_to_sdf import default_band, mesh_to_sdf
 
     return mesh_to_sdf(vertices, faces, resolution, max(default_band(resolution), 1 + shell), shell)
 
 
 def with_sample(coords: np.ndarray) -> torch.Tensor:
-    """Coordinates (N, 3) -> (N, 4) int32 of sample 0."""
+    """Return coordinates (N, 3) as rows (N, 4) int32 of sample 0."""
     import torch
 
     return torch.nn.functional.pad(torch.from_numpy(coords).int(), (1, 0))

@@ -1,7 +1,7 @@
 """ComfyUI's folders: where models are found, and where the pictures of the shipped workflows go.
 
-Models lie in `models/direct3d_s2/<name>` and where extra_model_paths.yaml says; `tiny` is shipped. A model folder holds
-config.json and one .safetensors file for each network; see d3ds2/storage/model_folder.py.
+Models lie in `models/direct3d_s2/<name>`, or under the paths that extra_model_paths.yaml lists; `tiny` comes with the
+pack. A model folder holds config.json and one .safetensors file per network; see d3ds2/storage/model_folder.py.
 """
 
 import os
@@ -18,13 +18,13 @@ PICTURE_PREFIX = "d3ds2_"
 
 
 def register_model_folder() -> None:
-    """Add `models/direct3d_s2` to ComfyUI's model paths, after those that extra_model_paths.yaml already gave."""
+    """Add `models/direct3d_s2` to ComfyUI's model paths, after those from extra_model_paths.yaml."""
     folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
-    folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")  # what the front end lists as its models
+    folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")  # the files that the front end lists
 
 
 def model_names() -> list[str]:
-    """`tiny`, and every folder with a config.json below the model paths, such as `paper` or `mine/chairs`."""
+    """Return `tiny` and the folders with a config.json below the model paths, such as `paper` or `mine/chairs`."""
     found = set()
     for root in map(Path, folder_paths.get_folder_paths(FOLDER)):
         for pattern in ("*/config.json", "*/*/config.json"):
@@ -33,7 +33,7 @@ def model_names() -> list[str]:
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a model. Raises ValueError with advice where no folder has that name."""
+    """Return the folder of a model. Raises ValueError, with advice, if no folder has that name."""
     roots = [Path(root) for root in folder_paths.get_folder_paths(FOLDER)]
     inside = name and not Path(name).is_absolute() and ".." not in Path(name).parts
     for root in roots:
@@ -48,9 +48,9 @@ def model_folder(name: str) -> Path:
 
 
 def place_example_pictures() -> None:
-    """Copy workflows/*.png, which the workflows open with, into ComfyUI's input folder; existing files stay.
+    """Copy workflows/*.png, the pictures that the workflows load, into ComfyUI's input folder. Existing files stay.
 
-    An input folder that cannot be written is left alone: the workflows then ask for a picture.
+    If the folder cannot be written, nothing is copied, and the workflows ask for a picture.
     """
     folder = Path(folder_paths.get_input_directory())
     with suppress(OSError):

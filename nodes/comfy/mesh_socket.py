@@ -1,7 +1,7 @@
 """Core's MESH and FILE_3D sockets <-> d3ds2 meshes, in every supported version of ComfyUI.
 
-A batch of unequal meshes is padded with zeros; `vertex_counts` and `face_counts` say how much is real. Versions before
-0.21 do not know them as arguments; there they are set as attributes, which our own nodes read.
+A batch of unequal meshes is padded with zeros; `vertex_counts` and `face_counts` say how many rows are real. MESH takes
+them as arguments since version 0.21. In older versions they are set as attributes, which our own nodes read.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ FILES = ("FILE_3D", "FILE_3D_GLB", "FILE_3D_GLTF", "FILE_3D_OBJ", "FILE_3D_STL",
 
 
 def mesh_input(tooltip: str) -> io.Input:
-    """A socket for MESH, and for files such as Load 3D gives: the types by name, for not every version has them all."""
+    """Return a socket for MESH and for 3D files. File types are given by name; not every version defines them all."""
     return io.MultiType.Input(io.Mesh.Input("mesh", tooltip=tooltip), types=[io.Custom(name) for name in FILES])
 
 
 def fit_inputs(shell_tooltip: str) -> list[io.Input]:
-    """How a mesh is put into the model's box and made solid; `fitted_meshes` does it."""
+    """Return the inputs that say how a mesh is put into the model's box and made solid."""
     return [
         io.Boolean.Input(
             "fit",
             default=True,
-            tooltip="Centre the mesh and scale it to the model's box. Off: it lies in [-1, 1]³ already and stays where "
-            "it is.",
+            tooltip="Centre the mesh and scale it to the model's box. When off, the mesh must already lie in "
+            "[-1, 1]³ and is not moved.",
         ),
         io.Float.Input("shell", default=0.55, min=0.5, max=4.0, step=0.05, tooltip=shell_tooltip, advanced=True),
     ]
 
 
 def to_socket(meshes: list[Mesh]) -> Types.MESH:
-    """Meshes -> one MESH: vertices (B, V, 3) float32, faces (B, F, 3) int64, and normals where MESH takes them."""
+    """Return meshes as one MESH: vertices (B, V, 3) float32, faces (B, F, 3) int64, normals (B, V, 3) float32."""
     known = inspect.signature(Types.MESH).parameters
     vertices, faces = _pad([mesh.vertices for mesh in meshes]), _pad([mesh.faces for mesh in meshes])
     extras = {"normals": _pad([mesh.normals for mesh in meshes])}
@@ -56,11 +56,11 @@ def to_socket(meshes: list[Mesh]) -> Types.MESH:
 
 
 def from_socket(socket: Types.MESH | Types.File3D) -> list[Mesh]:
-    """The meshes of a MESH or the one of a file, with normals of their faces where none came along.
+    """Return the meshes of a MESH, or the one in a file. Missing normals are computed from the faces.
 
     Raises:
-        ValueError: a mesh without faces, indices that point nowhere, or coordinates that are not finite; a file that
-            cannot be read.
+        ValueError: a mesh has no faces, face indices out of range or coordinates that are not finite; a file cannot
+            be read.
     """
     from ...d3ds2.meshes.mesh import Mesh, area_weighted_normals
     from ...d3ds2.meshes.mesh_file import read_mesh
@@ -77,7 +77,7 @@ def from_socket(socket: Types.MESH | Types.File3D) -> list[Mesh]:
         if not len(vertices) or not len(faces):
             raise ValueError(f"{which} is empty: it has {len(vertices)} vertices and {len(faces)} faces")
         if faces.min() < 0 or faces.max() >= len(vertices):
-            raise ValueError(f"{which} is damaged: its faces name vertices outside of 0 to {len(vertices) - 1}")
+            raise ValueError(f"{which} is damaged: its faces refer to vertices outside 0 to {len(vertices) - 1}")
         if not np.isfinite(vertices).all():
             raise ValueError(f"{which} is damaged: it has coordinates that are not finite")
         normals = area_weighted_normals(vertices, faces)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
@@ -17,22 +17,23 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-POLL = 0.1  # seconds between two looks at the Cancel button
-PREVIEW_SIZE = 512  # pixels, at most, of a live picture
-PREVIEW_SHARE = 0.2  # of the time may go into making pictures
+POLL = 0.1  # seconds between two checks of the Cancel button
+PREVIEW_SIZE = 512  # pixels: the longest side of a live picture
+PREVIEW_SHARE = 0.2  # of the time, at most, goes into drawing pictures
 
 Result = TypeVar("Result")
-# in a thread of `run_cancellable`: whether the node has gone on without it
+# set in a thread of `run_cancellable`: tells the thread whether the node has gone on without it
 _abandoned: ContextVar[threading.Event | None] = ContextVar("abandoned", default=None)
 
 
 class Progress:
-    """The bar of the node that runs now, and the line of text under it."""
+    """The progress bar of the running node, and the line of text under it."""
 
     def __init__(self, node_id: str | None, total: int):
         self.node_id, self.total = node_id, total
         self.bar = comfy.utils.ProgressBar(total)
-        self.started, self.spent_on_pictures, self.picture = time.monotonic(), 0.0, None
+        self.started, self.spent_on_pictures = time.monotonic(), 0.0
+        self.picture: Image.Image | None = None
 
     def status(self, text: str) -> None:
         """Show a line of text on the node."""
@@ -43,9 +44,9 @@ class Progress:
             server.send_progress_text(text, self.node_id)
 
     def update(self, done: int, picture: Callable[[], Image.Image] | None = None) -> None:
-        """`done` of `total` are done; a cancel point.
+        """Report that `done` of `total` are done. This is a cancel point.
 
-        `picture` draws what there is to see. Where drawing is slow beside the steps, some steps show the last picture.
+        `picture` draws the live picture. If drawing is slow compared to the steps, some steps show the last picture.
         """
         check_cancelled()
         if picture is not None:
@@ -58,7 +59,7 @@ class Progress:
 
 
 def check_cancelled() -> None:
-    """A cancel point: raises ComfyUI's InterruptProcessingException when the user asked for it."""
+    """Raise ComfyUI's InterruptProcessingException if the user has cancelled. A call of this is a cancel point."""
     abandoned = _abandoned.get()
     if abandoned is None:
         mm.throw_exception_if_processing_interrupted()
@@ -67,8 +68,8 @@ def check_cancelled() -> None:
 
 
 @contextmanager
-def cancellable(*networks: torch.nn.Module) -> Iterator[None]:
-    """Every layer of the networks is a cancel point while the block runs."""
+def cancellable(*networks: torch.nn.Module) -> Generator[None]:
+    """Make every layer of the networks a cancel point while the block runs."""
     hooks = [
         module.register_forward_pre_hook(lambda _module, _arguments: check_cancelled())
         for network in networks
@@ -82,9 +83,10 @@ def cancellable(*networks: torch.nn.Module) -> Iterator[None]:
 
 
 def run_networks(device: torch.device, function: Callable[..., Result], *args) -> Result:
-    """Call a function that runs networks within `cancellable`, wherever a layer takes long.
+    """Call a function that runs `cancellable` networks, so that Cancel is quick on every device.
 
-    On a CPU a layer may take seconds; on a GPU it is short, and kernels must start from the thread that owns it.
+    On a CPU a layer may take seconds, so the function runs in a thread. On a GPU layers are short, and kernels must be
+    started from the thread that owns the GPU.
     """
     return run_cancellable(function, *args) if device.type == "cpu" else function(*args)
 
@@ -92,7 +94,7 @@ def run_networks(device: torch.device, function: Callable[..., Result], *args) -
 def run_cancellable(function: Callable[..., Result], *args, **kwargs) -> Result:
     """Call a long function in a thread, and watch the Cancel button meanwhile.
 
-    When cancelled, the thread works on to its next cancel point or its end, and what it made is dropped.
+    After Cancel, the thread runs on to its next cancel point or its end, and its result is dropped.
     """
     import torch
 
@@ -115,7 +117,7 @@ def run_cancellable(function: Callable[..., Result], *args, **kwargs) -> Result:
             try:
                 return outcome.result(timeout=POLL)
             except TimeoutError:
-                if outcome.done():  # the function's own
+                if outcome.done():  # the function raised it
                     raise
     finally:
         abandoned.set()

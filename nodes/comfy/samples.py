@@ -1,8 +1,8 @@
-"""The samples of a batch: their seeds, their pictures, and whose error it was."""
+"""The samples of a batch: their seeds, pictures, structures and errors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 def seed_of(seed: int, index: int) -> int:
-    """Sample `index` of a batch is what a batch of one makes of this seed."""
+    """Return the seed of sample `index` of a batch. The sample alone, with this seed, comes out the same."""
     return (seed + index) & MAX_SEED
 
 
 @contextmanager
-def sample(index: int, count: int) -> Iterator[None]:
-    """Errors of the block say which of several samples they are about."""
+def sample(index: int, count: int) -> Generator[None]:
+    """Make errors raised in the block say which of several samples they are about."""
     try:
         yield
     except ValueError as error:
@@ -34,9 +34,9 @@ def sample(index: int, count: int) -> Iterator[None]:
 
 
 def object_pictures(images: torch.Tensor) -> list[Image.Image]:
-    """IMAGE -> RGBA pictures of the objects in it, by their alpha or by their plain background.
+    """Return RGBA pictures of the objects in an IMAGE, cut out by its alpha channel or from a plain background.
 
-    Raises ValueError with what to do where neither shows an object.
+    Raises ValueError, with advice, if neither shows an object.
     """
     from ...d3ds2.images.foreground import ImageError, alpha_range, cut_out
 
@@ -53,7 +53,7 @@ def object_pictures(images: torch.Tensor) -> list[Image.Image]:
 
 
 def pack_structure(parts: list[Voxels]) -> Structure:
-    """Voxels of single samples -> one structure on the CPU."""
+    """Return the voxels of single samples as one structure on the CPU."""
     from ...d3ds2.geometry.voxels import Voxels
 
     voxels = Voxels.cat([part.to("cpu") for part in parts])
@@ -61,7 +61,7 @@ def pack_structure(parts: list[Voxels]) -> Structure:
 
 
 def voxel_grid(structure: Structure) -> Types.VOXEL:
-    """Core's VOXEL, (B, R, R, R) float32 of zeros and ones, indexed [sample, z, y, x] as core's own nodes read it."""
+    """Return core's VOXEL: (B, R, R, R) float32, 0 or 1, indexed [sample, z, y, x] as core's own nodes read it."""
     import torch
     from comfy_api.latest import Types
 
@@ -72,16 +72,16 @@ def voxel_grid(structure: Structure) -> Types.VOXEL:
 
 
 def token_text(structure: Structure) -> str:
-    """Such as "2,134 tokens at 32³" or, of a batch, "2,134 + 980 tokens at 32³"."""
+    """Return a text such as "2,134 tokens at 32³", or "2,134 + 980 tokens at 32³" for a batch."""
     counts = structure.coords[:, 0].bincount(minlength=structure.batch_size).tolist()
     return f"{' + '.join(f'{count:,}' for count in counts)} tokens at {structure.resolution}³"
 
 
 def check_structure(model: Model, structure: Structure) -> None:
-    """Raises ValueError if a structure is of none of the model's resolutions."""
+    """Raise ValueError if none of the model's stages has the structure's resolution."""
     if structure.resolution not in model.stages:
         resolutions = " and ".join(f"{resolution}³" for resolution in model.stages)
         raise ValueError(
-            f"wrong structure for this model: it is {structure.resolution}³, and the model {model.name!r} samples at "
-            f"{resolutions}. Make it with the same model."
+            f"wrong structure for this model: it is {structure.resolution}³, but the model {model.name!r} samples at "
+            f"{resolutions}. Make the structure with the same model."
         )

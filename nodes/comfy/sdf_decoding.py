@@ -18,22 +18,23 @@ if TYPE_CHECKING:
     from ...d3ds2.meshes.mesh import Mesh
     from ...d3ds2.networks.sdf_vae import SDFVAE
 
-FREE_SHARE = 0.8  # of the free memory, for what nobody can foresee
+FREE_SHARE = 0.8  # of the free memory may be used; the rest is for what cannot be foreseen
 
 
 def decode(model: Model, latents: Tensor, voxels: Voxels, memory_budget_gb: float, progress: Progress) -> SDFBlocks:
     """Decode one sample.
 
     Args:
-        latents: (N, E) of `voxels`, a batch of one, on the CPU.
-        memory_budget_gb: what decoding may take on the device; 0: what is free.
+        latents: (N, E) on the CPU, one row per voxel.
+        voxels: a batch of one.
+        memory_budget_gb: memory that decoding may use on the device; 0 uses what is free.
         progress: gets a text at every chunk.
 
     Returns:
         The distances, on the device.
 
     Raises:
-        ValueError: a budget that is too small, with the least that would do.
+        ValueError: the budget is too small; the message says how much is needed.
     """
     from ...d3ds2.networks.chunked_decode import HALO, kept_bytes, latent_bytes
 
@@ -45,7 +46,7 @@ def decode(model: Model, latents: Tensor, voxels: Voxels, memory_budget_gb: floa
     if memory_budget_gb and memory_budget_gb * GB < least:
         raise ValueError(
             f"memory_budget_gb {memory_budget_gb:g} is too small: decoding {N:,} tokens needs at least "
-            f"{least / GB:.2f} GB. Raise it, or set it to 0 for what is free."
+            f"{least / GB:.2f} GB. Raise it, or set it to 0 to use what is free."
         )
     what = f"decoding {N:,} tokens"
     load_networks(model, (name,), least, what, "use a model of lower resolution")
@@ -56,15 +57,16 @@ def decode(model: Model, latents: Tensor, voxels: Voxels, memory_budget_gb: floa
     progress.status(what)
     try:
         return _decode(vae, latents, voxels, budget, progress)
-    except mm.OOM_EXCEPTION:  # others may use the card too: once more, in chunks of half the size
+    except mm.OOM_EXCEPTION:  # another program may use the GPU too: try once more, with half the budget
         mm.soft_empty_cache()
     return _decode(vae, latents, voxels, max(least, budget // 2), progress)
 
 
 def extract(model: Model, blocks: SDFBlocks, *options) -> tuple[list[Mesh], SDFBlocks]:
-    """The meshes of blocks, made where the blocks are if that has the memory, and the blocks on the CPU.
+    """Return the meshes of blocks, and the blocks on the CPU.
 
-    `options` and errors as `Pipeline.blocks_to_meshes`.
+    Meshes are extracted on the blocks' device, or on the CPU if the device runs out of memory. `options` and errors
+    are those of `Pipeline.blocks_to_meshes`.
     """
     from ...d3ds2.geometry.sdf_blocks import SDFBlocks
 

@@ -1,8 +1,8 @@
-"""The sockets of this pack, and what travels through each: frozen dataclasses with tensors on the CPU.
+"""The sockets of this pack, and the type that travels through each: frozen dataclasses with tensors on the CPU.
 
-Outputs are cached and shared between nodes, so nothing here is ever changed in place. Geometry travels as coordinates:
-each node makes its own `Voxels` of them, whose tables would otherwise stay in ComfyUI's cache. Newer versions weigh
-what they cache by `_comfy_cache_tensors`.
+ComfyUI caches outputs and shares them between nodes, so nothing here is ever changed in place. Geometry travels as
+coordinates: each node makes its own `Voxels` from them, because the tables of shared `Voxels` would stay in ComfyUI's
+cache. Newer versions of ComfyUI measure what they cache with `_comfy_cache_tensors`.
 
 Sizes:
     N  latent voxels, all samples packed      B  samples      M  occupied 8³ blocks of the SDF grid, all samples packed
@@ -24,41 +24,45 @@ ModelSocket = io.Custom("D3DS2_MODEL")
 StructureSocket = io.Custom("D3DS2_STRUCTURE")
 LatentSocket = io.Custom("D3DS2_LATENT")
 SDFSocket = io.Custom("D3DS2_SDF")
-BackgroundRemovalSocket = io.Custom("BACKGROUND_REMOVAL")  # core's since 0.20.1; by name, so that older ones load us
+BackgroundRemovalSocket = io.Custom("BACKGROUND_REMOVAL")  # in core since 0.20.1; a name also works before
 
 CATEGORY = "3d/direct3d-s2"
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
 
 def sampling_inputs(seed_tooltip: str) -> list[io.Input]:
-    """The inputs of every sampling node: seed, steps and guidance_scale; 0 takes the model's own value."""
+    """Return the inputs of every sampling node: seed, steps and guidance_scale."""
     return [
         io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=True, tooltip=seed_tooltip),
-        io.Int.Input("steps", default=0, min=0, max=200, tooltip="Euler steps; 0 takes the model's own number."),
+        io.Int.Input(
+            "steps", default=0, min=0, max=200, tooltip="The number of Euler steps; 0 uses the model's default."
+        ),
         io.Float.Input(
             "guidance_scale",
             default=0.0,
             min=0.0,
             max=20.0,
             step=0.1,
-            tooltip="How strongly the image guides; 1 switches guidance off and halves the time; 0 takes the model's "
-            "own value.",
+            tooltip="How closely the result follows the image. 1 turns guidance off and halves the time; 0 "
+            "uses the model's default.",
         ),
     ]
 
 
 def structure_outputs() -> list[io.Output]:
-    """The outputs of every node that makes a structure: the structure, core's VOXEL of it, and its size as text."""
+    """Return the outputs of every node that makes a structure: the structure, its VOXEL, and its size as text."""
     return [
         StructureSocket.Output("structure", tooltip="For SSA-DiT Sample."),
-        io.Voxel.Output("voxel", tooltip="The same as core VOXEL, for Voxel to Mesh and a look at it."),
-        io.String.Output("tokens", tooltip="How many tokens stage two will work on, as text."),
+        io.Voxel.Output(
+            "voxel", tooltip="The structure as ComfyUI's VOXEL. Connect it to Voxel to Mesh to look at it."
+        ),
+        io.String.Output("tokens", tooltip="The number of tokens that stage two will process, as text."),
     ]
 
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model: its networks belong to ComfyUI's memory manager, each in a ModelPatcher of its own."""
+    """A loaded model. ComfyUI's memory manager owns its networks, each in a ModelPatcher of its own."""
 
     name: str
     pipeline: Pipeline
@@ -66,32 +70,33 @@ class Model:
 
     @property
     def patcher(self) -> Any:
-        """The largest network's, where ComfyUI looks for one."""
+        """The largest network's ModelPatcher; ComfyUI looks for it under this name."""
         return self.patchers["latent_dit"]
 
     def get_models(self) -> list[Any]:
-        """All of them, for ComfyUI's book-keeping."""
+        """Return all ModelPatchers, for ComfyUI's bookkeeping."""
         return list(self.patchers.values())
 
     @property
     def stages(self) -> dict[int, Stage]:
-        """Its one or two stages, by the resolution of their structures; the finest comes last."""
+        """The model's one or two stages, by the resolution of their structures; the finest comes last."""
         return {stage.resolution: stage for stage in self.pipeline.stages}
 
     def latent_space(self, resolution: int) -> tuple[str, Any]:
-        """The model's name and the configuration of the SDF VAE that decodes latents of this resolution."""
+        """Return the model's name and the config of the SDF VAE that decodes latents of this resolution."""
         return self.name, self.stages[resolution].sdf_vae.config
 
 
 @dataclass(frozen=True)
 class Structure:
-    """Occupied latent voxels: coords (N, 4) int32 [sample, x, y, z], sorted as `Voxels` are."""
+    """Occupied latent voxels: coords (N, 4) int32 [sample, x, y, z], in the order of `Voxels`."""
 
     coords: torch.Tensor
     resolution: int
     batch_size: int
 
     def voxels(self) -> Voxels:
+        """Return new `Voxels` with these coordinates."""
         from ...d3ds2.geometry.voxels import Voxels
 
         return Voxels(self.coords, self.resolution, self.batch_size)
@@ -102,11 +107,11 @@ class Structure:
 
 @dataclass(frozen=True)
 class Latent:
-    """Latents (N, E) float32 of a structure, as the VAE named in `made_for` decodes them."""
+    """Latents (N, E) float32 of a structure, for the VAE that `made_for` identifies."""
 
     latents: torch.Tensor
     structure: Structure
-    made_for: tuple[str, Any]  # the model's name and the configuration of its SDF VAE
+    made_for: tuple[str, Any]  # the model's name and the config of its SDF VAE
 
     def _comfy_cache_tensors(self) -> tuple[torch.Tensor, ...]:
         return self.latents, self.structure.coords
@@ -114,7 +119,10 @@ class Latent:
 
 @dataclass(frozen=True)
 class SDF:
-    """Signed distances over the band: values (M, 8, 8, 8) float32, negative inside; block_coords (M, 4) int32."""
+    """Signed distances near the surface: values (M, 8, 8, 8) float32, distance over the band, negative inside.
+
+    block_coords (M, 4) int32 are [sample, x, y, z] in blocks; resolution is SDF voxels per edge.
+    """
 
     values: torch.Tensor
     block_coords: torch.Tensor

@@ -31,26 +31,27 @@ OPTIONS = (
     "--use-angle=swiftshader",  # WebGL without a GPU, for the 3D viewer
     "--enable-unsafe-swiftshader",
     "--ignore-gpu-blocklist",
-    "--disable-gpu-compositing",  # all else without it: emulated, it takes six times as long
-    "--disable-gpu-rasterization",  # which Debian turns on
+    "--disable-gpu-compositing",  # everything else is faster without one: emulating it takes six times as long
+    "--disable-gpu-rasterization",  # Debian turns it on
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # nothing leaves the machine
     "--remote-debugging-port=0",
     "--remote-allow-origins=*",
     f"--window-size={WINDOW[0]},{WINDOW[1]}",
 )
-# the 3D viewer draws all the time, and without a GPU that is a core less for what it waits for
+SECONDS = 300  # for one answer; only what hangs takes so long
+# the 3D viewer draws all the time; without a GPU that takes a whole core from what it waits for
 FEW_FRAMES = "window.requestAnimationFrame = draw => setTimeout(() => draw(performance.now()), 200);"
 FEW_FRAMES += "window.cancelAnimationFrame = clearTimeout;"
 
 
 class PageError(Exception):
-    """JavaScript raised an error, or something awaited did not come."""
+    """JavaScript raised an error, or something that was waited for did not happen."""
 
 
 class Browser:
     """`with Browser(folder) as page:` - one page; `folder` gets a fresh profile.
 
-    errors: what the console calls an error, exceptions that nobody caught, and requests to our own server that failed.
+    errors: errors in the console, uncaught exceptions, and failed requests to our own server.
     """
 
     def __init__(self, folder: Path):
@@ -65,11 +66,11 @@ class Browser:
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen(command, start_new_session=True, **quiet)
         port_file = self.profile / "DevToolsActivePort"
-        _wait(lambda: port_file.exists() and port_file.read_text().strip(), 60, "Chromium did not start")
+        _wait(lambda: port_file.exists() and port_file.read_text().strip(), SECONDS, "Chromium did not start")
         port = port_file.read_text().split()[0]
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=30) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=SECONDS) as answer:
             page = next(target for target in json.load(answer) if target["type"] == "page")
-        self._socket = websocket.create_connection(page["webSocketDebuggerUrl"], timeout=120)
+        self._socket = websocket.create_connection(page["webSocketDebuggerUrl"], timeout=SECONDS)
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         self.call("Page.addScriptToEvaluateOnNewDocument", source=FEW_FRAMES)
@@ -86,7 +87,7 @@ class Browser:
             self._process.wait()
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """A command of the protocol; what happens on the page meanwhile is noted."""
+        """Send a command of the protocol and return its result; note what the page reports meanwhile."""
         self._number = number = self._number + 1
         self._socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
         while True:
@@ -98,7 +99,7 @@ class Browser:
             self._note(message)
 
     def js(self, body: str) -> Any:
-        """The value that the body of an async function returns; `app` is ComfyUI's."""
+        """Run the body of an async function on the page and return its value; `app` is ComfyUI's."""
         expression = f"(async () => {{ const app = window.app ?? window.comfyAPI?.app?.app; {body} }})()"
         result = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         if "exceptionDetails" in result:
@@ -107,7 +108,7 @@ class Browser:
         return result["result"].get("value")
 
     def wait_for(self, body: str, seconds: float, what: str) -> Any:
-        """Evaluate until the answer is true. Raises PageError, which names `what`, if that takes too long."""
+        """Evaluate until the answer is true. Raises PageError, naming `what`, if that takes too long."""
         return _wait(lambda: self.js(body), seconds, what)
 
     def open(self, url: str) -> None:
@@ -117,7 +118,7 @@ class Browser:
         self.wait_for(ready, 120, f"the front end of {url}")
 
     def point_at(self, x: float, y: float) -> None:
-        """Move the mouse to a point, from a few pixels beside it."""
+        """Move the mouse to a point from a few pixels away."""
         for beside in (3, 0):
             self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x + beside, y=y)
 

@@ -1,4 +1,4 @@
-"""Real ComfyUIs with this pack in them, each started once for all tests; and a browser, closed before other tests."""
+"""Real ComfyUIs with this pack, each started once for all tests, and a browser for one file of tests."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from tests.support.tiny_model import write_model
 
 @pytest.fixture(scope="session", params=SOURCES, ids=[f"comfyui-{version}" for version in SOURCES])
 def comfyui(request, tmp_path_factory) -> Iterator[ComfyServer]:
-    """A running server of each version; its models `random`, and `other` elsewhere, make a mesh in a second."""
+    """A running server of each version, with two small models: `random`, and `other` in an extra model path."""
     folder = tmp_path_factory.mktemp(f"comfyui-{request.param}")
     write_model(folder / "models" / "direct3d_s2" / "random", structure_vae={"threshold": 0.65})
     server = ComfyServer(install(request.param), folder)

@@ -14,15 +14,15 @@ VIEWERS = (
 ENDS = "['execution_success', 'execution_error', 'execution_interrupted']"
 LOADING = "Loading 3D Model"  # what a viewer says meanwhile
 BOX = ("x", "y", "width", "height")
-SQUARE, DIFFERS, SHARE = 8, 24, 0.01  # pixels; of 255; of the squares
-SECONDS = 60  # for a viewer to load its file
+SQUARE, DIFFERS, SHARE = 8, 24, 0.01  # its edge in pixels; least change, of 255; least share of the squares
+SECONDS = 300  # for what the page shows in a second or two; only a page that hangs takes so long
 
 
 def open_template(page: Browser, server: ComfyServer, name: str, nodes: int) -> None:
-    """Open a template as a returning user does from the list, and wait until its `nodes` nodes are there."""
+    """Open a template as a returning user does from the list, and wait for its `nodes` nodes."""
     for setting, value in (("TutorialCompleted", True), ("Workflow.Persist", False)):
         server.post(f"/settings/Comfy.{setting}", value)
-    page.call("Page.navigate", url="about:blank")  # what an older page still has to say is not about this one
+    page.call("Page.navigate", url="about:blank")  # late messages of the last page are not about this one
     page.js("return await new Promise(done => setTimeout(() => done(true), 500))")
     page.errors.clear()
     page.open(f"{server.url}/?template={name}&source={PACK_NAME}")
@@ -31,7 +31,7 @@ def open_template(page: Browser, server: ComfyServer, name: str, nodes: int) -> 
 
 
 def viewer_boxes(page: Browser, count: int) -> list[dict[str, float]]:
-    """Where the 3D viewers are, in the order of their nodes, once there are `count` and the page has come to rest."""
+    """Wait for `count` 3D viewers on a page at rest, and return their boxes in the order of their nodes."""
     page.wait_for(f"return {VIEWERS}.length === {count}", SECONDS, f"{count} 3D viewers")
     same = (
         f"const a = JSON.stringify({VIEWERS}); await new Promise(done => setTimeout(done, 1000));"
@@ -56,9 +56,9 @@ def press_run(page: Browser, seconds: float) -> None:
 
 
 def wait_for_mesh(page: Browser, index: int, before: np.ndarray) -> None:
-    """Wait until a viewer shows something solid that is not in `before`, (H, W, 3) of the empty one, and loads no more.
+    """Wait until a viewer has loaded its file and shows something solid; `before` (H, W, 3) is its picture when empty.
 
-    Squares of pixels are compared by their mean: the lines of the grid come and go.
+    Squares of pixels are compared by their means, because the thin lines of the grid come and go.
     """
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
@@ -76,7 +76,7 @@ def wait_for_mesh(page: Browser, index: int, before: np.ndarray) -> None:
 
 
 def _squares(picture: np.ndarray) -> np.ndarray:
-    """(H, W, 3) -> the mean of each square, (H // SQUARE, W // SQUARE)."""
+    """Return the mean of each square of a picture (H, W, 3): (H // SQUARE, W // SQUARE)."""
     H, W = (edge // SQUARE for edge in picture.shape[:2])
     cut = picture[: H * SQUARE, : W * SQUARE].reshape(H, SQUARE, W, SQUARE, 3)
     return cut.mean(axis=(1, 3, 4))

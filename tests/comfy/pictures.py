@@ -1,4 +1,4 @@
-"""Make the pictures of the templates and of the README in a real ComfyUI, each after a whole run as shipped.
+"""Make the pictures of the templates and of the README in a real ComfyUI; each template runs as shipped.
 
     .venv/bin/python -m tests.comfy.pictures [TEMPLATE ...]
 
@@ -21,7 +21,7 @@ VERSION = "0.30.0"
 RUN_SECONDS = 1800
 THUMBNAIL = 400
 EDGE = 10  # pixels cut from each side of the viewer
-WINDOW = {"width": 2200, "height": 1250, "deviceScaleFactor": 1, "mobile": False}  # smaller ones leave texts out
+WINDOW = {"width": 2200, "height": 1250, "deviceScaleFactor": 1, "mobile": False}  # smaller views hide texts
 CLOSE_UP = """
 const node = app.graph._nodes.filter(n => n.type === 'Preview3D').at(-1), view = app.canvas.ds;
 for (const other of app.graph._nodes) if (other !== node) other.pos = [other.pos[0] - 9000, other.pos[1]];

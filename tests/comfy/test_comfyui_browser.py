@@ -1,6 +1,6 @@
 """A real front end in headless Chromium: each template opens, runs at a press of Run, and shows its meshes.
 
-In an older ComfyUI each opens, and the first is run; test_comfyui_prompts.py runs all of them in every version.
+In an older ComfyUI all open and the first runs; test_comfyui_prompts.py runs all of them in every version.
 """
 
 import pytest
@@ -9,14 +9,14 @@ from tests.comfy.installation import SOURCES
 from tests.comfy.page import open_template, press_run, viewer_boxes, wait_for_mesh
 from tests.comfy.workflow_file import WORKFLOWS, nodes_of, read, to_prompt
 
-RUN_SECONDS = 240
-NOT_OURS = (  # what the console says without any template
+RUN_SECONDS = 600
+NOT_OURS = (  # console messages that come without any template as well
     "ComfyApp graph accessed before initialization",  # front end 1.47, at every start
     "/favicon.ico",  # front end 1.39
-    ".glb.png",  # the same looks for pictures beside meshes, which core's own nodes do not write either
-    "/user.css",  # what a user has not saved yet is not found
+    ".glb.png",  # it looks for a picture beside each mesh, and core's own nodes write none either
+    "/user.css",  # not found before the user has saved any
     "/api/userdata",
-    "https://huggingface.co/Comfy-Org/",  # the models of the front end's own first workflow, which it cannot look up
+    "https://huggingface.co/Comfy-Org/",  # models of the front end's own first workflow, which it cannot reach
 )
 NEWEST = [*SOURCES][-1]
 
@@ -31,7 +31,7 @@ def test_templates_open_run_and_show_their_meshes(comfyui, browser, file):
 
 
 def open_and_compare(comfyui, browser, file):
-    """Open a template, compare the prompt that the page would post with its file, and return the prompt."""
+    """Open a template, check that the page would post the prompt in its file, and return that prompt."""
     workflow = read(file)
     open_template(browser, comfyui, file.stem, len(workflow["nodes"]))
     expected = to_prompt(workflow, comfyui.get("/object_info"))

@@ -18,7 +18,7 @@ def test_requirements_replace_no_package(version):
     wanted = {re.split(r"[<>=]", line)[0] for line in REQUIREMENTS.read_text().split("\n") if line and line[0] != "#"}
     names = {name.lower().replace("_", "-") for name in now}
     assert names >= wanted
-    assert not names & {"triton", "spconv", "spconv-cu120", "torchsparse", "flash-attn", "rembg"}  # all runs without
+    assert not names & {"triton", "spconv", "spconv-cu120", "torchsparse", "flash-attn", "rembg"}  # nothing needs it
 
 
 def test_the_registry_accepts_the_pack():

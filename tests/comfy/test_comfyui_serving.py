@@ -1,4 +1,4 @@
-"""The nodes, texts and templates that a real ComfyUI serves with the pack in custom_nodes, before any prompt."""
+"""The nodes, texts and templates of the pack that a real ComfyUI serves before any prompt."""
 
 import json
 import urllib.request
@@ -34,7 +34,7 @@ def nodes(comfyui: ComfyServer) -> dict:
 
 
 def test_every_node_is_ours(nodes):
-    """ComfyUI silently drops a node of ours whose id a core node has."""
+    """ComfyUI silently drops any node whose id a core node has."""
     ours = {key: info for key, info in nodes.items() if info["python_module"] == MODULE}
     assert {key: info["display_name"] for key, info in ours.items()} == IDS
     assert {info["category"] for info in ours.values()} == {"3d/direct3d-s2"}
@@ -66,7 +66,7 @@ def test_translations_name_every_socket(comfyui, nodes, language):
 
 
 def test_the_start_is_silent(comfyui):
-    """The log has one line about the pack: ComfyUI's own. test_nodes_schema.py tests which modules are imported."""
+    """The log has one line about the pack, from ComfyUI itself; test_nodes_schema.py tests which modules it imports."""
     beginning = comfyui.log.split("Starting server")[0]
     about_us = [line for line in beginning.splitlines() if PACK_NAME.lower() in line.lower()]
     assert len(about_us) == 1 and "seconds" in about_us[0] and "IMPORT FAILED" not in about_us[0], about_us
@@ -85,7 +85,7 @@ def test_templates_are_listed_with_their_pictures(comfyui):
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
 def test_templates_fit_the_nodes(nodes, file):
-    """Every node, link, choice and number of the file is one that this ComfyUI knows."""
+    """This ComfyUI knows every node, link, choice and number of the file."""
     prompt = to_prompt(read(file), nodes)
     assert {"LoadD3DS2Model", "D3DS2MeshExport", "Preview3D"} <= {node["class_type"] for node in prompt.values()}
 

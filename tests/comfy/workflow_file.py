@@ -1,4 +1,4 @@
-"""A workflow as the front end saves it -> the prompt that it posts when Run is pressed."""
+"""Turn a workflow, as the front end saves it, into the prompt that it posts when Run is pressed."""
 
 import json
 from collections.abc import Iterable
@@ -19,10 +19,10 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> Graph:
-    """The prompt of a workflow without subgraphs, reroutes or primitives.
+    """Return the prompt of a workflow without subgraphs, reroutes or primitives.
 
-    Raises AssertionError where the file and the server's nodes differ: an unknown node, input, output or socket type,
-    a link that its two ends do not both know of, widget values too few, or of another type or outside of their range.
+    Raises AssertionError where the file and the server's nodes differ: an unknown node, input, output or socket type;
+    a link that only one of its ends knows; too few widget values, or values of a wrong type or outside their range.
     """
     links = {link[0]: link for link in workflow["links"]}
     nodes = {node["id"]: node for node in workflow["nodes"]}
@@ -33,7 +33,7 @@ def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> Graph:
         assert node["mode"] not in (MUTED, BYPASSED), f"{node['type']} is muted"
         assert node["type"] in object_info, f"no node {node['type']} in this ComfyUI"
         info = object_info[node["type"]]
-        outputs = [output["type"] for output in node["outputs"]]  # newer versions of core nodes have more
+        outputs = [output["type"] for output in node["outputs"]]  # newer versions of core nodes have more widgets
         assert outputs == info["output"][: len(outputs)], f"outputs of {node['type']}"
         inputs = _widget_values(node, info)
         for slot, socket in enumerate(node["inputs"]):
@@ -54,12 +54,12 @@ def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> Graph:
 
 
 def nodes_of(prompt: Graph, class_type: str) -> list[str]:
-    """The ids of the nodes of a class."""
+    """Return the ids of the nodes of a class."""
     return [key for key, node in prompt.items() if node["class_type"] == class_type]
 
 
 def with_widgets(prompt: Graph, values: dict[str, Any]) -> Graph:
-    """A copy of the prompt in which every widget of these names has these values; links stay."""
+    """Return a copy of the prompt with new values for all widgets of these names; links stay."""
     copy = json.loads(json.dumps(prompt))
     for node in copy.values():
         inputs = node["inputs"]
@@ -68,7 +68,7 @@ def with_widgets(prompt: Graph, values: dict[str, Any]) -> Graph:
 
 
 def pictures_of(prompts: Iterable[Graph]) -> set[str]:
-    """The files that the prompts expect in the input folder."""
+    """Return the names of the files that the prompts expect in the input folder."""
     return {prompt[key]["inputs"]["image"] for prompt in prompts for key in nodes_of(prompt, "LoadImage")}
 
 

@@ -1,4 +1,4 @@
-"""Voxels: order, blocks, neighbours, windows and grids, against plain Python on sets of coordinates."""
+"""Order, blocks, neighbours, windows and grids of `Voxels`, against plain Python on sets of coordinates."""
 
 import gc
 import itertools
@@ -136,7 +136,7 @@ def test_bad_coords_are_named(coords, message):
         Voxels(torch.zeros(1, 4), 16, 1)
 
 
-def test_coarsen_wants_a_divisor(voxels):
+def test_coarsen_needs_a_divisor(voxels):
     with pytest.raises(ValueError, match="divides the resolution"):
         voxels.coarsen(7)
 
@@ -155,7 +155,7 @@ def test_neighbors_searched_a_few_at_a_time(voxels, monkeypatch):
 
 @per_grid
 def lowest(voxels, axis, factor=1):
-    """A free function with a table of its own."""
+    """A free function whose results have their own table."""
     return voxels.coords[:, 1 + axis].amin() * factor
 
 
@@ -172,7 +172,7 @@ def test_results_are_kept_under_their_function_and_arguments(voxels):
 
 def test_prepared_voxels_are_pickled_and_mapped_with_their_tables(voxels):
     prepared = voxels.prepared()
-    prepared.coarse_counts(2)  # also keeps the coarser voxels, which `map` leaves behind
+    prepared.coarse_counts(2)  # also makes a table of the coarser voxels, which `map` leaves out
     for copy in (pickle.loads(pickle.dumps(voxels.prepared())), prepared.map(torch.clone)):
         assert Voxels.coarsen.key(2) not in copy.tables
         assert torch.equal(copy.tables[Voxels.neighbors.key()], voxels.neighbors) and copy.counts == voxels.counts
@@ -185,7 +185,7 @@ def test_finer_voxels_do_not_keep_the_coarser_ones():
     coarse = random_voxels([20], 16)
     fine, alive = coarse.subdivide()[0], weakref.ref(coarse)
     expected = Voxels(fine.coords, fine.resolution, fine.batch_size).neighbors
-    gc.disable()  # so that a cycle would keep it
+    gc.disable()  # so that a reference cycle would keep it alive
     try:
         del coarse
         assert alive() is None

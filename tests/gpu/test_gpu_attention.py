@@ -1,4 +1,4 @@
-"""On a CUDA device: the attention kernels against fp64, at sizes and values that bite, and in a CUDA graph."""
+"""On a CUDA device: the attention kernels against fp64, for difficult sizes and values, and in a CUDA graph."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from benchmarks.structures import surface_voxels
 from d3ds2.geometry.attention_plan import attention_plan
 from d3ds2.geometry.voxels import Voxels
 from d3ds2.kernels.selection_attention import selection_attention, selection_attention_reference
-from d3ds2.kernels.spatial_sparse_attention import attend
+from d3ds2.kernels.spatial_sparse_attention import spatial_sparse_attention_reference
 from d3ds2.layers.spatial_sparse_attention import SpatialSparseAttention
 
 pytestmark = pytest.mark.gpu
@@ -48,10 +48,10 @@ def test_selection_error_is_at_most_twice_that_of_the_definition(dtype, G, D, fa
 @pytest.mark.parametrize("c", [4, 8])
 @pytest.mark.parametrize("num_tokens", [32769, 200000])
 def test_many_tokens(num_tokens, c):
-    """Some queries of a large batch, against all three branches worked out for them alone in fp64."""
+    """Compare some queries of a large batch with all three branches, computed for these queries alone in fp64."""
     from d3ds2.kernels.block_scores_triton import select_blocks_triton
     from d3ds2.kernels.ragged_attention_triton import LOG2_E
-    from d3ds2.kernels.spatial_sparse_attention_triton import spatial_attention_triton
+    from d3ds2.kernels.spatial_sparse_attention_triton import spatial_sparse_attention_triton
 
     torch.manual_seed(0)
     voxels = surface_voxels(num_tokens, "cuda")
@@ -60,7 +60,7 @@ def test_many_tokens(num_tokens, c):
     q, k, v, ck, cv = (torch.randn(shape, device="cuda").bfloat16() for shape in shapes)
     gates = torch.rand(num_tokens, 3, device="cuda")
     branches = attention_plan(voxels, c, 8, 4)
-    out = spatial_attention_triton(q, k, v, ck, cv, gates, branches, 8, D**-0.5)
+    out = spatial_sparse_attention_triton(q, k, v, ck, cv, gates, branches, 8, D**-0.5)
     rows = torch.randperm(num_tokens, device="cuda")[:64]
 
     def softmax(keys):  # keys (n, H, D): weights (64, H, G, n) and lse
@@ -98,8 +98,8 @@ def test_many_tokens(num_tokens, c):
 
 
 @pytest.mark.parametrize(("c", "shift"), [(8, 0), (4, 4)])
-def test_fused_branches_match_those_apart(c, shift):
-    """All blocks selected, so that rounding decides nothing; a ragged batch with an empty sample."""
+def test_fused_branches_match_separate_ones(c, shift):
+    """Select all blocks, so that rounding cannot change the selection; the ragged batch has an empty sample."""
     torch.manual_seed(0)
     parts = [surface_voxels(n, "cuda") for n in (1500, 300)]
     empty = Voxels.sort(torch.zeros(0, 4), 64, 1)[0].to("cuda")
@@ -109,13 +109,13 @@ def test_fused_branches_match_those_apart(c, shift):
     shapes = (N, H * G, D), (N, H, D), (N, H, D), (Nc, H, D), (Nc, H, D)
     inputs = [torch.randn(shape, device="cuda").bfloat16() for shape in shapes] + [torch.rand(N, 3, device="cuda")]
     weight = torch.randn(N, H * G, D, device="cuda").bfloat16()
-    from d3ds2.kernels.spatial_sparse_attention_triton import spatial_attention_triton
+    from d3ds2.kernels.spatial_sparse_attention_triton import spatial_sparse_attention_triton
 
-    definition = lambda *x: attend(*x, attention_plan(voxels, c, 8, shift), top_k)  # noqa: E731
+    definition = lambda *x: spatial_sparse_attention_reference(*x, attention_plan(voxels, c, 8, shift), top_k)  # noqa: E731
     exact = outputs_and_gradients(definition, inputs, weight, torch.float32)
     same = outputs_and_gradients(definition, inputs, weight, torch.bfloat16)
     branches = attention_plan(voxels, c, 8, shift)
-    fused = lambda *x: spatial_attention_triton(*x, branches, top_k, D**-0.5)  # noqa: E731
+    fused = lambda *x: spatial_sparse_attention_triton(*x, branches, top_k, D**-0.5)  # noqa: E731
     for a, s, e in zip(outputs_and_gradients(fused, inputs, weight, torch.bfloat16), same, exact, strict=True):
         assert relative_error(a, e) <= 2 * relative_error(s, e)
 
@@ -132,7 +132,7 @@ def test_layer_in_a_cuda_graph_is_deterministic():
             out = layer(x, voxels)
         out.zero_()
         graph.replay()
-    torch.testing.assert_close(out, expected, rtol=0.05, atol=0.02)  # pooling adds in any order
+    torch.testing.assert_close(out, expected, rtol=0.05, atol=0.02)  # pooling adds in no fixed order
 
 
 def test_layer_under_torch_compile():

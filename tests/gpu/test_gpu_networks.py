@@ -1,4 +1,7 @@
-"""On a CUDA device: every network and kernel computes what it computes on the CPU.  python -m pytest tests -m gpu"""
+"""On a CUDA device: every network and kernel gives the results that it gives on the CPU.
+
+python -m pytest tests -m gpu -n 8    # most of the time goes into compiling kernels, so workers help
+"""
 
 import copy
 
@@ -25,7 +28,7 @@ def exact_fp32():
 
 
 def sphere_voxels(radii, resolution):
-    """A surface-like batch: the shell of a sphere for each radius, in voxels; radius 0 is an empty sample."""
+    """Return a surface-like batch, a spherical shell for each radius in voxels; radius 0 gives an empty sample."""
     centre = np.stack(np.meshgrid(*[np.arange(resolution) + 0.5] * 3, indexing="ij"), -1) - resolution / 2
     distance = np.linalg.norm(centre, axis=-1)
     shells = [np.argwhere((np.abs(distance - r) < 0.9) & (r > 0)) for r in radii]
@@ -34,7 +37,7 @@ def sphere_voxels(radii, resolution):
 
 
 def randomised(model):
-    """Add noise to all parameters: layers initialised with zeros would hide errors."""
+    """Add noise to all parameters, because layers initialised with zeros would hide errors."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -47,7 +50,7 @@ def relative_error(actual, expected):
 
 
 def check_network(model, run, tolerance=1e-4, half_tolerance=5e-2):
-    """Compare CPU and GPU by `run(model, device)`, one tensor: in fp32 with gradients, and loosely in bf16 autocast."""
+    """Compare the tensor `run(model, device)` on CPU and GPU: in fp32 with gradients, and loosely in bf16 autocast."""
     model = randomised(model)
     twin = copy.deepcopy(model).cuda()
     expected, actual = run(model, "cpu"), run(twin, "cuda")
@@ -169,7 +172,7 @@ def test_latent_dit(encoder, images, pooled_conv, sparse_context):
         context_size=64,
         compression_block=4 if pooled_conv else 8,
         pooled_conv=pooled_conv,
-        top_k=64,  # every block, since rounding would decide near ties
+        top_k=64,  # every block; otherwise rounding would decide near ties
         sparse_context=sparse_context,
     )
     voxels = sphere_voxels([5, 0, 7.5], 32)

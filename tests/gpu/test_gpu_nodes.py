@@ -1,4 +1,4 @@
-"""On a CUDA device: the nodes run there, and what they ask of the memory manager is what they take."""
+"""On a CUDA device: the nodes run there, and take no more memory than they request from the memory manager."""
 
 import pytest
 import torch
@@ -6,13 +6,13 @@ import torch
 from d3ds2.networks import activation_memory as estimate
 from d3ds2.networks.chunked_decode import kept_bytes, latent_bytes
 from tests.networks.test_activation_memory import fresh, image_tokens, sphere
-from tests.nodes.test_nodes import picture
+from tests.support.tiny_model import picture
 
 pytestmark = pytest.mark.gpu
 
 
 def peak(function) -> int:
-    """Bytes allocated on the device at once beyond what was there before, the second time `function` runs."""
+    """Return the peak bytes that the second run of `function` allocates on the device."""
     with torch.no_grad():
         function()
         torch.cuda.synchronize()
@@ -50,8 +50,8 @@ def test_the_nodes_run_and_leave_their_values_on_the_cpu(comfy, model):
 
 
 @pytest.mark.parametrize("model", ["random", "tiny"])
-def test_the_estimates_cover_what_is_taken(comfy, model):
-    """At sizes where the workspace no longer counts; and they are not many times too large."""
+def test_the_estimates_cover_the_memory_taken(comfy, model):
+    """Check the estimates at sizes where the workspace hardly counts: large enough, but not many times too large."""
     pipeline = comfy.run("LoadD3DS2Model", model=model)[0].pipeline
     resolution = 64
     voxels = sphere(resolution)

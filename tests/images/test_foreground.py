@@ -1,4 +1,4 @@
-"""Every kind of image file is read, its object is found, and errors say what cannot be used."""
+"""Image files of every kind are read, the object is found, and errors say what cannot be used."""
 
 import importlib.util
 import subprocess
@@ -22,7 +22,7 @@ ImageDraw.Draw(MASK).rectangle((70, 10, 90, 60), fill=255)
 
 
 def background(kind: str) -> np.ndarray:
-    """(120, 160, 3) uint8."""
+    """Return a picture (120, 160, 3) uint8."""
     w, h = SIZE
     y, x = np.meshgrid(np.linspace(0, 1, h), np.linspace(0, 1, w), indexing="ij")
     rng = np.random.default_rng(0)
@@ -39,14 +39,14 @@ def background(kind: str) -> np.ndarray:
 
 
 def picture(kind: str = "white", color=(220, 150, 40)) -> Image.Image:
-    """An object of one colour with a stripe of another, on the background."""
+    """Draw an object of one colour with a stripe of another on a background."""
     thing = Image.new("RGB", SIZE, color)
     ImageDraw.Draw(thing).rectangle((0, 50, SIZE[0], 65), fill=(150, 20, 60))
     return Image.composite(thing, Image.fromarray(background(kind)), MASK)
 
 
 def overlap(cut: Image.Image) -> float:
-    """Intersection over union of the alpha with the true mask."""
+    """Return the intersection over union of the alpha and the true mask."""
     found, true = np.asarray(cut.getchannel("A")) > 127, np.asarray(MASK) > 127
     return (found & true).sum() / (found | true).sum()
 
@@ -104,7 +104,7 @@ def test_16_bit_gray_keeps_its_high_byte(tmp_path, name):
 
 
 def test_16_bit_rgb_png(tmp_path):
-    """Pillow cannot write it, so the chunks are written here."""
+    """Pillow cannot write this kind of PNG, so its chunks are written here."""
     import struct
     import zlib
 
@@ -128,7 +128,7 @@ def test_float_tiff(tmp_path):
 
 def test_exif_rotation_is_applied(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise
+    exif[0x0112] = 6  # the camera was turned; show it rotated by 90 degrees clockwise
     picture().save(tmp_path / "turned.png", exif=exif)
     assert np.array_equal(
         np.asarray(load_image(tmp_path / "turned.png")), np.asarray(picture().rotate(-90, expand=True))
@@ -216,7 +216,7 @@ def test_an_object_may_leave_the_picture():
 
 
 def test_soft_edges_are_freed_of_the_background():
-    """A blurred disc keeps its colour to the rim, whatever it was photographed on."""
+    """A blurred disc keeps its colour up to the rim on every background."""
     large = Image.new("L", (800, 800))
     ImageDraw.Draw(large).ellipse((200, 200, 600, 600), fill=255)
     true = np.asarray(large.resize((100, 100), Image.Resampling.BOX)) / 255
@@ -262,7 +262,7 @@ def test_errors_say_what_cannot_be_cut_out(monkeypatch):
         cut_out(picture("scene"))
 
 
-# --- rembg, with a model made here: bright is object
+# --- rembg, with a model made here that takes what is bright for the object
 
 
 def write_brightness_model(home: Path, name: str) -> Path:
@@ -289,7 +289,7 @@ def write_brightness_model(home: Path, name: str) -> Path:
 @pytest.fixture
 def rembg_home(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
-    with monkeypatch.context() as without_jit:  # pymatting, which we never use, compiles for a minute
+    with monkeypatch.context() as without_jit:  # we never use pymatting, which compiles for a minute
         without_jit.setattr("numba.config.DISABLE_JIT", 1)
         pytest.importorskip("rembg")
     monkeypatch.setenv("REMBG_HOME", str(tmp_path))

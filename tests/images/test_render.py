@@ -34,7 +34,7 @@ def test_sphere_is_a_disc_of_the_right_size():
     mesh = trimesh.creation.icosphere(subdivisions=5, radius=0.5)
     camera = Camera(elevation=25, azimuth=40, focal_mm=50, radius=1.0)
     alpha = render(mesh.vertices, mesh.faces, camera, 256, supersample=4)[..., 3] / 255
-    # the tangent cone of a sphere of radius r at distance d has tan = r / sqrt(d² - r²)
+    # the cone that touches a sphere of radius r at distance d has tan = r / sqrt(d² - r²)
     radius = 0.5 / math.sqrt(camera.distance**2 - 0.25) / camera.half_width * 128
     assert alpha.sum() == pytest.approx(math.pi * radius**2, rel=0.003)
     rows, columns = np.mgrid[:256, :256]
@@ -181,7 +181,7 @@ def test_same_arguments_same_picture():
     light = Light(shadows=True)
     first = render(vertices, faces, Camera(), 90, colors, light=light, supersample=2)
     renderer = MeshRenderer(vertices, faces, colors)
-    renderer.render(Camera(azimuth=77), 50)  # what was rendered before does not matter
+    renderer.render(Camera(azimuth=77), 50)  # earlier renderings do not matter
     np.testing.assert_array_equal(first, renderer.render(Camera(), 90, light, supersample=2))
 
 

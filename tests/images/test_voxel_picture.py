@@ -1,4 +1,4 @@
-"""The picture of voxels: what is seen, where, and what hides what."""
+"""The picture of voxels: where they are seen, and which hide others."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from d3ds2.images.voxel_picture import BACKGROUND, latent_colors, voxel_picture
 
 
 def drawn(coords, resolution=8, size=160, **colors) -> tuple[np.ndarray, np.ndarray]:
-    """The picture (H, W, 3) and which of its pixels are not background."""
+    """Return the picture (H, W, 3) and the mask (H, W) of its foreground."""
     picture = np.asarray(voxel_picture(np.array(coords).reshape(-1, 3), resolution, size, **colors))
     return picture, (picture != BACKGROUND).any(-1)
 

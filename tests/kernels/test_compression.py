@@ -1,4 +1,4 @@
-"""The Triton kernels of the compression of keys and values against the definition, `compress` on a CPU."""
+"""Compression of keys and values together, by its kernels and its definitions, against the layers applied to each."""
 
 import copy
 
@@ -17,7 +17,7 @@ NAMES = ["compressed k", "compressed v", "dk", "dv"]
 
 @pytest.fixture(autouse=True, params=["kernels", "definitions"])
 def form(request, monkeypatch):
-    """Run `compress_together` by the kernels, on a CPU in Triton's interpreter, and by their definitions in torch."""
+    """Run `compress_together` once with the kernels and once with their definitions in torch."""
     monkeypatch.setattr(compression, "half_on_triton", lambda x: request.param == "kernels")
 
 
@@ -30,7 +30,7 @@ def several_slices(monkeypatch):
 
 
 def make_case(counts, heads, head_dim, c, dtype):
-    """Module and inputs in fp64, their numbers those of dtype."""
+    """Module and inputs in fp64, with numbers that dtype can hold."""
     torch.manual_seed(0)
     voxels = random_voxels(counts, 8)
     module = SpatialSparseAttention(4 * heads * head_dim, 4 * heads, heads, c, c == 4, 2, head_dim=head_dim)
@@ -42,7 +42,7 @@ def make_case(counts, heads, head_dim, c, dtype):
 
 
 def outputs_and_gradients(module, function, k, v, seed=0):
-    """Results by name: both outputs, and all gradients of a random weighting of them."""
+    """Return results by name: both outputs, and all gradients of a random weighting of them."""
     parameters = {n: p for n, p in module.named_parameters() if n.startswith(("compress", "block_position"))}
     k, v = k.detach().requires_grad_(), v.detach().requires_grad_()
     outputs = [out.flatten(1) for out in function(k, v)]
@@ -54,7 +54,7 @@ def outputs_and_gradients(module, function, k, v, seed=0):
 
 
 def by_modules(module, k, v, voxels):
-    """The layers of `compress`, keys and values apart, whatever the device."""
+    """Apply the layers of `compress` to keys and values separately, on any device."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spatial_sparse_attention, "compresses_together", lambda k: False)
         return module.compress(k, v, voxels)
@@ -76,7 +76,7 @@ def test_results_and_gradients(c, counts, heads, head_dim):
     expected = outputs_and_gradients(module, lambda k, v: by_modules(module, k, v, voxels), k, v)
     actual = run_kernels(module, voxels, k, v, torch.float32)
     for name, e in expected.items():
-        scale = e.abs().max().clamp(min=1e-3 if len(voxels) > 1 else 10)  # of one token, its gradients are nearly zero
+        scale = e.abs().max().clamp(min=1e-3 if len(voxels) > 1 else 10)  # gradients of a single token are nearly zero
         assert (actual[name] - e).abs().max() < 1e-4 * scale, name
 
 

@@ -1,4 +1,4 @@
-"""Attention over packed samples by our kernels against the definition."""
+"""The kernels of attention over packed samples against the definition: output and gradients."""
 
 import pytest
 import torch

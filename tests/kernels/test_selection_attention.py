@@ -1,16 +1,20 @@
-"""Selection attention: the form block by block and the Triton kernel against the definition, outputs and gradients."""
+"""Selection attention against its definition, outputs and gradients: the form from block to block, and the kernels."""
 
 import pytest
 import torch
 
+from d3ds2.kernels.attention_tiles import Tile
 from d3ds2.kernels.devices import HAS_TRITON
-from d3ds2.kernels.selection_attention import queries_by_block, selection_attention, selection_attention_reference
+from d3ds2.kernels.pair_gradients import pair_dkdv_reference
+from d3ds2.kernels.pair_order import pairs_by_block
+from d3ds2.kernels.ragged import AttentionSegments, Ragged
+from d3ds2.kernels.selection_attention import selection_attention, selection_attention_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU, conftest.py sets TRITON_INTERPRET=1
 
 
 def block_by_block(q, k, v, block_offsets, block_indices, scale):
-    """The public function, on the CPU."""
+    """Attend by the public function, on the CPU."""
     arguments = (tensor.cpu() for tensor in (q, k, v, block_offsets, block_indices))
     return selection_attention(*arguments, scale).to(q.device)
 
@@ -26,15 +30,16 @@ def triton_kernel(*arguments):
 FORMS = [pytest.param(block_by_block, id="block-by-block"), pytest.param(triton_kernel, id="triton")]
 
 
-def make_problem(block_sizes, H, G, D, S, dtype=torch.float32, empty_query=False):
+def make_problem(block_sizes, Hk, G, D, K, dtype=torch.float32, empty_query=False):
+    """Make arguments of `selection_attention` without the scale."""
     torch.manual_seed(0)
     T, M = sum(block_sizes), len(block_sizes)
-    q = torch.randn(T, H * G, D, dtype=dtype, device=DEVICE, requires_grad=True)
-    k = torch.randn(T, H, D, dtype=dtype, device=DEVICE, requires_grad=True)
-    v = torch.randn(T, H, D, dtype=dtype, device=DEVICE, requires_grad=True)
+    q = torch.randn(T, Hk * G, D, dtype=dtype, device=DEVICE, requires_grad=True)
+    k = torch.randn(T, Hk, D, dtype=dtype, device=DEVICE, requires_grad=True)
+    v = torch.randn(T, Hk, D, dtype=dtype, device=DEVICE, requires_grad=True)
     block_offsets = torch.tensor([0, *block_sizes], device=DEVICE).cumsum(0).int()
-    block_indices = torch.full((T, H, S), -1, dtype=torch.int32, device=DEVICE)
-    chosen = torch.rand(T, H, M, device=DEVICE).topk(min(S, M)).indices.int()
+    block_indices = torch.full((T, Hk, K), -1, dtype=torch.int32, device=DEVICE)
+    chosen = torch.rand(T, Hk, M, device=DEVICE).topk(min(K, M)).indices.int()
     block_indices[..., : chosen.shape[-1]] = chosen
     if empty_query:
         block_indices[0] = -1
@@ -49,18 +54,18 @@ def outputs_and_gradients(attend, q, k, v, block_offsets, block_indices):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    ("block_sizes", "H", "G", "D", "S"),
+    ("block_sizes", "Hk", "G", "D", "K"),
     [
         pytest.param([5, 1, 7], 1, 16, 16, 2, id="three-small-blocks"),
-        pytest.param([3], 1, 16, 32, 4, id="one-block-fewer-than-S"),
+        pytest.param([3], 1, 16, 32, 4, id="fewer-blocks-than-K"),
         pytest.param([66, 1, 2], 1, 16, 16, 2, id="blocks-longer-than-a-tile"),
         pytest.param([5, 4, 6], 2, 32, 16, 3, id="all-selected"),
         pytest.param([6, 8, 3], 2, 3, 24, 2, id="odd-group-and-width"),
         pytest.param([4, 5, 2], 2, 1, 8, 2, id="no-groups"),
     ],
 )
-def test_matches_reference(form, block_sizes, H, G, D, S):
-    problem = make_problem(block_sizes, H, G, D, S)
+def test_matches_reference(form, block_sizes, Hk, G, D, K):
+    problem = make_problem(block_sizes, Hk, G, D, K)
     expected = outputs_and_gradients(selection_attention_reference, *problem)
     actual = outputs_and_gradients(form, *problem)
     for name, a, e in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
@@ -99,7 +104,7 @@ def test_scores_beyond_the_range_of_exp(form):
 def test_pieces_do_not_change_the_result(monkeypatch):
     problem = make_problem([20, 1, 12], 2, 4, 16, 2)
     whole = outputs_and_gradients(block_by_block, *problem)
-    monkeypatch.setattr("d3ds2.kernels.selection_attention._SCORE_ELEMENTS", 100)  # one query and a few at a time
+    monkeypatch.setattr("d3ds2.kernels.selection_attention._CACHED_SCORES", 100)  # a few queries at a time, or one
     for a, e in zip(outputs_and_gradients(block_by_block, *problem), whole, strict=True):
         torch.testing.assert_close(a, e, atol=1e-5, rtol=1e-5)
 
@@ -122,7 +127,7 @@ def test_half_precision(form):
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_queries_in_turn_do_not_change_the_result(monkeypatch):
+def test_chunks_of_queries_do_not_change_the_result(monkeypatch):
     problem = make_problem([12, 1, 8], 2, 2, 16, 2, empty_query=True)
     whole = outputs_and_gradients(triton_kernel, *problem)
     monkeypatch.setattr("d3ds2.kernels.selection_attention_triton.PARTIAL_BYTES", 4000)  # 8 queries at a time
@@ -132,25 +137,27 @@ def test_queries_in_turn_do_not_change_the_result(monkeypatch):
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 @pytest.mark.parametrize("chunk", [4, 64])
-def test_chunks_of_long_lists_add_up(chunk):
-    """Blocks that nobody, few and many queries selected; one of them longer than a tile of keys."""
+def test_gradients_of_keys_match_the_definition(chunk):
+    """One block is longer than a tile of keys; blocks are selected by nobody, by few and by many queries."""
     from d3ds2.kernels.pair_gradients_triton import pair_dkdv
-    from d3ds2.kernels.ragged import AttentionSegments, Ragged
-    from d3ds2.kernels.ragged_attention_triton import Tile, ragged_attention_dkdv
-    from d3ds2.kernels.selection_attention_triton import pairs_by_block, select_forward
+    from d3ds2.kernels.ragged_attention_triton import ragged_attention_dkdv
+    from d3ds2.kernels.selection_attention_triton import select_forward
 
-    sizes = [21, 1, 4]
-    q, k, v, block_offsets, block_indices = (x.detach() for x in make_problem(sizes, 2, 3, 24, 2))
+    block_sizes, K, scale = [21, 1, 4], 2, 24**-0.5
+    q, k, v, block_offsets, block_indices = (x.detach() for x in make_problem(block_sizes, 2, 3, 24, K))
     block_indices[block_indices == 1] = -1
-    blocks, scale = Ragged(block_offsets, len(k), longest=max(sizes)), 24**-0.5
-    out, lse, _, _ = select_forward(q, k, v, blocks, block_indices, scale)
-    dout = torch.randn(out.shape).to(out)
-    pair_offsets, pair_ids = pairs_by_block(block_indices, len(sizes))
-    segments = AttentionSegments(Ragged(pair_offsets, len(pair_ids), pair_ids), blocks, 2)
-    stats = torch.stack([lse, (out * dout).sum(-1)], dim=-1)
-    arguments = q, k, v, segments, stats, dout, scale, Tile(32, 16)
-    for a, e in zip(pair_dkdv(*arguments, chunk), ragged_attention_dkdv(*arguments), strict=True):
-        torch.testing.assert_close(a, e)
+    blocks = Ragged(block_offsets, len(k), longest=max(block_sizes))
+    selected = select_forward(q, k, v, blocks, block_indices, scale)
+    dout = torch.randn(selected.out.shape).to(selected.out)
+    stats = torch.stack([selected.lse, (selected.out * dout).sum(-1)], dim=-1)
+    pair_offsets, pair_ids = pairs_by_block(block_indices, len(block_sizes))
+    segments = AttentionSegments(Ragged(pair_offsets, len(pair_ids), pair_ids), blocks, K)
+    arguments = q, k, v, segments, stats, dout, scale
+    expected = pair_dkdv_reference(*arguments)
+    tile = Tile(32, 16)
+    for actual in (pair_dkdv(*arguments, tile, chunk), ragged_attention_dkdv(*arguments, tile)):
+        for name, a, e in zip(("dk", "dv"), actual, expected, strict=True):
+            torch.testing.assert_close(a, e, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_an_empty_batch():
@@ -159,11 +166,12 @@ def test_an_empty_batch():
     assert out.shape == q.shape
 
 
-def test_queries_by_block_inverts_the_selection():
-    block_indices = torch.tensor([[[1, -1]], [[0, 1]], [[2, 1]]], dtype=torch.int32)  # (T, H, S) = (3, 1, 2)
-    query_offsets, query_ids = queries_by_block(block_indices, num_blocks=3)
-    assert query_offsets.tolist() == [0, 1, 4, 5]
-    assert query_ids.tolist() == [1, 0, 1, 2, 2, 0]  # query 0 has a -1
+def test_pairs_by_block():
+    block_indices = torch.tensor([[[1, -1]], [[0, 1]], [[2, 1]]], dtype=torch.int32)  # (T, Hk, K) = (3, 1, 2)
+    pair_offsets, pair_ids = pairs_by_block(block_indices, num_blocks=3)
+    assert pair_offsets.tolist() == [0, 1, 4, 5]
+    assert pair_ids.tolist() == [2, 0, 3, 5, 4, 1]  # pair 1 has no block
+    assert pair_offsets.dtype == pair_ids.dtype == torch.int32
 
 
 @pytest.mark.parametrize(
@@ -181,16 +189,18 @@ def test_wrong_shapes_are_named(change, message):
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-@pytest.mark.parametrize(("T", "H", "S", "M"), [(1, 1, 1, 1), (700, 2, 3, 5), (300, 2, 8, 127), (90, 1, 4, 0)])
-def test_order_of_pairs(T, H, S, M):
-    """By counting as by sorting; some queries have no block."""
-    from d3ds2.kernels.pair_order_triton import MAX_BINS, order_pairs_triton
+@pytest.mark.parametrize(
+    ("T", "Hk", "K", "M"),
+    [(1, 1, 1, 1), (700, 2, 3, 5), (300, 2, 8, 127), (90, 1, 4, 0), (90, 2, 3, 200), (0, 2, 3, 5)],
+)
+def test_order_of_pairs_matches_the_definition(T, Hk, K, M):
+    """By counting and by sorting; some queries have no block."""
+    from d3ds2.kernels import pair_order_triton
 
-    assert H * M < MAX_BINS
-    block_indices = torch.randint(-1, M, (T, H, S), dtype=torch.int32, device=DEVICE)
-    keys = torch.where(block_indices < 0, H * M, torch.arange(H, device=DEVICE)[:, None] * M + block_indices).flatten()
-    pair_offsets, pair_ids = order_pairs_triton(block_indices, M)
-    assert torch.equal(pair_ids.long(), keys.argsort(stable=True))
-    ends = torch.bincount(keys, minlength=H * M + 1).cumsum(0)
-    assert pair_offsets.tolist() == [0, *ends[:-1].tolist()]
-    assert pair_ids.dtype == pair_offsets.dtype == torch.int32
+    block_indices = torch.randint(-1, M, (T, Hk, K), dtype=torch.int32, device=DEVICE)
+    orders = [pair_order_triton.pairs_by_block_triton]
+    if T and Hk * M < pair_order_triton.MAX_LISTS:
+        orders.append(pair_order_triton.count_pairs)
+    for order in orders:
+        for a, e in zip(order(block_indices, M), pairs_by_block(block_indices, M), strict=True):
+            assert a.dtype == e.dtype and torch.equal(a, e)

@@ -28,7 +28,7 @@ def make_problem(lengths_q, lengths_k, heads=4, kv_heads=2, channels=8):
 
 
 def reference(q, k, v, lengths_q, lengths_k, scale):
-    """Out and lse from the softmax written out."""
+    """Return out and lse, with the softmax written out."""
     group = q.shape[1] // k.shape[1]
     outputs, lses = [], []
     for a, b, c in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True):
@@ -126,7 +126,7 @@ def test_self_attention_normalizes_queries_and_keys():
     torch.manual_seed(0)
     layer, x = SelfAttention(16, 2, qk_rms_norm=True), torch.randn(2, 5, 16)
     with torch.no_grad():
-        layer.to_qkv.weight[:32] *= 100  # the scale of queries and keys is lost in the norm
+        layer.to_qkv.weight[:32] *= 100  # the norm removes the scale of queries and keys
         layer.to_qkv.bias.zero_()
         scaled = layer(x)
         layer.to_qkv.weight[:32] /= 100

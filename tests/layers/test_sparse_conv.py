@@ -1,4 +1,4 @@
-"""Sparse layers against dense ones on a volume that is zero between the voxels: outputs and gradients."""
+"""Outputs and gradients of sparse layers against dense layers, on a volume that is zero except at the voxels."""
 
 import pytest
 import torch
@@ -13,13 +13,13 @@ CASES = [
     pytest.param([70, 0, 33], 5, id="empty-sample-between"),
     pytest.param([1], 3, id="one-voxel"),
     pytest.param([729], 9, id="full-grid"),
-    pytest.param([200, 311], 17, id="three-blocks-an-edge"),
+    pytest.param([200, 311], 17, id="three-blocks-per-edge"),
     pytest.param([0, 0], 8, id="no-voxel"),
 ]
 
 
 def to_dense(x, voxels):
-    """(N, C) -> (B, C, R, R, R) with zeros elsewhere."""
+    """(N, C) -> (B, C, R, R, R), zero except at the voxels."""
     index = tuple(voxels.coords.long().t())
     dense = x.new_zeros(voxels.batch_size, *[voxels.resolution] * 3, x.shape[1]).index_put(index, x)
     return dense.movedim(-1, 1)
@@ -75,7 +75,7 @@ def test_subdivided_convolution_is_convolution_of_the_children(counts, resolutio
     assert_all_close(actual, outputs_and_gradients(direct, *inputs))
 
 
-def test_place_adds_a_linear_layer_of_each_child():
+def test_place_adds_a_linear_layer_for_each_child():
     voxels = random_voxels([70, 0, 333], 16)
     assert SubdivideConv3d(3, 5, place=True).half().dense_weights().dtype == torch.float16
     conv = SubdivideConv3d(3, 5, place=True).double()
@@ -165,7 +165,7 @@ def test_layers_run_in_half_precision(dtype):
 
 @pytest.mark.parametrize(("counts", "resolution"), CASES)
 @pytest.mark.parametrize("slab_bytes", [1, 1000, 1 << 20])
-def test_group_norm_is_that_of_each_sample(counts, resolution, slab_bytes, monkeypatch):
+def test_group_norm_is_separate_for_each_sample(counts, resolution, slab_bytes, monkeypatch):
     monkeypatch.setattr(group_norm, "CPU_SLAB_BYTES", slab_bytes)
     voxels = random_voxels(counts, resolution)
     norm = PackedGroupNorm(3, 6).double()
@@ -183,7 +183,7 @@ def test_group_norm_is_that_of_each_sample(counts, resolution, slab_bytes, monke
 
 
 def test_group_norm_of_a_large_mean():
-    """One-pass variance in fp32 would lose everything here."""
+    """A one-pass variance in fp32 would lose all precision here."""
     voxels = random_voxels([500], 12)
     x = torch.randn(500, 4)
     norm = PackedGroupNorm(2, 4)

@@ -1,6 +1,7 @@
-"""Simplifying in another process: it makes the same mesh, and stops at once when asked."""
+"""Simplifying in another process makes the same mesh; cancelling kills the process."""
 
-import time
+import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -35,18 +36,29 @@ def test_small_meshes_and_enough_faces_need_no_process(monkeypatch):
     assert decimate_in_process(mesh, 1280, lambda: None) is mesh
 
 
-def test_work_on_a_large_mesh_stops_within_a_second():
-    started = None
+@pytest.mark.parametrize("waits", [1, 3])
+def test_a_cancelled_process_is_killed_at_once_and_its_folder_deleted(monkeypatch, tmp_path, waits):
+    """`on_wait` is not called again after it raised, and the process was killed, not waited for."""
+    monkeypatch.setattr(decimation_process, "MIN_FACES", 100)
+    monkeypatch.setattr(decimation_process, "PROGRAM", "import time; time.sleep(60)")  # exits with 0 unless killed
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    started, waited = [], []
+
+    class Process(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            started.append(self)
 
     def cancel():
-        nonlocal started
-        started = started or time.monotonic()
-        if time.monotonic() - started > 0.3:
+        waited.append(list(tmp_path.iterdir()))
+        if len(waited) == waits:
             raise KeyboardInterrupt
 
+    monkeypatch.setattr("subprocess.Popen", Process)
     with pytest.raises(KeyboardInterrupt):
-        decimate_in_process(ball(8), 10_000, cancel)  # 1.3 million faces take some seconds
-    assert time.monotonic() - started < 1.3
+        decimate_in_process(ball(3), 200, cancel)
+    assert len(waited) == waits and all(waited) and not list(tmp_path.iterdir())
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
 
 
 def test_the_error_of_the_process_is_reported(monkeypatch):

@@ -1,4 +1,4 @@
-"""Meshes of any quality to the signed distance of a closed solid."""
+"""A mesh of any quality becomes the signed distance of a closed solid."""
 
 import importlib
 
@@ -16,7 +16,7 @@ SHELL = 0.55
 
 
 def dense(sdf):
-    """Values on the whole grid, (R,R,R); nan where there is no block."""
+    """Return the values on the whole grid, (R, R, R), with nan where there is no block."""
     grid = np.full((sdf.resolution,) * 3, np.nan, np.float32)
     for (x, y, z), block in zip(sdf.block_coords * 8, sdf.values, strict=True):
         grid[x : x + 8, y : y + 8, z : z + 8] = block
@@ -24,7 +24,7 @@ def dense(sdf):
 
 
 def centres(sdf):
-    """Positions of the active voxels in the cube, (N,3)."""
+    """Return the positions (N, 3) of the active voxels in the cube."""
     return (sdf.coords + 0.5) / sdf.resolution * 2 - 1
 
 
@@ -68,7 +68,7 @@ def test_closed_solid_gets_its_distance_minus_the_shell(mesh, distance):
     sdf = mesh_to_sdf(mesh.vertices, mesh.faces, 128, band=3.0)
     error = np.abs(sdf.sdf * sdf.band - (distance(centres(sdf)) * 64 - SHELL))  # voxels
     assert error.mean() < 0.01  # the facets of the sphere
-    assert (error > 0.1).mean() < 0.002  # corners of the shell, where two sides are equally near
+    assert (error > 0.1).mean() < 0.002  # at corners of the shell two sides are equally near
     assert error.max() < 2 * SHELL
     p = (np.argwhere(np.isfinite(dense(sdf))) + 0.5) / 64 - 1
     known = dense(sdf)[np.isfinite(dense(sdf))]
@@ -79,7 +79,7 @@ def test_closed_solid_gets_its_distance_minus_the_shell(mesh, distance):
 
 
 def soup(seed):
-    """Triangles of all kinds in a grid of 32 voxels: small, large, slivers, segments, points; (F,3,3)."""
+    """Make triangles (F, 3, 3) of all kinds in a grid of 32³ voxels: small, large, slivers, segments, points."""
     rng = np.random.default_rng(seed)
     centre = rng.uniform(2, 29, (40, 1, 3))
     triangles = centre + rng.normal(size=(40, 3, 3)) * rng.choice([0.05, 1.0, 6.0], (40, 1, 1))
@@ -261,7 +261,7 @@ def test_result_does_not_depend_on_threads():
 
 
 def edge_distance(p, tails, heads):
-    """Voxels from points in the cube to the nearest of some segments, at resolution 64."""
+    """Return the distance, in voxels of 64³, from points in the cube to the nearest of some segments."""
     return triangle_distance_reference(p * 32, np.stack([tails, heads, heads], 1) * 32)
 
 

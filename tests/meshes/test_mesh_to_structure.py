@@ -1,4 +1,4 @@
-"""A mesh -> latent voxels of a finer stage: against the official code, and against distances by their definition."""
+"""The latent voxels of a mesh for a finer stage, as in the official code and by the definition of the distance."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def test_structure_is_the_official_one(name):
 
         points, values = (data.outputs[f"udf_{kind}_{size}"].numpy() for kind in ("points", "values"))
         some = slice(None, None, 16)
-        halved = normalized[faces] / 2  # the released distances are those in a unit cube
+        halved = normalized[faces] / 2  # the released code measures distances in a unit cube
         distance = triangle_distance_reference(points[some] / (size - 1) - 0.5, halved)
         np.testing.assert_allclose(distance, values[some], atol=3e-7)
 

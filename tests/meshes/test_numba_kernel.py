@@ -1,4 +1,4 @@
-"""Machine code that numba keeps on disk: found again, whatever name the package is loaded under."""
+"""numba finds its machine code on disk again, whatever name the package is loaded under."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""Marching cubes on blocks: always closed, one outer surface, the surface that a dense grid gives."""
+"""Marching cubes on blocks gives one closed outer surface, the same as on a dense grid."""
 
 from pathlib import Path
 
@@ -20,20 +20,20 @@ MESHES = Path(__file__).parents[1] / "data" / "meshes"
 
 
 def grid_points(R):
-    """Voxel centres in the cube, (R,R,R,3)."""
+    """Return the voxel centres in the cube, (R, R, R, 3)."""
     axis = (np.arange(R) + 0.5) / R * 2 - 1
     return np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1)
 
 
 def to_blocks(field):
-    """(R,R,R) to (all block coordinates (B,3), values (B,8,8,8))."""
+    """Split a volume (R, R, R) into all its blocks: coordinates (B, 3) and values (B, 8, 8, 8)."""
     G = len(field) // 8
     blocks = field.reshape(G, 8, G, 8, G, 8).transpose(0, 2, 4, 1, 3, 5)
     return np.argwhere(np.ones((G, G, G))), blocks.reshape(-1, 8, 8, 8)
 
 
 def band_blocks(field, R, band=2.0):
-    """The blocks of a distance (R,R,R) in the cube that have an active voxel, truncated."""
+    """Truncate a distance (R, R, R) in the cube and return its blocks that have an active voxel."""
     coords, values = to_blocks((field * R / 2 / band).clip(-1, 1))
     active = (np.abs(values) < 1).any((1, 2, 3))
     return coords[active], values[active]
@@ -44,7 +44,7 @@ def sphere(R, radius=0.7, centre=(0.0, 0.0, 0.0)):
 
 
 def part_volumes(mesh):
-    """Signed volume of each connected part."""
+    """Return the signed volume of each connected part."""
     edges = np.concatenate([mesh.faces[:, :2], mesh.faces[:, 1:]])
     V = len(mesh.vertices)
     count, label = connected_components(coo_array((np.ones(len(edges)), edges.T), shape=(V, V)))
@@ -58,7 +58,7 @@ def assert_closed(mesh):
     assert (np.unique(mesh.faces) == np.arange(len(mesh.vertices))).all()
     plain = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
     assert plain.is_watertight and plain.is_winding_consistent
-    loaded = trimesh.Trimesh(mesh.vertices, mesh.faces, process=True)  # welds by position, as file formats do
+    loaded = trimesh.Trimesh(mesh.vertices, mesh.faces, process=True)  # merges vertices by position, as file formats do
     assert len(loaded.vertices) == len(mesh.vertices) and loaded.is_watertight
     np.testing.assert_allclose(np.linalg.norm(mesh.normals, axis=1), 1.0, atol=1e-5)
     return plain
@@ -75,7 +75,7 @@ def test_table():
         border = [pair for loop in loops_of_case(case) for pair in zip(loop, loop[1:] + loop[:1], strict=True)]
         sides = [(t[i], t[(i + 1) % 3]) for t in triangles for i in range(3)]
         assert len(set(sides)) == len(sides) and set(border) <= set(sides)
-        for side in set(sides) - set(border):  # a diagonal: once each way, and never on a face of the cube
+        for side in set(sides) - set(border):  # a diagonal: used once each way, never on a face of the cube
             assert side[::-1] in sides and not share_a_face(*side)
 
 
@@ -94,7 +94,7 @@ def smooth_fields():
     + [("lewiner", field) for name, field in smooth_fields() if name != "gyroid"],
 )
 def test_same_surface_as_skimage(field, level, method):
-    """Lewiner's differs where the faces of a cube can be joined in two ways, as on the gyroid's sharp edges."""
+    """Lewiner's table differs where a cube can be joined in two ways, as on the gyroid's sharp edges."""
     field = field.astype(np.float32)
     mesh = sdf_to_mesh(*to_blocks(field), 32, level, outer_only=False)
     vertices, faces, *_ = skimage.measure.marching_cubes(field, level, method=method)
@@ -167,7 +167,7 @@ def test_solid_at_the_border_of_the_grid_is_closed_there():
 
 def test_missing_blocks_take_the_side_of_the_outside():
     coords, values = band_blocks(sphere(64), 64)
-    hole = np.flatnonzero((coords == (6, 3, 3)).all(1))  # a block of the surface: the inside is reached through it
+    hole = np.flatnonzero((coords == (6, 3, 3)).all(1))  # without this block of the surface, the inside is reached
     assert len(hole) == 1
     mesh = sdf_to_mesh(np.delete(coords, hole, 0), np.delete(values, hole, 0), 64)
     assert assert_closed(mesh).volume < 0.9 * 4 / 3 * np.pi * 0.7**3
@@ -186,7 +186,7 @@ def test_gaps_in_a_surface_can_be_closed(removed):
 
 @pytest.mark.parametrize("cut", [0.45, 0.2])
 def test_large_holes_are_closed(cut):
-    """A ball without its cap: seven and more blocks wide, which only the lines of sight tell from a bowl."""
+    """A ball without its cap has a hole seven or more blocks wide; only lines of sight tell it from a bowl."""
     coords, values = band_blocks(sphere(128), 128)
     kept = (coords[:, 1] + 0.5) / 8 - 1 < cut
     assert kept.sum() < len(coords) - 40
@@ -335,7 +335,7 @@ def test_decimated_mesh_stays_closed(name, target):
 
 
 def touching(case):
-    """Return vertices and faces of a closed, oriented mesh whose sheets meet, and how many parts remain apart."""
+    """Return vertices and faces of a closed, oriented mesh whose sheets meet, and its number of separate parts."""
     ball = trimesh.creation.icosphere(1)
     if case in ("edge", "vertex"):  # two boxes that share one
         box = trimesh.creation.box((1, 1, 1))
@@ -345,7 +345,7 @@ def touching(case):
     if case == "back-to-back":  # a flat pocket on three vertices of a ball
         pocket = [ball.faces[0], ball.faces[0][::-1]]
         return ball.vertices, np.concatenate([ball.faces, pocket]), 1
-    # a box with two tetrahedral cavities that have an edge in common: one cavity with a doubled edge remains
+    # a box with two tetrahedral cavities that share an edge: they stay one cavity, with that edge doubled
     vertices = np.array([[0, 0, 1], [0, 0, -1], [1, 0.3, 0], [1, -0.3, 0], [-1, 0.3, 0], [-1, -0.3, 0]])
     first = np.array([[0, 1, 2], [1, 0, 3], [0, 2, 3], [2, 1, 3]])
     second = np.array([[0, 1, 5], [1, 0, 4], [0, 5, 4], [5, 1, 4]])

@@ -1,4 +1,4 @@
-"""The tensor form of marching cubes makes the mesh of the compiled one."""
+"""Marching cubes on tensors makes the same mesh as the compiled form."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def assert_same(device, block_coords, values, resolution, level, **options):
 
 
 def blocks_of(volume, kept):
-    """Some blocks of a volume (R, R, R): coords (B, 3), values (B, 8, 8, 8)."""
+    """Return some blocks of a volume (R, R, R): coords (B, 3), values (B, 8, 8, 8)."""
     G = len(volume) // 8
     blocks = volume.view(G, 8, G, 8, G, 8).permute(0, 2, 4, 1, 3, 5)
     coords = kept.nonzero()
@@ -60,7 +60,7 @@ def test_a_band_with_a_gap_and_with_an_inner_shell(device):
     coords, values = band
     assert_same(device, coords[1:], values[1:], 48, 0.0, **DECODED_OPTIONS)  # a block is missing
     assert_same(device, coords[1:], values[1:], 48, 0.0)
-    both_outside = torch.where(values < -0.6, -2 * values - 1.5, values)  # as released decoders: + again further in
+    both_outside = torch.where(values < -0.6, -2 * values - 1.5, values)  # + again further in, as in released weights
     assert_same(device, coords, both_outside.clamp(-1, 1), 48, 0.2, **DECODED_OPTIONS)
 
 
@@ -85,7 +85,7 @@ def test_words_of_a_fill():
 
 
 def test_solid_missing_blocks_are_as_if_stored():
-    """Blocks that gap closing makes solid cost no values, and make the mesh that values of -1 in them would make."""
+    """Blocks that gap closing makes solid store no values, yet the mesh is that of values of -1 in them."""
     volume = ball(96, 40.0)
     coords, values = blocks_of(volume, torch.nn.functional.max_pool3d(1 - volume.abs()[None], 8)[0] > 0)
     kept = ~((coords[:, 0] > 8) & ((coords[:, 1:] - 5.5).abs().amax(1) < 2))  # a hole of 4 x 4 blocks at a pole

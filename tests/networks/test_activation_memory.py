@@ -1,4 +1,4 @@
-"""The estimates of memory against peaks that torch's profiler measures on the CPU: enough, and not far too much."""
+"""The memory estimates against peaks that torch's profiler measures on the CPU: enough, but not far too much."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
 def peak(function) -> int:
-    """Return the most bytes that the second run of `function` holds at a time, beyond what was allocated before it."""
+    """Return the peak bytes that the second run of `function` allocates."""
     with torch.no_grad():
         function()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -43,7 +43,7 @@ def sphere(resolution: int) -> Voxels:
 
 
 def fresh(voxels: Voxels) -> Voxels:
-    """Return the same voxels without tables, whose memory counts as that of the run."""
+    """Return the same voxels without tables, so that the memory of the tables counts too."""
     return Voxels(voxels.coords, voxels.resolution, voxels.batch_size)
 
 

@@ -1,4 +1,4 @@
-"""Decoding in chunks: whatever the budget, the same voxels and, up to rounding, the same values as in one piece."""
+"""Decoding in chunks gives the same voxels and, up to rounding, the same values as in one piece, for any budget."""
 
 import copy
 
@@ -56,14 +56,14 @@ def voxels_of(*samples):
 
 
 class Calls(list):
-    """A callback that keeps the arguments of its calls."""
+    """A callback that records the arguments of its calls."""
 
     def __call__(self, *call):
         self.append(call)
 
 
 def budget_for(vae, voxels, latents):
-    """Return the bytes with which a chunk may have `latents` latents, halo included."""
+    """Return the budget in bytes that allows chunks of `latents` latents, halo included."""
     size, dtype = vae.config.hidden_size, torch.float32
     return kept_bytes(size, len(voxels), dtype, voxels.device) + 2 * latents * latent_bytes(size, dtype)
 
@@ -86,7 +86,7 @@ def test_chunks_give_the_whole(vae, name):
     assert counts[0] == 1 and counts == sorted(counts) and (counts[2] > 1 or name == "scattered")
 
 
-def test_a_halo_of_two_would_not_do(vae, monkeypatch):
+def test_a_halo_of_two_is_too_small(vae, monkeypatch):
     voxels = voxels_of(shapes()["solid corner"])
     latents = torch.randn(len(voxels), 16)
     expected = vae.decode(latents, voxels)[0]
@@ -97,7 +97,7 @@ def test_a_halo_of_two_would_not_do(vae, monkeypatch):
 
 
 @pytest.mark.parametrize("level", [1, 2])
-def test_smaller_margins_would_not_do(vae, monkeypatch, level):
+def test_smaller_margins_are_too_small(vae, monkeypatch, level):
     voxels = voxels_of(shapes()["solid corner"])
     latents = torch.randn(len(voxels), 16)
     expected, budget = vae.decode(latents, voxels)[0], budget_for(vae, voxels, 343)
@@ -169,7 +169,7 @@ def test_nothing_to_decode_and_wrong_arguments(vae):
     decode_in_chunks(vae, latents, voxels, least)
 
 
-def test_blocks_and_voxels_are_one(vae):
+def test_blocks_become_voxels_and_return(vae):
     voxels = voxels_of(shapes()["scattered"], shapes()["sphere"])
     sdf, fine = vae.decode(torch.randn(len(voxels), 16), voxels)
     back, same = SDFBlocks.of_voxels(sdf, fine).to_voxels()
@@ -210,6 +210,6 @@ def test_gpu_decodes_what_the_cpu_decodes(vae, dtype, tolerance):
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         actual = decode_in_chunks(twin, latents.cuda(), voxels.to("cuda"), budget)
-        assert torch.cuda.max_memory_allocated() - before < budget + (64 << 20)  # rows in slices of at least 4096
+        assert torch.cuda.max_memory_allocated() - before < budget + (64 << 20)  # slices of rows have a minimum size
         assert torch.equal(actual.coords.cpu(), expected.coords)
         assert (actual.values.cpu() - expected.values).abs().max() < tolerance

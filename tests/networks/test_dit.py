@@ -1,4 +1,4 @@
-"""Both diffusion transformers beyond the parity files: initial state, options, batches, errors."""
+"""Both diffusion transformers where no parity file tests them: initial state, options, batches, errors."""
 
 import dataclasses
 

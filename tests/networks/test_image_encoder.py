@@ -1,4 +1,4 @@
-"""Image tokens: their order, coordinates and foreground; the encoder against transformers' own model."""
+"""Order, coordinates and foreground of image tokens; the encoder against transformers' own model."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_foreground_is_where_the_mask_touches(encoder, images):
 
 
 def test_a_change_of_a_patch_moves_its_token_most(encoder, images):
-    """Rows and columns are not swapped: a bright patch at row 0, column 3 is token 3 of the patches."""
+    """Check that rows and columns are not swapped: a bright patch at row 0, column 3 changes patch token 3."""
     changed = images.clone()
     changed[0, :3, :14, 42:] = 1
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_features_are_transformers_before_the_last_norm(tmp_path, images):
     torch.testing.assert_close(features, layer_norm(before, (24,), eps=1e-5).flatten(0, 1), atol=1e-5, rtol=1e-5)
 
 
-def test_a_folder_that_is_no_dinov2_is_named(tmp_path):
+def test_a_folder_without_dinov2_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no config\.json in"):
         ImageEncoder.from_dinov2(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "dinov2_with_registers", "use_swiglu_ffn": true}')
@@ -92,13 +92,13 @@ def test_a_folder_that_is_no_dinov2_is_named(tmp_path):
 
 
 def test_every_parameter_is_trained(encoder, images):
-    """A parameter without a gradient would be dead weight in the file; equal registers would act as one."""
+    """A parameter without a gradient would be useless; equal registers would act as a single one."""
     tokens = encoder(images)
     generator = torch.Generator().manual_seed(0)
     (tokens.features * torch.randn(tokens.features.shape, generator=generator)).sum().backward()
     for name, parameter in encoder.named_parameters():
         assert parameter.grad is not None, name
-        if not name.endswith("k_proj.bias") and not name.endswith("key.bias"):  # softmax does not see it
+        if not name.endswith("k_proj.bias") and not name.endswith("key.bias"):  # softmax cancels it
             assert parameter.grad.abs().max() > 0, name
     encoder.zero_grad()
     registers = encoder.embeddings.register_tokens[0]
@@ -116,7 +116,7 @@ def test_half_precision_and_autocast(encoder, images):
     torch.testing.assert_close(tokens.features.float(), expected, atol=0.2, rtol=0.2)
 
 
-def test_tokens_are_put_together_and_taken_apart(encoder, images):
+def test_tokens_are_joined_and_split(encoder, images):
     tokens = encoder(images).select_foreground()
     both = ImageTokens.cat([tokens, tokens.zeroed()])
     assert both.batch_size == 4 and both.counts == [5, 6, 5, 6]

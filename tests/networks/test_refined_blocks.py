@@ -1,4 +1,4 @@
-"""Blocks of refined volumes give the mesh of the whole volume, and patches leave no seam."""
+"""The blocks of a refined volume give the same mesh as the whole volume, and patches leave no seams."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def smooth_volume(resolution, seed=0):
 
 
 def blocks_of(volume):
-    """All blocks of a volume: coords (G³, 3), values (G³, 8, 8, 8)."""
+    """Return all blocks of a volume: coords (G³, 3), values (G³, 8, 8, 8)."""
     G = len(volume) // 8
     coords = torch.cartesian_prod(*[torch.arange(G)] * 3)
     return coords, volume.view(G, 8, G, 8, G, 8).permute(0, 2, 4, 1, 3, 5).reshape(-1, 8, 8, 8)
@@ -36,7 +36,7 @@ def blocks_of(volume):
 @pytest.mark.parametrize("level", [0.0, 0.4])
 def test_crossed_blocks_make_the_mesh_of_the_volume(level):
     volume = smooth_volume(48)
-    volume[:, :, 40:] = 1.0  # some blocks are far from the surface; elsewhere it meets the border of the grid
+    volume[:, :, 40:] = 1.0  # here blocks are far from the surface; elsewhere the surface meets the border of the grid
     coords, values = blocks_of_distances(volume, level)
     assert 0 < len(coords) < 6**3
     whole = sdf_to_mesh(*(x.numpy() for x in blocks_of(volume)), 48, level)
@@ -48,7 +48,7 @@ def test_blocks_without_a_crossing_are_left_out():
     volume = torch.ones(64, 64, 64)
     volume[20:40, 20:40, 20:40] = -1
     coords, values = blocks_of_distances(volume, 0.2)
-    near = {c for c in np.ndindex(8, 8, 8) if all(2 <= x <= 5 for x in c)}  # of voxels 16 to 47: 19 and 40 are ends
+    near = {c for c in np.ndindex(8, 8, 8) if all(2 <= x <= 5 for x in c)}  # crossed edges end at voxels 19 to 40
     assert {tuple(c) for c in coords.tolist()} == near - {(3, 3, 3)}
     assert values.shape == (len(coords), 8, 8, 8)
 
@@ -84,7 +84,7 @@ def test_mean_of_cells_is_mean_pool():
 
 def test_patches_of_a_constant_network_blend_to_a_constant():
     model = Refiner(RefinerConfig(**SMALL, patch_size=24, feature_channels=3)).eval().requires_grad_(False)
-    torch.nn.init.zeros_(model.adaptive3.weight_conv.weight)  # what is left is tanh(0)
+    torch.nn.init.zeros_(model.adaptive3.weight_conv.weight)  # it returns 0, which the hook makes 1
     model.adaptive3.register_forward_hook(lambda _m, _a, out: out + 1.0)
     voxels = random_voxels([50], 64)
     calls = []
@@ -120,7 +120,7 @@ def test_gradients_flow_through_a_refiner():
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_pieces_of_a_patch_give_what_the_whole_gives(layers, monkeypatch):
-    """Without a gradient, the widest layers are computed in groups of channels, convolutions in layers of the patch."""
+    """Without a gradient, the widest layers run by groups of channels, and convolutions by slabs of the patch."""
     torch.manual_seed(0)
     sizes = {"widths": (8, 16, 32), "layers": layers, "middle_layers": 1, "patch_size": 24}
     signs, refiner = SignRefiner(SignRefinerConfig(**sizes)), Refiner(RefinerConfig(**sizes, feature_channels=4))

@@ -1,4 +1,4 @@
-"""The refiners on rows against their definition on volumes; the kernels have tests in kernels/test_volume_conv.py."""
+"""The refiners on rows against their definition on volumes. kernels/test_volume_conv.py tests the kernels."""
 
 import pytest
 import torch
@@ -8,12 +8,12 @@ from d3ds2.networks.refiner import Refiner, RefinerConfig, SignRefiner, SignRefi
 from tests.parity.test_parity_refiner import network
 from tests.support.golden import golden, over
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU by the definitions of the kernels
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU, the definitions of the kernels run
 
 
 def test_refiners(monkeypatch):
     torch.manual_seed(1)
-    monkeypatch.setattr(refiner_rows, "MAX_FUSED_CHANNELS", 6)  # both ways of the norm
+    monkeypatch.setattr(refiner_rows, "MAX_FUSED_CHANNELS", 6)  # so that both forms of the norm run
     monkeypatch.setattr(refiner_rows, "SLAB_BYTES", 1 << 12)
     sizes = {"widths": (4, 8, 12), "layers": 2, "middle_layers": 1, "patch_size": 8}
     signs, refiner = SignRefiner(SignRefinerConfig(**sizes)), Refiner(RefinerConfig(**sizes, feature_channels=4))
@@ -30,7 +30,10 @@ def test_refiners(monkeypatch):
 @over("refiner_xl*", "refiner_sign*", holding="outputs/out")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-4), (torch.float16, 3e-2)])
 def test_refiners_on_a_gpu(name, dtype, tolerance):
-    """Triton is what runs there; the whole networks, against the definition on the CPU."""
+    """Compare whole networks, run by the Triton kernels, with the definition on the CPU.
+
+    The definition takes less than a second. Nearly all of the time goes into compiling the kernels for each dtype.
+    """
     data = golden(name)
     model, sdf = network(data), data.inputs["sdf"]
     given = (sdf,) if isinstance(model, SignRefiner) else (sdf, torch.randn(1, model.config.widths[0], *sdf.shape[2:]))

@@ -1,4 +1,4 @@
-"""The SDF autoencoder: shapes, order, batches, precision, training."""
+"""Shapes, order, batches, precision and training of the SDF autoencoder."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ def test_shapes_and_order(model):
     assert decoded.shape == (512 * len(latent_voxels), 1) and decoded.dtype == torch.float32
     assert decoded.abs().max() <= 1
     assert torch.equal(mean, mean_again)
-    assert torch.equal(fine.block_coords, voxels.block_coords)  # so that each row of `view(L, 512)` is a block
+    assert torch.equal(fine.block_coords, voxels.block_coords)  # so each row of `view(L, 512)` is a block
     assert fine.resolution == 64 and torch.equal(fine.block_offsets.diff(), torch.full((len(mean),), 512))
 
 
@@ -63,7 +63,7 @@ def test_batch_is_each_sample_alone(model):
 
 
 def test_position_factor_makes_resolutions_alike(model):
-    """At R the coordinates are multiplied by position_resolution / R."""
+    """Coordinates at resolution R are multiplied by position_resolution / R."""
     _, voxels = ball(64, 0.5)
     latent_voxels = voxels.coarsen(8)[0]
     latents = torch.randn(len(latent_voxels), 4)
@@ -76,7 +76,7 @@ def test_position_factor_makes_resolutions_alike(model):
 def test_features_lead_to_the_sdf(model):
     _, voxels = ball(64, 0.5)
     latent_voxels = voxels.coarsen(8)[0]
-    sdf, features, fine = model.decode(torch.randn(len(latent_voxels), 4), latent_voxels, return_features=True)
+    sdf, features, fine = model.decode_with_features(torch.randn(len(latent_voxels), 4), latent_voxels)
     assert features.shape == (len(fine), CONFIG.hidden_size // 16)
     torch.testing.assert_close(model.decoder.out_layer(features).tanh(), sdf)
 
@@ -164,7 +164,7 @@ def test_wrong_inputs_are_named(model):
 
 
 def slab(y: int) -> tuple[torch.Tensor, Voxels]:
-    """Return SDF and active voxels of a wide flat surface in one layer of blocks: a band of four voxels from y on."""
+    """Return the SDF and the active voxels of a wide flat surface, whose band is the four voxels from y to y + 3."""
     steps = torch.arange(64)
     coords = torch.cartesian_prod(torch.zeros(1, dtype=torch.long), steps, torch.arange(y, y + 4), steps)
     voxels, order = Voxels.sort(coords, 64, 1)
@@ -172,7 +172,7 @@ def slab(y: int) -> tuple[torch.Tensor, Voxels]:
 
 
 def test_place_of_voxels_tells_the_halves_of_a_block_apart():
-    """Released networks cannot: pooling and submanifold convolutions do not see where in its block a surface lies."""
+    """Released networks cannot: pooling and submanifold convolutions ignore where in its block a surface lies."""
     torch.manual_seed(0)
     released = SDFVAE(CONFIG)
     placed = SDFVAE(dataclasses.replace(CONFIG, voxel_place=True))
@@ -181,7 +181,7 @@ def test_place_of_voxels_tells_the_halves_of_a_block_apart():
     lower, upper = slab(32), slab(36)
     expected = released.encode(*lower)[0]
     torch.testing.assert_close(released.encode(*upper)[0], expected, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(placed.encode(*lower)[0], expected)  # it starts as the network without these weights
+    torch.testing.assert_close(placed.encode(*lower)[0], expected)  # at first, the same as without these weights
     decoded = placed(*lower)[0]
     torch.testing.assert_close(decoded.mean(), released(*lower)[0].mean(), atol=0.02, rtol=0)
     decoded.square().mean().backward()

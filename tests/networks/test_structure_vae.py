@@ -1,4 +1,4 @@
-"""The structure autoencoder: shapes, threshold, precision, training."""
+"""Shapes, threshold, precision and training of the structure autoencoder."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Bad use of the nodes: an error in the node that says what to do, before any long work."""
+"""Wrong use of the nodes: the node raises an error that says what to do, before any long work."""
 
 import shutil
 
@@ -8,27 +8,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d3ds2.storage.model_folder import save_settings
-from tests.nodes.test_nodes import picture
 from tests.support.comfy_stand_ins import MESH
-from tests.support.tiny_model import SAMPLING, make_networks, write_model
+from tests.support.tiny_model import SAMPLING, make_networks, picture, write_model
 
 TRIANGLES = torch.tensor([[[0, 2, 1], [0, 1, 3], [1, 2, 3], [2, 0, 3]]])
 TETRAHEDRON = MESH(torch.tensor([[[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]]), TRIANGLES)
 
 
-@pytest.fixture(scope="module")
-def model(comfy):
-    return comfy.run("LoadD3DS2Model", model="random")[0]
-
-
-@pytest.fixture(scope="module")
-def structure(comfy, model):
-    return comfy.run("D3DS2SparseStructureSample", model=model, image=picture())[0]
-
-
 @pytest.fixture
 def copied(comfy):
-    """A model folder of its own to damage."""
+    """A copy of the model folder, which the test may damage."""
     folder = comfy.folder / "models" / "direct3d_s2" / "damaged"
     shutil.copytree(folder.parent / "random", folder)
     yield folder
@@ -45,7 +34,7 @@ def test_a_missing_model_is_named_with_its_place(comfy):
 
 
 @pytest.mark.parametrize("name", ["../random", "../../models/direct3d_s2/random", "/etc", "", "..", "."])
-def test_a_model_name_cannot_lead_elsewhere(comfy, name):
+def test_a_model_name_cannot_point_elsewhere(comfy, name):
     assert "no model folder" in comfy.nodes["LoadD3DS2Model"].validate_inputs(name)
 
 
@@ -56,7 +45,7 @@ def test_a_truncated_file_is_named(comfy, copied):
         comfy.run("LoadD3DS2Model", model="damaged")
 
 
-def test_a_missing_file_and_a_foreign_tensor_are_named(comfy, copied):
+def test_a_missing_file_and_an_unknown_tensor_are_named(comfy, copied):
     tensors = load_file(copied / "sdf_vae.safetensors")
     save_file(tensors | {"surplus": torch.zeros(1)}, copied / "sdf_vae.safetensors")
     with pytest.raises(ValueError, match=r"sdf_vae.safetensors has unexpected tensors: surplus.*Copy or convert"):
@@ -65,11 +54,11 @@ def test_a_missing_file_and_a_foreign_tensor_are_named(comfy, copied):
     with pytest.raises(ValueError, match=r"missing file .*structure_vae.safetensors.*Copy or convert"):
         comfy.run("LoadD3DS2Model", model="damaged")
     (copied / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"damaged file .*config.json.*choose another"):
+    with pytest.raises(ValueError, match=r"damaged file .*config.json.*choose another one"):
         comfy.run("LoadD3DS2Model", model="damaged")
 
 
-def test_a_picture_without_an_object_asks_for_the_right_node(comfy, model, structure):
+def test_a_picture_without_an_object_leads_to_the_node_that_helps(comfy, model, structure):
     noise = torch.from_numpy(np.random.default_rng(0).random((1, 64, 64, 3), np.float32))
     for node_id, inputs in (("D3DS2SparseStructureSample", {}), ("D3DS2SSADiTSample", {"structure": structure})):
         with pytest.raises(ValueError, match=r"background is not plain.*Put the node Remove Background before"):
@@ -80,7 +69,7 @@ def test_a_picture_without_an_object_asks_for_the_right_node(comfy, model, struc
 
 
 @pytest.mark.parametrize("shape", [(80, 96, 3), (1, 80, 96, 1), (0, 80, 96, 3), (1, 80, 0, 3)])
-def test_what_is_no_image_is_refused(comfy, model, shape):
+def test_a_tensor_that_is_no_image_is_refused(comfy, model, shape):
     with pytest.raises(ValueError, match="expected an IMAGE"):
         comfy.run("D3DS2SparseStructureSample", model=model, image=torch.zeros(shape))
 
@@ -96,12 +85,12 @@ def test_a_latent_of_another_model_is_refused(comfy, model, structure):
     folder = comfy.folder / "models" / "direct3d_s2" / "other"
     write_model(folder, sdf_vae={"latents_scale": 0.7})
     other = comfy.run("LoadD3DS2Model", model="other")[0]
-    with pytest.raises(ValueError, match="wrong latent for this model: it was made with 'random'"):
+    with pytest.raises(ValueError, match="wrong latent for this model: the latent was made with 'random'"):
         comfy.run("D3DS2VAEDecodeSDF", model=other, latent=latent)
     write_model(folder)
     save_settings(folder, "renamed", SAMPLING)
     other = comfy.run("LoadD3DS2Model", model="other")[0]
-    with pytest.raises(ValueError, match=r"made with 'random', and this is 'renamed'\. Connect the model that made it"):
+    with pytest.raises(ValueError, match=r"made with 'random', but the model is 'renamed'\. Connect the model that"):
         comfy.run("D3DS2VAEDecodeSDF", model=other, latent=latent)
 
 
@@ -119,11 +108,11 @@ def test_too_many_tokens_and_too_little_memory_are_refused_early(comfy, model, s
         ("D3DS2VAEEncodeMesh", {"mesh": TETRAHEDRON}, r"encoding [\d,]+ voxels needs about"),
         ("D3DS2VAEDecodeSDF", {"latent": latent}, f"decoding {count} tokens needs about"),
     ):
-        with pytest.raises(ValueError, match=rf"{message} .* GB, and cpu has 0.0 GB: .*(model|GB)"):
+        with pytest.raises(ValueError, match=rf"{message} .* GB, but cpu has 0.0 GB: .*(model|GB)"):
             comfy.run(node_id, model=model, **inputs)
 
 
-def test_what_came_out_empty_or_not_finite_is_said(comfy):
+def test_a_result_that_is_empty_or_not_finite_is_reported(comfy):
     networks = make_networks()
     networks["structure_vae"].decoder.out_conv.bias.fill_(-1e4)
     networks["sdf_vae"].decoder.out_layer.bias.fill_(float("nan"))
@@ -146,7 +135,7 @@ def test_what_came_out_empty_or_not_finite_is_said(comfy):
     [
         (torch.zeros(1, 0, 3), TRIANGLES[:, :0], "mesh 1 of 1 is empty: it has 0 vertices and 0 faces"),
         (TETRAHEDRON.vertices, TRIANGLES[:, :0], "is empty: it has 4 vertices and 0 faces"),
-        (TETRAHEDRON.vertices, TRIANGLES + 1, "damaged: its faces name vertices outside of 0 to 3"),
+        (TETRAHEDRON.vertices, TRIANGLES + 1, "damaged: its faces refer to vertices outside 0 to 3"),
         (TETRAHEDRON.vertices * float("inf"), TRIANGLES, "damaged: it has coordinates that are not finite"),
     ],
 )
@@ -159,9 +148,9 @@ def test_damaged_meshes_are_refused(comfy, model, vertices, faces, message):
         comfy.run("D3DS2MeshExport", mesh=mesh)
 
 
-def test_a_mesh_outside_of_the_box_is_refused_unless_it_is_fitted(comfy, model):
+def test_a_mesh_outside_the_box_is_refused_unless_it_is_fitted(comfy, model):
     large = MESH(TETRAHEDRON.vertices * 3, TRIANGLES)
-    with pytest.raises(ValueError, match=r"out of the box \[-1, 1\]³, to 3: switch fit on, or scale it"):
+    with pytest.raises(ValueError, match=r"beyond the box \[-1, 1\]³, to 3: turn on fit, or scale the mesh down"):
         comfy.run("D3DS2StructureFromMesh", model=model, mesh=large, fit=False)
     assert comfy.run("D3DS2StructureFromMesh", model=model, mesh=large)[0].batch_size == 1
 
@@ -170,22 +159,22 @@ def test_a_mesh_outside_of_the_box_is_refused_unless_it_is_fitted(comfy, model):
     "prefix",
     ["../../x", "..", "../x", "a/../../x", "/tmp/x", "3d/../../../x", "..\\..\\x", "C/../../x", "../output2/x"],
 )
-def test_names_cannot_climb_out_of_the_output_folder(comfy, prefix):
+def test_a_prefix_cannot_point_outside_the_output_folder(comfy, prefix):
     before = set(comfy.folder.rglob("*"))
-    with pytest.raises(ValueError, match=r"leads out of the output folder .*output: use one inside it, such as 3d/n"):
+    with pytest.raises(ValueError, match=r"points outside the output folder .*output: use one inside it, such as 3d/n"):
         comfy.run("D3DS2MeshExport", mesh=TETRAHEDRON, filename_prefix=prefix)
     assert set(comfy.folder.rglob("*")) == before
 
 
 @pytest.mark.parametrize("prefix", ["", ".", "3d/", " ", "3d/.", "3d/.."])
 def test_a_prefix_needs_a_name(comfy, prefix):
-    with pytest.raises(ValueError, match=r"has no file name|leads out"):
+    with pytest.raises(ValueError, match=r"has no file name|points outside"):
         comfy.run("D3DS2MeshExport", mesh=TETRAHEDRON, filename_prefix=prefix)
 
 
-def test_a_folder_that_cannot_be_made_is_named(comfy):
+def test_a_folder_that_cannot_be_created_is_named(comfy):
     (comfy.folder / "output" / "taken").write_text("a file")
-    with pytest.raises(ValueError, match=r"cannot make the folder of .*taken/x: .*--output-directory"):
+    with pytest.raises(ValueError, match=r"cannot create the folder for .*taken/x: .*--output-directory"):
         comfy.run("D3DS2MeshExport", mesh=TETRAHEDRON, filename_prefix="taken/x")
 
 
@@ -200,6 +189,6 @@ def test_a_write_that_fails_leaves_nothing(comfy, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.write_bytes", full)
-    with pytest.raises(ValueError, match=r"cannot write .*x_00001_.glb: No space left.*free space on the disk"):
+    with pytest.raises(ValueError, match=r"cannot write .*x_00001_.glb: No space left.*free up disk space"):
         comfy.run("D3DS2MeshExport", mesh=TETRAHEDRON, filename_prefix="full/x")
     assert not list((comfy.folder / "output" / "full").iterdir())

@@ -9,8 +9,8 @@ import torch
 import trimesh
 from PIL import Image
 
-from tests.nodes.test_nodes import picture
 from tests.support.comfy_stand_ins import MESH
+from tests.support.tiny_model import picture
 
 OBJECT = picture()[0, :, :, 3] > 0.5  # (80, 96)
 
@@ -21,7 +21,7 @@ def no_rembg(comfy, monkeypatch):
 
 
 class BackgroundRemovalModel:
-    """As core's: a mask of each image, 1 on the object."""
+    """Stands for core's model: returns a mask of each image, 1 on the object."""
 
     def __init__(self, mask):
         self.mask, self.shapes = mask, []
@@ -32,7 +32,7 @@ class BackgroundRemovalModel:
 
 
 def scene() -> torch.Tensor:
-    """The object before a background that is not plain."""
+    """Return the object in front of a background that is not plain, as IMAGE (1, 80, 96, 3)."""
     background = torch.from_numpy(np.random.default_rng(0).random((80, 96, 3), np.float32))
     return torch.where(OBJECT[..., None], picture()[0, ..., :3], background)[None]
 
@@ -66,7 +66,7 @@ def test_every_method_finds_the_object(comfy, no_rembg):
     assert model.shapes == [(1, 80, 96, 3)] * 2
 
 
-def test_auto_takes_the_first_that_is_there(comfy, monkeypatch, no_rembg):
+def test_auto_uses_the_first_method_that_is_available(comfy, monkeypatch, no_rembg):
     used = []
 
     def run(**inputs):
@@ -87,24 +87,24 @@ def test_auto_takes_the_first_that_is_there(comfy, monkeypatch, no_rembg):
     assert used == ["mask", "alpha", "model", "plain"]
 
 
-def test_the_empty_mask_of_load_image_says_nothing(comfy, no_rembg):
+def test_the_empty_mask_of_load_image_is_ignored(comfy, no_rembg):
     empty = torch.zeros(1, 64, 64)
     found = comfy.run("D3DS2RemoveBackground", image=picture(mode="RGB"), mask=empty, invert_mask=True)[1]
     assert 0.1 < (found > 0.5).float().mean() < 0.9
-    with pytest.raises(ValueError, match=r"the mask is empty.*switch invert_mask on"):
+    with pytest.raises(ValueError, match=r"the mask is empty.*turn on invert_mask"):
         comfy.run("D3DS2RemoveBackground", image=picture(mode="RGB"), mask=empty, method="mask")
     with pytest.raises(ValueError, match=r"no foreground in the image: the mask is empty.*Connect a mask that is 1"):
         comfy.run("D3DS2RemoveBackground", image=picture(), mask=torch.zeros(1, 80, 96))
 
 
-def test_what_a_method_needs_is_said(comfy, no_rembg):
+def test_an_error_says_what_a_method_needs(comfy, no_rembg):
     for inputs, message in (
         ({"method": "mask"}, "no mask is connected: connect one, or choose `auto`"),
         ({"method": "model"}, "no background removal model is connected"),
         ({"method": "alpha"}, r"has no alpha channel.*Connect an IMAGE with four channels"),
-        ({"method": "plain"}, r"background is not plain.*Connect a mask, or core's"),
-        ({"method": "rembg"}, r"rembg is not installed.*Connect a mask, or core's"),
-        ({}, r"background is not plain.*Connect a mask, or core's"),
+        ({"method": "plain"}, r"background is not plain.*Connect a mask, or ComfyUI's"),
+        ({"method": "rembg"}, r"rembg is not installed.*Connect a mask, or ComfyUI's"),
+        ({}, r"background is not plain.*Connect a mask, or ComfyUI's"),
         ({"mask": torch.ones(2, 80, 96)}, "expected 1 mask or 1, one for each image, got 2"),
         ({"mask": torch.ones(1, 1, 80, 96)}, "expected a MASK"),
     ):
@@ -138,7 +138,7 @@ def test_a_batch_is_cut_out_picture_by_picture(comfy):
 
 
 def ball(count: int = 1, subdivisions: int = 3) -> MESH:
-    """Balls along Y of different heights."""
+    """Return `count` balls, each higher along Y than the one before."""
     sphere = trimesh.creation.icosphere(subdivisions)
     vertices = torch.from_numpy(np.asarray(sphere.vertices, np.float32))
     stretch = torch.tensor([[0.4, 0.5 + 0.1 * i, 0.3] for i in range(count)])
@@ -146,7 +146,7 @@ def ball(count: int = 1, subdivisions: int = 3) -> MESH:
 
 
 def read_glb(path) -> dict:
-    """The JSON of a GLB, its header and chunk sizes checked."""
+    """Return the JSON of a GLB, after checking its header."""
     data = path.read_bytes()
     magic, version, length, size, kind = struct.unpack("<4sIII4s", data[:20])
     assert (magic, version, length, kind) == (b"glTF", 2, len(data), b"JSON")
@@ -167,7 +167,7 @@ def test_files_hold_the_mesh(comfy, extension):
 
 
 @pytest.mark.parametrize("extension", ["glb", "obj", "ply", "stl"])
-def test_files_come_back_as_meshes(comfy, extension):
+def test_files_can_be_read_back_as_meshes(comfy, extension):
     mesh = ball()
     out = comfy.run("D3DS2MeshExport", mesh=mesh, filename_prefix=f"back/{extension}", format=extension)
     again = comfy.run("D3DS2MeshExport", mesh=out[1][0], filename_prefix=f"again/{extension}", target_faces=300)
@@ -205,7 +205,7 @@ def test_a_batch_is_numbered_and_nothing_is_overwritten(comfy):
     assert comfy.run("D3DS2MeshExport", mesh=ball(), filename_prefix="flat")[0] == ["flat_00001_.glb"]
 
 
-def test_fewer_faces(comfy):
+def test_target_faces_simplifies_a_closed_mesh(comfy):
     out = comfy.run("D3DS2MeshExport", mesh=ball(), filename_prefix="fewer", target_faces=200)
     loaded = trimesh.load(out[1][0].source, force="mesh")
     assert 100 < len(loaded.faces) <= 200 and loaded.is_watertight
@@ -214,7 +214,7 @@ def test_fewer_faces(comfy):
         comfy.run("D3DS2MeshExport", mesh=ball(), target_faces=3)
 
 
-def test_z_up(comfy):
+def test_z_up_turns_the_mesh_without_mirroring_it(comfy):
     out = comfy.run("D3DS2MeshExport", mesh=ball(), filename_prefix="z_up", up_axis="Z")
     loaded = trimesh.load(out[1][0].source, force="mesh")
     np.testing.assert_allclose(loaded.extents, [0.8, 0.6, 1.0], atol=1e-5)
@@ -249,7 +249,7 @@ def test_dates_are_filled_in_by_comfyui(comfy, monkeypatch):
     assert prefixes == ["%year%/%month%/x"]
 
 
-def test_pictures_survive_the_way_through_pillow(comfy):
+def test_pictures_survive_the_round_trip_through_pillow(comfy):
     module = comfy.module("nodes.comfy.pictures")
     levels = torch.arange(256).float() / 255
     image = levels.view(1, 16, 16, 1).expand(-1, -1, -1, 3)

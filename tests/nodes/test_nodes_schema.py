@@ -1,4 +1,4 @@
-"""The pack as ComfyUI and its front end read it: ids, inputs, texts in both languages, help pages; and start-up."""
+"""The pack as ComfyUI and its front end read it: ids, inputs, texts in both languages, help pages, start-up."""
 
 import json
 import re
@@ -45,7 +45,7 @@ SOCKETS = {
 
 @pytest.fixture(scope="module")
 def comfy_folder(tmp_path_factory):
-    """Without any model."""
+    """ComfyUI's folder without any model."""
     return tmp_path_factory.mktemp("comfy")
 
 
@@ -87,7 +87,7 @@ def test_ids_of_core_are_not_taken(schemas):
 
 
 def test_every_node_has_a_help_page_that_names_its_inputs(schemas):
-    docs = ROOT / "web" / "docs"  # the front end reads <id>/<language>.md where it is, else <id>.md
+    docs = ROOT / "web" / "docs"  # the front end reads <id>/<language>.md if it exists, else <id>.md
     pages = [(file.stem, "en", file.read_text(encoding="utf-8")) for file in docs.glob("*.md")]
     pages += [(file.parent.name, file.stem, file.read_text(encoding="utf-8")) for file in docs.glob("*/*.md")]
     assert {page[:2] for page in pages} == {(node_id, language) for node_id in schemas for language in ("en", "zh")}
@@ -105,7 +105,7 @@ def web_directory() -> str:
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_texts_are_there_in_every_language(schemas, language):
+def test_every_text_exists_in_every_language(schemas, language):
     texts = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
     assert list(texts) == list(schemas)
     for node_id, schema in schemas.items():
@@ -186,7 +186,7 @@ def test_a_changed_model_file_changes_the_fingerprint(comfy):
 
 
 def test_start_up_is_quiet_and_imports_nothing_heavy():
-    """In a process of its own, in which torch is imported already, as in ComfyUI."""
+    """This runs in a process of its own, in which torch is already imported, as in ComfyUI."""
     program = """
 import sys, tempfile, json
 from pathlib import Path
@@ -208,7 +208,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
 
 def test_an_install_replaces_nothing_that_comfyui_brings():
-    """No version in the requirements for what ComfyUI installs itself; tests/comfy compares a real install."""
+    """The requirements pin no version of a package that ComfyUI installs itself. tests/comfy tests a real install."""
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
     pinned = [line for line in lines if re.search("[=<>~!]", line)]
     assert pinned == ["transformers>=4.48"]  # ComfyUI 0.16.3 asks for >= 4.50.3

@@ -5,9 +5,8 @@ import torch
 
 from d3ds2.official.convert import convert
 from d3ds2.pipeline import load_pipeline
-from tests.nodes.test_nodes import picture
 from tests.support.official_release import write_release
-from tests.support.tiny_model import draw_object
+from tests.support.tiny_model import draw_object, picture
 
 
 @pytest.fixture(scope="module")
@@ -43,5 +42,5 @@ def test_the_nodes_make_what_the_pipeline_makes(comfy):
     encoded = comfy.run("D3DS2VAEEncodeMesh", model=model, mesh=coarse)[0]
     assert encoded.structure.resolution == 16 and encoded.made_for == fine_latent.made_for
     wrong = type(structure)(structure.coords, 32, 1)
-    with pytest.raises(ValueError, match=r"it is 32³, and the model '.*' samples at 8³ and 16³"):
+    with pytest.raises(ValueError, match=r"it is 32³, but the model '.*' samples at 8³ and 16³"):
         comfy.run("D3DS2SSADiTSample", model=model, structure=wrong, image=image)

@@ -1,4 +1,4 @@
-"""Released checkpoints -> model folder: every tensor arrives; what is wrong is refused in one line, without a trace."""
+"""Released checkpoints -> model folder: every tensor arrives; bad files are refused in one line and leave nothing."""
 
 import hashlib
 import json
@@ -26,14 +26,14 @@ from tests.support.official_release import write_release
 
 @pytest.fixture(scope="module")
 def releases(tmp_path_factory):
-    """Folder and modules of both versions."""
+    """The folder and the modules of each version."""
     folders = {version: tmp_path_factory.mktemp("release") / version for version in ("v1.0", "v1.1")}
     return {version: (folder, write_release(folder, version)) for version, folder in folders.items()}
 
 
 @pytest.fixture
 def release(releases, tmp_path):
-    """A copy of v1.1 that a test may damage; hard links, so replace a file instead of writing into it."""
+    """A copy of v1.1 that a test may damage. Its files are hard links: replace them, never write into them."""
     shutil.copytree(releases["v1.1"][0], tmp_path / "release", copy_function=os.link)
     return tmp_path / "release"
 
@@ -44,7 +44,7 @@ def rewrite(file: Path, contents: bytes) -> None:
 
 
 def change(release: Path, name: str, edit) -> None:
-    """Load a checkpoint, edit it, write it back."""
+    """Load a checkpoint, edit it and write it back."""
     contents = torch.load(release / name, weights_only=True)
     edit(contents)
     (release / name).unlink()
@@ -97,7 +97,7 @@ def test_half_precision_stays_half(release, tmp_path):
     assert load_model(tmp_path / "model")[0].keys() == load_model(tmp_path / "full")[0].keys()
 
 
-def test_the_one_release_inside_a_folder_is_found(release, tmp_path):
+def test_a_single_release_inside_a_folder_is_found(release, tmp_path):
     assert convert(release.parent, tmp_path / "model") == "v1.1"
     shutil.copytree(release, tmp_path / "other")
     with pytest.raises(OfficialError, match=r"several releases in .*, choose one: other, release"):
@@ -116,7 +116,7 @@ def test_code_is_never_run(release, tmp_path):
     contents = torch.load(release / "model_dense.ckpt", weights_only=True) | {"vae": Attack()}
     torch.save(contents, release / "model_dense.ckpt")
     assert_refused(release, "model_dense.ckpt holds more than tensors (", "system")
-    rewrite(release / "model_dense.ckpt", pickle.dumps(contents))  # the old format of torch, without an archive
+    rewrite(release / "model_dense.ckpt", pickle.dumps(contents))  # torch's old format, which is no archive
     assert_refused(release, "model_dense.ckpt")
     assert not (tmp_path / "attacked").exists()
 
@@ -148,7 +148,7 @@ def test_missing_files_are_named_together(release):
     assert_refused(release, "missing in", "model_dense.ckpt, model_refiner.ckpt")
 
 
-def test_a_missing_image_encoder_is_said(release):
+def test_a_missing_image_encoder_is_named(release):
     (release / "dinov2_vitl14_reg4_pretrain.pth").unlink()
     assert_refused(release, "no image encoder at", "dinov2_vitl14_reg4_pretrain.pth of torch.hub, or a transformers")
 
@@ -232,7 +232,7 @@ def test_a_config_that_does_not_fit_is_refused(release, edit, words):
     assert_refused(release, *words)
 
 
-def test_settings_that_change_no_number_are_passed_over(release, tmp_path):
+def test_settings_that_change_no_number_are_ignored(release, tmp_path):
     edit_config(release, lambda e: e["sparse_dit_512"]["params"].update(use_fp16=False, some_new_setting=3))
     assert convert(release, tmp_path / "model") == "v1.1"
 
@@ -245,9 +245,9 @@ def test_a_damaged_config_is_refused(release, contents):
 
 def test_an_image_encoder_of_another_size_is_refused(release):
     state = torch.load(release / "dinov2_vitl14_reg4_pretrain.pth", weights_only=True)
-    assert_refused_encoder = {key: tensor for key, tensor in state.items() if key != "register_tokens"}
+    without_registers = {key: tensor for key, tensor in state.items() if key != "register_tokens"}
     (release / "dinov2_vitl14_reg4_pretrain.pth").unlink()
-    torch.save(assert_refused_encoder, release / "dinov2_vitl14_reg4_pretrain.pth")
+    torch.save(without_registers, release / "dinov2_vitl14_reg4_pretrain.pth")
     assert_refused(release, "is not DINOv2 with registers")
     edit_config(release, lambda e: [e[name]["params"].update(cond_channels=32) for name in ("dense_dit",)])
     (release / "dinov2_vitl14_reg4_pretrain.pth").unlink()
@@ -270,7 +270,7 @@ def test_command(release, tmp_path, capsys):
 
 
 def test_download_reads_the_cache_and_says_when_it_cannot(release, tmp_path):
-    """With the hub's own client, offline: what is in its cache is converted, anything else refused."""
+    """Run the hub's own client offline: a cached repository is converted, any other is refused."""
     repo = tmp_path / "hub" / f"models--{OFFICIAL_REPO.replace('/', '--')}"
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text("0" * 40)
@@ -295,7 +295,7 @@ def hash_of(contents: bytes) -> str:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The answers of huggingface.co to the hub's client for one repository, whose files lie in `folder`."""
+    """Answer the hub's client as huggingface.co does, for one repository whose files lie in `folder`."""
 
     folder: Path
     asked: list
@@ -338,7 +338,7 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def test_download_fetches_the_release_from_a_hub(release, tmp_path):
-    """With the hub's own client, from a server that answers as the hub does: what is needed, and nothing else."""
+    """Run the hub's own client against a server that answers like the hub: it fetches the needed files only."""
     (tmp_path / "served").mkdir()
     shutil.copytree(release, tmp_path / "served" / OFFICIAL_SUBFOLDER)
     (tmp_path / "served" / "other.bin").write_bytes(b"not asked for")

@@ -1,4 +1,4 @@
-"""torch.hub's DINOv2 as our image encoder: its own equations give the same tokens."""
+"""torch.hub's DINOv2 as our image encoder: its equations, written out here, give the same tokens."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ HEADS = 2
 
 
 def dinov2(state, images):
-    """Tokens before the last norm, (B, 1 + 4 + P², C), of images (B, 3, S, S) that are normalised already."""
+    """Return the tokens before the last norm, (B, 1 + 4 + P², C), for normalised images (B, 3, S, S)."""
     x = F.conv2d(images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=14)
     x = x.flatten(2).transpose(1, 2)
     B, _, D = x.shape

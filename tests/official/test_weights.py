@@ -1,4 +1,4 @@
-"""Names of the released checkpoints, both ways."""
+"""The names of the released checkpoints, translated to ours and back."""
 
 import pytest
 import torch
@@ -31,4 +31,4 @@ def test_x_fastest_becomes_x_slowest():
     ours = our_layout("a.conv.kernel", kernel)
     assert ours[9 * 2 + 3 * 1 + 0, 0, 0] == 2 + 3 * 1 + 9 * 0 and ours.is_contiguous()
     assert our_layout("a.conv.kernel", torch.zeros(2, 3)).shape == (3, 2)
-    assert our_layout("a.kernel", torch.zeros(8, 2, 3)).shape == (8, 2, 3)  # no kernel of ours: left for the checks
+    assert our_layout("a.kernel", torch.zeros(8, 2, 3)).shape == (8, 2, 3)  # not a convolution: left unchanged

@@ -1,4 +1,4 @@
-"""The transformers, their attention and the sampler against tensors of the official code."""
+"""The transformers, their attention and the sampler against tensors from the official code."""
 
 import pytest
 import torch
@@ -18,19 +18,19 @@ from d3ds2.official.weights import latent_dit_state_dict, ssa_state_dict, struct
 from d3ds2.rectified_flow import euler_sample, guided_velocity, half_precision_time, time_schedule
 from tests.support.golden import Golden, assert_close, beside, golden, over, released_shapes
 
-TOLERANCE = 1e-4  # of the largest error over the rms, as the parity README suggests
+TOLERANCE = 1e-4  # largest error over rms, as the parity README suggests
 GRADIENT_TOLERANCE = 3e-4
 
 
 def voxels_of(coords, resolution=None):
     resolution = -(-(int(coords[:, 1:].max()) + 1) // 8) * 8 if resolution is None else resolution
     voxels, order = Voxels.sort(coords, resolution)
-    assert order.equal(torch.arange(len(coords))), "the official order of tokens is ours"
+    assert order.equal(torch.arange(len(coords))), "the official order of tokens differs from ours"
     return voxels
 
 
 def context_of(data: Golden) -> ImageTokens:
-    """Image tokens from the condition of a parity file: packed with coordinates, or dense (B, L, C)."""
+    """Return the condition of a parity file, packed with coordinates or dense (B, L, C), as image tokens."""
     cond = data.inputs["cond"]
     if cond.ndim == 2:
         coords = data.inputs["cond_coords"]
@@ -39,7 +39,7 @@ def context_of(data: Golden) -> ImageTokens:
 
 
 def dense_tokens(features, foreground=None):
-    """All tokens (B, 5 + P², C) of an image encoder, or any other number of them without foreground."""
+    """Return features (B, 5 + P², C) as image tokens; without `foreground`, any number per image (B, L, C)."""
     B, L, _ = features.shape
     coords = torch.zeros(B, L, 4, dtype=torch.int32)
     coords[..., 0] = torch.arange(B)[:, None]
@@ -167,14 +167,14 @@ def test_block_scores(name):
     assert voxels.block_cu_seqlens.equal(data.outputs["cu_seqblocks"])
     assert voxels.block_offsets.equal(data.outputs["cu_block_include_tokens"])
 
-    T, Tc = voxels.counts[0], coarse.counts[0]  # per compressed token, in the official order, for the first sample
+    T, Tc = voxels.counts[0], coarse.counts[0]  # the first sample; scores per compressed token
     scale = data.config["head_dim"] ** -0.5
     scores = block_scores(data.inputs["q"][:T], data.inputs["compressed_k"][:Tc], lse[:T], torch.arange(Tc), Tc, scale)
     assert_close(scores.transpose(0, 1), data.inter["score"][:, :T, :Tc], TOLERANCE, "scores")
 
 
 def assert_blocks(block_indices, official, voxels):
-    """Ours are numbered over the batch, (N, Hk, K); the official ones within the sample, (Hk, N, K)."""
+    """Compare our blocks (N, Hk, K), numbered over the batch, with official ones (Hk, N, K), numbered in the sample."""
     first = voxels.block_cu_seqlens[voxels.batch_index][:, None, None]
     ranks = torch.where(block_indices < 0, -1, block_indices - first)
     assert ranks.movedim(1, 0).equal(official.int())

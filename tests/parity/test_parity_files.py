@@ -1,4 +1,4 @@
-"""The parity files themselves: those that must be here, and parameters that follow from their recipe."""
+"""The parity files themselves: which must exist, and which parameters follow from a recipe."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.support.golden import ROOT, SMALL, golden, keys_of, over, parity_folder, recipe_parameters
 from tests.support.parity_like import write_collection
 
-FAMILIES = (  # of names in @over of test_parity_*.py, test_mesh_to_structure.py and here
+FAMILIES = (  # beginnings of the names in @over of test_parity_*.py, test_mesh_to_structure.py and this file
     "block_score_", "dense_dit", "dense_vae", "embedders", "latent_index_", "mesh_index", "preprocess_image",
     "refiner_sign", "refiner_xl", "sampler_", "scheduler", "sort_extract", "sparse_dit_", "sparse_spatial",
     "sparse_vae", "ssa_v1", "torchsparse_conv3d", "window_attention",
@@ -22,7 +22,7 @@ FAMILIES = (  # of names in @over of test_parity_*.py, test_mesh_to_structure.py
 def test_every_file_of_the_small_folder_is_in_the_whole():
     expected = {path.name for path in SMALL.iterdir() if path.suffix in (".json", ".safetensors")}
     assert len(expected) == 35
-    whole = parity_folder() if "D3DS2_PARITY" not in os.environ else SMALL  # another folder may hold what it likes
+    whole = parity_folder() if "D3DS2_PARITY" not in os.environ else SMALL  # another folder may hold other files
     assert expected <= {path.name for path in whole.iterdir()}
     for path in SMALL.glob("*.safetensors"):
         assert keys_of(path) <= keys_of(whole / path.name), path.name
@@ -60,7 +60,7 @@ def test_recipe_gives_the_sums_of_parameters_that_are_not_stored(name):
 
 
 def run_parity_tests(folder, chosen="not another_collection and not small_folder and not released"):
-    """The parity tests over another folder in a process of their own, and how many of them had each outcome."""
+    """Run the parity tests on another folder in a new process; return it, and how many tests had each outcome."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu"]
     files = [str(path) for path in sorted((ROOT / "tests" / "parity").glob("test_parity_*.py"))]
     environment = os.environ | {"D3DS2_PARITY": str(folder), "OMP_NUM_THREADS": "1"}
@@ -70,7 +70,7 @@ def run_parity_tests(folder, chosen="not another_collection and not small_folder
 
 
 def test_the_files_of_another_collection_pass(tmp_path):
-    """Other sizes, seeds, names and numbers of samples than any file here; and then one value is not what it was."""
+    """Accept other sizes, seeds, names and numbers of samples; then change one tensor in each of three files."""
     write_collection(tmp_path)
     done, counts = run_parity_tests(tmp_path)
     assert done.returncode == 0 and counts.keys() == {"passed"} and counts["passed"] > 30, done.stdout

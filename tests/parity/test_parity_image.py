@@ -1,4 +1,4 @@
-"""Preprocessing against the released pipeline's numbers, exact to the last bit."""
+"""Preprocessing against numbers of the released pipeline, equal to the last bit."""
 
 import hashlib
 import io
@@ -22,7 +22,7 @@ def decode(png: torch.Tensor) -> Image.Image:
 
 
 def sha256(tensor: torch.Tensor) -> str:
-    """Hash the samples as bytes, channels first."""
+    """Hash the values as bytes, channels first."""
     return hashlib.sha256((tensor * 255).round().to(torch.uint8).numpy().tobytes()).hexdigest()
 
 
@@ -44,8 +44,8 @@ def test_preprocess_is_exact(name):
         (900, 640, "a7746591c8960a4df2e7f109a0a58c7e734d75b43b935ad2d0e1b533928925f4"),
     ],
 )
-def test_preprocess_keeps_its_bits(width, height, expected):
-    """Hashes for a picture of our own, recorded when the pictures of the official code came out exactly."""
+def test_preprocess_gives_the_recorded_bits(width, height, expected):
+    """Check hashes for a picture of our own, recorded when the official pictures came out exactly."""
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     squares = (20 * x - 9 * width) ** 2 * height**2 + (20 * y - 11 * height) ** 2 * width**2  # of an ellipse
     alpha = np.clip(255 - 255 * (squares - 30 * (width * height) ** 2) // (20 * (width * height) ** 2), 0, 255)

@@ -1,4 +1,4 @@
-"""The refiners and their passage over a volume against tensors of the official code."""
+"""The refiners, on a patch and over a volume, against tensors from the official code."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ OUTPUT, TANH = 1e-4, 3e-4  # largest error over rms
 
 
 def network(data: Golden) -> Refiner | SignRefiner:
-    """The network of a parity file, with its weights."""
+    """Return the network of a parity file, with its weights."""
     widths = next(value for key, value in data.config.items() if "block_out_channels" in key)
     sizes = {
         "widths": tuple(widths),
@@ -30,10 +30,11 @@ def network(data: Golden) -> Refiner | SignRefiner:
 
 
 def record(model: Refiner | SignRefiner) -> dict[str, torch.Tensor]:
-    """Record the outputs of the parts of a network, by the names of the parity files, when it runs."""
+    """Return a dict that gets the outputs of a network's parts when it runs, under the names of the parity files."""
     results = {}
     parts = {f"unet_down{i}": blocks[-1] for i, blocks in enumerate(model.unet.down_blocks)}
-    parts |= {f"unet_down{i}": block for i, block in enumerate(model.unet.downsamples)}  # a level ends at the next
+    # a level that is halved ends with its downsampling
+    parts |= {f"unet_down{i}": block for i, block in enumerate(model.unet.downsamples)}
     parts |= {"unet_mid": model.unet.middle_blocks[-1], "unet": model.unet, "conv_out": model.output_conv}
     parts |= {f"adaptive{i}": getattr(model, f"adaptive{i}") for i in (1, 2) if hasattr(model, f"adaptive{i}")}
     for name, part in parts.items():

@@ -1,4 +1,4 @@
-"""Both autoencoders and their sparse layers against numbers of the released code; sizes come from the sidecars."""
+"""Both autoencoders and their sparse layers against tensors from the official code; sidecars give the sizes."""
 
 from functools import cache
 
@@ -17,7 +17,7 @@ GROUPS = "num_groups of the encoder down blocks (official constant 32)"
 
 
 def rows_of(coords: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Row in coords (N, 4) of each of the coords wanted (M, 4), which must all be there."""
+    """Return the row in `coords` (N, 4) of each of the coords `wanted` (M, 4); all of them must be there."""
     size = int(max(coords.max(), wanted.max())) + 1
     scale = torch.tensor([size**3, size**2, size, 1])
     keys, order = (coords.long() * scale).sum(1).sort()
@@ -106,11 +106,11 @@ def sdf_vae(name: str) -> tuple[Golden, SDFVAE]:
 def decoded(name: str) -> tuple[torch.Tensor, torch.Tensor, Voxels]:
     data, model = sdf_vae(name)
     voxels, order = Voxels.sort(data.inputs["latent_coords"], data.config["resolution"])
-    return model.decode(data.inputs["latents"][order], voxels, data.meta["factor"], return_features=True)
+    return model.decode_with_features(data.inputs["latents"][order], voxels, data.meta["factor"])
 
 
 def nested_children(coords: torch.Tensor) -> torch.Tensor:
-    """Coords (N, 4) of three subdivisions (512 N, 4), eight consecutive children to each parent."""
+    """Subdivide coords (N, 4) three times -> (512 N, 4), eight consecutive children for each parent."""
     child = torch.tensor([[0, i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)])
     for _ in range(3):
         coords = (coords[:, None] * torch.tensor([1, 2, 2, 2]) + child).flatten(0, 1)
@@ -145,7 +145,7 @@ def test_sdf_decoder(name):
 
 @over("sparse_vae_chunk*")
 def test_sdf_decoder_equals_chunked_decoder(name):
-    """The released 1024³ decoder works in chunks; as a map from voxel to value it is our whole decode."""
+    """The released 1024³ decoder works in chunks; our decoder gives every voxel the same value in one piece."""
     chunked = golden(name)
     sdf, _, voxels = decoded(name.replace("_chunk", ""))
     assert len(voxels) == chunked.meta["unique_rows"]

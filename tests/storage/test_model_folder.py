@@ -1,4 +1,4 @@
-"""The model folder: what is saved loads again, and every way it can be wrong is named in one line."""
+"""The model folder: saved networks load again, and every possible fault is named in one line."""
 
 import json
 
@@ -164,7 +164,7 @@ def test_missing_and_damaged_files_are_named(folder):
         load_network(folder / "absent", "image_encoder")
 
 
-def test_networks_of_a_second_stage_stand_beside_the_five(tmp_path):
+def test_a_folder_may_hold_networks_of_a_second_stage(tmp_path):
     folder = write_model(tmp_path / "model")
     sizes = {"widths": (4, 8), "layers": 1, "middle_layers": 0, "patch_size": 16}
     assert load_model(folder)[0].keys() == {*NETWORKS}

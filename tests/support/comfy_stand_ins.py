@@ -1,9 +1,9 @@
-"""Small stand-ins of the ComfyUI that the nodes touch, hand-written after ComfyUI 0.16.3, the oldest supported version.
+"""Small stand-ins for the parts of ComfyUI that the nodes use, hand-written after 0.16.3, the oldest supported version.
 
-They know the keywords of that version and no others, so that an unknown one fails here as it does there, and they keep
-what a test wants to see: progress, previews, texts, loads. `ComfyUI(folder)` puts them into `sys.modules` and loads the
-pack as ComfyUI does, from its folder under a name that holds the path; `close()` takes them out again. What the real
-ComfyUI does with the nodes is tested in tests/comfy.
+They accept the keywords of that version only, so an unknown keyword fails here as it does there. They record what tests
+check: progress, previews, texts, loads. `ComfyUI(folder)` puts them into `sys.modules` and loads the pack as ComfyUI
+does: from its folder, under a name that contains the path. `close()` removes them. tests/comfy runs the nodes in real
+ComfyUIs.
 """
 
 import importlib.util
@@ -57,7 +57,7 @@ def socket_type(io_type: str):
 
 
 def multi_type_input(port: Port, types: list) -> Port:
-    """An input of several types: its own first, then the others."""
+    """Return the input with several types: its own first, then the others."""
     port.io_type = ",".join(dict.fromkeys([port.io_type, *(kind.io_type for kind in types)]))
     return port
 
@@ -128,7 +128,7 @@ class InterruptProcessingException(BaseException):
 
 
 class ModelPatcher:
-    """A patcher that moves whole modules, as ComfyUI does without patches."""
+    """A patcher that moves whole modules, as ComfyUI does when there are no patches."""
 
     def __init__(self, model, load_device, offload_device):
         self.model, self.load_device, self.offload_device = model, load_device, offload_device
@@ -138,7 +138,7 @@ class ModelPatcher:
         self.callbacks.setdefault(call_type, []).append(callback)
 
     def detach(self, unpatch_all=True):
-        """Leave everything in place, as ModelPatcherDynamic does with parameters beside submodules."""
+        """Run the callbacks and move nothing, as ModelPatcherDynamic does with parameters beside submodules."""
         for callback in self.callbacks.get("on_detach_after", []):
             callback(self, unpatch_all)
 
@@ -147,9 +147,9 @@ class ModelPatcher:
 
 
 class ComfyUI:
-    """The stand-ins, what they saw, and the pack loaded over them.
+    """The stand-ins, what they recorded, and the pack loaded on top of them.
 
-    `real` names modules of a real ComfyUI that are imported already and stay (benchmarks/comfy_memory.py).
+    `real` names modules that a real ComfyUI has already imported; they are not replaced (benchmarks/comfy_memory.py).
 
     Attributes to read: progress [(value, total, preview)], texts [(text, node id)], loads [(networks, memory)].
     Attributes to set: interrupt_at (number of the cancel point that raises), total_memory, supports, arguments.
@@ -172,7 +172,7 @@ class ComfyUI:
         self.modules = {name: module for name, module in self._modules(mesh_class).items() if name not in real}
         self.saved = {name: sys.modules.get(name) for name in self.modules}
         sys.modules.update(self.modules)
-        self.name = name  # one name in every run: numba keeps what it compiled under it
+        self.name = name  # the same in every run, because numba caches compiled code under it
         spec = importlib.util.spec_from_file_location(self.name, ROOT / "__init__.py")
         self.pack = importlib.util.module_from_spec(spec)
         sys.modules[self.name] = self.pack
@@ -191,7 +191,7 @@ class ComfyUI:
                 sys.modules[name] = module
 
     def run(self, node_id: str, *, node: str = "7", prompt=None, workflow=None, **inputs):
-        """Run a node as ComfyUI does: defaults filled in, a clone of the class with `hidden`, inference mode."""
+        """Run a node as ComfyUI does: with defaults, on a clone of its class that has `hidden`, in inference mode."""
         schema = self.nodes[node_id].define_schema()
         given = {port.id: port.default for port in schema.inputs if not port.optional} | inputs
         extra = None if workflow is None else {"workflow": workflow}
@@ -201,7 +201,7 @@ class ComfyUI:
             return clone.execute(**given)
 
     def module(self, name: str) -> ModuleType:
-        """A module of the pack, such as "nodes.comfy.progress"."""
+        """Import a module of the pack, such as "nodes.comfy.progress"."""
         return importlib.import_module(f"{self.name}.{name}")
 
     def check_interrupt(self) -> None:
@@ -215,7 +215,7 @@ class ComfyUI:
             coroutine.send(None)
         except StopIteration as stop:
             return stop.value
-        raise RuntimeError("the entry point waits for something")
+        raise RuntimeError("expected an entry point that never waits")
 
     def _modules(self, mesh_class: type) -> dict[str, ModuleType]:
         def module(name, **content):
@@ -299,7 +299,7 @@ class ComfyUI:
 
     @staticmethod
     def _save_path(prefix, output):
-        """Folder, name, next number, subfolder, prefix: ComfyUI's rule for numbers."""
+        """Return folder, name, next number, subfolder and prefix, by ComfyUI's rules."""
         path = Path(prefix)
         folder = Path(output) / path.parent
         folder.mkdir(parents=True, exist_ok=True)

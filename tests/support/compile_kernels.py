@@ -1,4 +1,6 @@
-"""Compile the kernels of the latent DiT for an H100/H200, without a GPU: python tests/support/compile_kernels.py
+"""Compile the kernels of the latent DiT for an H100/H200, without a GPU.
+
+    python tests/support/compile_kernels.py [attention]    # all kernels, or those of attention
 
 The interpreter accepts what the compiler rejects. Sizes are those of the latent DiT: 2 x 16 heads of 32 channels.
 """
@@ -64,47 +66,62 @@ def compile_kernel(kernel, constants: dict, num_warps: int, num_stages: int = 2,
             signature[name] = "*fp32" if name in FLOATS else "*bf16" if name in VALUES else "*i32"
             attributes[(i,)] = [["tt.divisibility", 16]]
     options = {"num_warps": num_warps, "num_stages": num_stages}
-    triton.compile(ASTSource(kernel, signature, values, attributes), target=HOPPER, options=options)
+    triton.compile(source(kernel, signature, values, attributes), target=HOPPER, options=options)
     print("compiled", kernel.__name__, constants, flush=True)
+
+
+def source(kernel, signature: dict, values: dict, attributes: dict) -> ASTSource:
+    """Return what `triton.compile` takes; Triton 3.1 names arguments by their positions."""
+    if not triton.__version__.startswith("3.1."):
+        return ASTSource(kernel, signature, values, attributes)
+    from triton.compiler.compiler import AttrsDescriptor
+
+    signature = {kernel.arg_names.index(name): type for name, type in signature.items() if type != "constexpr"}
+    values = {position: value for (position,), value in values.items()}
+    return ASTSource(kernel, signature, values, AttrsDescriptor({position for (position,) in attributes}))
 
 
 def of_tile(tile) -> dict:
     return (
         SIZES
-        | {"LIMIT": 100.0, "FLOOR": 2.0**-100, "SHIFT": run_attention.SHIFT}
+        | {"MAX_BOUND": 100.0, "MIN_MEAN_WEIGHT": 2.0**-100, "SHIFT": run_attention.SHIFT}
         | {"BLOCK_Q": tile.rows // 16, "BLOCK_K": tile.keys, "SPLITS": tile.splits}
     )
 
 
 def main() -> None:
+    compile_attention()
+    if sys.argv[1:] != ["attention"]:
+        compile_compression()
+        compile_modulation()
+
+
+def compile_attention() -> None:
+    """Compile the kernels of the three branches."""
     for lists, tiles in zip(LISTS, (spatial.COMPRESSION, spatial.WINDOW, selection_tiles()), strict=True):
         kernels = run_attention._forward_kernel, run_attention._dq_kernel, run_attention._dkdv_kernel
         for kernel, tile in zip(kernels, tiles, strict=True):
             compile_kernel(kernel, named(kernel, of_tile(tile) | lists), tile.warps, tile.stages)
-    kernel, tile = pair_gradients._dkdv_chunk_kernel, selection.DKDV
-    compile_kernel(kernel, named(kernel, of_tile(tile) | {"P": 8, "CHUNK": pair_gradients.CHUNK}), tile.warps)
+    kernel, tile = pair_gradients._dkdv_chunk_kernel, selection.HALF.dkdv
+    compile_kernel(kernel, named(kernel, of_tile(tile) | {"P": 8, "CHUNK": pair_gradients.CHUNK_PAIRS}), tile.warps)
     kernel = pair_gradients._add_chunks_kernel
     compile_kernel(kernel, named(kernel, of_tile(tile)), 4)
-    for has_order, tile in ((False, block_scores.HALF), (True, block_scores.SEVERAL)):
+    for has_order, tile in ((False, block_scores.HALF), (True, block_scores.HALF_SEVERAL_KEYS)):
         kernel = block_scores._select_kernel
-        constants = SIZES | {"KP": 8, "LANES": block_scores.LANES, "STEPS": block_scores.BOUND_STEPS}
+        constants = SIZES | {"KP": 8, "LANES": tile.lanes, "STEPS": tile.bound_steps}
         constants |= {"BLOCK_Q": tile.rows // 16, "BLOCK_B": tile.blocks, "RANKED": tile.ranked}
         compile_kernel(kernel, constants | {"HAS_ORDER": has_order, "INTERLEAVED": True}, tile.warps, tile.stages)
     merging = SIZES | {"BLOCK": selection.MERGED_ROWS, "GATED": True, "KEEP": True, "HAS_OTHERS": True}
     for kernel in (selection._merge_kernel, selection._sum_kernel, spatial._delta_kernel):
         compile_kernel(kernel, named(kernel, merging), 4)
-    compile_kernel(
-        selection._pair_keys_kernel, {"BLOCK": selection.PAIRS}, 4, types=dict.fromkeys(["PAIRS", "H", "S", "M"], "i32")
-    )
-    order = {"TILE": pair_order.TILE, "GROUP": pair_order.GROUP}
-    numbers = dict.fromkeys(["PAIRS", "H", "S", "M", "TILES", "BINS"], "i32") | {"keys": "*i32"}
+    numbers = dict.fromkeys(["PAIRS", "Hk", "K", "M", "TILES", "LISTS"], "i32")
+    order = {"BLOCK": pair_order.TILE.counted, "COMPARED": pair_order.TILE.compared}
+    compile_kernel(pair_order._list_kernel, {"BLOCK": pair_order.TILE.listed}, 4, types=numbers)
     compile_kernel(pair_order._count_kernel, order, 4, types=numbers)
-    compile_kernel(pair_order._place_kernel, order | {"KEYS": pair_order.MAX_BINS}, 4, types=numbers)
+    compile_kernel(pair_order._place_kernel, order | {"LP": pair_order.MAX_LISTS}, 4, types=numbers)
     compile_kernel(run_attention._key_norm_kernel, {"D": 32, "DP": 32, "BLOCK": 256, "H": 2}, 4)
-    compile_kernel(cutting._tile_offsets_kernel, {"SIZE": 4, "BLOCK": cutting.BLOCK}, 4)
-    compile_kernel(cutting._tile_runs_kernel, {"BLOCK": 128}, 4)
-    compile_compression()
-    compile_modulation()
+    compile_kernel(cutting._tile_offsets_kernel, {"SIZE": 4, "BLOCK": cutting.MAX_SEGMENTS}, 4)
+    compile_kernel(cutting._tile_segments_kernel, {"BLOCK": cutting.TILES}, 4)
 
 
 def compile_compression() -> None:
@@ -154,7 +171,7 @@ def compile_modulation() -> None:
 
 
 def selection_tiles() -> tuple:
-    return selection.FORWARD, selection.DQ, selection.DKDV
+    return selection.HALF.forward, selection.HALF.dq, selection.HALF.dkdv
 
 
 def named(kernel, constants: dict) -> dict:

@@ -1,4 +1,4 @@
-"""Golden tensors of the official modules, from $D3DS2_PARITY, else ../shared/parity, else tests/data/parity."""
+"""Read golden tensors of the official modules, from $D3DS2_PARITY, else ../shared/parity, else tests/data/parity."""
 
 import hashlib
 import json
@@ -16,11 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ROOT / "tests" / "data" / "parity"  # the part of the collection that a clone holds
+SMALL = ROOT / "tests" / "data" / "parity"  # the part of the collection that is in the repository
 
 
 def parity_folder() -> Path:
-    """Return the folder to read. If D3DS2_PARITY names a folder that is absent, that is an error, never a skip."""
+    """Return the folder to read.
+
+    Raises:
+        FileNotFoundError: if D3DS2_PARITY names no folder; the tests must not pass by skipping.
+    """
     if named := os.environ.get("D3DS2_PARITY"):
         if not Path(named).is_dir():
             raise FileNotFoundError(f"D3DS2_PARITY names {named}, which is not a folder")
@@ -31,7 +35,7 @@ def parity_folder() -> Path:
 
 @dataclass
 class Golden:
-    """One parity file: its sidecar and its tensors by kind, parameters in float32."""
+    """A parity file: its sidecar `meta` and its tensors by kind. Parameters are float32."""
 
     name: str
     meta: dict
@@ -46,13 +50,13 @@ class Golden:
         return self.meta["config"]
 
     def tolerance(self, key: str, least: float) -> float:
-        """`least`, or more where the sidecar says that rounding in float32 alone comes near to it."""
+        """Return `least`, or more if the sidecar says that float32 rounding alone comes near it."""
         entry = self.meta.get("tolerance", {}).get(key)
         return max(least, 4 * entry["err_over_rms"]) if isinstance(entry, dict) and "err_over_rms" in entry else least
 
 
 def available(*patterns: str, holding: str = "") -> list[str]:
-    """Names of the parity files that match one of the glob patterns and hold tensors that begin with `holding`."""
+    """List the parity files that match a glob pattern and hold a tensor whose name begins with `holding`."""
     folder = parity_folder()
     paths = sorted({path for pattern in patterns for path in folder.glob(f"{pattern}.safetensors")})
     return [path.stem for path in paths if any(key.startswith(holding) for key in keys_of(path))]
@@ -64,16 +68,16 @@ def keys_of(path: Path) -> set[str]:
 
 
 def over(*patterns: str, holding: str = "") -> Callable:
-    """Run a test on each of these files, its argument `name`. Without any there is no test, and nothing is skipped.
+    """Run a test once for each of these files, as its argument `name`. If there are none, remove the test.
 
-    A clone holds a part of the files (data/parity/README.md); test_parity_files.py says which must be there.
+    The repository holds only some of the files (data/parity/README.md). test_parity_files.py checks that these exist.
     """
     names = available(*patterns, holding=holding)
     return pytest.mark.parametrize("name", names) if names else lambda _test: None
 
 
 def beside(name: str, part: str) -> str:
-    """Find the file beside another: with "_grads" `ssa_v10` is `ssa_v10_grads`, `ssa_v10_b` is `ssa_v10_grads_b`."""
+    """Return the companion of a file. For "_grads": `ssa_v10` -> `ssa_v10_grads`, `ssa_v10_b` -> `ssa_v10_grads_b`."""
     stem, _, rest = name.partition("_v1")
     candidates = [f"{name}{part}", f"{stem}_v1{rest[:1]}{part}{rest[1:]}"]
     return next(found for found in candidates if found in available(found))
@@ -91,7 +95,10 @@ def golden(name: str) -> Golden:
 
 
 def recipe_parameters(meta: dict) -> dict[str, Tensor]:
-    """Parameters from `param_recipe`: splitmix64 seeded by SHA-256 of "<seed>/<key>" (parity README, section 2)."""
+    """Make the parameters of `param_recipe`.
+
+    The generator is splitmix64, seeded by SHA-256 of "<seed>/<key>" (parity README, section 2).
+    """
     return {
         key: recipe_tensor(f"{meta['seed']}/{key}", entry["shape"], entry["bound"], entry["offset"])
         for key, entry in meta["param_recipe"].items()
@@ -111,9 +118,10 @@ def recipe_tensor(seed: str, shape: list[int], bound: float, offset: float) -> T
 
 
 def released_shapes(version: str, file: str, part: str) -> dict[str, list[int]]:
-    """Key -> shape of a released network; `blocks.[0..23].x` stands for blocks.0.x to blocks.23.x.
+    """Return the shape of each tensor of a released network, by key.
 
-    There is one release: a folder without its keys means those of the clone.
+    In the file, `blocks.[0..23].x` stands for blocks.0.x to blocks.23.x. A parity folder without the file uses the
+    repository's, because there is only one release.
     """
     files = [folder / "released_keys.json" for folder in (parity_folder(), SMALL)]
     versions = json.loads(next(file for file in files if file.is_file()).read_text())["versions"]
@@ -129,7 +137,7 @@ def released_shapes(version: str, file: str, part: str) -> dict[str, list[int]]:
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float, name: str = "") -> None:
-    """Compare the largest error over the rms of the expected values, the measure of the parity README."""
+    """Check the largest error divided by the rms of the expected values, as the parity README measures it."""
     assert actual.shape == expected.shape, f"{name}: got {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     rms = expected.double().square().mean().sqrt().clamp(min=1e-30)
     error = ((actual.double() - expected.double()).abs().max() / rms).item()

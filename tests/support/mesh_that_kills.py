@@ -1,6 +1,6 @@
-"""A stand-in for `prepare`: the mesh named "bad" ends its process, as a mesh that needs all memory does.
+"""A stand-in for `prepare` that kills its process for the mesh "bad", as a mesh that needs too much memory does.
 
-It has a file of its own so that the processes of the test import little.
+It has its own file so that the processes which the test starts import little.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""A tiny release of Direct3D-S2: config.yaml, five .ckpt files with the official names, and torch.hub's DINOv2.
+"""Write a tiny release of Direct3D-S2: config.yaml, five .ckpt files under their official names, torch.hub's DINOv2.
 
-Its weights are random, and its mesh takes seconds.
+Its weights are random, and it makes a mesh in seconds.
 """
 
 import re
@@ -18,14 +18,15 @@ from d3ds2.networks.structure_vae import StructureVAE, StructureVAEConfig
 from d3ds2.official.weights import NAMINGS
 from tests.support.golden import released_shapes
 
-C, DEPTH, RESOLUTION = 64, 2, 2  # of the transformers; latent voxels of the structure transformer
-VAE_DEPTH, WIDTHS = 1, (4, 8)  # of the SDF autoencoders and of the refiners
-COMPRESSION = {"v1.0": (True, 4), "v1.1": (False, 8)}  # pooled_conv and sparse_context, block
+C, DEPTH = 64, 2  # hidden size and depth of the transformers
+RESOLUTION = 2  # edge of the structure transformer's grid
+VAE_DEPTH, WIDTHS = 1, (4, 8)  # depth of the SDF autoencoders, widths of the refiners
+COMPRESSION = {"v1.0": (True, 4), "v1.1": (False, 8)}  # whether pooled_conv and sparse_context; compression block
 PACKAGE = "direct3d_s2."
 
 
 def make_modules(version: str, seed: int = 0) -> dict[str, dict[str, nn.Module]]:
-    """Return our networks by file and part."""
+    """Return our networks, `modules[file][part]`."""
     torch.manual_seed(seed)
     latent_resolution = 4 * RESOLUTION
     modules = {
@@ -49,7 +50,7 @@ def make_modules(version: str, seed: int = 0) -> dict[str, dict[str, nn.Module]]
             if part == "dit":  # a new transformer returns zero
                 for parameter in module.parameters():
                     parameter.add_(torch.randn_like(parameter) * 0.1)
-    modules["model_dense.ckpt"]["vae"].decoder.out_conv.bias.fill_(-2.6)  # so that a part of the grid is occupied
+    modules["model_dense.ckpt"]["vae"].decoder.out_conv.bias.fill_(-2.6)  # so that some voxels are occupied
     return modules
 
 
@@ -65,7 +66,7 @@ def without_numbers(key: str) -> str:
 
 
 def official_state(module: nn.Module, version: str, file: str, part: str) -> dict[str, Tensor]:
-    """Return the state dict of the official module, with official names and layouts; every name is a released one."""
+    """Return a module's state dict with the names and layouts of the official one; every name is in the release."""
     network = {
         StructureVAE: "structure_vae",
         StructureDiT: "structure_dit",
@@ -91,7 +92,7 @@ def official_state(module: nn.Module, version: str, file: str, part: str) -> dic
 
 
 def official_config(version: str) -> dict:
-    """Return the config.yaml of the networks of `make_modules`, with the keys of the released one."""
+    """Return the config.yaml for the networks of `make_modules`, with the keys of the released one."""
     pooled_conv, block = COMPRESSION[version]
     resolution = 4 * RESOLUTION
 
@@ -151,7 +152,7 @@ def official_config(version: str) -> dict:
 
 
 def hub_state(hidden_size: int = C, depth: int = 2, patches: int = 4, seed: int = 0) -> dict[str, Tensor]:
-    """Return random weights of DINOv2 with registers under torch.hub's names."""
+    """Return random weights for DINOv2 with registers, under torch.hub's names."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -175,7 +176,7 @@ def hub_state(hidden_size: int = C, depth: int = 2, patches: int = 4, seed: int 
 
 
 def write_release(folder: Path, version: str) -> dict[str, dict[str, nn.Module]]:
-    """Write all files of a release, and return the networks of `make_modules`."""
+    """Write all files of a release; return its networks, as `make_modules` does."""
     folder.mkdir(parents=True, exist_ok=True)
     modules = make_modules(version)
     for file, parts in modules.items():

@@ -1,7 +1,7 @@
-"""Files of the layout of the parity collection, of other sizes and seeds than any there, made by our own modules.
+"""Write a second parity collection: the official file format with other sizes and seeds, made by our own modules.
 
-What they hold proves nothing about the official code. They show that the tests take sizes, seeds, names and parameters
-from the files alone, so that another collection can be given.
+These files prove nothing about the official code. They show that the parity tests take sizes, seeds, names and
+parameters from the files alone, so the tests accept any collection.
 """
 
 import json
@@ -30,7 +30,7 @@ BLOCK_NAME = "block_out_channels"
 
 
 def official_parameters(module: nn.Module, file: str, part: str, meta: dict, version: str = "v1.0") -> dict:
-    """Parameters of a module by their official names, as the recipe makes them; their entries go into `meta`."""
+    """Return parameters for a module by their official names, made by a recipe; write the recipe into `meta`."""
     recipe = {}
     for key, tensor in official_state(module, version, file, part).items():
         if key == "pos_emb":
@@ -44,6 +44,7 @@ def official_parameters(module: nn.Module, file: str, part: str, meta: dict, ver
 
 
 def write(folder: Path, meta: dict, params: dict, store: bool = True, **kinds: dict[str, Tensor]) -> None:
+    """Write a parity file and its sidecar `meta`; without `store`, the parameters are left to the recipe in `meta`."""
     if not store:
         meta["param_sum_f64"] = sum(p.double().sum().item() for p in params.values())
         meta["param_abs_sum_f64"] = sum(p.double().abs().sum().item() for p in params.values())
@@ -54,20 +55,20 @@ def write(folder: Path, meta: dict, params: dict, store: bool = True, **kinds: d
     (folder / f"{meta['name']}.json").write_text(json.dumps(meta))
 
 
-def shell(counts: list[int], resolution: int) -> Tensor:
-    """Block-sorted coordinates (N, 4) of samples."""
+def sorted_coords(counts: list[int], resolution: int) -> Tensor:
+    """Return the coords (N, 4) of random voxels, `counts[b]` of them in sample b, in the order of `Voxels`."""
     return Voxels.sort(random_coords(counts, resolution), resolution)[0].coords
 
 
-class Chosen(list):
-    """Keeps the blocks that attention selects, by their number within the sample, (Hk, N, K)."""
+class SelectedBlocks(list):
+    """Record the blocks that each call of attention selects: (Hk, N, K), numbered within the sample."""
 
     def __init__(self, voxels: Voxels):
         from d3ds2.kernels import spatial_sparse_attention as module
 
         self.voxels, self.module, self.select = voxels, module, module.select_blocks
 
-    def __enter__(self) -> "Chosen":
+    def __enter__(self) -> "SelectedBlocks":
         def select(*arguments):
             found = self.select(*arguments)
             first = self.voxels.block_cu_seqlens[self.voxels.batch_index][:, None, None]
@@ -81,13 +82,14 @@ class Chosen(list):
         self.module.select_blocks = self.select
 
 
-SPARSE = {  # of the sidecar, by version
+SPARSE = {  # entries of the sidecar, by version
     "v10": {"compression_block_size": 4, "compression_version": "v2", "sparse_conditions": True},
     "v11": {"compression_block_size": 8, "compression_version": "v1", "sparse_conditions": False},
 }
 
 
 def latent_dit(meta: dict, config: dict, version: str) -> tuple[LatentDiT, dict]:
+    """Return a latent DiT, and its parameters by their official names; write their recipe into `meta`."""
     pooled = config["compression_version"] == "v2"
     made = LatentDiT(
         LatentDiTConfig(
@@ -108,7 +110,7 @@ def write_sparse_dit(folder: Path, version: str, store: bool) -> None:
     }  # fmt: skip
     meta = {"name": f"sparse_dit_{version}{'' if store else '_wide'}_b", "config": config, "seed": 77001}
     model, params = latent_dit(meta, config, version)
-    voxels = Voxels.sort(shell([230, 301, 77], 40), 40)[0]
+    voxels = Voxels.sort(sorted_coords([230, 301, 77], 40), 40)[0]
     inputs = {"x": torch.randn(len(voxels), 12), "coords": voxels.coords, "t": torch.tensor([900.0, 333.0, 12.0])}
     if config["sparse_conditions"]:
         cond_coords = torch.randint(0, 9, (50, 4), dtype=torch.int32)
@@ -117,9 +119,9 @@ def write_sparse_dit(folder: Path, version: str, store: bool) -> None:
     else:
         inputs["cond"] = torch.randn(3, 23, 40)
     context = dit.context_of(type("Data", (), {"inputs": inputs}))
-    with Chosen(voxels) as chosen, torch.no_grad():
+    with SelectedBlocks(voxels) as selected, torch.no_grad():
         out = model(inputs["x"], inputs["t"].double() / 1000, voxels, context)
-        blocks = {f"block_topk{i}": topk for i, topk in enumerate(chosen)}
+        blocks = {f"block_topk{i}": topk for i, topk in enumerate(selected)}
         outputs = {"out": out, "out_uncond": model(inputs["x"], inputs["t"].double() / 1000, voxels, context.zeroed())}
     write(folder, meta, params, store, inputs=inputs, outputs=outputs | blocks)
 
@@ -144,15 +146,15 @@ def write_ssa(folder: Path, version: str) -> None:
     meta["param_recipe"] = own
     params = recipe_parameters(meta)
     module = dit.spatial_sparse_attention(config)
-    voxels = Voxels.sort(shell([250, 0, 190], 40), 40)[0]
+    voxels = Voxels.sort(sorted_coords([250, 0, 190], 40), 40)[0]
     leaves = {key: p.clone().requires_grad_() for key, p in params.items()}
     x, w = torch.randn(len(voxels), 48).requires_grad_(), torch.randn(len(voxels), 48)
-    with Chosen(voxels) as chosen:
+    with SelectedBlocks(voxels) as selected:
         out = torch.func.functional_call(module, dit.ssa_state_dict(leaves), (x, voxels))
     grads = torch.autograd.grad((out * w).sum(), [x, *leaves.values()])
     grads = dict(zip(["x", *leaves], grads, strict=True))
     inputs = {"x": x, "coords": voxels.coords, "w": w}
-    write(folder, meta, params, inputs=inputs, outputs={"out": out, "block_topk": chosen[0]})
+    write(folder, meta, params, inputs=inputs, outputs={"out": out, "block_topk": selected[0]})
     write(folder, {"name": f"ssa_{version}_grads_b", "config": config, "seed": 77002}, {}, grads=grads)
 
 
@@ -179,7 +181,7 @@ def write_sampler(folder: Path) -> None:
                 "latents_shift": -0.25}  # fmt: skip
     meta = {"name": "sampler_sparse512_b", "config": sampling | {"mode": "sparse512", "dit": config}, "seed": 77004}
     model, params = latent_dit(meta, config, "v10")
-    voxels = Voxels.sort(shell([111], 24), 24)[0]
+    voxels = Voxels.sort(sorted_coords([111], 24), 24)[0]
     inputs = {"noise": torch.randn(len(voxels), 6), "tokens": torch.randn(1, 5 + 16, 20),
               "mask": torch.rand(1, 4, 4) < 0.5, "latent_index": voxels.coords.long()}  # fmt: skip
     context = dit.dense_tokens(inputs["tokens"], inputs["mask"]).select_foreground()
@@ -224,7 +226,7 @@ def write_sparse_vae(folder: Path) -> None:
     mean, logvar, index = made.encode(sdf, fine, 0.5)
     inputs = {"sparse_sdf": sdf[:, 0], "sparse_index": fine.coords[:, 1:].short(), "batch_idx": fine.coords[:, 0],
               "latents": torch.randn(len(latent), 6), "latent_coords": latent.coords}  # fmt: skip
-    decoded, features, voxels = made.decode(inputs["latents"], latent, 0.5, return_features=True)
+    decoded, features, voxels = made.decode_with_features(inputs["latents"], latent, 0.5)
     nested = vae.nested_children(latent.coords.long())
     rows = vae.rows_of(voxels.coords, nested)
     outputs = {"mean": mean, "logvar": logvar, "latent_index": index.coords, "sdf": decoded[rows],
@@ -258,11 +260,14 @@ def write_refiners(folder: Path) -> None:
             features[tuple(inputs["feat_index"].long().T)] = inputs["feat_values"]
             out = model(inputs["sdf"], model.embed_features(features).movedim(-1, 0)[None])
         write(folder, meta, params, inputs=inputs, outputs={"out": out})
-        write_run(folder, meta, params, model, 32 if kind == "xl" else 96)
+        write_refined_volume(folder, meta, params, model, 32 if kind == "xl" else 96)
 
 
-def write_run(folder: Path, meta: dict, params: dict, model: nn.Module, resolution: int) -> None:
-    """The passage over a volume: 32 = 12 + 2 · 10 with the one refiner, 96 / 2 = 24 + 2 · 12 with the other."""
+def write_refined_volume(folder: Path, meta: dict, params: dict, model: nn.Module, resolution: int) -> None:
+    """Write the result over a whole volume, three patches per edge.
+
+    The patches of the refiner cover 32 = 12 + 2 · 10 voxels, those of the sign refiner 96 / 2 = 24 + 2 · 12 cells.
+    """
     meta = meta | {"name": meta["name"].replace("_b", "_run_b")}
     voxels = Voxels.sort(random_coords([2000], resolution), resolution)[0]
     inputs = {"sdf": torch.rand(2000, 1) * 2 - 1, "coords": voxels.coords.short()}
@@ -276,7 +281,7 @@ def write_run(folder: Path, meta: dict, params: dict, model: nn.Module, resoluti
 
 
 def write_collection(folder: Path) -> None:
-    """All of them."""
+    """Write all kinds of parity files into `folder`."""
     torch.manual_seed(5)
     write_sparse_dit(folder, "v10", True)
     write_sparse_dit(folder, "v11", False)

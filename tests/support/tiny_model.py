@@ -1,7 +1,8 @@
-"""A model folder with random weights, so small that a mesh takes a second. It tests the pipeline, not the shapes."""
+"""Write a tiny model folder with random weights, which makes a mesh in a second. It tests the pipeline, not shapes."""
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import nn
@@ -45,20 +46,21 @@ SAMPLING = SamplingConfig(sdf_resolution=64, structure_steps=3, latent_steps=2, 
 
 
 def make_networks(seed: int = 0, **changes: dict) -> dict[str, nn.Module]:
-    """Return the five networks by name; `changes` are keyword arguments of their configs, by network."""
+    """Return the five networks by name; `changes` holds changed config values for each network, by its name."""
     torch.manual_seed(seed)
     networks = {}
     for name, sizes in SIZES.items():
         config_class, network_class = network_classes(name)
         networks[name] = network_class(config_class(**(sizes | changes.get(name, {})))).eval().requires_grad_(False)
-    for name in ("structure_dit", "latent_dit"):  # new transformers return zero and would not see the image
+    for name in ("structure_dit", "latent_dit"):  # new transformers return zero and would ignore the image
         for parameter in networks[name].parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    networks["sdf_vae"].decoder.out_layer.weight.mul_(20)  # for a surface instead of noise around zero
+    networks["sdf_vae"].decoder.out_layer.weight.mul_(20)  # to get a surface instead of noise around zero
     return networks
 
 
 def write_model(folder: Path, **changes: dict) -> Path:
+    """Write the networks of `make_networks` as a model folder; return the folder."""
     for name, network in make_networks(**changes).items():
         save_network(folder, name, network)
     save_settings(folder, "random", SAMPLING)
@@ -77,3 +79,9 @@ def draw_object(size: tuple[int, int] = (96, 80), mode: str = "RGBA") -> Image.I
     white = Image.new("RGBA", size, "white")
     white.alpha_composite(image)
     return white.convert(mode)
+
+
+def picture(count: int = 1, mode: str = "RGBA") -> torch.Tensor:
+    """Return an IMAGE (count, 80, 96, 3 or 4) float32 in [0, 1]: the object, each a quarter turn after the last."""
+    images = [np.asarray(draw_object(mode=mode).rotate(90 * i)) for i in range(count)]
+    return torch.from_numpy(np.stack(images)).float() / 255

@@ -1,4 +1,4 @@
-"""Five generated meshes, prepared and rendered once for all tests of the training scripts."""
+"""Prepare and render five generated meshes, once for all tests of the training scripts."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def write_meshes(folder: Path) -> None:
 
 
 def prepared(tmp_path_factory) -> str:
-    """Return a `data_dir` of shapes at R and COARSE with two views each; the first test that asks makes it."""
+    """Return a `data_dir` of shapes at R and COARSE with two views each; the first call makes it."""
     root = tmp_path_factory.getbasetemp() / "training_data"
     if not root.exists():
         write_meshes(root / "meshes")

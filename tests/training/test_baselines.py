@@ -1,4 +1,4 @@
-"""The mean shape and the statistics of the tables, with known answers."""
+"""The mean shape and the statistics of the tables, checked against known answers."""
 
 import math
 
@@ -26,7 +26,7 @@ def test_solid_cells_agree_with_the_mesh():
 
 
 def test_a_jar_is_not_filled():
-    """Its hollow reaches the outside only through the mouth; the inside of its thick wall is not stored."""
+    """Its hollow opens only at the mouth, and the inside of its thick wall is not stored."""
     profile = [(0, -0.9), (0.9, -0.9), (0.9, 0.9), (0.6, 0.9), (0.6, -0.6), (0, -0.6)]
     jar = trimesh.creation.revolve(profile, sections=64)
     sdf = mesh_to_sdf(np.array(jar.vertices), np.array(jar.faces), 256)
@@ -48,7 +48,7 @@ def test_mean_solid_is_cut_where_it_agrees_best():
     assert np.linalg.norm(vertices, axis=1) == pytest.approx(np.full(len(vertices), 0.6), abs=0.04)
     assert trimesh.Trimesh(vertices, faces).volume > 0
 
-    half = grid[..., 0] < 0  # turned all ways round it is as often solid as not, on every side
+    half = grid[..., 0] < 0  # averaged over all turns, every side is solid as often as not
     mean, *_ = mean_solid([(np.packbits(half), [0, 1, 2, 3])])
     np.testing.assert_allclose(mean, 0.5)
     with pytest.raises(ValueError, match="at least one"):

@@ -1,4 +1,4 @@
-"""Batches follow from (seed, step) with any number of workers, and are packed and moved correctly."""
+"""(seed, step) alone determine a batch, with any number of workers; batches are packed and moved correctly."""
 
 import itertools
 import json
@@ -36,7 +36,7 @@ def data_dir(tmp_path_factory):
 
 
 def dense(blocks, values):
-    """Blocks (M,3) and values (M,8,8,8) as a grid, 2 where there is no block."""
+    """Return blocks (M, 3) with values (M, 8, 8, 8) as a grid, with 2 where there is no block."""
     grid = np.full((R, R, R), 2.0)
     for (x, y, z), block in zip(blocks * 8, values, strict=True):
         grid[x : x + 8, y : y + 8, z : z + 8] = block
@@ -161,7 +161,7 @@ def test_cached_views_are_the_same_and_augmentation_varies(data_dir):
     shapes, mirrored = np.array([0, 1, 2, 3] * 8), np.array([0, 1] * 16)
     a, b = cached.draw(shapes, mirrored, draw(1)), read.draw(shapes, mirrored, draw(1))
     assert np.array_equal(a[0], b[0]) and torch.equal(a[1], b[1])
-    assert len(torch.unique(a[1], dim=0)) > 12  # without augmentation, two views of four shapes are 8
+    assert len(torch.unique(a[1], dim=0)) > 12  # without augmentation, four shapes have 8 views
     assert (a[1][:, 3] > 0).flatten(1).any(1).all()  # the object is in every picture
 
 

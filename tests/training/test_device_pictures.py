@@ -1,4 +1,4 @@
-"""Pictures on the device: the same ones that workers would read, moved within their ranges."""
+"""Pictures on the device equal those that workers read, and move within their ranges."""
 
 import dataclasses
 
@@ -31,14 +31,14 @@ def test_choices_are_the_pictures_and_symmetries_of_the_reading_dataset(views):
         choice, batch = choices[step], reading[step]
         assert torch.equal(choice.shapes, batch.shapes) and torch.equal(choice.symmetries, batch.symmetries)
         drawn = pictures.draw(choice, generator, augment=False)
-        # cut out before or after the flip: the margin may round to the other side
+        # whether the flip comes before or after the cut, the margin may round to the other side
         assert (drawn - batch.images.float() / 255).abs().mean() < 0.02
         assert torch.equal(drawn[~choice.mirrored], batch.images[~choice.mirrored].float() / 255)
         assert choice.mirrored.any() and not choice.mirrored.all()
 
 
 def disk(size: int) -> torch.Tensor:
-    """A red disk that fills a picture up to the margin of inference, (1, 4, size, size)."""
+    """Return a picture (1, 4, size, size) of a red disk that leaves the margin of inference."""
     place = (torch.arange(size) + 0.5) / size * 2 - 1
     mask = (place[:, None] ** 2 + place**2 < (486 / 518) ** 2).float()
     return torch.stack([torch.ones_like(mask), 1 - mask, 1 - mask, mask])[None]

@@ -1,4 +1,4 @@
-"""The evaluation: scores known beforehand, baselines whose answer is known, the script as a whole."""
+"""The evaluation: scores and baselines with known answers, and the whole script."""
 
 import dataclasses
 import json
@@ -42,12 +42,12 @@ from training.evaluation.shape_scores import ScoreConfig, Shape, compare, score_
 from training.prepare_shapes import PrepareShapesConfig, prepare
 from training.render_views import RenderViewsConfig, render_mesh
 
-R = 64  # voxels per edge; latents at 8³, a voxel has edge 1/32
+R = 64  # voxels per edge, so the latents are at 8³ and the edge of a voxel is 1/32
 SPLITS = {"box": "train", "ball": "train", "wedge": "train", "box_again": "test", "other": "test"}
 
 
 class Inline(Executor):
-    """Runs a job when it is submitted, in this process."""
+    """An executor that runs each job in this process as soon as it is submitted."""
 
     def submit(self, function, *args):
         future = Future()
@@ -57,7 +57,7 @@ class Inline(Executor):
 
 def make_meshes():
     box, wedge = trimesh.creation.box((1.0, 0.6, 1.6)), trimesh.creation.box((1.2, 0.8, 0.5))
-    wedge.vertices[(wedge.vertices[:, 0] > 0) & (wedge.vertices[:, 1] > 0), 1] -= 0.7  # a ramp: no symmetry about x
+    wedge.vertices[(wedge.vertices[:, 0] > 0) & (wedge.vertices[:, 1] > 0), 1] -= 0.7  # a ramp has no symmetry about x
     box.visual.face_colors, wedge.visual.face_colors = [200, 60, 40, 255], [60, 180, 90, 255]
     ball, other = trimesh.creation.icosphere(3), trimesh.creation.cone(0.5, 1.5)
     other.update_faces(np.arange(len(other.faces)) > 2)  # an open edge
@@ -66,7 +66,7 @@ def make_meshes():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder with meshes/ and their index, data/ of shapes at R and views, and model/ with random weights."""
+    """A folder with meshes/ and their index, data/ with shapes at R and views, and model/ with random weights."""
     root = tmp_path_factory.mktemp("evaluate")
     (root / "meshes").mkdir()
     records = []
@@ -119,7 +119,7 @@ def test_script_on_a_random_model(root, tmp_path):
     assert [s["name"] for s in trips["scores"]] == ["box_again", "other"]
     assert set(trips["summaries"]) == {"bought", "made", "open edges", "any of these", "all"}
     assert trips["summaries"]["open edges"]["count"] == 1 and trips["summaries"]["all"]["count"] == 2
-    # the shell of mesh_to_sdf: the target's surface lies 0.55 voxels outside of the original, whatever the network does
+    # whatever the network does, the shell of mesh_to_sdf puts the target's surface 0.55 voxels outside the original
     box = next(s for s in trips["scores"] if s["name"] == "box_again")
     assert box["original_distance_of_target"] == pytest.approx(0.55 * 2 / R, rel=0.15)
     assert box["true_outer_shells"] == 1 and box["true_inner_shells"] == 0
@@ -184,7 +184,7 @@ def _normalized(name):
 
 
 class Same:
-    """A VAE that keeps everything: the SDF of each block is its latent."""
+    """A lossless VAE: the latent of a block is its SDF."""
 
     def __init__(self, batch):
         self.batch = batch
@@ -249,7 +249,7 @@ def test_nearest_view_finds_the_same_object(root, scoring):
     assert about["shapes"] == 3 and about["pictures"] == 3 * 4 * 2
     assert item.nearest["pixels"][0] == "box"
     assert len(item.pictures) == 5 and item.scores[MEAN]["iou"] > 0.2
-    # the nearest picture shows the box as the input does: a right match needs the right turn
+    # the nearest picture shows the box just as the input does, so a right match needs the right turn
     assert item.scores[NEAREST["pixels"]]["iou"] > 0.9
     again = generation.run(pipeline, {"box_again": "made"}, config, 0, scoring, Inline())[0][0]
     assert again.record == item.record
@@ -283,7 +283,7 @@ def test_training_views_find_themselves_turned_as_they_are(root, scoring):
 
 
 class Moody:
-    """A pipeline that samples nothing for odd seeds, and as many voxels as the seed for even ones."""
+    """A pipeline that samples no voxels for an odd seed, and `seed` voxels for an even one."""
 
     def sample_structure(self, tokens, seeds):
         if any(seed % 2 for seed in seeds):

@@ -1,4 +1,4 @@
-"""The losses against numbers worked out from their definitions."""
+"""The losses, against numbers computed from their definitions."""
 
 import pytest
 import torch

@@ -56,7 +56,7 @@ def test_chamfer_counts_both_directions():
     assert distances.to_truth.max() < 1e-12
     assert distances.f_score(0.01)[:2] == (1, pytest.approx(0.5, abs=0.03))  # precise, but half of it is missing
     assert distances.f_score(0.01).f1 == pytest.approx(2 / 3, abs=0.03)
-    # points of the missing sphere see the other's centre from 1 ± 0.1; E|p - c| = d + r²/(3d), less the radius
+    # points of the missing sphere are at 1 ± 0.1 from the other's centre: E|p - c| = d + r²/(3d), less the radius
     assert distances.chamfer == pytest.approx((1 + 0.01 / 3 - 0.1) / 4, abs=0.01)
 
 

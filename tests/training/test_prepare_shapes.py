@@ -1,4 +1,4 @@
-"""prepare_shapes: a folder becomes SDF files; bad meshes are reported, finished ones kept."""
+"""prepare_shapes turns a folder into SDF files, reports bad meshes, and keeps finished ones."""
 
 import json
 from pathlib import Path

@@ -51,7 +51,7 @@ def test_script_writes_views_and_reports_bad_meshes(config, tmp_path):
     images = pictures(config, "box")
     assert all(image.shape == (48, 48, 4) and (image[..., 3] > 0).mean() > 0.05 for image in images)
 
-    # the camera that is written down is the one that took the picture
+    # the camera in the file is the one that took the picture
     vertices = trimesh.creation.box((1, 2, 3)).vertices * (0.95 * 2 / 3)
     renderer = MeshRenderer(vertices, trimesh.creation.box().faces)
     for image, view in zip(images, cameras["views"], strict=True):

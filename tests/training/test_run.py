@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,7 +153,7 @@ def test_loss_that_is_not_finite_ends_the_run(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 2
 
 
-def test_stop_after_signal_or_time(tmp_path):
+def test_stop_after_a_signal(tmp_path):
     config = make_config(tmp_path, steps=100, save_every=10)
     before = signal.getsignal(signal.SIGTERM)
     with Stop() as stop:
@@ -165,5 +166,13 @@ def test_stop_after_signal_or_time(tmp_path):
         assert stop
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert not Stop(max_minutes=60)
-    assert Stop(max_minutes=1e-9)
+
+
+def test_stop_after_max_minutes(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("training.run.time", SimpleNamespace(monotonic=lambda: now))
+    stop, endless = Stop(max_minutes=2), Stop()
+    now = 219.9
+    assert not stop
+    now = 220.0
+    assert stop and not endless

@@ -1,7 +1,7 @@
 """The chain after the SDF VAE: structure VAE, structure DiT with its encoder, latents, latent DiT.
 
-Each loss falls, each run that was stopped half way ends with the same parameters, and each stage finds the networks
-that earlier ones exported.
+Each loss falls, a run that was stopped half way ends with the same parameters, and each stage finds the networks that
+earlier stages exported.
 """
 
 import dataclasses
@@ -131,7 +131,7 @@ def losses(config) -> list[float]:
 
 
 def resumed(train, config, folder: Path) -> tuple:
-    """The averaged models of a run without a stop, and of a run that was stopped half way and continued."""
+    """Return the averaged models of an uninterrupted run, and of one that was stopped half way and continued."""
     steps = 6
     results = []
     for name, stops in (("whole", [steps]), ("parts", [steps // 2, steps])):
@@ -268,7 +268,7 @@ def test_structure_dit_learns_from_pictures_on_the_device(chain, tmp_path):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_compiled_blocks_train_as_the_others(chain, tmp_path, monkeypatch, device):
-    """Compile with Inductor on a GPU; on a CPU, where its C++ takes a minute, only with the passes before it."""
+    """Compile with Inductor on a GPU; on a CPU only run the passes before it, because its C++ takes a minute."""
     copy_model(chain, tmp_path, "structure_vae")
     counter = CompileCounterWithBackend("aot_eager" if device == "cpu" else "inductor")
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=counter))
@@ -282,7 +282,7 @@ def test_compiled_blocks_train_as_the_others(chain, tmp_path, monkeypatch, devic
         models.append(train_structure_dit.train(configs[-1]))
     assert counter.frame_count == 2  # the encoder's layer, and one for both blocks
     torch.testing.assert_close(losses(configs[1]), losses(configs[0]), atol=0, rtol=2e-3)
-    if device == "cpu":  # on a GPU, TF32 may turn Adam's first steps, which are of the size of 5e-3
+    if device == "cpu":  # on a GPU, TF32 may change the direction of Adam's first steps, which have a size of 5e-3
         for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
             torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
     assert set(models[1].state_dict()) == set(models[0].state_dict())
@@ -371,7 +371,7 @@ def test_dit_exports_how_to_sample(chain, tmp_path):
     sampling = SamplingConfig(sdf_resolution=64, latent_steps=9)
     with pytest.raises(ValueError, match=f"sampling.sdf_resolution {R} as trained, got 64"):
         dataclasses.replace(chain.dit, sampling=sampling)
-    object.__setattr__(sampling, "sdf_resolution", R)  # below what is ever sampled; that of these tests
+    object.__setattr__(sampling, "sdf_resolution", R)  # lower than any sampled; the resolution of these tests
     train_dit.train(dataclasses.replace(chain.dit, model_dir=str(tmp_path / "model"), run=run, sampling=sampling))
     settings = json.loads((tmp_path / "model" / "config.json").read_text())
     assert settings["name"] == "model" and settings["sampling"]["latent_steps"] == 9

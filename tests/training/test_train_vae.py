@@ -67,7 +67,7 @@ def test_encoder_input_and_decoder_output_are_the_blocks_of_the_batch(data_dir):
 def test_grids_of_a_batch_are_those_that_the_voxels_themselves_give(data_dir):
     batch = Shapes(data_dir, "train", (R,), batch_size=2, max_tokens=10_000, seed=0)[0]
     known = active_voxels(batch)[1]
-    found = Voxels(known.coords, R, 2)  # checks them, and knows nothing else
+    found = Voxels(known.coords, R, 2)  # computes its tables itself
     for _ in range(3):
         assert torch.equal(known.coords, found.coords) and known.counts == found.counts
         assert torch.equal(known.cu_seqlens, found.cu_seqlens)
@@ -85,7 +85,7 @@ def test_grids_of_a_batch_are_those_that_the_voxels_themselves_give(data_dir):
 
 
 def test_step_asks_the_device_for_nothing(data_dir, monkeypatch):
-    """A value that the host reads makes it wait; so does a tensor whose size depends on values."""
+    """Reading a value makes the host wait, and so does a tensor whose size depends on values."""
     batch = Shapes(data_dir, "train", (R,), batch_size=2, max_tokens=10_000, seed=0)[0]
     model, generator = SDFVAE(MODEL), torch.Generator().manual_seed(0)
     names = ("tolist", "item", "nonzero", "unique", "unique_consecutive", "bincount", "cpu", "new_tensor")
@@ -118,8 +118,8 @@ def test_killed_run_continues_to_equal_parameters(data_dir, tmp_path):
     config = make_config(data_dir, tmp_path / "killed", steps=12, save_every=4)
     write_toml(tmp_path / "vae.toml", config)
     command = [sys.executable, "-c", DIE_AFTER_STEP_6, str(tmp_path / "vae.toml"), "run.workers=1"]
-    with open(tmp_path / "stderr", "w") as stderr:  # no pipe: the process that loads data lives on for some seconds
-        killed = subprocess.run(command, cwd=ROOT, stderr=stderr, timeout=300)
+    with open(tmp_path / "stderr", "w") as stderr:  # a pipe would stay open as long as the process that loads data
+        killed = subprocess.run(command, cwd=ROOT, stderr=stderr, timeout=600)
     assert killed.returncode == -signal.SIGKILL, (tmp_path / "stderr").read_text()
     assert [path.name for path in Path(config.run.out_dir).glob("step_*.pt")] == ["step_00000004.pt"]
     assert [record["step"] for record in read_metrics(config.run.out_dir)] == list(range(1, 7))

@@ -1,4 +1,4 @@
-"""Configs: the file, the command line over it, and errors that name the full key."""
+"""Configs come from a file, the command line overrides it, and errors name the full key."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Folders of meshes: their entries and splits, the triangles read, and the errors for other files."""
+"""Folders of meshes: their entries and splits, their triangles, and the errors for other files."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""`python -m training`: all stages of a model in order; stopping, failing and continuing."""
+"""`python -m training` runs all stages of a model in order; it stops, fails and continues as it says."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 
 def fake_run(out_dir: str, model_dir: str, step: int) -> None:
-    """Make a run folder with no more than `plan` looks at."""
+    """Make a run folder with only the files that `plan` reads."""
     folder = Path(out_dir)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"model_dir": model_dir}))

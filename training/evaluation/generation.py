@@ -138,10 +138,11 @@ def run(
         image_tokens = encoder(images.to(weight.dtype) / 255)
         made = sample(pipeline, image_tokens, [item.seed for item in items])
         for place, (item, (block_coords, values)) in enumerate(zip(items, made, strict=True)):
-            for kind, found in similar.items():
-                item.nearest[kind] = (baselines.names[found[place].shape], found[place].symmetry)
+            if baselines:
+                for kind, found in similar.items():
+                    item.nearest[kind] = (baselines.names[found[place].shape], found[place].symmetry)
             if len(jobs) in drawn:
                 item.pictures.append(images[place, :3].permute(1, 2, 0).cpu().numpy())
             mean_mesh = baselines.mean_mesh if baselines else None
             jobs.append(pool.submit(score_item, item, block_coords, values, mean_mesh, scoring))
-    return [job.result() for job in tqdm(jobs, desc="scores", unit="mesh")], baselines and baselines.about
+    return [job.result() for job in tqdm(jobs, desc="scores", unit="mesh")], baselines.about if baselines else None

@@ -8,6 +8,7 @@ Methods in the table:
 """
 
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -110,7 +111,7 @@ def summarize_items(items: list[Item]) -> dict:
             continue
         for column in COLUMNS.values():
             ours, theirs = by_shape(items, MODEL, column.score), by_shape(items, method, column.score)
-            summary = summaries[method][column.score]
+            summary: dict[str, Any] = summaries[method][column.score]
             summary["win_rate_of_model"] = win_rate(ours, theirs, column.higher_is_better)
             summary["model_minus_this"] = summarize(np.subtract(ours, theirs))
     return summaries

@@ -99,7 +99,7 @@ def mean_solid(solids: Iterable[tuple[np.ndarray, list[int]]]) -> MeanSolid:
     for grid, symmetries in grids():
         sums[symmetries] += grid
         count += len(symmetries)
-    mean = sum(transform_grid(total, symmetry) for symmetry, total in enumerate(sums)) / count
+    mean = np.asarray(sum(transform_grid(total, symmetry) for symmetry, total in enumerate(sums)) / count)
     rank = np.floor(mean * LEVELS + 1e-4).astype(np.int64)  # cells of {mean >= i / LEVELS} have rank >= i
     sizes = _at_least(np.bincount(rank.ravel(), minlength=LEVELS + 1))
     # instead of each solid, the mean is moved: back, by the inverse

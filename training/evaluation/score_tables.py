@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 RESAMPLES = 4000  # of the bootstrap
 
@@ -17,7 +18,7 @@ class Column(NamedTuple):
     higher_is_better: bool = True
 
 
-def confidence_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+def confidence_interval(values: ArrayLike, seed: int = 0) -> tuple[float, float]:
     """Estimate the 95 % interval of the mean by the percentile bootstrap; NaN where there is no value."""
     values = np.asarray(values, dtype=np.float64)
     if len(values) == 0:
@@ -27,7 +28,7 @@ def confidence_interval(values: Sequence[float], seed: int = 0) -> tuple[float, 
     return float(low), float(high)
 
 
-def summarize(values: Sequence[float]) -> dict[str, float | list[float]]:
+def summarize(values: ArrayLike) -> dict[str, float | list[float]]:
     """Return {"mean", "median", "interval": [low, high], "count"} of the values."""
     values = np.asarray(values, dtype=np.float64)
     if len(values) == 0:
@@ -40,7 +41,7 @@ def summarize(values: Sequence[float]) -> dict[str, float | list[float]]:
     }
 
 
-def win_rate(ours: Sequence[float], theirs: Sequence[float], higher_is_better: bool = True) -> float:
+def win_rate(ours: ArrayLike, theirs: ArrayLike, higher_is_better: bool = True) -> float:
     """The share of the items on which ours is better; a tie counts half.
 
     Raises:
@@ -73,4 +74,4 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         if len(row) != len(header):
             raise ValueError(f"expected {len(header)} cells in each row, got {list(row)}")
     rule = [":--", *["--:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in (header, rule, *rows)) + "\n"
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows)) + "\n"

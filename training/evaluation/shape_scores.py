@@ -1,6 +1,7 @@
 """Scores of a result against the true shape. Imports no torch, for the processes of the pool that computes them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ class Shape:
     @classmethod
     def of_blocks(cls, block_coords: np.ndarray, values: np.ndarray, config: ScoreConfig, decoded=False) -> "Shape":
         """Mesh SDF blocks (M,3), (M,8,8,8) at `config.resolution`; `decoded` ones as the pipeline does."""
-        options = DECODED_OPTIONS | {"level": config.level} if decoded else {"level": 0.0}
+        options: dict[str, Any] = DECODED_OPTIONS | {"level": config.level} if decoded else {"level": 0.0}
         if not (values < options["level"]).any():
             return cls(np.zeros((0, 3)), np.zeros((0, 3)), config)
         mesh = sdf_to_mesh(
@@ -55,7 +56,12 @@ def compare(result: Shape, truth: Shape, config: ScoreConfig) -> dict[str, float
     """Score a result: volume IoU, chamfer distance, F1 at `F_DISTANCE`; precision, recall and F1 at one voxel.
 
     An empty result has an IoU and F1 of 0. Its chamfer distance is that from the truth to the centre of the cube.
+
+    Raises:
+        ValueError: the truth has no faces.
     """
+    if truth.surface is None:
+        raise ValueError("expected a true shape with faces, got one without")
     if result.surface is None:
         nothing = dict.fromkeys(("iou", "f1", "precision_voxel", "recall_voxel", "f1_voxel"), 0.0)
         return nothing | {"chamfer": float(np.linalg.norm(truth.surface.points, axis=1).mean())}
@@ -90,6 +96,7 @@ def score_round_trip(
     outer, inner = count_shells(truth.vertices, truth.faces)
     scores |= {"true_outer_shells": outer, "true_inner_shells": inner}
     if entry is not None and result.surface is not None:
+        assert truth.surface is not None  # `compare` needs it
         vertices, faces, _ = read_mesh(entry)
         original = Surface(normalize_mesh(vertices), faces, 1, config.seed)
         scores["original_distance"] = float(original.distance(result.surface.points).mean())

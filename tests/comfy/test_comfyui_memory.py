@@ -1,0 +1,66 @@
+"""A real ComfyUI's memory manager under its switches: a network runs as a whole on its device, or says why it cannot.
+
+There is no GPU here. So ComfyUI is told that its device is `meta`, where tensors have no data: where each weight ends
+up is real, and nothing is computed.
+"""
+
+import json
+import subprocess
+
+import pytest
+
+from tests.comfy.installation import PACK, SOURCES, install
+
+SCRIPT = """
+import importlib.util, json, sys
+pack, state, kind = sys.argv[1:4]
+sys.argv = ["main.py", "--cpu"]
+import comfy.options
+comfy.options.enable_args_parsing()
+import torch
+import comfy.model_management as mm
+import comfy.model_patcher
+
+mm.vram_state = mm.VRAMState[state]
+mm.get_torch_device = lambda: torch.device("meta")
+mm.get_total_memory = lambda *arguments, **options: 8 << 30
+mm.get_free_memory = lambda *a, torch_free_too=False, **k: (8 << 30, 8 << 30) if torch_free_too else 8 << 30
+spec = importlib.util.spec_from_file_location("pack", pack + "/__init__.py", submodule_search_locations=[pack])
+sys.modules["pack"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["pack"])
+from pack.nodes.comfy import memory
+from pack.nodes.comfy.sockets import Model
+
+network = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GroupNorm(2, 8))
+network.register_parameter("beside", torch.nn.Parameter(torch.zeros(4)))
+patcher = memory.make_patcher(network)
+if kind == "stubborn":
+    patcher.partially_load = lambda *arguments, **options: None
+try:
+    memory.load_networks(Model("m", None, {"network": patcher}), ("network",), 0, "It", "advice")
+    error = None
+except ValueError as raised:
+    error = str(raised)
+print(json.dumps([sorted({str(tensor.device) for tensor in network.parameters()}), error]))
+"""
+
+
+def load(version: str, state: str, kind: str = "obedient") -> tuple[list[str], str | None]:
+    """Load a network under one of ComfyUI's VRAM states; return where its weights are, and the error."""
+    installation = install(version)
+    command = [str(installation.python), "-c", SCRIPT, str(PACK), state, kind]
+    done = subprocess.run(command, cwd=installation.source, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return tuple(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("version", SOURCES)
+@pytest.mark.parametrize("state", ["NORMAL_VRAM", "LOW_VRAM", "NO_VRAM", "HIGH_VRAM"])
+def test_a_network_is_on_its_device_as_a_whole(version, state):
+    assert load(version, state) == (["meta"], None)
+
+
+@pytest.mark.parametrize("version", SOURCES)
+def test_a_network_that_comfyui_does_not_bring_is_refused(version):
+    error = load(version, "NO_VRAM", "stubborn")[1]
+    assert "network runs only as a whole" in error and "start ComfyUI without --novram" in error
