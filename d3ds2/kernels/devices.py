@@ -73,6 +73,8 @@ _ABILITIES: dict[torch.device, Abilities] = {}
 def abilities(device: torch.device) -> Abilities:
     """Return the abilities of a device. The first question about a GPU compiles and runs a tiny kernel there."""
     found = _ABILITIES.get(device)
+    if found is None and device.type == "cuda" and device.index is None:
+        return abilities(torch.device("cuda", torch.cuda.current_device()))
     if found is None:
         found = _ABILITIES[device] = _ask(device)
         if found.why_no_triton:
@@ -80,13 +82,11 @@ def abilities(device: torch.device) -> Abilities:
     return found
 
 
-@torch.compiler.assume_constant_result
 def triton_works(device: torch.device) -> bool:
     """Whether Triton's kernels run on a device."""
     return abilities(device).triton
 
 
-@torch.compiler.assume_constant_result
 def has_flash(device: torch.device) -> bool:
     """Whether torch has FlashAttention over samples of different lengths for a device."""
     return abilities(device).flash
@@ -119,6 +119,7 @@ def find_device(name: str | None = None) -> torch.device:
     device = torch.device(name)
     if device.type in there and not there[device.type]():
         raise ValueError(f"expected a device that is here, got {name}; use cpu")
+    abilities(device)  # what it cannot do is said now, not in the middle of the work
     return device
 
 
