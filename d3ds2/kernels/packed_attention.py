@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from .devices import flash_takes, on_triton
 from .packed_attention_batched import packed_attention_batched
 
+NARROW, WIDEST = 32, 128  # channels per head
 _LSE_ELEMENTS = 1 << 24  # scores held at once where no kernel returns the logsumexp
 
 
@@ -39,18 +40,18 @@ def packed_attention(
         scale: factor on the scores. Default: 1 / sqrt(D).
 
     Returns:
-        (Tq, H, D). One kernel for all segments on CUDA in half precision, one per segment otherwise.
+        (Tq, H, D). Half precision on a GPU takes one kernel for all segments, all else a few products.
 
     Raises:
         ValueError: for shapes or lengths that do not fit together.
     """
     _check(q, k, v, lengths_q, lengths_k)
-    if flash_takes(q):
-        if on_triton(q) and q.shape[2] <= 32 and not torch.compiler.is_compiling():
-            from .packed_attention_triton import packed_attention_triton
+    if _kernel_is_best(q):
+        from .packed_attention_triton import packed_attention_triton
 
-            scale = q.shape[2] ** -0.5 if scale is None else scale
-            return packed_attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
+        scale = q.shape[2] ** -0.5 if scale is None else scale
+        return packed_attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
+    if flash_takes(q):
         return _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, lengths_q, lengths_k, scale)[0]
     if _is_ragged(lengths_q, lengths_k):
         return packed_attention_batched(q, k, v, lengths_q, lengths_k, scale)[0]
@@ -118,6 +119,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lengths_q: list[int], lengths_k: lis
             f"expected lengths of equally many segments with sums {len(q)} and {len(k)}, got {len(lengths_q)} and "
             f"{len(lengths_k)} segments with sums {sum(lengths_q)} and {sum(lengths_k)}"
         )
+
+
+def _kernel_is_best(q: Tensor) -> bool:
+    """Whether to take our kernel: for heads up to NARROW it is the fastest, for wider ones FlashAttention is."""
+    if q.dtype not in (torch.float16, torch.bfloat16) or not on_triton(q) or torch.compiler.is_compiling():
+        return False
+    return q.shape[2] <= NARROW or (q.shape[2] <= WIDEST and not flash_takes(q))
 
 
 def _is_ragged(lengths_q: list[int], lengths_k: list[int]) -> bool:
