@@ -6,7 +6,7 @@ Mac, or a computer without a C compiler takes another way through the same opera
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -80,6 +80,11 @@ def abilities(device: torch.device) -> Abilities:
         if found.why_no_triton:
             logging.warning(f"Direct3D-S2: {found.kernels}")
     return found
+
+
+def pretend(device: torch.device, **changes) -> None:
+    """Take a device for a lesser one from now on, as tests and benchmarks do; `changes` are those of its `Abilities`."""
+    _ABILITIES[device] = replace(abilities(device), **changes)
 
 
 def triton_works(device: torch.device) -> bool:
