@@ -83,7 +83,7 @@ def abilities(device: torch.device) -> Abilities:
 
 
 def pretend(device: torch.device, **changes) -> None:
-    """Take a device for a lesser one from now on, as tests and benchmarks do; `changes` are those of its `Abilities`."""
+    """Take a device for a lesser one from now on, as tests and benchmarks do: `changes` of its `Abilities`."""
     _ABILITIES[device] = replace(abilities(device), **changes)
 
 
