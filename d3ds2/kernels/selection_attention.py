@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .devices import on_triton
+from .devices import on_triton, without_autocast
 from .pair_order import pairs_by_block
 
 _CACHED_SCORES = 1 << 19  # held at once on devices without Triton: 2 MiB, which stay in the cache
@@ -58,7 +58,7 @@ def selection_attention(
         from .selection_attention_triton import selection_attention_triton
 
         return selection_attention_triton(q, k, v, block_offsets, block_indices, scale)
-    with torch.autocast(q.device.type, enabled=False):  # the form below chooses its own dtype
+    with without_autocast(q.device):  # the form below chooses its own dtype
         return _SelectionAttention.apply(q, k, v, block_offsets, block_indices, scale)
 
 
