@@ -77,6 +77,8 @@ class _NamesMeta(TorchFunctionMode):
     def __torch_function__(self, function: Callable, types, args=(), kwargs=None):
         args = [self._rename(x) for x in args]
         kwargs = {name: self._rename(x) for name, x in (kwargs or {}).items()}
+        if function is Tensor.backward:
+            return self._backward(args[0])
         if function is Tensor.numpy and isinstance(args[0], OtherTensor):
             raise RuntimeError(f"numpy: a tensor on {self.own_device.type} is not in the computer's memory")
         if function is Tensor.new_tensor and isinstance(args[0], OtherTensor):  # these two do not run an operator
@@ -84,6 +86,13 @@ class _NamesMeta(TorchFunctionMode):
         if function is torch.tensor and kwargs.get("device") == META:
             return torch.tensor(*args, **kwargs | {"device": "cpu"}).to(META)
         return function(*args, **kwargs)
+
+    def _backward(self, loss: Tensor) -> None:
+        """Run the backward pass of a scalar in this mode, which torch would suspend: it names devices too."""
+        with self:
+            torch.autograd.Variable._execution_engine.run_backward(
+                (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+            )
 
     def _rename(self, x):
         named = isinstance(x, torch.device | str) and str(x).partition(":")[0] == self.own_device.type
