@@ -1,7 +1,5 @@
 """Everything runs on a device that is neither a CPU nor CUDA, and computes what a CPU computes."""
 
-import copy
-import dataclasses
 from functools import partial
 
 import numpy as np
@@ -10,7 +8,6 @@ import torch
 from torch import Tensor
 
 from d3ds2.geometry.attention_plan import attention_plan, cells_of
-from d3ds2.geometry.sdf_blocks import SDFBlocks
 from d3ds2.geometry.segments import samples_of, tokens_of_cells
 from d3ds2.geometry.voxels import Voxels
 from d3ds2.kernels import devices
@@ -24,13 +21,8 @@ from d3ds2.kernels.segment_sum import per_token, sample_means, segment_sum, take
 from d3ds2.kernels.selection_attention import selection_attention
 from d3ds2.kernels.spatial_sparse_attention import spatial_sparse_attention
 from d3ds2.kernels.volume_conv import adaptive_conv, channel_moments, volume_conv
-from d3ds2.layers.spatial_sparse_attention import SpatialSparseAttention
-from d3ds2.networks.refined_blocks import refine_surface
-from d3ds2.networks.refiner import Refiner, RefinerConfig, SignRefiner, SignRefinerConfig
-from d3ds2.pipeline import load_pipeline
 from tests.support.other_device import OtherTensor, other_device
 from tests.support.random_voxels import random_voxels
-from tests.support.tiny_model import draw_object, make_networks
 
 CPU = torch.device("cpu")
 KINDS = ["mps", "xpu", "privateuseone"]

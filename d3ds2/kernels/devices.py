@@ -118,6 +118,14 @@ def trains_in_bf16(device: torch.device) -> bool:
     return device.type in ("cuda", "xpu") and abilities(device).bf16
 
 
+def make_generator(device: torch.device) -> torch.Generator:
+    """Return a generator of random numbers on a device, or on the CPU where the device has none."""
+    try:
+        return torch.Generator(device)
+    except RuntimeError:
+        return torch.Generator()
+
+
 @torch.compiler.assume_constant_result
 def has_autocast(device: torch.device) -> bool:
     """Whether torch knows autocast for a type of device; it raises errors for the others."""
