@@ -11,7 +11,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 
+from d3ds2.kernels import devices
 from tests.comfy.installation import SOURCES
+from tests.support.cards import CARDS
 from tests.support.comfy_stand_ins import ComfyUI
 from tests.support.tiny_model import write_model
 
@@ -23,6 +25,29 @@ ORDER = {part: number for number, part in enumerate((FIRST, *LONG, *OTHERS))}
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Triton's interpreter
+
+
+LESSER_CARDS = {  # the abilities that `pytest -m gpu --card NAME` takes from the GPU that is here
+    "sm_86": {name: getattr(CARDS["sm_86"], name) for name in ("capability", "shared_memory", "multiprocessors")},
+    "no-triton": {"triton": False},
+    "no-flash": {"flash": False},
+    "torch-alone": {"triton": False, "flash": False},
+}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--card", choices=LESSER_CARDS, help="take the GPU for a lesser one: its tiles, its limits")
+
+
+def pytest_configure(config):
+    take_lesser_card(config, devices)
+
+
+def take_lesser_card(config, module) -> None:
+    """Let a copy of d3ds2.kernels.devices take the GPU for the card of `--card`."""
+    name = config.getoption("--card", None)
+    if name is not None:
+        module.pretend(torch.device("cuda", torch.cuda.current_device()), **LESSER_CARDS[name])
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -74,8 +99,9 @@ def comfy_device() -> str:
 
 
 @pytest.fixture(scope="module")
-def comfy(comfy_folder, comfy_device) -> Iterator[ComfyUI]:
+def comfy(request, comfy_folder, comfy_device) -> Iterator[ComfyUI]:
     """The pack on stand-ins for ComfyUI, shared by all tests of a file."""
     comfy = ComfyUI(comfy_folder, device=comfy_device)
+    take_lesser_card(request.config, comfy.module("d3ds2.kernels.devices"))
     yield comfy
     comfy.close()

@@ -7,7 +7,7 @@ Mac, or a computer without a C compiler takes another way through the same opera
 import logging
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -74,6 +74,8 @@ _ABILITIES: dict[torch.device, Abilities] = {}
 def abilities(device: torch.device) -> Abilities:
     """Return the abilities of a device. The first question about a GPU compiles and runs a tiny kernel there."""
     found = _ABILITIES.get(device)
+    if found is None and device.type == "cuda" and device.index is None:
+        return abilities(torch.device("cuda", torch.cuda.current_device()))
     if found is None:
         found = _ABILITIES[device] = _ask(device)
         if found.why_no_triton:
@@ -81,13 +83,16 @@ def abilities(device: torch.device) -> Abilities:
     return found
 
 
-@torch.compiler.assume_constant_result
+def pretend(device: torch.device, **changes) -> None:
+    """Take a device for a lesser one from now on, as tests and benchmarks do: `changes` of its `Abilities`."""
+    _ABILITIES[device] = replace(abilities(device), **changes)
+
+
 def triton_works(device: torch.device) -> bool:
     """Whether Triton's kernels run on a device."""
     return abilities(device).triton
 
 
-@torch.compiler.assume_constant_result
 def has_flash(device: torch.device) -> bool:
     """Whether torch has FlashAttention over samples of different lengths for a device."""
     return abilities(device).flash
@@ -126,7 +131,6 @@ def make_generator(device: torch.device) -> torch.Generator:
         return torch.Generator()
 
 
-@torch.compiler.assume_constant_result
 def has_autocast(device: torch.device) -> bool:
     """Whether torch knows autocast for a type of device; it raises errors for the others."""
     return torch.amp.is_autocast_available(device.type)
@@ -147,6 +151,12 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 def on_cuda(x: Tensor) -> bool:
     """Whether a tensor lies on a GPU of NVIDIA or AMD, which has all of torch's operators."""
     return x.is_cuda
+
+
+def flash_takes(q: Tensor) -> bool:
+    """Whether torch's FlashAttention over samples of different lengths takes these queries (..., D)."""
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return q.is_cuda and has_flash(q.device) and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 def on_triton(x: Tensor) -> bool:
@@ -176,6 +186,7 @@ def find_device(name: str | None = None) -> torch.device:
     device = torch.device(name)
     if device.type in there and not there[device.type]():
         raise ValueError(f"expected a device that is here, got {name}; use cpu")
+    abilities(device)  # what it cannot do is said now, not in the middle of the work
     return device
 
 

@@ -209,6 +209,8 @@ def take_rows(x: Tensor, order: Tensor) -> Tensor:
         from .gather_conv_triton import take_rows_triton
 
         return take_rows_triton(x, order)
+    if x.device.type != "cuda" or torch.compiler.is_compiling():
+        return x.index_select(0, order)
     return take_narrow_rows(x, order, x.new_empty(len(order), x.shape[1]))
 
 

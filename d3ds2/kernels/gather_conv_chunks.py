@@ -38,7 +38,8 @@ def gather_conv_chunks(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Tenso
     (_, Cin, channels), Cout = weight.shape, len(bias)
     out = x.new_empty(neighbors.shape[1], channels)
     bias = bias.repeat(channels // Cout)
-    parts = 2 if channels == 8 * Cout else 1
+    strided = x.device.type in ("cpu", "cuda")  # others do not write results with gaps between their rows as reliably
+    parts = 2 if channels == 8 * Cout and strided else 1
     width, taps = channels // parts, OFFSETS // 3 * (4 - parts)  # channels of a part, and its offsets
     matrices = [weight[9 * i : 9 * i + taps, :, width * i : width * (i + 1)].flatten(0, 1) for i in range(parts)]
     for rows, columns in gathered(x, neighbors):

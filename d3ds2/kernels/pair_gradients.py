@@ -28,6 +28,7 @@ def pair_dkdv_reference(
         scale: factor on the scores.
     """
     Hk, pairs, key_edges = k.shape[1], segments.queries, segments.keys.offsets.tolist()
+    assert pairs.ids is not None  # pairs are always listed
     dk, dv = (torch.zeros(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
     rows = [x.unflatten(1, (Hk, -1)).flatten(0, 1).float() for x in (q, dout, stats)]  # each (T * Hk, H / Hk, ...)
     for segment, (first, last) in enumerate(pairwise(pairs.offsets.tolist())):

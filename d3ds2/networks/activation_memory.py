@@ -43,7 +43,7 @@ def latent_dit_bytes(config: LatentDiTConfig, tokens: int, dtype: torch.dtype) -
 
 
 def sdf_encode_bytes(config: SDFVAEConfig, voxels: int, dtype: torch.dtype) -> int:
-    """Estimate the bytes for encoding N active SDF voxels: the first group norm and pooling, in float32, take most."""
+    """Estimate the bytes for encoding N active SDF voxels: their features at full resolution take most."""
     side_by_side = 3 * dtype.itemsize if config.voxel_place else 0  # about 2.5 of 8 children are occupied
     return _with_margin(voxels * (120 + config.widths[0] * (dtype.itemsize + 12 + side_by_side)))
 

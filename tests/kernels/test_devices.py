@@ -109,6 +109,7 @@ def test_a_device_is_found_by_name(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert find_device() == torch.device("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(devices, "_ABILITIES", {torch.device("cuda"): Abilities("A card", "cuda")})
     assert find_device("auto") == torch.device("cuda")
 
 

@@ -1,7 +1,7 @@
-"""The kernels in the interpreter of the oldest Triton they support, and in the compiler of the installed one.
+"""The kernels in the oldest Triton they support, interpreted and compiled, and in the compiler of the installed one.
 
-The other tests run in the interpreter of the newest. `make test` puts the oldest into `.venv`, with the NumPy its
-interpreter was built for.
+The other tests use the interpreter of the installed Triton. `make test` puts the oldest into `.venv`, with the NumPy
+that its interpreter was built for.
 """
 
 import os
@@ -26,7 +26,7 @@ NAMES = [
     "compression",
     "ragged_attention",
 ]
-ELSEWHERE = ("torch_compile", "block_by_block", "block-by-block", "by_loops")  # concern torch, not Triton
+WITHOUT_TRITON = ("torch_compile", "batched", "pairs_by_block")  # tests of torch alone
 RUN = """
 import sys, pytest, triton
 if triton.__version__ != sys.argv[1]:
@@ -35,15 +35,25 @@ sys.exit(pytest.main(sys.argv[2:]))
 """
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_kernels_in_the_oldest_triton():
+def with_oldest_triton():
     packages = ROOT / ".venv" / f"triton-{OLDEST}"
     assert (packages / "triton").is_dir(), f"{packages} is missing: run `make test`, which installs it"
     paths = [str(packages), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TRITON_INTERPRET": "1"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def compile_kernels(environment, *arguments):
+    environment = {name: value for name, value in environment.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "tests" / "support" / "compile_kernels.py"), *arguments]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_kernels_in_the_oldest_triton():
+    environment = with_oldest_triton() | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     tests = [str(ROOT / "tests" / "kernels" / f"test_{name}.py") for name in NAMES]
-    options = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "-k", f"not ({' or '.join(ELSEWHERE)})"]
+    options = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "-k", f"not ({' or '.join(WITHOUT_TRITON)})"]
     command = [sys.executable, "-c", RUN, OLDEST, *options, *tests]
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
@@ -52,7 +62,9 @@ def test_kernels_in_the_oldest_triton():
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_kernels_compile_for_hopper():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "tests" / "support" / "compile_kernels.py")]
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1800)
-    assert result.returncode == 0, result.stderr[-4000:]
+    compile_kernels(os.environ)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_attention_compiles_for_hopper_in_the_oldest_triton():
+    compile_kernels(with_oldest_triton(), "attention")

@@ -1,4 +1,6 @@
-"""Compile the kernels of the latent DiT for an H100/H200, without a GPU: python tests/support/compile_kernels.py
+"""Compile the kernels of the latent DiT for an H100/H200, without a GPU.
+
+    python tests/support/compile_kernels.py [attention]    # all kernels, or those of attention
 
 The interpreter accepts what the compiler rejects. Sizes are those of the latent DiT: 2 x 16 heads of 32 channels.
 """
@@ -64,8 +66,19 @@ def compile_kernel(kernel, constants: dict, num_warps: int, num_stages: int = 2,
             signature[name] = "*fp32" if name in FLOATS else "*bf16" if name in VALUES else "*i32"
             attributes[(i,)] = [["tt.divisibility", 16]]
     options = {"num_warps": num_warps, "num_stages": num_stages}
-    triton.compile(ASTSource(kernel, signature, values, attributes), target=HOPPER, options=options)
+    triton.compile(source(kernel, signature, values, attributes), target=HOPPER, options=options)
     print("compiled", kernel.__name__, constants, flush=True)
+
+
+def source(kernel, signature: dict, values: dict, attributes: dict) -> ASTSource:
+    """Return what `triton.compile` takes; Triton 3.1 names arguments by their positions."""
+    if not triton.__version__.startswith("3.1."):
+        return ASTSource(kernel, signature, values, attributes)
+    from triton.compiler.compiler import AttrsDescriptor
+
+    signature = {kernel.arg_names.index(name): type for name, type in signature.items() if type != "constexpr"}
+    values = {position: value for (position,), value in values.items()}
+    return ASTSource(kernel, signature, values, AttrsDescriptor({position for (position,) in attributes}))
 
 
 def of_tile(tile) -> dict:
@@ -77,6 +90,14 @@ def of_tile(tile) -> dict:
 
 
 def main() -> None:
+    compile_attention()
+    if sys.argv[1:] != ["attention"]:
+        compile_compression()
+        compile_modulation()
+
+
+def compile_attention() -> None:
+    """Compile the kernels of the three branches."""
     for lists, tiles in zip(LISTS, (spatial.COMPRESSION, spatial.WINDOW, selection_tiles()), strict=True):
         kernels = run_attention._forward_kernel, run_attention._dq_kernel, run_attention._dkdv_kernel
         for kernel, tile in zip(kernels, tiles, strict=True):
@@ -101,8 +122,6 @@ def main() -> None:
     compile_kernel(run_attention._key_norm_kernel, {"D": 32, "DP": 32, "BLOCK": 256, "H": 2}, 4)
     compile_kernel(cutting._tile_offsets_kernel, {"SIZE": 4, "BLOCK": cutting.MAX_SEGMENTS}, 4)
     compile_kernel(cutting._tile_segments_kernel, {"BLOCK": cutting.TILES}, 4)
-    compile_compression()
-    compile_modulation()
 
 
 def compile_compression() -> None:
