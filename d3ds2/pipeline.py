@@ -23,12 +23,12 @@ from .generation_error import EmptyResultError, GenerationError, empty_result
 from .geometry.sdf_blocks import SDFBlocks
 from .geometry.voxels import Voxels
 from .images.foreground import cut_out, preprocess
-from .kernels.devices import find_dtype
+from .kernels.devices import find_dtype, on_cuda, shares_memory
 from .meshes.mesh import Mesh
 from .meshes.mesh_to_sdf import normalize_mesh
 from .meshes.mesh_to_structure import mesh_to_structure
 from .meshes.sdf_to_mesh import DECODED_OPTIONS
-from .meshes.sdf_to_mesh_gpu import blocks_to_mesh
+from .meshes.sdf_to_mesh_gpu import device_mesh, tensors_to_mesh
 from .networks.chunked_decode import OnChunk, decode_in_chunks
 from .networks.image_encoder import ImageEncoder, ImageTokens
 from .networks.model_files import load_model
@@ -344,11 +344,12 @@ class Pipeline:
             message = f"the SDF came out with values that are not finite on {blocks.values.device}; try float32"
             raise GenerationError(message)
         options = DECODED_OPTIONS | {"min_component": min_component, "level": level, "keep_largest": keep_largest}
+        make_mesh = device_mesh if on_cuda(blocks.values) else tensors_to_mesh
         meshes = []
         for coords, values in blocks.samples():
             if not (values < level).any():
                 raise empty_result("surface", len(meshes), blocks.batch_size)
-            meshes.append(blocks_to_mesh(coords, values, blocks.resolution, **options))
+            meshes.append(make_mesh(coords, values, blocks.resolution, **options))
         return meshes
 
 
@@ -394,6 +395,6 @@ def load_pipeline(
     folder, device = folder or TINY, torch.device(device)
     dtype = find_dtype("auto", device) if dtype is None else dtype
     if offload is None:
-        offload = device.type != "cpu" and "fine_latent_dit" in network_names(folder)
+        offload = not shares_memory(device) and "fine_latent_dit" in network_names(folder)
     networks, own_sampling = load_model(folder, "cpu" if offload else device, dtype)
     return build_pipeline(networks, sampling or own_sampling, device if offload else None, memory_budget)

@@ -49,7 +49,9 @@ BANNED = {
 SIZE = r"[\w³² +*/·×.'-]+"
 SHAPE = re.compile(rf"\((?:{SIZE},)+(?:{SIZE})?\)")  # (N, C), (B + 1,); one size must be a letter or a number
 ARRAYS = re.compile(r"\bTensor\b|\bndarray\b")
-DEVICE_QUESTIONS = re.compile(r"""\bis_cuda\b|\bHAS_TRITON\b|find_spec\(["']triton["']\)""")
+DEVICE_QUESTIONS = re.compile(
+    r"""\bis_c(uda|pu)\b|\bHAS_TRITON\b|find_spec\(["']triton["']\)|\.type (?:[!=]=|in|not in) ["'(]"""
+)
 HIDDEN_STATE = re.compile(r"__dict__|object\.__new__")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -144,11 +146,9 @@ def banned_words() -> dict[str, list[str]]:
 
 
 def device_questions() -> list[str]:
-    """The lines outside d3ds2/kernels which ask whether Triton or a GPU is there."""
+    """The lines outside d3ds2/kernels which ask for the kind of a device, or whether Triton or a GPU is there."""
     outside = [path for path in python_files("d3ds2", "nodes", "training") if wing_of(path) != "d3ds2/kernels"]
-    # these choose where a mesh is made and whether Adam is fused: questions about no kernel of ours
-    allowed = [ROOT / "d3ds2/meshes/sdf_to_mesh_gpu.py", ROOT / "training/state.py"]
-    return matches(DEVICE_QUESTIONS, [path for path in outside if path not in allowed])
+    return matches(DEVICE_QUESTIONS, outside)
 
 
 def hidden_state() -> list[str]:

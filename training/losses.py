@@ -139,6 +139,16 @@ def structure_loss(
     return {"loss": loss, **terms, "iou": iou}
 
 
+def draw_noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw normal noise, shaped as a tensor (..., C) and on its device; the generator may be on the CPU."""
+    return torch.randn(like.shape, generator=generator, device=generator.device).to(like.device)
+
+
+def keep_context(batch_size: int, config: FlowLossConfig, generator: torch.Generator) -> Tensor:
+    """Draw which samples keep their image: (B,) bool on the generator's device."""
+    return torch.rand(batch_size, generator=generator, device=generator.device) >= config.context_dropout
+
+
 def training_times(batch_size: int, config: FlowLossConfig, generator: torch.Generator) -> Tensor:
     """Draw times (B,) float32 on the generator's device: logit-normal, and 1 for a share of the samples."""
     t = sample_t(batch_size, generator, config.time_mean, config.time_std)

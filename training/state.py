@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from d3ds2.kernels.devices import on_cuda
 from d3ds2.networks.model_files import load_network
 from training.run import RunConfig, learning_rate, newest_checkpoint
 
@@ -36,7 +37,7 @@ class State:
             lr=config.learning_rate,
             betas=config.betas,
             weight_decay=config.weight_decay,
-            fused=parameters[0].is_cuda,
+            fused=on_cuda(parameters[0]),
         )
         self.step = 0
 

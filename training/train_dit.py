@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from d3ds2.geometry.voxels import BLOCK, Voxels
+from d3ds2.kernels.devices import make_generator
 from d3ds2.networks.image_encoder import ImageEncoder, ImageTokens
 from d3ds2.networks.latent_dit import LatentDiT, LatentDiTConfig
 from d3ds2.networks.model_files import load_network, save_network
@@ -28,7 +29,7 @@ from training.config import load_config
 from training.data.datasets import LatentBatch, LatentViews, load_batches
 from training.data.shape_files import list_shapes
 from training.data.views import Views
-from training.losses import FlowLossConfig, training_times, velocity_loss
+from training.losses import FlowLossConfig, draw_noise, keep_context, training_times, velocity_loss
 from training.run import Log, RunConfig, Stop, autocast, is_save_step, seed_step, start
 from training.state import State, load_start
 
@@ -62,7 +63,7 @@ def draw_latents(vae: SDFVAE, batch: LatentBatch, sample_posterior: bool, genera
     """Draw the normalised x_0 of a batch from the posteriors, or take their means: (M, C) float32."""
     latents = batch.mean.float()
     if sample_posterior:
-        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+        noise = draw_noise(latents, generator)
         latents = latents + (0.5 * batch.logvar.float()).exp() * noise
     return vae.normalize_latents(latents)
 
@@ -84,9 +85,9 @@ def flow_loss(
 ) -> Tensor:
     """Compute eq. 10-11 on packed latents x_0 (M, C); at random, some samples get no image."""
     B = voxels.batch_size
-    keep = torch.rand(B, generator=generator, device=x_0.device) >= loss.context_dropout
-    t = training_times(B, loss, generator)
-    noise = torch.randn(x_0.shape, generator=generator, device=x_0.device)
+    keep = keep_context(B, loss, generator).to(x_0.device)
+    t = training_times(B, loss, generator).to(x_0.device)
+    noise = draw_noise(x_0, generator)
     x_t = interpolate(x_0, noise, t[voxels.batch_index, None])  # eq. 10
     return velocity_loss(model(x_t, t, voxels, image_tokens.where(keep)), x_0, noise)  # eq. 11
 
@@ -100,7 +101,7 @@ def train(config: TrainDiTConfig) -> nn.Module:
     load_start(run, latent_dit=model)
     state = State(model, run)
     state.load()
-    generator = torch.Generator(device)
+    generator = make_generator(device)
 
     encoder = load_network(config.model_dir, "image_encoder", device)
     vae = load_network(config.model_dir, "sdf_vae", device)  # for the scale of its latents

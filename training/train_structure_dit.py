@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from d3ds2.kernels.devices import make_generator
 from d3ds2.networks.image_encoder import ImageEncoder, ImageEncoderConfig, ImageTokens
 from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.structure_dit import StructureDiT, StructureDiTConfig
@@ -29,7 +30,7 @@ from training.data.device_pictures import Choice, DevicePictures, PictureChoices
 from training.data.shape_files import list_shapes
 from training.data.symmetry import NUM_SYMMETRIES
 from training.data.views import Views
-from training.losses import FlowLossConfig, training_times, velocity_loss
+from training.losses import FlowLossConfig, draw_noise, keep_context, training_times, velocity_loss
 from training.run import Log, RunConfig, Stop, autocast, compile_blocks, is_save_step, seed_step, start
 from training.state import State, load_start
 
@@ -83,7 +84,7 @@ class StructureLatents:
         mean = self.mean[rows].float()
         if not sample_posterior:
             return mean
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        noise = draw_noise(mean, generator)
         return mean + self.std[rows].float() * noise
 
 
@@ -91,9 +92,9 @@ def flow_loss(
     model: StructureDiT, image_tokens: ImageTokens, x_0: Tensor, loss: FlowLossConfig, generator: torch.Generator
 ) -> Tensor:
     """Compute eq. 10-11 on a batch x_0 (B, C, g, g, g); at random, some samples get no image."""
-    keep = torch.rand(len(x_0), generator=generator, device=x_0.device) >= loss.context_dropout
-    t = training_times(len(x_0), loss, generator)
-    noise = torch.randn(x_0.shape, generator=generator, device=x_0.device)
+    keep = keep_context(len(x_0), loss, generator).to(x_0.device)
+    t = training_times(len(x_0), loss, generator).to(x_0.device)
+    noise = draw_noise(x_0, generator)
     x_t = interpolate(x_0, noise, t[:, None, None, None, None])  # eq. 10
     return velocity_loss(model(x_t, t, image_tokens.where(keep)), x_0, noise)  # eq. 11
 
@@ -135,7 +136,7 @@ def train(config: TrainStructureDiTConfig) -> nn.ModuleDict:
     compile_blocks(run, encoder.encoder.layer, model["structure_dit"].blocks)
     state = State(model, run)
     state.load()
-    generator = torch.Generator(device)
+    generator = make_generator(device)
 
     names, _ = list_shapes(config.data_dir, config.split, config.resolution)
     views = Views(config.data_dir, names, encoder.config.image_size, config.turn_to_camera, cache=config.cache_views)

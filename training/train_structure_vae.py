@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from d3ds2.kernels.devices import make_generator
 from d3ds2.networks.model_files import save_network
 from d3ds2.networks.structure_vae import StructureVAE, StructureVAEConfig
 from training.config import load_config
@@ -60,7 +61,7 @@ def train(config: TrainStructureVAEConfig) -> nn.Module:
     load_start(run, structure_vae=model)
     state = State(model, run)
     state.load()
-    generator = torch.Generator(device)
+    generator = make_generator(device)
     names, _ = list_shapes(config.data_dir, config.split, config.resolution)
     structures = Structures(config.data_dir, names, config.resolution, config.batch_size, run.seed, config.symmetries)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from d3ds2.kernels.devices import make_generator
 from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE, SDFVAEConfig
 from training.config import load_config
@@ -71,7 +72,7 @@ def train(config: TrainVAEConfig) -> nn.Module:
         keep_encoder(model, run.start_from)
     state = State(model, run)
     state.load()
-    generator = torch.Generator(device)
+    generator = make_generator(device)
     shapes = Shapes(
         config.data_dir,
         config.split,

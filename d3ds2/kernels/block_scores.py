@@ -13,6 +13,8 @@ Sizes named in this file:
 import torch
 from torch import Tensor
 
+from .devices import without_autocast
+
 _CPU_PROBABILITIES = 1 << 20  # held at once
 _GPU_PROBABILITIES = 1 << 27
 
@@ -54,7 +56,7 @@ def select_blocks(
         )
     scale = D**-0.5 if scale is None else scale
     block_indices = torch.full((len(q), Hk, top_k), -1, dtype=torch.int32, device=q.device)
-    probabilities = _GPU_PROBABILITIES if q.is_cuda else _CPU_PROBABILITIES
+    probabilities = _CPU_PROBABILITIES if q.is_cpu else _GPU_PROBABILITIES
     first = first_compressed = first_block = 0
     for T, T_compressed, M in zip(counts, compressed_counts, block_counts, strict=True):
         keys = compressed_k[first_compressed : first_compressed + T_compressed]
@@ -62,7 +64,7 @@ def select_blocks(
         rows = max(1, probabilities // max(1, T_compressed * H))
         for start in range(first, first + T, rows):
             chunk = slice(start, min(start + rows, first + T))
-            with torch.autocast(q.device.type, enabled=False):  # lse is that of fp32 scores
+            with without_autocast(q.device):  # lse is that of fp32 scores
                 scores = block_scores(q[chunk], keys, lse[chunk], block_of_key, M, scale)  # (rows, Hk, M)
             best = scores.topk(min(top_k, M), dim=-1, sorted=False).indices.sort(dim=-1).values
             block_indices[chunk, :, : best.shape[-1]] = (best + first_block).int()

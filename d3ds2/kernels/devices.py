@@ -7,6 +7,7 @@ Mac, or a computer without a C compiler takes another way through the same opera
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -104,6 +105,61 @@ def triton_works(device: torch.device) -> bool:
 def has_flash(device: torch.device) -> bool:
     """Whether torch has FlashAttention over samples of different lengths for a device."""
     return abilities(device).flash
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64: MPS does not, nor do most devices of Intel and DirectML."""
+    return device.type in ("cpu", "cuda")
+
+
+def runs_on_cpu(device: torch.device) -> bool:
+    """Whether a device is the CPU, where a layer may take seconds."""
+    return device.type == "cpu"
+
+
+def shares_memory(device: torch.device) -> bool:
+    """Whether a device has no memory but the computer's, so that keeping weights there saves nothing."""
+    return device.type in ("cpu", "mps")
+
+
+def copies_in_background(device: torch.device) -> bool:
+    """Whether copies to a device may go on while the host does; elsewhere they may read memory that has changed."""
+    return device.type == "cuda"
+
+
+def trains_in_bf16(device: torch.device) -> bool:
+    """Whether training runs under bfloat16 autocast; elsewhere it runs in float32."""
+    return device.type in ("cuda", "xpu") and abilities(device).bf16
+
+
+def make_generator(device: torch.device) -> torch.Generator:
+    """Return a generator of random numbers on a device, or on the CPU where the device has none."""
+    try:
+        return torch.Generator(device)
+    except RuntimeError:
+        return torch.Generator()
+
+
+def has_autocast(device: torch.device) -> bool:
+    """Whether torch knows autocast for a type of device; it raises errors for the others."""
+    return torch.amp.is_autocast_available(device.type)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype of autocast, None where it is off."""
+    if not has_autocast(device) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """The context in which autocast is off."""
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
+
+
+def on_cuda(x: Tensor) -> bool:
+    """Whether a tensor lies on a GPU of NVIDIA or AMD, which has all of torch's operators."""
+    return x.is_cuda
 
 
 def flash_takes(q: Tensor) -> bool:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .devices import on_cuda
+
 CPU_GATHER_BYTES = 4 << 20  # a chunk stays in a core's cache
 GATHER_BYTES = 64 << 20  # on a device; the estimates of memory count it
 MIN_ROWS = 256
@@ -110,7 +112,7 @@ def take_narrow_rows(x: Tensor, index: Tensor, out: Tensor) -> Tensor:
     """
     row_bytes = x.shape[1] * x.element_size()
     word = next((size for size in WORDS if row_bytes and row_bytes % size == 0), None)
-    if x.device.type != "cuda" or word is None or row_bytes > MAX_WORDS * word:
+    if not on_cuda(x) or word is None or row_bytes > MAX_WORDS * word:
         return torch.index_select(x, 0, index, out=out)
     return take_words(x, index, out, word)
 

@@ -156,7 +156,7 @@ def _segment_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> t
     if len(q) == 0 or len(k) == 0:
         return torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
     grouped = _group(q, k, v)
-    if not q.is_cuda:
+    if q.is_cpu:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*grouped, scale=scale)
         return _ungroup(out[0], len(q)), _ungroup(lse[0].detach().float(), len(q))
     out = F.scaled_dot_product_attention(*grouped, scale=scale)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .devices import without_autocast
 from .tiled_attention import Segments, TileGroup, cut_into_tiles, tiles_backward, tiles_forward
 
 CHUNK_BYTES = 64 << 20  # copies of a group of tiles
@@ -27,7 +28,7 @@ def packed_attention_batched(
     `chunk_bytes` bounds the copies that are held at once.
     """
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    with torch.autocast(q.device.type, enabled=False):  # what is computed in float32 stays so
+    with without_autocast(q.device):  # what is computed in float32 stays so
         return _PackedAttention.apply(q, k, v, lengths_q, lengths_k, scale, chunk_bytes)
 
 

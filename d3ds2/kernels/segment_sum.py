@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .devices import half_on_triton
+from .devices import half_on_triton, on_cuda, without_autocast
 from .gather_conv import take_rows
 from .ragged import Ragged
 
@@ -61,8 +61,8 @@ def per_token(x: Tensor, samples: Ragged) -> Tensor:
 
 def sample_sums(x: Tensor, samples: Ragged) -> Tensor:
     """Sum over the tokens of each sample, (N, C) -> (B, C)."""
-    if x.is_cuda and len(samples) > 1:  # one product instead of B launches; TF32 rounds it if torch allows that
-        with torch.autocast("cuda", enabled=False):
+    if on_cuda(x) and len(samples) > 1:  # one product instead of B launches; TF32 rounds it if torch allows that
+        with without_autocast(x.device):
             return samples.membership @ x.float()
     return torch.stack([rows.sum(0) for rows in x.split(samples.lengths)])
 

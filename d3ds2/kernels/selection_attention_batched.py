@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .devices import flash_takes
+from .devices import flash_takes, without_autocast
 from .tiled_attention import Segments, TileGroup, cut_into_tiles, tiles_backward, tiles_forward
 
 CHUNK_BYTES = 256 << 20  # results of pairs that are held at once
@@ -52,7 +52,7 @@ def selection_attention_batched(
 ) -> Tensor:
     """`selection_attention` in a few large products; the results of pairs take about `chunk_bytes` at once."""
     apply = _FlashSelection.apply if flash_takes(q) else _TiledSelection.apply
-    with torch.autocast(q.device.type, enabled=False):  # what is computed in float32 stays so
+    with without_autocast(q.device):  # what is computed in float32 stays so
         return apply(q, k, v, block_offsets, block_indices, scale, chunk_bytes)
 
 

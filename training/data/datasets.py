@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from d3ds2.geometry.voxels import BLOCK, PLACES, Voxels
 from d3ds2.kernels.device_constant import device_constant
+from d3ds2.kernels.devices import copies_in_background
 from training.data.shape_files import StoredShape, latent_path, list_shapes, load_shape, read_arrays, shape_path
 from training.data.symmetry import transform_voxels
 from training.data.views import Views
@@ -331,7 +332,7 @@ def load_batches(dataset: Dataset, first_step: int, last_step: int, workers: int
         sampler=range(first_step, last_step),
         batch_size=None,
         num_workers=min(workers, os.cpu_count() or 1),
-        pin_memory=device.type == "cuda",
+        pin_memory=copies_in_background(device),
         prefetch_factor=4 if workers else None,
         # forked workers share the parent's caches without copying them
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
@@ -348,9 +349,9 @@ def _start_worker(_: int) -> None:
 
 
 def to_device(batch, device: torch.device):
-    """Move a batch or a tensor to the device without waiting for the copy."""
+    """Move a batch or a tensor to the device, if possible without waiting for the copy."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return batch.to(device, non_blocking=copies_in_background(device))
     if isinstance(batch, Voxels):
         return batch.map(lambda tensor: to_device(tensor, device))
     return type(batch)(*(to_device(b, device) if isinstance(b, Tensor | Voxels) else b for b in batch))

@@ -69,8 +69,7 @@ def move_objects(images: Tensor, generator: torch.Generator) -> Tensor:
     Each picture is rotated by up to 10° with probability 0.1, cropped to 0.9-1 of its edges with probability 0.1, and
     given a margin of 0-32 pixels of 518.
     """
-    B, device = len(images), images.device
-    u = torch.rand((8, B), generator=generator, device=device)
+    u = torch.rand((8, len(images)), generator=generator, device=generator.device).to(images.device)
     angle = torch.deg2rad(MAX_ROTATION * (2 * u[1] - 1)) * (u[0] < ROTATE_PROBABILITY)
     margin = MAX_MARGIN * u[2]
     scale = (SIZE - 2 * MARGIN) / (SIZE - 2 * margin)  # from coordinates of the result to those of the picture
