@@ -343,7 +343,11 @@ class Pipeline:
         if not blocks.values.isfinite().all():
             message = f"the SDF came out with values that are not finite on {blocks.values.device}; try float32"
             raise GenerationError(message)
-        options = DECODED_OPTIONS | {"min_component": min_component, "level": level, "keep_largest": keep_largest}
+        options = DECODED_OPTIONS | {
+            "min_component": min_component,
+            "level": level,
+            "keep_largest": keep_largest,
+        }
         make_mesh = device_mesh if on_cuda(blocks.values) else tensors_to_mesh
         meshes = []
         for coords, values in blocks.samples():

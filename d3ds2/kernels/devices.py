@@ -91,7 +91,7 @@ def pretend(device: torch.device, **changes) -> None:
 
 def _constant_when_compiled(function: Callable) -> Callable:
     """Do as torch.compiler.assume_constant_result, which imports torch's compiler, and that takes seconds."""
-    function._dynamo_marked_constant = True
+    vars(function)["_dynamo_marked_constant"] = True
     return function
 
 

@@ -98,8 +98,8 @@ def cut_into_tiles(
         for chunk in members.split(max(1, chunk_bytes // tile_bytes)):
             slot[chunk] = num_slots + R * torch.arange(len(chunk))
             full = bool((count[chunk] == R).all()), bool((num_keys[chunk] == L).all())
-            tiles_of_group = (x[chunk].to(device) for x in (start, count, first_key, num_keys))
-            groups.append(_group(segments, *tiles_of_group, R, L, *full))
+            begin, queries, key, keys = (x[chunk].to(device) for x in (start, count, first_key, num_keys))
+            groups.append(_group(segments, begin, queries, key, keys, R, L, *full))
             num_slots += R * len(chunk)
 
     shift = torch.repeat_interleave((slot - start).to(device), count.to(device), output_size=len(segments.rows))
@@ -171,7 +171,7 @@ def tiles_backward(
     return torch.cat(dq)
 
 
-def _operands(group: TileGroup, q: Tensor, keys_values: Tensor) -> tuple[Tensor, ...]:
+def _operands(group: TileGroup, q: Tensor, keys_values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Queries (n, 1, R G, D), keys and values (n, 1, L, D), and what is added to their scores, (n, 1, 1, L) or None.
 
     q is (Nq, G D), and keys and values stand side by side, (Nk, 2 D).
