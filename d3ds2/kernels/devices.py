@@ -6,6 +6,7 @@ Mac, or a computer without a C compiler takes another way through the same opera
 
 import logging
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -88,11 +89,19 @@ def pretend(device: torch.device, **changes) -> None:
     _ABILITIES[device] = replace(abilities(device), **changes)
 
 
+def _constant_when_compiled(function: Callable) -> Callable:
+    """Do as torch.compiler.assume_constant_result, which imports torch's compiler, and that takes seconds."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant_when_compiled
 def triton_works(device: torch.device) -> bool:
     """Whether Triton's kernels run on a device."""
     return abilities(device).triton
 
 
+@_constant_when_compiled
 def has_flash(device: torch.device) -> bool:
     """Whether torch has FlashAttention over samples of different lengths for a device."""
     return abilities(device).flash

@@ -52,10 +52,13 @@ def spatial_sparse_attention_reference(
     compression, lse = packed_attention_with_lse(
         q, compressed_k, compressed_v, samples.offsets, compressed.offsets, *counts
     )
-    block_indices = select_blocks(
-        q, compressed_k, lse, plan.block_of_compressed, *counts, plan.block_counts, top_k
-    )  # eq. 8
-    selection = selection_attention(q, k, v, plan.blocks.offsets, block_indices)
+    if top_k >= plan.max_blocks:  # every query selects all blocks of its sample
+        selection = packed_attention(q, k, v, samples.offsets, samples.offsets, samples.lengths, samples.lengths)
+    else:
+        block_indices = select_blocks(
+            q, compressed_k, lse, plan.block_of_compressed, *counts, plan.block_counts, top_k
+        )  # eq. 8
+        selection = selection_attention(q, k, v, plan.blocks.offsets, block_indices)
     windows = attend_windows(q, k, v, plan.windows)
     branches = zip(gates[:, :, None, None].unbind(1), (compression, selection, windows), strict=True)
     return sum(gate * out for gate, out in branches)
