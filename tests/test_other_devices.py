@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from d3ds2.geometry.attention_plan import attention_plan, cells_of
+from d3ds2.geometry.sdf_blocks import SDFBlocks
 from d3ds2.geometry.segments import samples_of, tokens_of_cells
 from d3ds2.geometry.voxels import Voxels
 from d3ds2.kernels import devices
@@ -21,8 +22,13 @@ from d3ds2.kernels.segment_sum import per_token, sample_means, segment_sum, take
 from d3ds2.kernels.selection_attention import selection_attention
 from d3ds2.kernels.spatial_sparse_attention import spatial_sparse_attention
 from d3ds2.kernels.volume_conv import adaptive_conv, channel_moments, volume_conv
+from d3ds2.layers.spatial_sparse_attention import SpatialSparseAttention
+from d3ds2.networks.refined_blocks import refine_surface
+from d3ds2.networks.refiner import Refiner, RefinerConfig, SignRefiner, SignRefinerConfig
+from d3ds2.pipeline import load_pipeline
 from tests.support.other_device import OtherTensor, other_device
 from tests.support.random_voxels import random_voxels
+from tests.support.tiny_model import draw_object
 
 CPU = torch.device("cpu")
 KINDS = ["mps", "xpu", "privateuseone"]
@@ -251,3 +257,111 @@ WITHOUT_GRADIENTS = {
 def test_kernels(name, device):
     backward = name in KERNELS
     assert_same(device, *(KERNELS if backward else WITHOUT_GRADIENTS)[name], backward=backward)
+
+
+# geometry, layers and networks
+
+
+def test_geometry(device):
+    def tables(coords):
+        voxels, order = Voxels.sort(coords, 24, 3)
+        fine, parent = voxels.subdivide()
+        windows = voxels.windows(4)
+        found = [order, voxels.coords, voxels.neighbors, fine.coords, fine.neighbors, parent, windows.order]
+        found += [*voxels.coarsen(2), voxels.slots, voxels.repeat(2).block_coords, voxels.sample(2).coords]
+        found = [x.coords if isinstance(x, Voxels) else x for x in found]
+        return [*found, voxels.position_embedding(100, 3.5), *samples_of(voxels).tiles(16)]
+
+    coords = voxels_of(CPU).coords.flip(0)
+    assert_same(device, tables, coords, backward=False)
+    assert voxels_of(device).counts == SAMPLES
+
+
+def applied(make_module, *inputs: Tensor):
+    """Return a function of the inputs and of a module's parameters, and the arguments for it."""
+    torch.manual_seed(2)
+    module = make_module()
+    for parameter in module.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+
+    def call(parameters, *inputs):
+        names = (name for name, _ in module.named_parameters())
+        return torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), inputs)
+
+    return call, list(module.parameters()), *inputs
+
+
+@pytest.mark.parametrize("pooled_conv", [True, False])
+def test_spatial_sparse_attention(pooled_conv, device):
+    call, *inputs = applied(
+        lambda: SpatialSparseAttention(16, 4, 2, 4 if pooled_conv else 8, pooled_conv, 2, shift=4), torch.randn(N, 16)
+    )
+    attend = lambda parameters, x: call(parameters, x, voxels_of(x.device))  # noqa: E731
+    assert_same(device, attend, *inputs)
+
+
+SMALL = {"widths": (4, 8), "layers": 1, "middle_layers": 0}
+
+
+def test_refiners(device):
+    config = SignRefinerConfig(**SMALL, patch_size=8)
+    assert_same(device, *applied(lambda: SignRefiner(config), torch.randn(1, 1, 8, 8, 8)))
+    config = RefinerConfig(**SMALL, patch_size=8, feature_channels=4)
+    volumes = torch.randn(1, 1, 8, 8, 8), torch.randn(1, 4, 8, 8, 8)
+    assert_same(device, *applied(lambda: Refiner(config), *volumes))
+
+
+@pytest.mark.parametrize("signs", [True, False])
+def test_refined_blocks(signs, device):
+    config = SignRefinerConfig(**SMALL, patch_size=8) if signs else RefinerConfig(**SMALL, patch_size=24)
+    refiner = SignRefiner(config) if signs else Refiner(config)
+    coords = random_voxels([6], 3).coords
+    coords = coords[torch.from_numpy(np.lexsort(coords.T[[3, 2, 1]].numpy()))]
+    blocks = SDFBlocks(coords, torch.rand(6, 8, 8, 8) * 2 - 1, 24, 1)
+    features = None if signs else torch.randn(6 * 512, config.feature_channels)
+    expected = refine_surface(refiner, blocks, features, 0.1, CPU)
+    actual = refine_surface(refiner.to(device), blocks, features, 0.1, device)
+    torch.testing.assert_close(actual.values.cpu(), expected.values, rtol=1e-4, atol=1e-4)
+    assert torch.equal(actual.coords.cpu(), expected.coords)
+
+
+# the whole pipeline
+
+
+def ball(radius: float) -> Voxels:
+    """The voxels of the tiny model's grid that a sphere crosses."""
+    places = torch.cartesian_prod(*[torch.arange(32)] * 3)
+    crossed = ((places - 15.5).square().sum(1).sqrt() - radius).abs() < 0.9
+    return Voxels.sort(torch.nn.functional.pad(places[crossed], (1, 0)), 32, 1)[0]
+
+
+@torch.no_grad()
+def generate(device: torch.device | str):
+    """Run the shipped model: features of an image, structure, latents, SDF and mesh, the last three of a small ball."""
+    pipeline = load_pipeline(device=device, dtype=torch.float32)
+    tokens = pipeline.encode_image([draw_object()])
+    structure = pipeline.sample_structure(tokens, [0], 1)
+    voxels, sdf = ball(5.0), torch.linspace(-1, 1, len(ball(5.0)))[:, None]
+    latents = pipeline.sample_latents(voxels, tokens, [0], 1)
+    encoded = pipeline.stages[0].sdf_vae.encode(sdf.to(device), voxels.to(device))[0]
+    blocks = pipeline.decode_blocks(latents, voxels)
+    return tokens.features, structure, latents, encoded, blocks.values, pipeline.blocks_to_meshes(blocks)[0]
+
+
+@pytest.fixture(scope="module")
+def on_cpu():
+    return generate("cpu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_shipped_model_makes_the_same_mesh(kind, on_cpu):
+    with other_device(kind) as device:
+        *tensors, mesh = generate(device)
+    *expected, mesh_on_cpu = on_cpu
+    structures = [{*map(tuple, x.pop(1).coords.tolist())} for x in (tensors, expected)]
+    assert len(structures[0] ^ structures[1]) < 0.001 * len(structures[1])
+    for actual, wanted in zip(tensors, expected, strict=True):
+        assert isinstance(actual, OtherTensor)
+        torch.testing.assert_close(actual.cpu(), wanted, rtol=1e-3, atol=1e-3)
+    assert np.array_equal(mesh.faces, mesh_on_cpu.faces)
+    np.testing.assert_allclose(mesh.vertices, mesh_on_cpu.vertices, atol=1e-4)
