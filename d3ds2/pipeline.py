@@ -45,16 +45,9 @@ TINY = Path(__file__).parent / "weights" / "tiny"  # the shipped model
 GUIDED_BATCH_TOKENS = 32768  # tokens of a sample up to which both guidance branches run as one batch
 
 __all__ = [
-    "FINE_STAGES",
-    "STAGES",
-    "TINY",
-    "EmptyResultError",
-    "GenerationError",
-    "Pipeline",
-    "Stage",
-    "build_pipeline",
+    "FINE_STAGES", "STAGES", "TINY", "EmptyResultError", "GenerationError", "Pipeline", "Stage", "build_pipeline",
     "load_pipeline",
-]
+]  # fmt: skip
 
 OnProgress = Callable[[str, int, int], None]  # stage, finished steps, all steps
 
