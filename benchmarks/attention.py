@@ -113,6 +113,7 @@ def attempt(rival: Callable, inputs: list[Tensor]) -> Timing | str:
 
 
 def make_inputs(voxels: Voxels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return random q (T, H, D), k and v (T, Hk, D) in bf16, and gates (T, 3), for T voxels."""
     torch.manual_seed(0)
     shapes = (len(voxels), H, D), (len(voxels), HK, D), (len(voxels), HK, D)
     q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)

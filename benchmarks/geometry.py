@@ -86,7 +86,7 @@ def timed(function, *arguments, **options):
 
 
 def dense_field(sdf: SparseSDF) -> np.ndarray:
-    """Return the values on the whole grid, as skimage needs them, with +1 where there is no block."""
+    """Return the values on the whole grid (R, R, R), as skimage needs them, with +1 where there is no block."""
     field = np.ones((sdf.resolution,) * 3, np.float32)
     for (x, y, z), block in zip(sdf.block_coords * 8, sdf.values, strict=True):
         field[x : x + 8, y : y + 8, z : z + 8] = block

@@ -52,14 +52,12 @@ def sample_t(batch_size: int, generator: torch.Generator, mean: float = 1.0, std
 
 
 def interpolate(x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t of eq. 10: x_0 and noise (N, E) or (B, E, R, R, R), t a tensor that broadcasts against them."""
+    """x_t of eq. 10, for x_0 and noise (N, E) or (B, E, R, R, R); t broadcasts against them."""
     return (1 - t) * x_0 + t * noise
 
 
 def velocity_target(x_0: Tensor, noise: Tensor) -> Tensor:
-    """The velocity that the model learns to predict, d x_t / d t (eq. 11): shaped as x_0 and noise, (N, E) or
-    (B, E, R, R, R).
-    """
+    """The velocity that the model learns to predict, d x_t / d t (eq. 11), for (N, E) or (B, E, R, R, R)."""
     return noise - x_0
 
 
@@ -70,7 +68,7 @@ def noise_for(seeds: list[int], shapes: list[tuple[int, ...]]) -> Tensor:
     the device or its place in the batch.
 
     Raises:
-        ValueError: as many seeds as shapes are needed.
+        ValueError: the numbers of seeds and shapes differ.
     """
     if len(seeds) != len(shapes):
         raise ValueError(f"expected a seed for each sample, got {len(seeds)} seeds and {len(shapes)} shapes")
