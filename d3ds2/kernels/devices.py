@@ -158,7 +158,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 
 
 def on_cuda(x: Tensor) -> bool:
-    """Whether a tensor lies on a GPU of NVIDIA or AMD, which has all of torch's operators."""
+    """Whether a tensor of any shape lies on a GPU of NVIDIA or AMD, which has all of torch's operators."""
     return x.is_cuda
 
 
@@ -169,12 +169,12 @@ def flash_takes(q: Tensor) -> bool:
 
 
 def on_triton(x: Tensor) -> bool:
-    """Whether the Triton kernels run on this tensor."""
+    """Whether the Triton kernels run on this tensor, of any shape."""
     return x.is_cuda and triton_works(x.device)
 
 
 def on_spconv(x: Tensor) -> bool:
-    """Whether spconv may run on this tensor: it lies on a GPU without Triton, and spconv is installed."""
+    """Whether spconv may run on this tensor, of any shape: its GPU has no Triton, and spconv is installed."""
     return x.is_cuda and HAS_SPCONV and not on_triton(x)
 
 

@@ -43,7 +43,7 @@ class Segments:
 
 @dataclass(frozen=True, eq=False)
 class TileGroup:
-    """n tiles of R queries and L keys, some of which are padding.
+    """n tiles of R queries and L keys, padded where a tile has fewer.
 
     Args:
         queries: rows in q, (n, R) long; a padded place repeats the tile's last query.
@@ -211,7 +211,7 @@ def _gradients(
 
 
 def attends_on_cpu(q: Tensor) -> bool:
-    """Whether torch's attention for the CPU takes these queries; like the products below, it returns the lse."""
+    """Whether torch's attention for the CPU takes queries (n, 1, R G, D); as the products below, it returns the lse."""
     return q.device.type == "cpu"
 
 
