@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from d3ds2.geometry.voxels import Voxels
-from d3ds2.kernels import gather_conv_triton, group_norm_triton
+from d3ds2.kernels import gather_conv_triton, group_norm_triton, packed_attention_triton
 from d3ds2.kernels.devices import Abilities
 from d3ds2.kernels.ragged import Ragged
 from d3ds2.networks.chunked_decode import decode_in_chunks
@@ -73,6 +73,9 @@ def _all(card: Abilities) -> Iterable[tuple[str, Callable[[], None]]]:
             yield f"sdf_vae {name} decode {precision}", partial(_decode, config, dtype)
             yield f"sdf_vae {name} encode {precision}", partial(_encode, config, dtype)
         yield f"refiners v1.x inference {precision}", partial(_refine, dtype)
+        for D in (64, 128) if dtype != torch.float32 else ():
+            yield f"packed attention {D} inference {precision}", partial(_attend, D, dtype, False)
+            yield f"packed attention {D} training {precision}", partial(_attend, D, dtype, True)
         for name, widths in WIDTHS.items():
             yield f"convolutions {name} inference {precision}", partial(_convolve, card, widths, dtype, False)
             if dtype != torch.float16:
@@ -138,6 +141,14 @@ def _refine(dtype: torch.dtype, edge: int = 24) -> None:
     model(torch.zeros(1, 1, edge, edge, edge, dtype=dtype), torch.zeros(1, 8, edge, edge, edge, dtype=dtype))
     edge += 8
     SignRefiner(SignRefinerConfig(patch_size=edge)).to(dtype).eval()(torch.zeros(1, 1, edge, edge, edge, dtype=dtype))
+
+
+def _attend(D: int, dtype: torch.dtype, training: bool) -> None:
+    q, k, v = (torch.zeros(200, 2, D, dtype=dtype, requires_grad=training) for _ in range(3))
+    offsets = torch.tensor([0, 100, 200], dtype=torch.int32)
+    out = packed_attention_triton.packed_attention_triton(q, k, v, offsets, offsets, D**-0.5)
+    if training:
+        out.sum().backward()
 
 
 def _convolve(card: Abilities, w: tuple[int, ...], dtype: torch.dtype, training: bool) -> None:
