@@ -60,6 +60,11 @@ class Abilities:
         return max(1, min(wanted, 1 + (self.shared_memory - other_bytes) // max(1, bytes_of_stage)))
 
     @property
+    def limits_registers(self) -> bool:
+        """Whether a tile's limit on registers holds. It is tuned for Hopper; AMD's compiler has no such option."""
+        return self.backend == "cuda" and self.capability == (9, 0)
+
+    @property
     def kernels(self) -> str:
         """One line that says which kernels run."""
         if self.backend not in ("cuda", "hip"):
