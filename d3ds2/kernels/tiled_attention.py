@@ -19,7 +19,7 @@ from torch import Tensor
 KEYS_MULTIPLE = 16  # numbers in a register: rows of scores that end within one take half as long again on a CPU
 TILE_ROWS = 1024  # queries times heads of a tile: with fewer, the products are inefficient on a CPU
 MIN_GROUP_KEYS = 16  # shorter tiles share a group
-GROUPS_PER_DOUBLING = 4  # of the number of keys: at most a fifth of a tile's keys is padding
+GROUPS_PER_DOUBLING = 2  # of the number of keys: more save padding, and cost calls
 
 
 @dataclass(frozen=True, eq=False)
