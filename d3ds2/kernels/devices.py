@@ -173,6 +173,12 @@ def flash_takes(q: Tensor) -> bool:
     return q.is_cuda and has_flash(q.device) and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
+def memory_efficient_takes(q: Tensor) -> bool:
+    """Whether torch's memory-efficient attention, which Windows has too, takes these queries (..., D)."""
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return q.is_cuda and abilities(q.device).backend == "cuda" and half and q.shape[-1] % 8 == 0
+
+
 def on_triton(x: Tensor) -> bool:
     """Whether the Triton kernels run on this tensor, of any shape."""
     return x.is_cuda and triton_works(x.device)

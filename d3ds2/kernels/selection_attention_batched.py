@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .devices import flash_takes, without_autocast
-from .tiled_attention import Segments, TileGroup, cut_into_tiles, tiles_backward, tiles_forward
+from .tiled_attention import Segments, TileGroup, cut_into_tiles, forward_dtype, tiles_backward, tiles_forward
 
 CHUNK_BYTES = 256 << 20  # results of pairs that are held at once
 
@@ -57,13 +57,13 @@ def selection_attention_batched(
 
 
 class _TiledSelection(torch.autograd.Function):
-    """The pairs attend in padded tiles, in at least float32."""
+    """The pairs attend in padded tiles; sums over the blocks are in at least float32."""
 
     @staticmethod
     def forward(ctx, q, k, v, block_offsets, block_indices, scale, chunk_bytes):
         (_, H, D), G = k.shape, q.shape[1] // k.shape[1]
-        rows = _rows(q, k, v, torch.promote_types(q.dtype, torch.float32))
-        out = torch.zeros_like(rows[0])
+        rows = _rows(q, k, v, forward_dtype(q))
+        out = torch.zeros_like(rows[0], dtype=torch.promote_types(q.dtype, torch.float32))
         lse = out.new_full((len(out), G), math.inf)
         for pairs in _pairs(block_offsets, block_indices, G * D * out.element_size(), chunk_bytes):
             groups, slots = _tiles(pairs, block_offsets, H, rows, chunk_bytes)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .devices import memory_efficient_takes
+
 KEYS_MULTIPLE = 16  # numbers in a register: rows of scores that end within one take half as long again on a CPU
 TILE_ROWS = 1024  # queries times heads of a tile: with fewer, the products are inefficient on a CPU
 MIN_GROUP_KEYS = 16  # shorter tiles share a group
@@ -189,6 +191,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) 
     if attends_on_cpu(q):
         bias = None if bias is None else bias.expand(-1, -1, q.shape[2], -1)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
+    if memory_efficient_takes(q):
+        bias = None if bias is None else bias.expand(-1, -1, q.shape[2], -1)
+        arguments = q, k, v, bias, True, 0.0, False
+        out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(*arguments, scale=scale)[:2]
+        return out, lse[..., : q.shape[2]]  # it comes in whole groups of rows
     scores = _scores(q, k, bias, scale)
     lse = scores.logsumexp(-1)
     return torch.matmul(scores.sub_(lse[..., None]).exp_(), v), lse
@@ -208,6 +215,11 @@ def _gradients(
     delta = (dout * out).sum(-1, keepdim=True)
     dscores = torch.matmul(dout, v.transpose(2, 3)).sub_(delta).mul_(weights).mul_(scale)
     return torch.matmul(dscores, k), torch.matmul(dscores.transpose(2, 3), q), dv
+
+
+def forward_dtype(q: Tensor) -> torch.dtype:
+    """Return the dtype of queries, keys and values (..., D) in `tiles_forward`; `tiles_backward` takes float32."""
+    return q.dtype if memory_efficient_takes(q) else torch.promote_types(q.dtype, torch.float32)
 
 
 def attends_on_cpu(q: Tensor) -> bool:
