@@ -17,9 +17,11 @@ HAS_TRITON = find_spec("triton") is not None
 HAS_SPCONV = find_spec("spconv") is not None  # its CPU build included
 KIB = 1 << 10
 # Shared memory that one program may take, in KiB, for versions of torch that do not tell.
-SHARED_KIB = {(7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
+SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
 PRECISIONS = ("auto", "fp16", "bf16", "fp32")
-OLDEST_FOR_TRITON = (7, 5)
+# Triton has no tensor cores of older cards: there a kernel of attention would keep 6 to 12 KB of each thread in memory,
+# and compile for a minute
+OLDEST_FOR_TRITON = (8, 0)
 OLDEST_FOR_FLASH = OLDEST_FOR_BF16 = (8, 0)
 TRITON = "triton-windows" if sys.platform == "win32" else "triton"  # the package to install
 
