@@ -61,7 +61,11 @@ class Abilities:
 
     @property
     def limits_registers(self) -> bool:
-        """Whether a tile's limit on registers holds. It is tuned for Hopper; AMD's compiler has no such option."""
+        """Whether a tile's limit on registers holds: on Hopper, where it was measured, alone.
+
+        Elsewhere a thread would keep more in memory for it (benchmarks/results/compiled-kernels.md), and AMD's compiler
+        knows no such limit.
+        """
         return self.backend == "cuda" and self.capability == (9, 0)
 
     @property

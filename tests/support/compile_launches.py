@@ -129,8 +129,8 @@ def report(compiled: dict[str, list[dict]]) -> str:
     """Return a table: for each kernel and card the most shared memory, registers and spilled bytes of its launches."""
     kernels = sorted({row["kernel"] for rows in compiled.values() for row in rows})
     lines = [
-        f"Triton {triton.__version__}. Each cell, the most of all launches: KiB of shared memory / registers of a thread "
-        "/ bytes that a thread keeps in memory for want of registers.",
+        f"Triton {triton.__version__}. Each cell, the most of all launches: KiB of shared memory / registers of a "
+        "thread / bytes that a thread keeps in memory for want of registers.",
         "",
         f"| kernel | {' | '.join(compiled)} |",
         f"|---|{'---|' * len(compiled)}",
