@@ -19,9 +19,11 @@ HAS_TRITON = find_spec("triton") is not None
 HAS_SPCONV = find_spec("spconv") is not None  # its CPU build included
 KIB = 1 << 10
 # Shared memory that one program may take, in KiB, for versions of torch that do not tell.
-SHARED_KIB = {(7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
+SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
 PRECISIONS = ("auto", "fp16", "bf16", "fp32")
-OLDEST_FOR_TRITON = (7, 5)
+# Triton has no tensor cores of older cards: there a kernel of attention would keep 6 to 12 KB of each thread in memory,
+# and compile for a minute
+OLDEST_FOR_TRITON = (8, 0)
 OLDEST_FOR_FLASH = OLDEST_FOR_BF16 = (8, 0)
 TRITON = "triton-windows" if sys.platform == "win32" else "triton"  # the package to install
 
@@ -61,7 +63,11 @@ class Abilities:
 
     @property
     def limits_registers(self) -> bool:
-        """Whether a tile's limit on registers holds. It is tuned for Hopper; AMD's compiler has no such option."""
+        """Whether a tile's limit on registers holds: on Hopper, where it was measured, alone.
+
+        Elsewhere a thread would keep more in memory for it (benchmarks/results/compiled-kernels.md), and AMD's compiler
+        knows no such limit.
+        """
         return self.backend == "cuda" and self.capability == (9, 0)
 
     @property

@@ -19,9 +19,10 @@ TILES = AttentionTiles(  # for D up to 32
     dq=Tile(64, 64, stages=3),
     dkdv=Tile(128, 64, stages=3),
 )
-# with wider heads, smaller tiles: accumulators stay in registers, and the pipeline in the shared memory of small cards
-TILES_64 = AttentionTiles(forward=Tile(64, 64, stages=3), dq=Tile(64, 32, stages=3), dkdv=Tile(64, 64, stages=2))
-TILES_128 = AttentionTiles(forward=Tile(64, 32, stages=2), dq=Tile(64, 32, stages=2), dkdv=Tile(32, 64, stages=2))
+# Wider heads take smaller tiles or more warps, so that accumulators stay in registers, and the pipeline in the shared
+# memory of small cards: compiled for sm_80 to sm_120 by tests/support/compile_launches.py
+TILES_64 = AttentionTiles(forward=Tile(64, 64, stages=3), dq=Tile(64, 32, stages=3), dkdv=Tile(64, 64))
+TILES_128 = AttentionTiles(forward=Tile(64, 32, warps=8, stages=3), dq=Tile(32, 32), dkdv=Tile(64, 32, warps=8))
 ENOUGH_PROGRAMS = 6000  # of dk and dv: where keys are few, their queries are split to make so many
 MAX_SPLITS = 16
 

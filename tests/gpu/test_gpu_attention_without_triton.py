@@ -1,4 +1,4 @@
-"""Attention on a GPU without Triton: by torch's FlashAttention, and by its memory-efficient attention, as on Windows."""
+"""Attention on a GPU without Triton: by torch's FlashAttention, or its memory-efficient attention, as on Windows."""
 
 from dataclasses import replace
 

@@ -4,9 +4,11 @@ The other tests use the interpreter of the installed Triton. `make test` puts th
 that its interpreter was built for.
 """
 
+import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,7 @@ NAMES = [
     "ragged_attention",
 ]
 WITHOUT_TRITON = ("torch_compile", "batched", "pairs_by_block")  # tests of torch alone
+INFERENCE = "small .*(inference|decode) fp16|convolutions tiny inference fp16"  # a case of network_cases.py
 RUN = """
 import sys, pytest, triton
 if triton.__version__ != sys.argv[1]:
@@ -42,13 +45,6 @@ def with_oldest_triton():
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def compile_kernels(environment, *arguments):
-    environment = {name: value for name, value in environment.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "tests" / "support" / "compile_kernels.py"), *arguments]
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1800)
-    assert result.returncode == 0, result.stderr[-4000:]
-
-
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_kernels_in_the_oldest_triton():
     environment = with_oldest_triton() | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -61,10 +57,23 @@ def test_kernels_in_the_oldest_triton():
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_kernels_compile_for_hopper():
-    compile_kernels(os.environ)
+def test_kernels_compile_for_cards_that_are_not_here():
+    compile_launches("--cases", "subset")
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_attention_compiles_for_hopper_in_the_oldest_triton():
-    compile_kernels(with_oldest_triton(), "attention")
+def test_inference_compiles_with_the_oldest_triton():
+    old = str(ROOT / ".venv" / f"triton-{OLDEST}")
+    compile_launches("--cards", "sm_86,sm_90", "--cases", INFERENCE, "--largest", packages=old)
+
+
+def compile_launches(*options: str, packages: str = "") -> None:
+    """Run tests/support/compile_launches.py, with another Triton where `packages` is its folder."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [packages, str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    command = [sys.executable, "-m", "tests.support.compile_launches", *options]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["triton"] == (OLDEST if packages else version("triton"))
+    assert all(launches >= 20 for launches, _ in found["launches and failures"].values()), found

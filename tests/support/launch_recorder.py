@@ -35,7 +35,12 @@ class Launch:
 
     @property
     def kind(self) -> tuple:
-        """Kernel, precision, switches and options: what launches that differ in sizes alone have in common."""
+        """Kernel, precision, switches and options: launches of a kind differ in sizes alone.
+
+        A kernel without a pipeline has one kind: it takes hardly any shared memory.
+        """
+        if "num_stages" not in self.options:
+            return self.module, self.kernel
         types = (x[1] for x in self.arguments.values() if x[0] == "tensor" and "int" not in x[1])
         precision = next(types, "").replace("bfloat16", "float16")
         switches = ((name, x[1]) for name, x in self.arguments.items() if x[0] == "value" and isinstance(x[1], bool))
@@ -44,8 +49,9 @@ class Launch:
 
     @property
     def size(self) -> int:
-        """The product of all constants: a measure of the memory that a program takes."""
-        return math.prod(x[1] for x in self.arguments.values() if x[0] == "value" and _is_size(x[1]) and x[1] > 0)
+        """The product of all constants, doubled by each switch that is on: a measure of what a program takes."""
+        constants = (x[1] for x in self.arguments.values() if x[0] == "value")
+        return math.prod(x + 1 if isinstance(x, bool) else x for x in constants if isinstance(x, int) and x)
 
 
 def largest_of_kinds(launches: list[Launch]) -> list[Launch]:
@@ -55,10 +61,6 @@ def largest_of_kinds(launches: list[Launch]) -> list[Launch]:
         if launch.kind not in largest or launch.size > largest[launch.kind].size:
             largest[launch.kind] = launch
     return list(largest.values())
-
-
-def _is_size(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class Recorder:
