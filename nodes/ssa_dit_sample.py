@@ -52,6 +52,7 @@ class SSADiTSample(io.ComfyNode):
     def execute(
         cls, model: Model, structure: Structure, image, seed, steps, guidance_scale, max_tokens
     ) -> io.NodeOutput:
+        """Sample the latents of each structure. Raises ValueError, with advice, if the inputs do not fit."""
         import torch
 
         from ..d3ds2.images.voxel_picture import latent_colors, voxel_picture

@@ -159,5 +159,8 @@ def training_times(batch_size: int, config: FlowLossConfig, generator: torch.Gen
 
 
 def velocity_loss(predicted: Tensor, x_0: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error of the velocity, over all tokens and channels (eq. 11)."""
+    """Mean squared error of the velocity over all elements (eq. 11).
+
+    All three are (N, C), or (B, C, g, g, g) for dense latents. Returns a scalar float32.
+    """
     return F.mse_loss(predicted.float(), velocity_target(x_0, noise).float())

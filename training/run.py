@@ -86,7 +86,7 @@ def check_run(out_dir: str | Path, model_dir: str | Path) -> None:
 
 
 def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager:
-    """The context in which a step's forward pass runs: bf16 on a GPU that has it, unless the config says fp32."""
+    """The context in which a step's forward pass runs: bf16 where the device trains in it, unless set to fp32."""
     if config.precision == "bf16" and trains_in_bf16(device):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()

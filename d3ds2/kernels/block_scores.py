@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .devices import without_autocast
 
-_CPU_PROBABILITIES = 1 << 20  # held at once
+_CPU_PROBABILITIES = 1 << 22  # held at once
 _GPU_PROBABILITIES = 1 << 27
 
 
@@ -84,9 +84,9 @@ def block_scores(q: Tensor, keys: Tensor, lse: Tensor, block_of_key: Tensor, num
         scale: factor on the scores.
     """
     T, (Tc, Hk) = len(q), keys.shape[:2]
-    queries = q.unflatten(1, (Hk, -1)).permute(1, 3, 2, 0).float() * scale  # (Hk, D, G, T)
-    logits = keys.movedim(1, 0).float() @ queries.flatten(2)  # (Hk, Tc, G T)
-    lse = lse.unflatten(1, (Hk, -1)).permute(1, 2, 0).reshape(Hk, 1, -1)  # (Hk, 1, G T)
-    probabilities = logits.sub_(lse).exp_()  # exp(logits) / exp(lse) would overflow
+    queries = torch.cat([q.float() * scale, lse[..., None]], dim=2)  # (T, H, D + 1)
+    queries = queries.unflatten(1, (Hk, -1)).permute(1, 3, 2, 0).flatten(2)  # (Hk, D + 1, G T)
+    keys = torch.nn.functional.pad(keys.float(), (0, 1), value=-1.0).movedim(1, 0)  # (Hk, Tc, D + 1)
+    probabilities = (keys @ queries).exp_()  # the product subtracts lse: exp(logits) / exp(lse) would overflow
     per_key = probabilities.view(Hk, Tc, -1, T).sum(2)  # over the heads of a group: (Hk, Tc, T)
     return per_key.new_zeros(Hk, num_blocks, T).index_add_(1, block_of_key, per_key).permute(2, 0, 1)

@@ -60,6 +60,11 @@ class Abilities:
         return max(1, min(wanted, 1 + (self.shared_memory - other_bytes) // max(1, bytes_of_stage)))
 
     @property
+    def limits_registers(self) -> bool:
+        """Whether a tile's limit on registers holds. It is tuned for Hopper; AMD's compiler has no such option."""
+        return self.backend == "cuda" and self.capability == (9, 0)
+
+    @property
     def kernels(self) -> str:
         """One line that says which kernels run."""
         if self.backend not in ("cuda", "hip"):
@@ -91,7 +96,7 @@ def pretend(device: torch.device, **changes) -> None:
 
 def _constant_when_compiled(function: Callable) -> Callable:
     """Do as torch.compiler.assume_constant_result, which imports torch's compiler, and that takes seconds."""
-    function._dynamo_marked_constant = True
+    vars(function)["_dynamo_marked_constant"] = True
     return function
 
 
@@ -158,7 +163,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 
 
 def on_cuda(x: Tensor) -> bool:
-    """Whether a tensor lies on a GPU of NVIDIA or AMD, which has all of torch's operators."""
+    """Whether a tensor of any shape lies on a GPU of NVIDIA or AMD, which has all of torch's operators."""
     return x.is_cuda
 
 
@@ -169,12 +174,12 @@ def flash_takes(q: Tensor) -> bool:
 
 
 def on_triton(x: Tensor) -> bool:
-    """Whether the Triton kernels run on this tensor."""
+    """Whether the Triton kernels run on this tensor, of any shape."""
     return x.is_cuda and triton_works(x.device)
 
 
 def on_spconv(x: Tensor) -> bool:
-    """Whether spconv may run on this tensor: it lies on a GPU without Triton, and spconv is installed."""
+    """Whether spconv may run on this tensor, of any shape: its GPU has no Triton, and spconv is installed."""
     return x.is_cuda and HAS_SPCONV and not on_triton(x)
 
 

@@ -108,7 +108,7 @@ def take_narrow_rows(x: Tensor, index: Tensor, out: Tensor) -> Tensor:
     """Write x[index] into `out` (M, C) and return it: x (N, C), index (M,), without a gradient.
 
     On a GPU, torch's gather takes a thread block for each row. Where rows are narrow, their words are gathered instead,
-    as rows of one number, of which a block takes many.
+    as rows of one number, and a block takes many of them.
     """
     row_bytes = x.shape[1] * x.element_size()
     word = next((size for size in WORDS if row_bytes and row_bytes % size == 0), None)

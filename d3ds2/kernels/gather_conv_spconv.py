@@ -24,7 +24,7 @@ MAX_BYTES = 2**31  # of the rows: spconv counts in int32
 
 
 def spconv_runs(x: Tensor) -> bool:
-    """Whether spconv convolves rows like these; they lie on a GPU."""
+    """Whether spconv convolves rows (N, Cin) like these; they lie on a GPU."""
     if torch.compiler.is_compiling() or x.dtype not in (torch.float16, torch.float32):
         return False
     return x.numel() * x.element_size() < MAX_BYTES and spconv_works(x.device, x.dtype)

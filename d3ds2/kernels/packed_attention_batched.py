@@ -55,7 +55,8 @@ class _PackedAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         rows = _rows(q, k, v)
         dk, dv = torch.zeros_like(rows[1]), torch.zeros_like(rows[2])
-        groups, slots = _tiles(rows, k.shape[1], *ctx.lengths, ctx.chunk_bytes)
+        lengths_q, lengths_k = ctx.lengths
+        groups, slots = _tiles(rows, k.shape[1], lengths_q, lengths_k, ctx.chunk_bytes)
         dout = dout.to(out.dtype).reshape(out.shape)
         dq = tiles_backward(dout, *rows, out, lse, groups, ctx.scale, dk, dv).index_select(0, slots)
         dq.masked_fill_(lse[:, :1] == -torch.inf, 0.0)  # no key

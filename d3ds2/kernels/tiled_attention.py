@@ -19,7 +19,7 @@ from torch import Tensor
 KEYS_MULTIPLE = 16  # numbers in a register: rows of scores that end within one take half as long again on a CPU
 TILE_ROWS = 1024  # queries times heads of a tile: with fewer, the products are inefficient on a CPU
 MIN_GROUP_KEYS = 16  # shorter tiles share a group
-GROUPS_PER_DOUBLING = 4  # of the number of keys: at most a fifth of a tile's keys is padding
+GROUPS_PER_DOUBLING = 2  # of the number of keys: more save padding, and cost calls
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class Segments:
 
 @dataclass(frozen=True, eq=False)
 class TileGroup:
-    """n tiles of R queries and L keys, some of which are padding.
+    """n tiles of R queries and L keys, padded where a tile has fewer.
 
     Args:
         queries: rows in q, (n, R) long; a padded place repeats the tile's last query.
@@ -98,8 +98,8 @@ def cut_into_tiles(
         for chunk in members.split(max(1, chunk_bytes // tile_bytes)):
             slot[chunk] = num_slots + R * torch.arange(len(chunk))
             full = bool((count[chunk] == R).all()), bool((num_keys[chunk] == L).all())
-            tiles_of_group = (x[chunk].to(device) for x in (start, count, first_key, num_keys))
-            groups.append(_group(segments, *tiles_of_group, R, L, *full))
+            begin, queries, key, keys = (x[chunk].to(device) for x in (start, count, first_key, num_keys))
+            groups.append(_group(segments, begin, queries, key, keys, R, L, *full))
             num_slots += R * len(chunk)
 
     shift = torch.repeat_interleave((slot - start).to(device), count.to(device), output_size=len(segments.rows))
@@ -171,7 +171,7 @@ def tiles_backward(
     return torch.cat(dq)
 
 
-def _operands(group: TileGroup, q: Tensor, keys_values: Tensor) -> tuple[Tensor, ...]:
+def _operands(group: TileGroup, q: Tensor, keys_values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Queries (n, 1, R G, D), keys and values (n, 1, L, D), and what is added to their scores, (n, 1, 1, L) or None.
 
     q is (Nq, G D), and keys and values stand side by side, (Nk, 2 D).
@@ -211,7 +211,7 @@ def _gradients(
 
 
 def attends_on_cpu(q: Tensor) -> bool:
-    """Whether torch's attention for the CPU takes these queries; like the products below, it returns the lse."""
+    """Whether torch's attention for the CPU takes queries (n, 1, R G, D); as the products below, it returns the lse."""
     return q.device.type == "cpu"
 
 

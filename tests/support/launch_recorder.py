@@ -5,6 +5,7 @@ alignment, constants, options. So the tiles are those that the host code chooses
 leave their results unset: only shapes and types matter.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,6 +32,33 @@ class Launch:
     arguments: dict[str, tuple]
     options: dict[str, object]
     contexts: list[str] = field(default_factory=list)
+
+    @property
+    def kind(self) -> tuple:
+        """Kernel, precision, switches and options: what launches that differ in sizes alone have in common."""
+        types = (x[1] for x in self.arguments.values() if x[0] == "tensor" and "int" not in x[1])
+        precision = next(types, "").replace("bfloat16", "float16")
+        switches = ((name, x[1]) for name, x in self.arguments.items() if x[0] == "value" and isinstance(x[1], bool))
+        pairs = self.arguments.get("P", ("value", 0))[1] > 0
+        return self.module, self.kernel, precision, *switches, pairs, *sorted(self.options.items())
+
+    @property
+    def size(self) -> int:
+        """The product of all constants: a measure of the memory that a program takes."""
+        return math.prod(x[1] for x in self.arguments.values() if x[0] == "value" and _is_size(x[1]) and x[1] > 0)
+
+
+def largest_of_kinds(launches: list[Launch]) -> list[Launch]:
+    """Of launches that differ in sizes alone, return the largest."""
+    largest: dict[tuple, Launch] = {}
+    for launch in launches:
+        if launch.kind not in largest or launch.size > largest[launch.kind].size:
+            largest[launch.kind] = launch
+    return list(largest.values())
+
+
+def _is_size(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class Recorder:
