@@ -129,7 +129,12 @@ def _kernel_is_best(q: Tensor) -> bool:
 
 
 def _is_ragged(lengths_q: list[int], lengths_k: list[int]) -> bool:
-    """Whether there is more than one segment, and a query that has a key."""
+    """Whether the batched form is the faster one: there are several segments, and a query that has a key.
+
+    The compiler takes the definition: the tiles depend on lengths, which would break its graph.
+    """
+    if torch.compiler.is_compiling():
+        return False
     return len(lengths_q) > 1 and any(num_q and num_k for num_q, num_k in zip(lengths_q, lengths_k, strict=True))
 
 
