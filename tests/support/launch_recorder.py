@@ -55,7 +55,7 @@ class Launch:
 
 
 def largest_of_kinds(launches: list[Launch]) -> list[Launch]:
-    """Of launches that differ in sizes alone, return the largest."""
+    """Return the largest launch of each kind."""
     largest: dict[tuple, Launch] = {}
     for launch in launches:
         if launch.kind not in largest or launch.size > largest[launch.kind].size:
