@@ -34,7 +34,7 @@ house: | $(BIN)/python
 
 # every Triton launch of the networks, for cards that are not here; no GPU is needed
 compile: $(VENV)/.test
-	$(BIN)/python -m tests.support.compile_launches --report benchmarks/results/compiled-kernels.md
+	$(BIN)/python -m tests.support.compile_launches
 
 bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/geometry.py

@@ -150,7 +150,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cards", default=",".join(CARDS))
     parser.add_argument("--cases", default="", help="regular expression; `subset`: one launch of each kind")
-    parser.add_argument("--largest", action="store_true", help="of launches that differ in sizes alone, the largest")
+    parser.add_argument("--largest", action="store_true", help="only the largest launch of each kind")
     parser.add_argument("--part", default="0/1", help="compile every n-th launch only")
     parser.add_argument("--report", type=Path, metavar="FILE.md", help="write a table of shared memory and registers")
     arguments = parser.parse_args()

@@ -37,13 +37,14 @@ class Launch:
     def kind(self) -> tuple:
         """Kernel, precision, switches and options: launches of a kind differ in sizes alone.
 
-        A kernel without a pipeline has one kind: it takes hardly any shared memory.
+        A kernel without a pipeline has one kind: it takes hardly any shared memory. Nor does an input that may be there
+        (HAS_...) make a kind of its own: the largest launch has it.
         """
         if "num_stages" not in self.options:
             return self.module, self.kernel
         types = (x[1] for x in self.arguments.values() if x[0] == "tensor" and "int" not in x[1])
         precision = next(types, "").replace("bfloat16", "float16")
-        switches = ((name, x[1]) for name, x in self.arguments.items() if x[0] == "value" and isinstance(x[1], bool))
+        switches = ((name, x[1]) for name, x in self.arguments.items() if isinstance(x[1], bool) and "HAS_" not in name)
         pairs = self.arguments.get("P", ("value", 0))[1] > 0
         return self.module, self.kernel, precision, *switches, pairs, *sorted(self.options.items())
 
@@ -55,7 +56,7 @@ class Launch:
 
 
 def largest_of_kinds(launches: list[Launch]) -> list[Launch]:
-    """Return the largest of the launches that differ in sizes alone."""
+    """Return the largest launch of each kind."""
     largest: dict[tuple, Launch] = {}
     for launch in launches:
         if launch.kind not in largest or launch.size > largest[launch.kind].size:
