@@ -16,7 +16,7 @@ from torch import Tensor
 from .devices import without_autocast
 
 _CPU_PROBABILITIES = 1 << 22  # held at once
-_GPU_PROBABILITIES = 1 << 27
+_GPU_PROBABILITIES = 1 << 25
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from .devices import flash_takes, without_autocast
 from .tiled_attention import Segments, TileGroup, cut_into_tiles, forward_dtype, tiles_backward, tiles_forward
 
-CHUNK_BYTES = 256 << 20  # results of pairs that are held at once
+CHUNK_BYTES = 128 << 20  # results of pairs that are held at once
 
 
 @dataclass(frozen=True, eq=False)

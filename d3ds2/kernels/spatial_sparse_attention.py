@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from .block_scores import select_blocks
-from .devices import on_triton
+from .devices import on_triton, triton_works
 from .packed_attention import packed_attention, packed_attention_with_lse
 from .ragged import AttentionPlan, Ragged
 from .selection_attention import selection_attention
+from .selection_attention_batched import CHUNK_BYTES
 
 
 def spatial_sparse_attention(
@@ -40,6 +41,14 @@ def spatial_sparse_attention(
     else:
         from .spatial_sparse_attention_triton import spatial_sparse_attention_triton
     return spatial_sparse_attention_triton(*inputs, q.shape[2] ** -0.5)
+
+
+def workspace_bytes(device: torch.device) -> int:
+    """Count the bytes that attention takes without Triton beside its inputs and results, whatever their number.
+
+    Pairs of a query and a block are copied, and attended, a chunk at a time; the scores of blocks take less.
+    """
+    return 0 if triton_works(device) else 5 * CHUNK_BYTES // 2
 
 
 def spatial_sparse_attention_reference(

@@ -10,6 +10,7 @@ Sizes named in this file:
 import torch
 
 from ..kernels.gather_conv_chunks import GATHER_BYTES
+from ..kernels.spatial_sparse_attention import workspace_bytes
 from .image_encoder import ImageEncoderConfig
 from .latent_dit import LatentDiTConfig
 from .sdf_vae import SDFVAEConfig
@@ -37,9 +38,9 @@ def structure_vae_bytes(config: StructureVAEConfig, latent_resolution: int, dtyp
     return _with_margin(32 * finest * dtype.itemsize)
 
 
-def latent_dit_bytes(config: LatentDiTConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Estimate the bytes for one step over T tokens, those of the second guidance branch included."""
-    return _with_margin(16 * tokens * config.hidden_size * dtype.itemsize)
+def latent_dit_bytes(config: LatentDiTConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Estimate the bytes for one step over T tokens on a device, those of the second guidance branch included."""
+    return _with_margin(16 * tokens * config.hidden_size * dtype.itemsize) + workspace_bytes(device)
 
 
 def sdf_encode_bytes(config: SDFVAEConfig, voxels: int, dtype: torch.dtype) -> int:
