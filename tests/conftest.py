@@ -19,7 +19,13 @@ from tests.support.tiny_model import write_model
 
 # pytest-xdist starts with these parts. Long files come first, so that no worker starts one at the end. The tests of one
 # real ComfyUI form one part. The second ComfyUI comes after the long files, when the machine is less busy.
-LONG = ("test_triton_versions", "test_training_stages", "test_spatial_sparse_attention_triton", "test_pipeline_stages")
+LONG = (
+    "test_compiled_kernels",
+    "test_triton_versions",
+    "test_training_stages",
+    "test_spatial_sparse_attention_triton",
+    "test_pipeline_stages",
+)
 FIRST, *OTHERS = (f"comfyui-{version}" for version in reversed(SOURCES))
 ORDER = {part: number for number, part in enumerate((FIRST, *LONG, *OTHERS))}
 

@@ -1,14 +1,12 @@
-"""The kernels in the oldest Triton they support, interpreted and compiled, and in the compiler of the installed one.
+"""The kernels in the interpreter of the oldest Triton they support.
 
 The other tests use the interpreter of the installed Triton. `make test` puts the oldest into `.venv`, with the NumPy
 that its interpreter was built for.
 """
 
-import json
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -53,25 +51,3 @@ def test_kernels_in_the_oldest_triton():
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     assert " passed" in result.stdout and "skipped" not in result.stdout, result.stdout[-4000:]
-
-
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_kernels_compile_for_cards_that_are_not_here():
-    compile_launches("--cases", "subset")
-
-
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_kernels_compile_with_the_oldest_triton():
-    compile_launches("--cases", "subset", "--cards", "sm_86,sm_90", packages=str(ROOT / ".venv" / f"triton-{OLDEST}"))
-
-
-def compile_launches(*options: str, packages: str = "") -> None:
-    """Run tests/support/compile_launches.py, with another Triton where `packages` is its folder."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [packages, str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    command = [sys.executable, "-m", "tests.support.compile_launches", *options]
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1800)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    found = json.loads(result.stdout.splitlines()[-1])
-    assert found["triton"] == (OLDEST if packages else version("triton"))
-    assert all(launches >= 20 for launches, _ in found["launches and failures"].values()), found
