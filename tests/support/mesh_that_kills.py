@@ -9,4 +9,6 @@ import os
 def prepare(entry, _config) -> dict[str, int]:
     if entry.name == "bad":
         os._exit(1)
+    if entry.name == "huge":
+        raise MemoryError
     return {"16": len(entry.name)}

@@ -81,7 +81,7 @@ def root(tmp_path_factory):
     shape_path(root / "data", R, "any").parent.mkdir(parents=True)
     index = []
     for entry in list_meshes(root / "meshes"):
-        num_tokens = prepare(entry, shapes)
+        num_tokens = prepare(entry, shapes).num_tokens
         render_mesh(entry, views)
         index.append({"name": entry.name, "source": entry.source, "split": entry.split, "num_tokens": num_tokens})
     (root / "data" / "index.json").write_text(json.dumps(index))

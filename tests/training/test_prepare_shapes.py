@@ -13,6 +13,7 @@ from tests.support.training_data import SPLITS, R, prepared
 from training import prepare_shapes
 from training.data.meshes import MeshEntry
 from training.data.shape_files import load_shape, shape_path
+from training.mesh_jobs import Failure
 from training.prepare_shapes import PrepareShapesConfig, main, prepare_all
 
 
@@ -52,9 +53,10 @@ def test_own_folder_bad_meshes_and_second_run(tmp_path):
 
 def test_mesh_that_kills_its_process_is_a_failure_and_the_rest_goes_on(monkeypatch, tmp_path):
     monkeypatch.setattr(prepare_shapes, "prepare", mesh_that_kills.prepare)
-    entries = [MeshEntry(name, tmp_path / name, "train", "test") for name in ("a", "bad", "cccc")]
+    entries = [MeshEntry(name, tmp_path / name, "train", "test") for name in ("a", "bad", "huge", "cccc")]
     results = {e.name: result for e, result in prepare_all(entries, PrepareShapesConfig(workers=1))}
-    assert results.pop("bad") == "the process died (out of memory?)"
+    assert results.pop("bad") == Failure("its process died with exit code 1 (out of memory?)")
+    assert results.pop("huge") == Failure("out of memory")
     assert results == {name: {"16": len(name)} for name in ("a", "cccc")}
 
 

@@ -1,23 +1,28 @@
 """The files between the stages of training, all in one folder `data_dir`. Imports no torch.
 
-    index.json                                  [{name, source, split, num_tokens: {"256": 2034}}, ...]
+    index.json, index.<i>-of-<n>.json           records of all shapes, see `index_files`
     shapes/<R>/<name>.safetensors               prepare_shapes:  block_coords (M,3), sdf (M,8,8,8), sharp (M,64) bits
     views/<name>/000.png ... cameras.json       render_views:    RGBA
     latents/<R>/<name>@<symmetry>.safetensors   encode_latents:  coords (M,3), mean (M,C), logvar (M,C)
+
+The metadata of a file has a checksum of each array, and the settings that the file was made with. Older files have
+neither; they are read all the same.
 
 Sizes: M blocks of 8³ SDF voxels, which are the tokens of a shape; C latent channels; R voxels per edge.
 """
 
 import json
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from d3ds2.meshes.mesh_to_sdf import SparseSDF
 from d3ds2.storage.atomic_file import replacing
+from training.data.index_files import read_index
 from training.data.symmetry import transform_grid, transform_voxels
 
 BLOCK = 8  # voxels along the edge of a stored block; that of d3ds2.geometry.voxels, which would import torch
@@ -46,20 +51,82 @@ def view_folder(data_dir: str | Path, name: str) -> Path:
     return Path(data_dir) / "views" / name
 
 
-def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write named arrays to a safetensors file, whole or not at all."""
+class DamagedFileError(ValueError):
+    """A file of training data that is not as it was written. The message is one line and names the file."""
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> str:
+    """Write named arrays and their checksums to a safetensors file, whole or not at all; return the file's checksum.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    checksums = json.dumps({name: _checksum(array) for name, array in arrays.items()}, sort_keys=True)
+    content = save(arrays, {**(metadata or {}), "checksums": checksums})
     with replacing(path) as temporary:
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
+        temporary.write_bytes(content)  # not by safetensors, whose errors do not say that the disk is full
+    return _checksum_of_file(checksums)
 
 
 def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
-    """Read the named arrays of a safetensors file, in the order of the names."""
-    with safe_open(path, "numpy") as file:
-        return [file.get_tensor(name) for name in names]
+    """Read the named arrays of a safetensors file, in the order of the names.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedFileError: the file is cut off, or differs from its checksums.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            checksums = json.loads((file.metadata() or {}).get("checksums", "{}"))
+            arrays = [file.get_tensor(name) for name in names]
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise DamagedFileError(f"damaged file {path} ({_one_line(error)})") from None
+    for name, array in zip(names, arrays, strict=True):
+        if name in checksums and checksums[name] != _checksum(array):
+            raise DamagedFileError(f"damaged file {path} ({name} differs from its checksum)")
+    return arrays
 
 
-def save_shape(path: Path, shape: SparseSDF) -> None:
-    """Write an SDF in half precision; active voxels (|sdf| < 1) stay active."""
+class FileSummary(NamedTuple):
+    """What the header of a file says, without its arrays."""
+
+    metadata: dict[str, str]
+    tokens: int  # rows of the first array, which has the coordinates
+    checksum: str  # of the whole file; "" in older files
+
+
+def read_summary(path: Path, coords: str, verify: bool = False) -> FileSummary | None:
+    """Read the header of a file whose array `coords` has one row per token; None if it is missing or damaged.
+
+    `verify` reads all arrays too, and compares them with their checksums.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata, names = file.metadata() or {}, list(file.keys())
+            tokens = file.get_slice(coords).get_shape()[0]
+        if verify:
+            read_arrays(path, *names)
+    except (FileNotFoundError, SafetensorError, ValueError, IndexError):
+        return None
+    return FileSummary(metadata, tokens, _checksum_of_file(metadata.get("checksums", "")))
+
+
+def _checksum(array: np.ndarray) -> str:
+    start = zlib.crc32(f"{array.dtype}{array.shape}".encode())
+    return f"{zlib.crc32(memoryview(array).cast('B') if array.size else b'', start):08x}"
+
+
+def _checksum_of_file(checksums: str) -> str:
+    return f"{zlib.crc32(checksums.encode()):08x}" if checksums else ""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def save_shape(path: Path, shape: SparseSDF, metadata: dict[str, str] | None = None) -> str:
+    """Write an SDF in half precision; return the file's checksum. Active voxels (|sdf| < 1) stay active."""
     below_one = np.nextafter(np.float16(1), np.float16(0))  # rounding must not bring an active voxel to 1
     sdf = np.where(shape.active, shape.values.clip(-below_one, below_one), shape.values)
     arrays = {
@@ -67,12 +134,18 @@ def save_shape(path: Path, shape: SparseSDF) -> None:
         "sdf": sdf.astype(np.float16),
         "sharp": np.packbits(shape.sharp.reshape(-1, BLOCK**3), axis=1),
     }
-    write_arrays(path, arrays)
+    return write_arrays(path, arrays, metadata)
 
 
 def load_shape(path: Path, symmetry: int = 0) -> StoredShape:
-    """Read a shape file, moved by a symmetry; the blocks are in lexicographic order again."""
+    """Read a shape file, moved by a symmetry; the blocks are in lexicographic order again.
+
+    Raises as `read_arrays`.
+    """
     blocks, sdf, sharp = read_arrays(path, "block_coords", "sdf", "sharp")
+    M = len(blocks)
+    if blocks.shape != (M, 3) or sdf.shape != (M, BLOCK, BLOCK, BLOCK) or sharp.shape != (M, BLOCK**3 // 8):
+        raise DamagedFileError(f"damaged file {path} (shapes {blocks.shape}, {sdf.shape} and {sharp.shape})")
     sharp = np.unpackbits(sharp, axis=1).view(bool).reshape(sdf.shape)
     if symmetry:
         blocks, order = move_blocks(blocks, int(path.parent.name) // BLOCK, symmetry)
@@ -97,12 +170,9 @@ def list_shapes(data_dir: str | Path, split: str, resolution: int) -> tuple[list
 
     Raises:
         FileNotFoundError: `data_dir` was not made by prepare_shapes.
-        ValueError: it has no shape of this split at this resolution.
+        ValueError: it has no shape of this split at this resolution, or its index is damaged.
     """
-    index = Path(data_dir) / "index.json"
-    if not index.is_file():
-        raise FileNotFoundError(f"expected {index}; make it with python -m training.prepare_shapes")
-    records = [r for r in json.loads(index.read_text()) if r["split"] == split and str(resolution) in r["num_tokens"]]
+    records = [r for r in read_index(data_dir) if r["split"] == split and str(resolution) in r["num_tokens"]]
     if not records:
-        raise ValueError(f"expected shapes of split {split!r} at resolution {resolution} in {index}, got none")
+        raise ValueError(f"expected shapes of split {split!r} at resolution {resolution} in {data_dir}, got none")
     return [r["name"] for r in records], np.array([r["num_tokens"][str(resolution)] for r in records])
