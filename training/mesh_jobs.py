@@ -5,6 +5,7 @@ tried once more when all others are done, with the machine to itself, because th
 another's. Workers end with this process, also where it is killed. Imports no torch.
 """
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -134,10 +135,8 @@ class _Worker:
 
     def give(self, entry: MeshEntry) -> None:
         self.entry = entry
-        try:
+        with contextlib.suppress(OSError):  # dead already: the next `recv` says so
             self.connection.send(entry)
-        except OSError:  # dead already: the next `recv` says so
-            pass
 
     def end(self) -> str:
         """Wait for the end of the process; return its cause."""

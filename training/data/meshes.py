@@ -21,7 +21,7 @@ import trimesh
 
 SUFFIXES = (".npz", ".glb", ".gltf", ".obj", ".ply", ".stl", ".off")
 SPLITS = ("train", "val", "test")
-LOST_STORAGE = {
+LOST_STORAGE = {  # errors of a disk or a network drive, whatever the file
     getattr(errno, name) for name in ("EIO", "ESTALE", "ENOTCONN", "EMFILE", "ENFILE") if hasattr(errno, name)
 }
 

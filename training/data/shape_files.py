@@ -89,7 +89,7 @@ def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
 
 
 class FileSummary(NamedTuple):
-    """What the header of a file says, without its arrays."""
+    """The contents of a file's header, without its arrays."""
 
     metadata: dict[str, str]
     tokens: int  # rows of the first array, which has the coordinates

@@ -1,4 +1,4 @@
-"""The part of the work that one task of an array does, written `shard=i/n`, and the files that only this task writes."""
+"""The part of the work that one task of an array does, written `shard=i/n`, and the files that it alone writes."""
 
 import hashlib
 from collections.abc import Sequence
