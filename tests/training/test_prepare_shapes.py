@@ -1,4 +1,4 @@
-"""prepare_shapes turns a folder into SDF files, alone or as tasks of an array; it reports bad meshes and keeps finished ones."""
+"""prepare_shapes turns a folder into SDF files, alone or as an array; it reports bad meshes and keeps finished ones."""
 
 import dataclasses
 import errno
@@ -139,9 +139,9 @@ def test_files_of_other_settings_or_another_mesh_are_made_again(tmp_path, capsys
     main(changed)
     assert "1 files were made again" in capsys.readouterr().out
 
-    arrays = dict(
-        zip(("block_coords", "sdf", "sharp"), read_arrays(paths[0], "block_coords", "sdf", "sharp"), strict=True)
-    )
+    names = ("block_coords", "sdf", "sharp")
+    names = ("block_coords", "sdf", "sharp")
+    arrays = dict(zip(names, read_arrays(paths[0], *names), strict=True))
     save_file(arrays, paths[0])  # as older versions wrote it
     main(changed)
     assert "1 files of an older version do not say their settings" in capsys.readouterr().out
@@ -200,9 +200,7 @@ def test_a_damaged_index_is_moved_aside(tmp_path, capsys, in_this_process):
     index = Path(config.data_dir, "index.json")
     for damage in (index.read_bytes()[:-20], b"\xff", b"{}", index.read_bytes().replace(b"num_tok", b"num_tpk")):
         index.write_bytes(damage)
-        with pytest.raises(
-            ValueError, match=r"damaged index .*index\.json .*make it again with python -m training\.prep"
-        ):
+        with pytest.raises(ValueError, match=r"damaged index .*index\.json .*again with python -m training"):
             list_shapes(config.data_dir, "train", 16)
         main(config)
         assert names_in(config.data_dir) == ["a"] and index.with_name("index.json.damaged").read_bytes() == damage

@@ -118,11 +118,11 @@ def test_tasks_of_an_array_share_the_meshes_and_leave_each_other_s_files(config,
 
 
 def test_a_mesh_that_exhausts_its_process_fails_alone(config, tmp_path, monkeypatch):
-    """A mesh of 3.4 million faces, where a process may take little memory."""
+    """A mesh of 5.2 million faces, where a process may take little memory."""
     meshes = Path(config.meshes)
     (meshes / "cone.ply").unlink()
     sphere = trimesh.creation.icosphere(subdivisions=2)
-    faces = np.tile(sphere.faces, (10_700, 1)).astype(np.uint32)
+    faces = np.tile(sphere.faces, (16_250, 1)).astype(np.uint32)
     np.savez_compressed(meshes / "huge.npz", v=sphere.vertices.astype(np.float32), f=faces)
     (tmp_path / "views.toml").write_text("views = 1\nsize = 32\nworkers = 1\n")
     arguments = f"{tmp_path}/views.toml meshes={meshes} data_dir={config.data_dir}"
