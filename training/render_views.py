@@ -24,7 +24,6 @@ import json
 import os
 import secrets
 import shutil
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from d3ds2.images.render import Camera, Light, MeshRenderer
 from d3ds2.meshes.mesh_to_sdf import normalize_mesh
 from training.command import run_command
 from training.data.meshes import SPLITS, MeshEntry, list_meshes, read_mesh
+from training.data.png_files import is_whole
 from training.data.shape_files import view_folder
 from training.data.shards import Shard
 from training.mesh_jobs import AllFailedError, finished, run_jobs
@@ -159,7 +159,7 @@ def render_mesh(entry: MeshEntry, config: RenderViewsConfig) -> int:
             Image.fromarray(picture).save(png, "PNG", compress_level=1)
             file, content = f"{number:03d}.png", png.getvalue()
             (partial / file).write_bytes(content)
-            about = {"file": file, "bytes": len(content), "checksum": f"{zlib.crc32(content):08x}"}
+            about = {"file": file, "bytes": len(content)}
             views.append(about | {"camera": dataclasses.asdict(camera), "light": dataclasses.asdict(light)})
         cameras = {"settings": config.settings, "mesh_bytes": size, "views": views}
         (partial / "cameras.json").write_text(json.dumps(cameras))
@@ -173,7 +173,7 @@ def render_mesh(entry: MeshEntry, config: RenderViewsConfig) -> int:
 def is_complete(folder: Path, config: RenderViewsConfig, mesh_bytes: int | None = None) -> bool:
     """Whether the folder holds all views, made with these settings from a mesh file of this size.
 
-    Pictures are compared with their sizes in cameras.json, and with their checksums if the config says `verify`.
+    Pictures are compared with their sizes in cameras.json, and with their own checksums if the config says `verify`.
     """
     try:
         cameras = json.loads((folder / "cameras.json").read_text())
@@ -183,7 +183,7 @@ def is_complete(folder: Path, config: RenderViewsConfig, mesh_bytes: int | None 
             file = folder / view["file"]
             if ("bytes" in view and file.stat().st_size != view["bytes"]) or not file.is_file():
                 return False
-            if config.verify and "checksum" in view and f"{zlib.crc32(file.read_bytes()):08x}" != view["checksum"]:
+            if config.verify and not is_whole(file.read_bytes()):
                 return False
         return True
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):

@@ -21,8 +21,8 @@ from training.data.datasets import (
     StructureViews,
     draw,
     load_batches,
-    pack_shapes,
 )
+from training.data.shape_batches import pack_shapes
 from training.data.shape_files import StoredShape, list_shapes, load_shape, save_shape, shape_path
 from training.data.symmetry import facing, transform_grid
 from training.data.views import Views

@@ -25,7 +25,8 @@ from d3ds2.networks.structure_vae import StructureVAEConfig
 from d3ds2.storage.model_folder import SamplingConfig
 from tests.support.training_data import R, prepared
 from training import encode_latents, train_dit, train_structure_dit, train_structure_vae, train_vae
-from training.data.datasets import LatentViews, Shapes, active_voxels
+from training.data.datasets import LatentViews, Shapes
+from training.data.shape_batches import active_voxels
 from training.data.shape_files import latent_path, list_shapes, load_shape, read_arrays, shape_path
 from training.data.views import Views
 from training.encode_latents import EncodeLatentsConfig, encode

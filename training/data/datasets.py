@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,24 +22,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from d3ds2.geometry.voxels import BLOCK, PLACES, Voxels
-from d3ds2.kernels.device_constant import device_constant
-from training.data.shape_files import StoredShape, latent_path, list_shapes, load_shape, read_arrays, shape_path
+from d3ds2.geometry.voxels import BLOCK, Voxels
+from training.data.damaged_files import READ_ERRORS, DamagedFiles, TooManyDamagedError
+from training.data.shape_batches import ShapeBatch, join, join_coords, pack_shapes
+from training.data.shape_files import (
+    StoredShape,
+    latent_path,
+    list_shapes,
+    load_shape,
+    read_arrays,
+    read_latents,
+    shape_path,
+)
 from training.data.symmetry import transform_voxels
 from training.data.views import Views
 
-
-class ShapeBatch(NamedTuple):
-    """SDF blocks of B shapes, sorted by (sample, x, y, z)."""
-
-    block_coords: Tensor  # (M, 4) int32 [batch, x, y, z] at R/8
-    sdf: Tensor  # (M, 8, 8, 8) fp16 in [-1, 1]
-    sharp: Tensor  # (M, 8, 8, 8) bool
-    active: Tensor  # (N,) int32: indices of the voxels inside the band, |sdf| < 1, among all 512 M
-    counts: list[list[int]]  # of each sample: active voxels, and voxels at R/2 and R/4 that hold one
-    latent_voxels: Voxels  # those of block_coords, with their tables prepared
-    resolution: int  # R
-    batch_size: int
+TRIES = 32  # items drawn to replace a damaged one, before all are tried in order
 
 
 class ViewBatch(NamedTuple):
@@ -96,6 +95,12 @@ class BatchPlan:
             self._epoch += 1
         return np.array(self._batches[step - self._first_step])
 
+    def others(self, item: int, step: int) -> Iterator[int]:
+        """Yield items of at most as many tokens, at random: to replace an item of a step whose file is damaged."""
+        rng, fitting = draw(self.seed, step, 3, item), self.kept[self.tokens[self.kept] <= self.tokens[item]]
+        yield from rng.choice(fitting, TRIES).tolist()
+        yield from self.kept[self.tokens[self.kept].argsort(kind="stable")].tolist()  # the smallest first
+
     def _cut(self, items: list[int]) -> Iterator[list[int]]:
         """Yield the finished batches; the last, unfinished one stays in `_open` and is filled by the next epoch."""
         batch, size = self._open, int(self.tokens[self._open].sum()) if self._open else 0
@@ -128,49 +133,6 @@ class ResolutionPlan:
 # --- datasets
 
 
-def pack_shapes(shapes: list[StoredShape], resolution: int) -> ShapeBatch:
-    """Pack loaded shapes into a batch.
-
-    Raises:
-        ValueError: a block is out of order, repeated, outside the grid or without an active voxel.
-    """
-    blocks, sdf, sharp = zip(*shapes, strict=True)
-    B, coords = len(shapes), _with_batch(blocks)
-    place = np.ravel_multi_index(coords.numpy().T, (B, *[resolution // BLOCK] * 3))  # ValueError outside the grid
-    if not (np.diff(place) > 0).all():
-        raise ValueError("expected different blocks in lexicographic order")
-    latent_voxels = Voxels.sort(coords, resolution // BLOCK, B)[0]
-    values = np.concatenate(sdf)
-    occupied = values.view(np.uint16) & 0x7FFF < 0x3C00  # |sdf| < 1 in fp16, without numpy's slow conversion
-    active = torch.from_numpy(np.flatnonzero(occupied).astype(np.int32))
-    counts = []
-    for _ in range(3):
-        per_block = occupied.reshape(len(coords), -1).sum(1)
-        counts.append(np.bincount(coords[:, 0], per_block, minlength=B).astype(int).tolist())
-        for axis in (1, 2, 3):
-            even, odd = (occupied[(slice(None),) * axis + (slice(i, None, 2),)] for i in (0, 1))
-            occupied = even | odd
-    if not occupied.all():
-        raise ValueError("expected an active voxel in every block")
-    return ShapeBatch(
-        coords, torch.from_numpy(values), _cat(sharp), active, counts, latent_voxels.prepared(), resolution, B
-    )
-
-
-def active_voxels(batch: ShapeBatch) -> tuple[Tensor, Voxels]:
-    """Return the encoder's input: the SDF (N, 1) float32 of the voxels inside the band, and these voxels at R (eq. 1).
-
-    Waits for nothing on the device: all sizes are those that `pack_shapes` counted.
-    """
-    block, place = batch.active // BLOCK**3, batch.active % BLOCK**3
-    corners = batch.block_coords * device_constant((1, BLOCK, BLOCK, BLOCK), block.device)
-    places = device_constant(PLACES, block.device)  # (512, 4)
-    # gathered as columns: torch gathers rows as narrow as these slowly on a GPU
-    coords = (corners.t().index_select(1, block) + places.t().index_select(1, place)).t()  # (N, 4)
-    sdf = batch.sdf.flatten().index_select(0, batch.active).float()[:, None]
-    return sdf, Voxels.above(coords, batch.counts, batch.latent_voxels)
-
-
 class Shapes(Dataset):
     """SDFs for the VAE: `shapes[step]` is a `ShapeBatch` of one of the resolutions."""
 
@@ -186,23 +148,34 @@ class Shapes(Dataset):
     ):
         self.data_dir, self.symmetries = data_dir, symmetries
         self.resolution_of_step = ResolutionPlan(resolutions, seed)
-        self.names, self.plans = {}, {}
+        self.names, self.plans, self.damaged = {}, {}, {}
         for R in resolutions:
             self.names[R], tokens = list_shapes(data_dir, split, R)
+            say_left_out(tokens, max_tokens, f"shapes at {R}³")
+            self.damaged[R] = DamagedFiles(len(tokens), "prepare_shapes", len(symmetries))
             self.plans[R] = BatchPlan(tokens.repeat(len(symmetries)), batch_size, max_tokens, seed)
 
     def __getitem__(self, step: int) -> ShapeBatch:
         R, index = self.resolution_of_step[step]
-        items = self.plans[R][index].tolist()
         shapes = []
-        for item in items:
-            shape, place = divmod(item, len(self.symmetries))
-            shapes.append(load_shape(shape_path(self.data_dir, R, self.names[R][shape]), self.symmetries[place]))
+        for item in self.plans[R][index].tolist():
+            others = self.plans[R].others(item, index)
+            shapes.append(self.damaged[R].read(item, others, partial(self._read, R)))
         return pack_shapes(shapes, R)
+
+    def _read(self, resolution: int, item: int) -> StoredShape:
+        shape, place = divmod(item, len(self.symmetries))
+        return load_shape(shape_path(self.data_dir, resolution, self.names[resolution][shape]), self.symmetries[place])
 
 
 class Structures(Dataset):
-    """Occupancy grids for the structure VAE: `structures[step]` is (B, 1, G, G, G) uint8. All blocks stay in memory."""
+    """Occupancy grids for the structure VAE: `structures[step]` is (B, 1, G, G, G) uint8. All blocks stay in memory.
+
+    The attribute `names` lists the shapes whose files can be read; the others are left out.
+
+    Raises:
+        TooManyDamagedError: too many files are damaged.
+    """
 
     def __init__(
         self,
@@ -214,8 +187,19 @@ class Structures(Dataset):
         symmetries: tuple[int, ...] = (0,),
     ):
         self.edge, self.symmetries = resolution // BLOCK, symmetries
-        self.coords = [read_arrays(shape_path(data_dir, resolution, name), "block_coords")[0] for name in names]
-        self.plan = plan_shapes(len(names) * len(symmetries), batch_size, seed)
+        self.names, self.coords, damaged = [], [], DamagedFiles(len(names), "prepare_shapes")
+        for place, name in enumerate(names):
+            try:
+                self.coords += read_arrays(shape_path(data_dir, resolution, name), "block_coords")
+                self.names.append(name)
+            except READ_ERRORS as error:
+                damaged.add(place, error)
+        self.plan = plan_shapes(len(self.names) * len(symmetries), batch_size, seed)
+
+    def keep(self, names: list[str]) -> None:
+        """Leave out all shapes but these, which then have this order."""
+        coords = dict(zip(self.names, self.coords, strict=True))
+        self.names, self.coords = names, [coords[name] for name in names]
 
     def __getitem__(self, step: int) -> Tensor:
         shape, place = np.divmod(self.plan[step], len(self.symmetries))
@@ -249,7 +233,7 @@ class LatentViews(Dataset):
     `tokens` (n,) are those of the shapes `views.names`. `cache` keeps all latents in memory, shared by forked workers.
 
     Raises:
-        FileNotFoundError: latents of a shape are missing in a symmetry that its views need.
+        FileNotFoundError: latents of many shapes are missing in a symmetry that their views need.
     """
 
     def __init__(
@@ -266,33 +250,68 @@ class LatentViews(Dataset):
     ):
         self.views, self.views_per_shape, self.seed = views, views_per_shape, seed
         num_shapes = shapes_per_batch(batch_size, views_per_shape)
+        say_left_out(tokens, max_tokens // views_per_shape, f"shapes at {resolution}³")
         self.plan = BatchPlan(tokens.repeat(2), num_shapes, max_tokens // views_per_shape, seed)
         self.paths = {
             (shape, symmetry): latent_path(data_dir, resolution, views.names[shape], symmetry)
             for shape in np.unique(self.plan.kept // 2).tolist()
             for symmetry in views.symmetries_of(shape)
         }
-        if missing := [path for path in self.paths.values() if not path.is_file()]:
+        self.damaged = DamagedFiles(len(tokens), "encode_latents", items_per_file=2)
+        missing = {key: path for key, path in self.paths.items() if not path.is_file()}
+        if len({shape for shape, _ in missing}) > self.damaged.limit:
+            first, *others = missing.values()
             raise FileNotFoundError(
-                f"expected latents in {missing[0]} and {len(missing) - 1} other files; "
+                f"expected latents in {first} and {len(others)} other files; "
                 "make them with python -m training.encode_latents"
             )
+        for (shape, _), path in missing.items():
+            self.damaged.add(shape, FileNotFoundError(f"missing file {path}"))
         self.cache = {}
         if cache:
             with ThreadPoolExecutor() as pool:
                 self.cache = dict(zip(self.paths, pool.map(self._read, self.paths.values()), strict=True))
 
     @staticmethod
-    def _read(path: Path) -> list[np.ndarray]:
-        return read_arrays(path, "coords", "mean", "logvar")
+    def _read(path: Path) -> list[np.ndarray] | None:
+        try:
+            return read_latents(path)
+        except READ_ERRORS:
+            return None  # the error comes again when the latents are drawn
 
     def __getitem__(self, step: int) -> LatentBatch:
         shapes, mirrored = np.divmod(self.plan[step].repeat(self.views_per_shape), 2)
         symmetries, images = self.views.draw(shapes, mirrored, draw(self.seed, step, 2))
-        keys = zip(shapes.tolist(), symmetries.tolist(), strict=True)
-        latents = [self.cache.get(key) or self._read(self.paths[key]) for key in keys]
+        latents = []
+        for row, (shape, mirror) in enumerate(zip(shapes.tolist(), mirrored.tolist(), strict=True)):
+            item, key = 2 * shape + mirror, (shape, int(symmetries[row]))
+            read = partial(self._latents_of, step, item, key, images[row])
+            latents.append(self.damaged.read(item, self.plan.others(item, step), read))
         coords, mean, logvar = zip(*latents, strict=True)
-        return LatentBatch(_with_batch(coords), _cat(mean), _cat(logvar), images)
+        return LatentBatch(join_coords(coords), join(mean), join(logvar), images)
+
+    def _latents_of(self, step: int, drawn: int, key: tuple[int, int], image: Tensor, item: int) -> list[np.ndarray]:
+        """Return the latents of an item. One that is not the drawn one puts its picture into `image` (4, S, S)."""
+        picture = None
+        if item != drawn:
+            shape, mirror = divmod(item, 2)
+            rng = draw(self.seed, step, 4, drawn)
+            (symmetry,), (picture,) = self.views.draw(np.array([shape]), np.array([mirror]), rng)
+            key = shape, int(symmetry)
+        latents = self.cache.get(key) or read_latents(self.paths[key])
+        if picture is not None:
+            image.copy_(picture)
+        return latents
+
+
+def say_left_out(tokens: np.ndarray, max_tokens: int, what: str) -> None:
+    """Say how many of these items have more tokens (n,) than a batch may have."""
+    if count := int((tokens > max_tokens).sum()):
+        print(
+            f"{count} of {len(tokens)} {what} have more than {max_tokens} tokens (up to {tokens.max()}): left out",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def plan_shapes(num_items: int, batch_size: int, seed: int) -> BatchPlan:
@@ -311,16 +330,6 @@ def shapes_per_batch(batch_size: int, views_per_shape: int) -> int:
     return batch_size // views_per_shape
 
 
-def _cat(arrays) -> Tensor:
-    return torch.from_numpy(np.concatenate(arrays))
-
-
-def _with_batch(coords) -> Tensor:
-    """Join the coordinates (m, 3) of all samples into (M, 4) int32 [batch, x, y, z]."""
-    sample = np.arange(len(coords)).repeat([len(c) for c in coords])
-    return torch.from_numpy(np.column_stack([sample, np.concatenate(coords)]).astype(np.int32))
-
-
 # --- loading
 
 
@@ -337,8 +346,11 @@ def load_batches(dataset: Dataset, first_step: int, last_step: int, workers: int
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         worker_init_fn=_start_worker,
     )
-    for batch in loader:
-        yield to_device(batch, device)
+    try:
+        for batch in loader:
+            yield to_device(batch, device)
+    except TooManyDamagedError as error:  # one line, without the traceback of the worker process
+        raise TooManyDamagedError(str(error).strip().rpartition(f"{TooManyDamagedError.__name__}: ")[2]) from None
 
 
 def _start_worker(_: int) -> None:

@@ -153,6 +153,14 @@ def load_shape(path: Path, symmetry: int = 0) -> StoredShape:
     return StoredShape(blocks, sdf, sharp)
 
 
+def read_latents(path: Path) -> list[np.ndarray]:
+    """Read coords (M,3), mean (M,C) and logvar (M,C) of a shape's latents. Raises as `read_arrays`."""
+    coords, mean, logvar = read_arrays(path, "coords", "mean", "logvar")
+    if coords.shape != (len(coords), 3) or mean.shape != logvar.shape or len(mean) != len(coords):
+        raise DamagedFileError(f"damaged file {path} (shapes {coords.shape}, {mean.shape} and {logvar.shape})")
+    return [coords, mean, logvar]
+
+
 def move_blocks(blocks: np.ndarray, edge: int, symmetry: int) -> tuple[np.ndarray, np.ndarray]:
     """Move block coordinates (M,3) in a grid of `edge` and sort them.
 
@@ -165,8 +173,8 @@ def move_blocks(blocks: np.ndarray, edge: int, symmetry: int) -> tuple[np.ndarra
     return moved[order], order
 
 
-def list_shapes(data_dir: str | Path, split: str, resolution: int) -> tuple[list[str], np.ndarray]:
-    """List the names of a split's n shapes, and their numbers of tokens (n,) int64 at `resolution`.
+def list_records(data_dir: str | Path, split: str, resolution: int) -> list[dict]:
+    """Return the records of a split's shapes that exist at `resolution`, sorted by name.
 
     Raises:
         FileNotFoundError: `data_dir` was not made by prepare_shapes.
@@ -175,4 +183,13 @@ def list_shapes(data_dir: str | Path, split: str, resolution: int) -> tuple[list
     records = [r for r in read_index(data_dir) if r["split"] == split and str(resolution) in r["num_tokens"]]
     if not records:
         raise ValueError(f"expected shapes of split {split!r} at resolution {resolution} in {data_dir}, got none")
+    return records
+
+
+def list_shapes(data_dir: str | Path, split: str, resolution: int) -> tuple[list[str], np.ndarray]:
+    """List the names of a split's n shapes, and their numbers of tokens (n,) int64 at `resolution`.
+
+    Raises as `list_records`.
+    """
+    records = list_records(data_dir, split, resolution)
     return [r["name"] for r in records], np.array([r["num_tokens"][str(resolution)] for r in records])
