@@ -138,13 +138,12 @@ class LatentFiles:
     def sums(self, item: Item) -> dict | None:
         """The sums of a file's latents; None if the file is missing, damaged, or of another encoder or shape."""
         summary = read_summary(self.path(item), "coords", self.config.verify)
-        if summary is None or summary.metadata.get("made_of") != self.made_of(item):
+        if summary is None or summary.about.get("made_of") != self.made_of(item):
             return None
-        return json.loads(summary.metadata["moments"])
+        return summary.about["moments"]
 
     def write(self, item: Item, arrays: dict[str, np.ndarray], sums: dict) -> None:
-        metadata = {"made_of": self.made_of(item), "moments": json.dumps(sums)}
-        write_arrays(self.path(item), arrays, metadata)
+        write_arrays(self.path(item), arrays, {"made_of": self.made_of(item), "moments": sums})
 
 
 @torch.no_grad()

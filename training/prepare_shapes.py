@@ -17,7 +17,6 @@ Marks such as [A] say how certain a value is: see docs/paper.md.
 """
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -81,7 +80,7 @@ def prepare(entry: MeshEntry, config: PrepareShapesConfig) -> Prepared:
         path = shape_path(config.data_dir, R, entry.name)
         made_of = config.settings(R) | {"mesh_bytes": size}
         summary = read_summary(path, "block_coords", config.verify)
-        stored = json.loads(summary.metadata.get("made_of", "{}")) if summary else {}
+        stored = summary.about.get("made_of", {}) if summary else {}
         if summary and (not stored or size is None or stored == made_of):
             num_unknown += not stored
             num_tokens[str(R)], checksums[str(R)] = summary.tokens, summary.checksum
@@ -93,12 +92,12 @@ def prepare(entry: MeshEntry, config: PrepareShapesConfig) -> Prepared:
         sdf = mesh_to_sdf(*mesh, R, made_of["band"], config.shell, config.sharp_angle, threads=1)
         if len(sdf.block_coords) == 0:
             raise ValueError(f"expected a surface, got no active voxel at resolution {R}")
-        checksums[str(R)] = save_shape(path, sdf, {"made_of": json.dumps(made_of)})
+        checksums[str(R)] = save_shape(path, sdf, {"made_of": made_of})
         num_tokens[str(R)] = len(sdf.block_coords)
         num_outdated += summary is not None
     for R in _other_resolutions(config):
         summary = read_summary(shape_path(config.data_dir, R, entry.name), "block_coords")
-        stored = json.loads(summary.metadata.get("made_of", "{}")) if summary else {}
+        stored = summary.about.get("made_of", {}) if summary else {}
         if summary and stored.get("scale", config.scale) == config.scale and stored.get("mesh_bytes", size) == size:
             num_tokens[str(R)], checksums[str(R)] = summary.tokens, summary.checksum
     return Prepared(num_tokens, checksums, num_outdated, num_unknown)

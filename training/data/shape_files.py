@@ -14,7 +14,7 @@ Sizes: M blocks of 8³ SDF voxels, which are the tokens of a shape; C latent cha
 import json
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -26,6 +26,8 @@ from training.data.index_files import read_index
 from training.data.symmetry import transform_grid, transform_voxels
 
 BLOCK = 8  # voxels along the edge of a stored block; that of d3ds2.geometry.voxels, which would import torch
+
+ABOUT = "about"  # the key of a file's metadata
 
 
 class StoredShape(NamedTuple):
@@ -55,15 +57,19 @@ class DamagedFileError(ValueError):
     """A file of training data that is not as it was written. The message is one line and names the file."""
 
 
-def write_arrays(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> str:
-    """Write named arrays and their checksums to a safetensors file, whole or not at all; return the file's checksum.
+def write_arrays(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any] | None = None) -> str:
+    """Write named arrays, their checksums, and what `about` says to a safetensors file, whole or not at all.
+
+    Returns:
+        The file's checksum.
 
     Raises:
         OSError: the file cannot be written.
     """
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    checksums = json.dumps({name: _checksum(array) for name, array in arrays.items()}, sort_keys=True)
-    content = save(arrays, {**(metadata or {}), "checksums": checksums})
+    checksums = {name: _checksum(array) for name, array in arrays.items()}
+    # under one key, as safetensors writes keys in a random order
+    content = save(arrays, {ABOUT: json.dumps((about or {}) | {"checksums": checksums})})
     with replacing(path) as temporary:
         temporary.write_bytes(content)  # not by safetensors, whose errors do not say that the disk is full
     return _checksum_of_file(checksums)
@@ -78,7 +84,7 @@ def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
     """
     try:
         with safe_open(path, "numpy") as file:
-            checksums = json.loads((file.metadata() or {}).get("checksums", "{}"))
+            checksums = _about(file).get("checksums", {})
             arrays = [file.get_tensor(name) for name in names]
     except (SafetensorError, ValueError, TypeError) as error:
         raise DamagedFileError(f"damaged file {path} ({_one_line(error)})") from None
@@ -91,7 +97,7 @@ def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
 class FileSummary(NamedTuple):
     """The contents of a file's header, without its arrays."""
 
-    metadata: dict[str, str]
+    about: dict[str, Any]  # as `write_arrays` took it; empty in older files
     tokens: int  # rows of the first array, which has the coordinates
     checksum: str  # of the whole file; "" in older files
 
@@ -103,13 +109,18 @@ def read_summary(path: Path, coords: str, verify: bool = False) -> FileSummary |
     """
     try:
         with safe_open(path, "numpy") as file:
-            metadata, names = file.metadata() or {}, list(file.keys())
+            about, names = _about(file), list(file.keys())
             tokens = file.get_slice(coords).get_shape()[0]
         if verify:
             read_arrays(path, *names)
-    except (FileNotFoundError, SafetensorError, ValueError, IndexError):
+    except (FileNotFoundError, SafetensorError, ValueError, TypeError, IndexError):
         return None
-    return FileSummary(metadata, tokens, _checksum_of_file(metadata.get("checksums", "")))
+    return FileSummary(about, tokens, _checksum_of_file(about.get("checksums", {})))
+
+
+def _about(file) -> dict[str, Any]:
+    """What the metadata of an open file says."""
+    return json.loads((file.metadata() or {}).get(ABOUT, "{}"))
 
 
 def _checksum(array: np.ndarray) -> str:
@@ -117,15 +128,15 @@ def _checksum(array: np.ndarray) -> str:
     return f"{zlib.crc32(memoryview(array).cast('B') if array.size else b'', start):08x}"
 
 
-def _checksum_of_file(checksums: str) -> str:
-    return f"{zlib.crc32(checksums.encode()):08x}" if checksums else ""
+def _checksum_of_file(checksums: dict[str, str]) -> str:
+    return f"{zlib.crc32(json.dumps(checksums, sort_keys=True).encode()):08x}" if checksums else ""
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def save_shape(path: Path, shape: SparseSDF, metadata: dict[str, str] | None = None) -> str:
+def save_shape(path: Path, shape: SparseSDF, about: dict[str, Any] | None = None) -> str:
     """Write an SDF in half precision; return the file's checksum. Active voxels (|sdf| < 1) stay active."""
     below_one = np.nextafter(np.float16(1), np.float16(0))  # rounding must not bring an active voxel to 1
     sdf = np.where(shape.active, shape.values.clip(-below_one, below_one), shape.values)
@@ -134,7 +145,7 @@ def save_shape(path: Path, shape: SparseSDF, metadata: dict[str, str] | None = N
         "sdf": sdf.astype(np.float16),
         "sharp": np.packbits(shape.sharp.reshape(-1, BLOCK**3), axis=1),
     }
-    return write_arrays(path, arrays, metadata)
+    return write_arrays(path, arrays, about)
 
 
 def load_shape(path: Path, symmetry: int = 0) -> StoredShape:
