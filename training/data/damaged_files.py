@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from training.data.shape_files import DamagedFileError
 
@@ -48,7 +47,8 @@ class DamagedFiles:
         if count > self.limit:
             number = f"{count} of {len(self.flags)} are damaged or missing, and at most {self.limit} are skipped"
             raise TooManyDamagedError(f"{line}; {number}; {again}")
-        tqdm.write(f"skipped: {line}; {again}", file=sys.stderr)
+        # over the progress bar, but not by tqdm.write: its lock would stay taken where a loading process is ended
+        print(f"\rskipped: {line}; {again}", file=sys.stderr, flush=True)
 
     def read(self, item: int, others: Iterable[int], read: Callable[[int], Any]) -> Any:
         """Return `read(item)`, or where its file is damaged `read` of the first of the others whose file is not.

@@ -18,7 +18,10 @@ def read_png(path: Path) -> Image.Image:
         FileNotFoundError: there is no such file.
         DamagedFileError: the file is cut off, or differs from its checksums.
     """
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"missing file {path}") from None
     if not is_whole(content):
         raise DamagedFileError(f"damaged picture {path}")
     try:

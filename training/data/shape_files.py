@@ -86,6 +86,8 @@ def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
         with safe_open(path, "numpy") as file:
             checksums = _about(file).get("checksums", {})
             arrays = [file.get_tensor(name) for name in names]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"missing file {path}") from None
     except (SafetensorError, ValueError, TypeError) as error:
         raise DamagedFileError(f"damaged file {path} ({_one_line(error)})") from None
     for name, array in zip(names, arrays, strict=True):
