@@ -121,7 +121,7 @@ def read_summary(path: Path, coords: str, verify: bool = False) -> FileSummary |
 
 
 def _about(file) -> dict[str, Any]:
-    """What the metadata of an open file says."""
+    """Return what `write_arrays` was given about an open file."""
     return json.loads((file.metadata() or {}).get(ABOUT, "{}"))
 
 
