@@ -204,9 +204,7 @@ def test_a_damaged_picture_is_named_and_replaced_by_another_of_its_shape(own_dat
     assert torch.equal(images[0] / 255, good) and torch.equal(images[3] / 255, good)
     assert symmetries.tolist()[::2] == [views.turns[0][1], views.turns[0][1] + 4, views.turns[0][1] + 4]
     views.files[0][1].write_bytes(b"")
-    with pytest.raises(
-        TooManyDamagedError, match=r"(damaged picture|missing file) .*/box/00[01]\.png; 2 of 4"
-    ):
+    with pytest.raises(TooManyDamagedError, match=r"(damaged picture|missing file) .*/box/00[01]\.png; 2 of 4"):
         Views(own_data, ["box", "ball"], 28).draw(shapes, mirrored, draw(2))
 
 
