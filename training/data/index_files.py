@@ -64,8 +64,16 @@ def _is_record(record) -> bool:
     return all(isinstance(text, str) for text in texts) and all(type(n) is int and n > 0 for n in tokens)
 
 
-def update_index(data_dir: str | Path, shard: Shard, records: Iterable[dict], is_gone: Callable[[dict], bool]) -> None:
+def update_index(
+    data_dir: str | Path,
+    shard: Shard,
+    records: Iterable[dict],
+    is_gone: Callable[[dict], bool],
+    in_others: bool = True,
+) -> None:
     """Put records into this task's index file; take records that are gone out of every index file.
+
+    Without `in_others`, only this task's file is read and written, as a running task does now and then.
 
     All other records stay. A name is listed in one file: its record leaves the others after it has been written
     here. An index file that is damaged is renamed to *.damaged, and its name is printed.
@@ -78,7 +86,7 @@ def update_index(data_dir: str | Path, shard: Shard, records: Iterable[dict], is
     with _locked(data_dir):
         known = {record["name"]: record for record in _records_or_none(own)}
         _write(own, [r for name, r in (known | new).items() if name in new or not is_gone(r)])
-        for other in index_files(data_dir):
+        for other in index_files(data_dir) if in_others else []:
             listed = _records_or_none(other) if other != own else []
             kept = [r for r in listed if r["name"] not in new and not is_gone(r)]
             if len(kept) < len(listed):
