@@ -142,7 +142,7 @@ class _Worker:
         """Wait for the end of the process; return its cause."""
         self.connection.close()
         self.process.join()
-        code = self.process.exitcode
+        code = self.process.exitcode or 0
         if code == OUT_OF_MEMORY:
             return "out of memory"
         return f"its process died with {f'signal {-code}' if code < 0 else f'exit code {code}'} (out of memory?)"

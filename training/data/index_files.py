@@ -47,13 +47,15 @@ def read_records(file: Path) -> list[dict]:
     """
     try:
         records = json.loads(file.read_text())
-        damaged = not isinstance(records, list) or not all(map(_is_record, records))
-        reason = "which is not a list of records with name, source, split and num_tokens"
     except ValueError as error:
-        damaged, reason = True, str(error)
-    if damaged:
-        raise ValueError(f"damaged index {file} ({reason}); make it again with python -m training.prepare_shapes")
+        raise _damaged(file, str(error)) from None
+    if not isinstance(records, list) or not all(map(_is_record, records)):
+        raise _damaged(file, "which is not a list of records with name, source, split and num_tokens")
     return records
+
+
+def _damaged(file: Path, reason: str) -> ValueError:
+    return ValueError(f"damaged index {file} ({reason}); make it again with python -m training.prepare_shapes")
 
 
 def _is_record(record) -> bool:
