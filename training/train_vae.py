@@ -19,7 +19,8 @@ from d3ds2.kernels.devices import make_generator
 from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE, SDFVAEConfig
 from training.config import load_config
-from training.data.datasets import ShapeBatch, Shapes, active_voxels, load_batches
+from training.data.datasets import Shapes, load_batches
+from training.data.shape_batches import ShapeBatch, active_voxels
 from training.losses import SDFLossConfig, sdf_loss
 from training.run import Log, RunConfig, Stop, autocast, is_save_step, seed_step, start
 from training.state import State, load_start
