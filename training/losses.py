@@ -66,8 +66,25 @@ def sign_divergence(sdf: Tensor, target: Tensor, width: float = 0.1) -> Tensor:
     return F.softplus(-logits) - F.softplus(-wanted) + torch.sigmoid(-wanted) * (logits - wanted)
 
 
+SDF_TERMS = ("inside", "exterior", "sharp", "sign", "kl")
+
+
+def count_sdf(target: Tensor, sharp: Tensor, latents: int) -> Tensor:
+    """Count over what each of SDF_TERMS is a mean, (5,) float64; arguments as for `sdf_loss`, and its L latents."""
+    active = target.flatten().abs() < 1
+    inside, near = active.sum(), (active & sharp.flatten()).sum()
+    others = inside.new_tensor([active.numel(), latents])
+    return torch.stack([inside, others[0] - inside, near, *others]).double()
+
+
 def sdf_loss(
-    sdf: Tensor, target: Tensor, sharp: Tensor, mean: Tensor, logvar: Tensor, config: SDFLossConfig
+    sdf: Tensor,
+    target: Tensor,
+    sharp: Tensor,
+    mean: Tensor,
+    logvar: Tensor,
+    config: SDFLossConfig,
+    shares: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Eq. 2-3: weighted mean squared errors over three sets of voxels, and the KL divergence.
 
@@ -76,6 +93,7 @@ def sdf_loss(
         target: as many true values in [-1, 1]. Voxels with |target| < 1 are active.
         sharp: as many bools, the voxels near sharp edges; those outside the band do not count.
         mean, logvar: the posterior, (L, C).
+        shares: for a part of a batch, the factor of each term, its share of the values that `count_sdf` counts.
 
     Returns:
         "loss" and its unweighted terms "inside", "exterior", "sharp", "sign", "kl", each a scalar float32. An empty
@@ -100,6 +118,8 @@ def sdf_loss(
         "sign": sign_divergence(sdf, target).mean(),
         "kl": kl_divergence(mean, logvar),
     }
+    if shares is not None:
+        terms = {name: shares[name] * term for name, term in terms.items()}
     return {"loss": sum(getattr(config, name) * term for name, term in terms.items()), **terms}  # eq. 3
 
 

@@ -1,7 +1,8 @@
 """Batches of training data. A batch follows from (seed, step), so a resumed run sees the same batches.
 
 A dataset is indexed by the step and returns the whole, packed batch of that step; `load_batches` runs it in worker
-processes and moves the batches to the device. The files are those of `training.data.shape_files`.
+processes and moves the batches to the device. `sizes` and `load` serve `training.data.parts`: the tokens of each sample
+of a step, (B,), and the batch of some of its samples. The files are those of `training.data.shape_files`.
 
 Shapes are also turned and mirrored (see `symmetry`); the picture of a mirrored shape is flipped.
 
@@ -58,6 +59,9 @@ class LatentBatch(NamedTuple):
     images: Tensor  # (B, 4, S, S) uint8
 
 
+EVERY = slice(None)  # all samples of a step
+
+
 # --- which shapes a step sees
 
 
@@ -95,6 +99,10 @@ class BatchPlan:
             self._batches = list(self._cut(draw(self.seed, self._epoch).permutation(self.kept).tolist()))
             self._epoch += 1
         return np.array(self._batches[step - self._first_step])
+
+    def sizes(self, step: int) -> np.ndarray:
+        """The tokens of each item of a step, (number,) int64."""
+        return self.tokens[self[step]]
 
     def _cut(self, items: list[int]) -> Iterator[list[int]]:
         """Yield the finished batches; the last, unfinished one stays in `_open` and is filled by the next epoch."""
@@ -192,10 +200,16 @@ class Shapes(Dataset):
             self.plans[R] = BatchPlan(tokens.repeat(len(symmetries)), batch_size, max_tokens, seed)
 
     def __getitem__(self, step: int) -> ShapeBatch:
+        return self.load(step, EVERY)
+
+    def sizes(self, step: int) -> np.ndarray:
         R, index = self.resolution_of_step[step]
-        items = self.plans[R][index].tolist()
+        return self.plans[R].sizes(index)
+
+    def load(self, step: int, chosen: np.ndarray | slice) -> ShapeBatch:
+        R, index = self.resolution_of_step[step]
         shapes = []
-        for item in items:
+        for item in self.plans[R][index][chosen].tolist():
             shape, place = divmod(item, len(self.symmetries))
             shapes.append(load_shape(shape_path(self.data_dir, R, self.names[R][shape]), self.symmetries[place]))
         return pack_shapes(shapes, R)
@@ -218,7 +232,13 @@ class Structures(Dataset):
         self.plan = plan_shapes(len(names) * len(symmetries), batch_size, seed)
 
     def __getitem__(self, step: int) -> Tensor:
-        shape, place = np.divmod(self.plan[step], len(self.symmetries))
+        return self.load(step, EVERY)
+
+    def sizes(self, step: int) -> np.ndarray:
+        return self.plan.sizes(step)
+
+    def load(self, step: int, chosen: np.ndarray | slice) -> Tensor:
+        shape, place = np.divmod(self.plan[step][chosen], len(self.symmetries))
         return self.occupancy(shape, np.array(self.symmetries)[place])
 
     def occupancy(self, shapes: np.ndarray, symmetries: np.ndarray) -> Tensor:
@@ -238,9 +258,15 @@ class StructureViews(Dataset):
         self.plan = plan_shapes(2 * len(views.names), num_shapes, seed)
 
     def __getitem__(self, step: int) -> ViewBatch:
+        return self.load(step, EVERY)
+
+    def sizes(self, step: int) -> np.ndarray:
+        return self.plan.sizes(step).repeat(self.views_per_shape)
+
+    def load(self, step: int, chosen: np.ndarray | slice) -> ViewBatch:
         shapes, mirrored = np.divmod(self.plan[step].repeat(self.views_per_shape), 2)
-        symmetries, images = self.views.draw(shapes, mirrored, draw(self.seed, step, 2))
-        return ViewBatch(torch.from_numpy(shapes), torch.from_numpy(symmetries), images)
+        symmetries, images = self.views.draw(shapes, mirrored, draw(self.seed, step, 2), chosen)
+        return ViewBatch(torch.from_numpy(shapes[chosen]), torch.from_numpy(symmetries), images)
 
 
 class LatentViews(Dataset):
@@ -287,9 +313,15 @@ class LatentViews(Dataset):
         return read_arrays(path, "coords", "mean", "logvar")
 
     def __getitem__(self, step: int) -> LatentBatch:
+        return self.load(step, EVERY)
+
+    def sizes(self, step: int) -> np.ndarray:
+        return self.plan.sizes(step).repeat(self.views_per_shape)
+
+    def load(self, step: int, chosen: np.ndarray | slice) -> LatentBatch:
         shapes, mirrored = np.divmod(self.plan[step].repeat(self.views_per_shape), 2)
-        symmetries, images = self.views.draw(shapes, mirrored, draw(self.seed, step, 2))
-        keys = zip(shapes.tolist(), symmetries.tolist(), strict=True)
+        symmetries, images = self.views.draw(shapes, mirrored, draw(self.seed, step, 2), chosen)
+        keys = zip(shapes[chosen].tolist(), symmetries.tolist(), strict=True)
         latents = [self.cache.get(key) or self._read(self.paths[key]) for key in keys]
         coords, mean, logvar = zip(*latents, strict=True)
         return LatentBatch(_with_batch(coords), _cat(mean), _cat(logvar), images)
@@ -353,4 +385,4 @@ def to_device(batch, device: torch.device):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Voxels):
         return batch.map(lambda tensor: to_device(tensor, device))
-    return type(batch)(*(to_device(b, device) if isinstance(b, Tensor | Voxels) else b for b in batch))
+    return type(batch)(*(to_device(b, device) if isinstance(b, Tensor | Voxels | tuple) else b for b in batch))
