@@ -16,6 +16,7 @@ others at their next agreement.
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -169,27 +170,32 @@ def ranks_on(device: torch.device) -> Ranks:
 
 
 def run_script(work: Callable[[Any], Any], config_class: type, arguments: list[str]) -> None:
-    """Run a script: read its config, do its work on every rank, and exit.
+    """Run a script: read its config, do its work on every rank, and exit. `--debug` shows the traceback of an error."""
+    wanted = [argument for argument in arguments if argument != "--debug"]
+    run_ranks(lambda: work(load_config(config_class, wanted)), debug=wanted != arguments)
 
-    A known kind of error becomes one line, which only the first rank to fail prints. `--debug` shows the traceback.
+
+def run_ranks(work: Callable[[], Any], debug: bool = False) -> None:
+    """Join the other ranks, work, and exit.
+
+    A known kind of error becomes one line, which only the first rank to fail prints.
     """
-    debug = "--debug" in arguments
+    code = 0
     try:
         join()
-        work(load_config(config_class, [a for a in arguments if a != "--debug"]))
-        code = 0
+        work()
     except KeyboardInterrupt:
         code = 130
     except (ValueError, OSError, ArithmeticError, FolderInUseError, LostRankError, torch.OutOfMemoryError) as error:
-        is_first = _is_first_to_fail()
+        is_first, code = _is_first_to_fail(), 1
         if debug:
-            raise
-        if is_first:
+            traceback.print_exc()
+        elif is_first:
             print(f"error: {_line(error)}", file=sys.stderr, flush=True)
-        code = 1
     except Exception:
         _is_first_to_fail()  # the others then end in silence
-        raise
+        code = 1
+        traceback.print_exc()
     if dist.is_initialized():
         if code:  # nccl may wait for a rank that has ended
             sys.stdout.flush()
