@@ -2,11 +2,12 @@
 
 import dataclasses
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,10 @@ from training.data.datasets import LatentViews, Shapes, Structures, StructureVie
 from training.data.parts import Parts, split
 from training.data.shape_files import list_shapes
 from training.data.views import Views
-from training.distributed import Ranks
+from training.distributed import Ranks, run_ranks
 from training.losses import SDF_TERMS, SDFLossConfig, count_sdf, sdf_loss
 from training.run import read_metrics
-from training.run_folder import newest_checkpoint
+from training.run_folder import locked, newest_checkpoint
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -78,19 +79,34 @@ def errors_of(folder: Path) -> str:
     return "".join(path.read_text() for path in sorted(newest.rglob("stderr.log")))
 
 
+def on_ranks(ranks: int, work: Callable[[], object]) -> None:
+    """Do some work on forked ranks, which need not import everything again as those of torchrun."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # as torchrun has one
+    environment = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+
+    def begin(rank: int) -> None:
+        os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+        run_ranks(work)
+
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=begin, args=(rank,)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * ranks
+
+
 def train_all(chain: Chain, folder: Path, ranks: int, **run) -> None:
     """Train every stage on some ranks, or in this process for one."""
     configs = configs_in(chain, folder, **run)
-    if ranks == 1:
+
+    def work() -> None:
         for name, config in configs.items():
             STAGES[name][0].train(config)
-        return
-    jobs = []
-    for name, config in configs.items():
-        write_toml(folder / f"{name}.toml", config)
-        jobs.append(f"train_{name} {folder / name}.toml")
-    done = torchrun(ranks, folder, "tests.support.train_ranks", *jobs)
-    assert done.returncode == 0, done.stderr + errors_of(folder)
+
+    on_ranks(ranks, work) if ranks > 1 else work()
 
 
 def difference(folder: Path, other: Path, part: str) -> float:
@@ -126,53 +142,64 @@ def test_ranks_and_parts_train_as_one_process(chain, tmp_path, steps):
 
 
 def test_death_of_a_rank_ends_all_and_the_run_goes_on(chain, tmp_path):
-    config = configs_in(chain, tmp_path / "whole", steps=6, save_every=2)["vae"]
-    write_toml(tmp_path / "whole.toml", config)
-    assert torchrun(2, tmp_path, "training.train_vae", str(tmp_path / "whole.toml")).returncode == 0
-
-    config = configs_in(chain, tmp_path / "killed", steps=6, save_every=2)["vae"]
-    write_toml(tmp_path / "vae.toml", config)
-    killed = torchrun(2, tmp_path, "tests.support.train_ranks", f"train_vae {tmp_path}/vae.toml 1 3")
+    whole, parts = (configs_in(chain, tmp_path / n, steps=6, save_every=2)["vae"] for n in ("whole", "parts"))
+    on_ranks(2, lambda: train_vae.train(whole))
+    write_toml(tmp_path / "vae.toml", parts)
+    killed = torchrun(2, tmp_path, "tests.support.train_vae_and_die", str(tmp_path / "vae.toml"), "1", "3")
     errors = errors_of(tmp_path)
     assert killed.returncode != 0 and "Traceback" not in errors
     assert errors.count("error: ") == 1
     assert "error: another rank has ended; the same command continues from the newest checkpoint\n" in errors
-    run = Path(config.run.out_dir)
+    run = Path(parts.run.out_dir)
     assert [path.name for path in run.glob("*step*")] == ["step_00000002.pt"]
     assert not (run / "training.lock").exists()
 
-    assert torchrun(2, tmp_path, "training.train_vae", str(tmp_path / "vae.toml")).returncode == 0
-    assert difference(tmp_path / "whole" / "vae" / "run", run, "model") == 0
+    on_ranks(2, lambda: train_vae.train(parts))
+    assert difference(Path(whole.run.out_dir), run, "model") == 0
     assert [record["step"] for record in read_metrics(run)] == list(range(1, 7))
 
 
-def test_error_of_all_ranks_is_one_line(chain, tmp_path):
-    config = configs_in(chain, tmp_path, steps=6)["vae"]
-    write_toml(tmp_path / "vae.toml", config)
-    failed = torchrun(2, tmp_path, "training.train_vae", str(tmp_path / "vae.toml"), "max_tokens=1")
-    errors = errors_of(tmp_path)
-    assert failed.returncode != 0 and "Traceback" not in errors
+def test_error_of_all_ranks_is_one_line(chain, tmp_path, capfd):
+    config = dataclasses.replace(configs_in(chain, tmp_path, steps=6)["vae"], max_tokens=1)
+    with pytest.raises(AssertionError, match=r"\[1, 1\] == \[0, 0\]"):
+        on_ranks(2, lambda: train_vae.train(config))
+    errors = capfd.readouterr().err
+    assert "Traceback" not in errors
     assert errors.count("error: ") == errors.count("error: expected items of at most 1 tokens") == 1
 
 
-def test_signal_to_one_rank_stops_all(chain, tmp_path, monkeypatch):
+def test_second_run_of_several_ranks_is_refused_in_one_line(chain, tmp_path, capfd):
+    config = configs_in(chain, tmp_path, steps=6)["vae"]
+    Path(config.run.out_dir).mkdir()
+    with locked(config.run.out_dir), pytest.raises(AssertionError, match=r"\[1, 1\] == \[0, 0\]"):
+        on_ranks(2, lambda: train_vae.train(config))
+    errors = capfd.readouterr().err
+    assert "Traceback" not in errors and errors.count("error: ") == 1
+    assert f"run is in use by process {os.getpid()} on" in errors
+
+
+def test_signal_to_one_rank_stops_all(chain, tmp_path):
     config = configs_in(chain, tmp_path, steps=100_000)["structure_vae"]
-    write_toml(tmp_path / "a.toml", config)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "training.train_structure_vae", str(tmp_path / "a.toml")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-    metrics = Path(config.run.out_dir) / "metrics.jsonl"
-    while not (metrics.is_file() and metrics.stat().st_size):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    second = next(int(c) for c in children if b"\0RANK=1\0" in Path(f"/proc/{c}/environ").read_bytes())
-    os.kill(second, signal.SIGTERM)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    records = read_metrics(config.run.out_dir)
-    assert newest_checkpoint(config.run.out_dir).name == f"step_{records[-1]['step']:08d}.pt"
+
+    def signalled() -> None:
+        train_structure_vae.Log = signalling(train_structure_vae.Log)
+        train_structure_vae.train(config)
+
+    on_ranks(2, signalled)
+    assert [path.name for path in Path(config.run.out_dir).glob("*step*")] == ["step_00000003.pt"]
+    assert read_metrics(config.run.out_dir)[-1]["step"] == 3
+
+
+def signalling(log: type) -> type:
+    """A log in which the second rank gets SIGTERM after step 3."""
+
+    class Log(log):
+        def __call__(self, step, metrics):
+            super().__call__(step, metrics)
+            if step == 3 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    return Log
 
 
 # --- parts
