@@ -53,7 +53,11 @@ def set_run(config, **changes):
 
 
 def configs_in(chain: Chain, folder: Path, **run) -> dict:
-    """The config of each stage, in its own folder; the networks that it needs are those of the chain."""
+    """The config of each stage, in its own folder; the networks that it needs are those of the chain.
+
+    A gradient that is zero but for rounding, such as that of a bias of keys, moves a weight by up to the learning rate,
+    one way or the other. So the rate is moderate.
+    """
     configs = {}
     for name, (_, needs) in STAGES.items():
         here = folder / name
@@ -61,7 +65,7 @@ def configs_in(chain: Chain, folder: Path, **run) -> dict:
             here.mkdir(parents=True)
             copy_model(chain, here, *needs)
         config = dataclasses.replace(getattr(chain, name), model_dir=str(here / "model"))
-        configs[name] = set_run(config, out_dir=str(here / "run"), workers=0, **run)
+        configs[name] = set_run(config, out_dir=str(here / "run"), workers=0, learning_rate=1e-3, **run)
     return configs
 
 
