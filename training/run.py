@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,7 +64,7 @@ class RunConfig:
 
 
 @contextmanager
-def start(config: RunConfig, whole_config) -> Iterator[Ranks]:
+def start(config: RunConfig, whole_config) -> Generator[Ranks]:
     """Lock the run folder, seed the initialisation, and yield the ranks with their devices.
 
     The first rank deletes leftovers of killed runs and writes `whole_config` to config.json.

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -103,7 +103,7 @@ def _dotted(settings: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 @contextmanager
-def exporting(model_dir: str | Path) -> Iterator[None]:
+def exporting(model_dir: str | Path) -> Generator[None]:
     """Hold the lock of a model folder, after waiting for it, and delete what killed exports have left behind."""
     Path(model_dir).mkdir(parents=True, exist_ok=True)
     with locked(model_dir, wait=True):
@@ -112,7 +112,7 @@ def exporting(model_dir: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: str | Path, wait: bool = False) -> Iterator[None]:
+def locked(folder: str | Path, wait: bool = False) -> Generator[None]:
     """Hold the lock of a folder.
 
     Raises:

@@ -78,7 +78,7 @@ def torchrun(ranks: int, folder: Path, module: str, *arguments: str) -> subproce
 
 
 def errors_of(folder: Path) -> str:
-    """What the ranks of the newest torchrun wrote as errors."""
+    """The errors that the ranks of the newest torchrun wrote."""
     newest = max((folder / "logs").iterdir(), key=lambda path: path.stat().st_mtime_ns)
     return "".join(path.read_text() for path in sorted(newest.rglob("stderr.log")))
 
@@ -266,8 +266,20 @@ def test_parts_take_their_rows_of_the_random_numbers(chain):
         len(part.batch.mean), lambda M: torch.randn((M, 4), generator=torch.Generator().manual_seed(5))
     )
     assert torch.equal(drawn, whole[part.cut.tokens])
-    with pytest.raises(ValueError, match=r"expected \d+ rows, as the shapes' index says, got 1"):
-        part.draw_tokens(1, torch.zeros)
+
+
+def test_samples_that_differ_from_the_index(chain, monkeypatch):
+    """A damaged file may be replaced by a smaller shape; a larger one shows that the index is out of date."""
+    dataset = make_datasets(chain)["shapes"]
+    real = dataset.sizes(2)
+    monkeypatch.setattr(dataset, "sizes", lambda step: real + 3)
+    parts = [Parts(dataset, Ranks(CPU, rank, 2), 1)[2] for rank in range(2)]
+    for part in parts:
+        assert len(part.cut.tokens) == len(part.batch.block_coords) and part.cut.num_tokens == real.sum() + 15
+    assert len(set(torch.cat([part.cut.tokens for part in parts]).tolist())) == real.sum()
+    monkeypatch.setattr(dataset, "sizes", lambda step: real - 1)
+    with pytest.raises(ValueError, match=r"sample 0 of step 2 has \d+ tokens, but the index says \d+: prepare"):
+        Parts(dataset, Ranks(CPU), 1)[2]
 
 
 def test_shares_of_sdf_losses_add_up_to_that_of_the_whole_batch():

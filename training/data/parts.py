@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from training.data.datasets import load_batches
+from training.data.datasets import LatentBatch, ShapeBatch, load_batches
 from training.distributed import Ranks
 from training.run import RunConfig
 
@@ -47,11 +47,11 @@ class Part(NamedTuple):
 
     def draw_samples(self, number: int, make: Callable[[int], Tensor]) -> Tensor:
         """Return `make(number)`, whose rows are samples: (b, ...). A part takes its rows of the whole `make(B)`."""
-        return make(number) if self.cut is None else _rows(make, self.cut.num_samples, self.cut.samples, number)
+        return make(number) if self.cut is None else make(self.cut.num_samples).index_select(0, self.cut.samples)
 
     def draw_tokens(self, number: int, make: Callable[[int], Tensor]) -> Tensor:
         """Return `make(number)`, whose rows are tokens: (m, ...). A part takes its rows of the whole `make(M)`."""
-        return make(number) if self.cut is None else _rows(make, self.cut.num_tokens, self.cut.tokens, number)
+        return make(number) if self.cut is None else make(self.cut.num_tokens).index_select(0, self.cut.tokens)
 
     def weigh(self, counted: str, mean: Tensor) -> Tensor:
         """Multiply a mean over this part, a scalar, by the part's share of what is counted."""
@@ -59,12 +59,6 @@ class Part(NamedTuple):
 
 
 WHOLE = Part()
-
-
-def _rows(make: Callable[[int], Tensor], total: int, rows: Tensor, number: int) -> Tensor:
-    if len(rows) != number:
-        raise ValueError(f"expected {len(rows)} rows, as the shapes' index says, got {number}: prepare the data again")
-    return make(total).index_select(0, rows)
 
 
 def split(sizes: np.ndarray, parts: int) -> list[np.ndarray]:
@@ -95,7 +89,11 @@ class Steps(Protocol):
 
 
 class Parts(Dataset):
-    """The parts of one rank: item `step · accumulate + i` is its part i of a step."""
+    """The parts of one rank: item `step · accumulate + i` is its part i of a step.
+
+    Raises:
+        ValueError: a shape has more tokens than the index says.
+    """
 
     def __init__(self, steps: Steps, ranks: Ranks, accumulate: int):
         self.steps, self.accumulate = steps, accumulate
@@ -107,10 +105,27 @@ class Parts(Dataset):
         chosen = split(sizes, self.number)[self.first + part]
         if len(chosen) == 0:
             return Part()
-        starts = np.cumsum(sizes) - sizes
-        tokens = np.concatenate([np.arange(starts[s], starts[s] + sizes[s]) for s in chosen])
-        cut = Cut(torch.from_numpy(chosen), len(sizes), torch.from_numpy(tokens), int(sizes.sum()))
-        return Part(self.steps.load(step, chosen), cut)
+        batch = self.steps.load(step, chosen)
+        starts, loaded = np.cumsum(sizes) - sizes, _sizes_of(batch)
+        rows = []
+        for sample, size in zip(chosen.tolist(), sizes[chosen] if loaded is None else loaded, strict=True):
+            if size > sizes[sample]:  # a smaller one may stand for a shape that cannot be read
+                raise ValueError(
+                    f"sample {sample} of step {step} has {size} tokens, but the index says {sizes[sample]}: "
+                    "prepare the data again"
+                )
+            rows.append(np.arange(starts[sample], starts[sample] + size))
+        cut = Cut(torch.from_numpy(chosen), len(sizes), torch.from_numpy(np.concatenate(rows)), int(sizes.sum()))
+        return Part(batch, cut)
+
+
+def _sizes_of(batch: Any) -> list[int] | None:
+    """The tokens of each sample in a packed batch, (b,); None for a dense one."""
+    if isinstance(batch, ShapeBatch):
+        return batch.latent_voxels.counts
+    if isinstance(batch, LatentBatch):
+        return torch.bincount(batch.coords[:, 0], minlength=len(batch.images)).tolist()
+    return None
 
 
 def load_parts(
