@@ -19,6 +19,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from training.config import load_config
 
 BUCKET = 1 << 25  # gradient values that are summed at once, 128 MiB
+PATIENCE = timedelta(hours=2)  # for a rank that is behind; the death of one is noticed at once
 
 
 class LostRankError(RuntimeError):
@@ -145,7 +147,7 @@ class _Connected:
 def join() -> None:
     """Connect with the other ranks if torchrun has started several; agreements then go through the CPU."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=PATIENCE)
 
 
 def ranks_on(device: torch.device) -> Ranks:

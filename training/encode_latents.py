@@ -4,18 +4,20 @@
 
 Writes `data_dir/latents/<R>/<name>@<symmetry>.safetensors` (coords, mean and logvar of the posterior). Measures the
 latents of the first split, and writes their shift and scale to the sdf_vae's entry of `model_dir`/config.json and, with
-those of each channel, to `data_dir/latents/<R>/moments.json`. Run it again whenever the VAE changes: it overwrites the
-files, unless all of them were made by the same encoder from the same shapes.
+those of each channel, to `data_dir/latents/<R>/moments.json`.
+
+Run it again whenever the VAE or the shapes change: files of the same encoder and shape are kept, so a stopped run
+continues where it was. `shard=i/n` encodes the i-th of n parts, as a task of an array (docs/cluster.md); the last task
+to finish writes the scale. Under torchrun, each rank encodes a part.
 """
 
-import dataclasses
 import hashlib
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,11 +28,23 @@ from d3ds2.kernels.devices import find_device
 from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE
 from d3ds2.storage.atomic_file import replacing
-from training.config import load_config
-from training.data.datasets import ShapeBatch, active_voxels, load_batches, pack_shapes
-from training.data.latent_moments import LatentMoments, set_latent_scale
-from training.data.shape_files import latent_path, list_shapes, load_shape, shape_path, write_arrays
+from training.data.damaged_files import READ_ERRORS, DamagedFiles
+from training.data.datasets import load_batches, to_device
+from training.data.latent_moments import (
+    LatentMoments,
+    encoder_fingerprint,
+    moments_path,
+    read_moments,
+    set_latent_scale,
+)
+from training.data.shape_batches import ShapeBatch, active_voxels, pack_shapes
+from training.data.shape_files import latent_path, list_records, load_shape, read_summary, shape_path, write_arrays
+from training.data.shards import Shard
+from training.distributed import ranks_on, run_script
 from training.run import RunConfig, autocast
+from training.run_folder import exporting
+
+FILES_CHECKED_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -44,107 +58,219 @@ class EncodeLatentsConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     device: str = "auto"
     workers: int = 0
+    shard: str = "0/1"  # the part i/n of the shapes that this task encodes
+    verify: bool = False  # read existing files and compare them with their checksums
+
+    def __post_init__(self):
+        Shard.parse(self.shard)
+
+
+class Item(NamedTuple):
+    """A shape in one symmetry, and the checksum of its file; "" if it has none."""
+
+    name: str
+    symmetry: int
+    checksum: str
+
+
+class Loaded(NamedTuple):
+    """The items of a batch whose files can be read, and their shapes; None if there are none."""
+
+    items: list[Item]
+    batch: ShapeBatch | None
 
 
 class AllShapes(Dataset):
-    """Every shape in every symmetry, in order: item i is the `ShapeBatch` of the (name, symmetry) in `batches[i]`."""
+    """Every shape of a split in every symmetry, in order: item i is the `Loaded` of the items in `batches[i]`.
+
+    The batches are the same for any number of tasks and after any stop, so the latents are, too.
+    """
 
     def __init__(self, config: EncodeLatentsConfig, split: str):
         self.config, self.batches = config, [[]]
-        names, tokens_of_shapes = list_shapes(config.data_dir, split, config.resolution)
-        self.shapes = list(zip(names, tokens_of_shapes.tolist(), strict=True))
-        size = 0
-        for name, tokens in self.shapes:
+        R, size = str(config.resolution), 0
+        records = list_records(config.data_dir, split, config.resolution)
+        self.shapes = [(r["name"], r["num_tokens"][R], r.get("checksums", {}).get(R, "")) for r in records]
+        self.place = {name: place for place, (name, *_) in enumerate(self.shapes)}
+        self.damaged = DamagedFiles(len(self.shapes), "prepare_shapes")
+        for name, tokens, checksum in self.shapes:
             for symmetry in config.symmetries:
                 if self.batches[-1] and size + tokens > config.max_tokens:
                     self.batches.append([])
                     size = 0
-                self.batches[-1].append((name, symmetry))
+                self.batches[-1].append(Item(name, symmetry, checksum))
                 size += tokens
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> ShapeBatch:
-        R = self.config.resolution
-        return pack_shapes([load_shape(shape_path(self.config.data_dir, R, n), s) for n, s in self.batches[index]], R)
+    def __getitem__(self, index: int) -> Loaded:
+        R, items, shapes = self.config.resolution, [], []
+        for item in self.batches[index]:
+            if self.damaged.has(self.place[item.name]):
+                continue
+            try:
+                shapes.append(load_shape(shape_path(self.config.data_dir, R, item.name), item.symmetry))
+            except READ_ERRORS as error:
+                self.damaged.add(self.place[item.name], error)
+            else:
+                items.append(item)
+        return Loaded(items, pack_shapes(shapes, R) if shapes else None)
 
 
-def fingerprint(vae: SDFVAE, splits: list[AllShapes]) -> str:
-    """Hash all that latents depend on: the encoder, and the shapes in their symmetries."""
+def fingerprint(encoder: str, splits: list[AllShapes]) -> str:
+    """Hash all that the latents of a folder depend on: the encoder, and the shapes in their symmetries."""
     config = splits[0].config
-    encoder = dataclasses.replace(vae.config, latents_shift=0.0, latents_scale=1.0)
-    made_of = [config.symmetries, config.precision, [shapes.shapes for shapes in splits], dataclasses.asdict(encoder)]
-    digest = hashlib.sha256(json.dumps(made_of).encode())
-    for tensor in vae.encoder.state_dict().values():
-        digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
+    made_of = [encoder, config.symmetries, config.precision, [shapes.shapes for shapes in splits]]
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
-def existing_moments(folder: Path, made_of: str, vae: SDFVAE, splits: list[AllShapes]) -> dict | None:
-    """Read moments.json if it has this fingerprint, all latents are there, and the VAE knows their scale; else None."""
-    file, config = folder / "moments.json", splits[0].config
-    summary = json.loads(file.read_text()) if file.is_file() else {}
-    items = [item for shapes in splits for batch in shapes.batches for item in batch]
-    known = summary.get("latents_shift"), summary.get("latents_scale"), summary.get("made_of")
-    if known != (vae.config.latents_shift, vae.config.latents_scale, made_of):
-        return None
-    return summary if all(latent_path(config.data_dir, config.resolution, *i).is_file() for i in items) else None
+class LatentFiles:
+    """The files of a config's latents, and what each must be made of."""
+
+    def __init__(self, config: EncodeLatentsConfig, encoder: str):
+        self.config, self.encoder = config, encoder
+
+    def path(self, item: Item) -> Path:
+        return latent_path(self.config.data_dir, self.config.resolution, item.name, item.symmetry)
+
+    def made_of(self, item: Item) -> str:
+        return f"{self.encoder[:32]} {self.config.precision} {item.checksum}"
+
+    def sums(self, item: Item) -> dict | None:
+        """The sums of a file's latents; None if the file is missing, damaged, or of another encoder or shape."""
+        summary = read_summary(self.path(item), "coords", self.config.verify)
+        if summary is None or summary.about.get("made_of") != self.made_of(item):
+            return None
+        return summary.about["moments"]
+
+    def write(self, item: Item, arrays: dict[str, np.ndarray], sums: dict) -> None:
+        write_arrays(self.path(item), arrays, {"made_of": self.made_of(item), "moments": sums})
 
 
 @torch.no_grad()
-def encode(vae: SDFVAE, batch: ShapeBatch, moments: LatentMoments) -> list[dict[str, np.ndarray]]:
-    """Encode a batch and count its latents in `moments`.
+def encode(vae: SDFVAE, batch: ShapeBatch) -> list[tuple[dict[str, np.ndarray], dict]]:
+    """Encode a batch.
 
     Returns:
-        The arrays of each shape's file: coords (M,3) int16 in the order of `Voxels`, mean and logvar (M,C) fp16.
+        For each shape, the arrays of its file: coords (M,3) int16 in the order of `Voxels`, mean and logvar (M,C) fp16;
+        and the sums that `LatentMoments` adds up.
     """
     sdf, voxels = active_voxels(batch)
     mean, logvar, latent_voxels = vae.encode(sdf, voxels)
-    moments.add(mean, logvar)
+    counts = latent_voxels.counts
+    sums = []
+    for parts in zip(mean.split(counts), logvar.split(counts), strict=True):
+        moments = LatentMoments(mean.shape[1], mean.device)
+        moments.add(*parts)
+        sums.append(torch.stack([moments.sum, moments.sum_of_squares]))
+    sums = [
+        dict(zip(("count", "sum", "sum_of_squares"), (n, *s), strict=True))
+        for n, s in zip(counts, torch.stack(sums).tolist(), strict=True)
+    ]
     arrays = {"coords": latent_voxels.coords[:, 1:].short(), "mean": mean.half(), "logvar": logvar.half()}
-    parts = {name: array.cpu().split(latent_voxels.counts) for name, array in arrays.items()}
-    return [{name: part[i].numpy() for name, part in parts.items()} for i in range(batch.batch_size)]
+    parts = {name: array.cpu().split(counts) for name, array in arrays.items()}
+    return [({name: part[i].numpy() for name, part in parts.items()}, sums[i]) for i in range(batch.batch_size)]
+
+
+def encode_missing(vae: SDFVAE, shapes: AllShapes, numbers: list[int], files: LatentFiles) -> dict[Item, dict]:
+    """Encode those of these batches that miss a file; return the sums of every file that is there then."""
+    sums, missing = {}, []
+    with ThreadPoolExecutor() as pool:
+        for first in range(0, len(numbers), FILES_CHECKED_AT_ONCE):
+            part = numbers[first : first + FILES_CHECKED_AT_ONCE]
+            items = [item for number in part for item in shapes.batches[number]]
+            sums |= {item: found for item, found in zip(items, pool.map(files.sums, items), strict=True) if found}
+            missing += [number for number in part if not all(item in sums for item in shapes.batches[number])]
+    if kept := len(sums):
+        print(f"{kept} latents are up to date")
+    device = next(vae.parameters()).device
+    run = RunConfig(precision=files.config.precision)
+    loaded = load_batches(Chosen(shapes, missing), 0, len(missing), files.config.workers, device)
+    written = []
+    with ThreadPoolExecutor() as pool:  # files of one batch are written while the next is encoded
+        for items, batch in tqdm(loaded, total=len(missing), unit="batch"):
+            encoded = []
+            if batch is not None:
+                with autocast(run, device):
+                    encoded = encode(vae, to_device(batch, device))
+            for file in written:
+                file.result()
+            sums |= {item: sum_ for item, (_, sum_) in zip(items, encoded, strict=True)}
+            written = [pool.submit(files.write, item, *latents) for item, latents in zip(items, encoded, strict=True)]
+        for file in written:
+            file.result()
+    return sums
+
+
+class Chosen(Dataset):
+    """Some items of a dataset."""
+
+    def __init__(self, dataset: Dataset, numbers: list[int]):
+        self.dataset, self.numbers = dataset, numbers
+
+    def __getitem__(self, index: int):
+        return self.dataset[self.numbers[index]]
 
 
 def main(config: EncodeLatentsConfig) -> dict:
-    """Encode all shapes; return the content of moments.json."""
-    device = find_device(config.device)
-    vae = load_network(config.model_dir, "sdf_vae", device)
-    run = RunConfig(precision=config.precision)
-    folder = latent_path(config.data_dir, config.resolution, "", 0).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    splits = [AllShapes(config, split) for split in config.splits]
-    made_of = fingerprint(vae, splits)
-    summary = existing_moments(folder, made_of, vae, splits)
-    if summary is not None:
-        print(f"the latents in {folder} are up to date")
-        return summary
-    (folder / "moments.json").unlink(missing_ok=True)  # missing until all files are of this VAE
-    all_moments = []
-    for split, shapes in zip(config.splits, splits, strict=True):
-        moments = LatentMoments(vae.config.latent_channels, device)
-        batches = load_batches(shapes, 0, len(shapes), config.workers, device)
-        written = []
-        with ThreadPoolExecutor() as pool:  # files of one batch are written while the next is encoded
-            for items, batch in zip(tqdm(shapes.batches, unit="batch", desc=split), batches, strict=True):
-                with autocast(run, device):
-                    latents = encode(vae, batch, moments)
-                for file in written:
-                    file.result()
-                paths = [latent_path(config.data_dir, config.resolution, *item) for item in items]
-                written = [pool.submit(write_arrays, *pair) for pair in zip(paths, latents, strict=True)]
-            for file in written:
-                file.result()
-        all_moments.append(moments)
+    """Encode this task's shapes; return the content of moments.json, or {} while other tasks have not finished.
 
-    summary = all_moments[0].summary() | {"made_of": made_of}
-    set_latent_scale(vae, all_moments[0])
-    save_network(config.model_dir, "sdf_vae", vae, torch.float16)
-    with replacing(folder / "moments.json") as temporary:
-        temporary.write_text(json.dumps(summary, indent=1))
+    Raises:
+        FileNotFoundError: there are no shapes.
+        ValueError: too many shapes are damaged.
+        OSError: the disk is full or cannot be written. Finished files stay.
+    """
+    ranks = ranks_on(find_device(config.device))
+    vae = load_network(config.model_dir, "sdf_vae", ranks.device)
+    shard = Shard.parse(config.shard) if ranks.size == 1 else Shard(ranks.rank, ranks.size)
+    summary_file = moments_path(config.data_dir, config.resolution)
+    summary_file.parent.mkdir(parents=True, exist_ok=True)
+    splits = [AllShapes(config, split) for split in config.splits]
+    encoder = encoder_fingerprint(vae)
+    made_of, files = fingerprint(encoder, splits), LatentFiles(config, encoder)
+    own_file = shard.file(summary_file)
+    own = read_moments(own_file)
+    numbers = [shard.of(range(len(shapes))) for shapes in splits]
+    items = [item for s, chosen in zip(splits, numbers, strict=True) for n in chosen for item in s.batches[n]]
+    if read_moments(summary_file).get("made_of") != made_of:
+        summary_file.unlink(missing_ok=True)  # missing until all files are of this VAE
+    if not config.verify and own.get("made_of") == made_of and all(files.path(item).is_file() for item in items):
+        print(f"the latents in {summary_file.parent} are up to date")
+    else:
+        own_file.unlink(missing_ok=True)
+        sums = [encode_missing(vae, *part, files) for part in zip(splits, numbers, strict=True)]
+        moments = LatentMoments(vae.config.latent_channels, torch.device("cpu"))
+        for item in items:
+            if item in sums[0]:
+                moments.add_sums(sums[0][item])
+        own = moments.sums() | {"made_of": made_of, "encoder": encoder}
+        write_json(own_file, own)
+    ranks.wait()
+    if not ranks.is_first:
+        return {}
+    parts = [read_moments(Shard(i, shard.count).file(summary_file)) for i in range(shard.count)]
+    if any(part.get("made_of") != made_of for part in parts):
+        print(f"shard {shard} is finished; the last shard to finish writes the scale of the latents")
+        return {}
+    moments = LatentMoments(vae.config.latent_channels, torch.device("cpu"))
+    for part in parts:
+        moments.add_sums(part)
+    summary = moments.summary() | moments.sums() | {"made_of": made_of, "encoder": encoder}
+    if (vae.config.latents_shift, vae.config.latents_scale) != (summary["latents_shift"], summary["latents_scale"]):
+        set_latent_scale(vae, moments)
+        with exporting(config.model_dir):
+            save_network(config.model_dir, "sdf_vae", vae, torch.float16)
+    if read_moments(summary_file) != summary:
+        write_json(summary_file, summary)
     return summary
 
 
+def write_json(file: Path, values: dict) -> None:
+    """Write a file of JSON, whole or not at all."""
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(values, indent=1))
+
+
 if __name__ == "__main__":
-    main(load_config(EncodeLatentsConfig, sys.argv[1:]))
+    run_script(main, EncodeLatentsConfig, sys.argv[1:])

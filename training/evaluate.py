@@ -1,4 +1,4 @@
-"""Score a trained model on shapes that it has not seen.
+"""Score a trained model on the shapes of a split, which should be one that it has not seen.
 
     python -m training.evaluate training/configs/tiny_evaluate.toml model_dir=models/mine sampling.latent_guidance=3
 
@@ -15,7 +15,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import sys
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,12 +29,14 @@ from d3ds2.pipeline import load_pipeline
 from d3ds2.storage.atomic_file import replacing
 from d3ds2.storage.dataclass_values import from_dict
 from d3ds2.storage.model_folder import SamplingConfig, load_settings
-from training.config import load_config
+from training.command import run_command
+from training.data.index_files import read_index
 from training.data.meshes import list_meshes
 from training.data.shape_files import list_shapes
 from training.evaluation import generation, generation_scores, round_trip
 from training.evaluation.generation import GenerationConfig
 from training.evaluation.shape_scores import ScoreConfig
+from training.mesh_jobs import end_with_parent
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -74,8 +75,7 @@ def main(config: EvaluateConfig) -> dict:
     R = sampling.sdf_resolution
     names, tokens = list_shapes(config.data_dir, config.split, R)
     names, tokens = names[: config.limit or None], tokens[: config.limit or None]
-    records = json.loads((Path(config.data_dir) / "index.json").read_text())
-    source_of = {record["name"]: record["source"] for record in records}
+    source_of = {record["name"]: record["source"] for record in read_index(config.data_dir)}
     sources = {name: source_of[name] for name in names}
     scoring = ScoreConfig(config.data_dir, R, config.num_points, config.cells, config.seed, sampling.level)
     result = {"model": name, "config": dataclasses.asdict(config), "sampling": dataclasses.asdict(sampling)}
@@ -83,7 +83,7 @@ def main(config: EvaluateConfig) -> dict:
 
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the pool: each core has its own shape
     workers = config.workers or os.cpu_count() or 1
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool:
         if "round_trip" in config.parts:
             result["round_trip"], table = evaluate_round_trip(config, sources, tokens, scoring, pool)
             text += table + "\n"
@@ -120,7 +120,9 @@ def evaluate_generation(
     sheet = generation_scores.sheet_of(items)
     if sheet is not None:
         sheet.quantize(256).save(Path(config.out_dir) / "generation.png", optimize=True)
-    summaries, tables = generation_scores.report(items, sampling, config.generation.train_split, baselines, scoring)
+    summaries, tables = generation_scores.report(
+        items, sampling, config.generation.train_split, baselines, scoring, config.split
+    )
     return {"summaries": summaries, "baselines": baselines, "scores": [item.record for item in items]}, tables
 
 
@@ -132,4 +134,4 @@ def dtype_of(config: EvaluateConfig, device: torch.device) -> torch.dtype:
 
 
 if __name__ == "__main__":
-    main(load_config(EvaluateConfig, sys.argv[1:]))
+    run_command(main, EvaluateConfig)

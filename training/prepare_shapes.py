@@ -6,32 +6,33 @@ Reads a folder of meshes (.npz corpus with index.json, or .glb .obj .ply .stl ..
 each to 0.95 of the cube and writes
 
     data_dir/shapes/<R>/<name>.safetensors   block_coords (M,3) int16, sdf (M,8,8,8) fp16, sharp (M,64) packed bits
-    data_dir/index.json                      name, source, split, num_tokens per resolution
+    data_dir/index.json                      records: name, source, split, num_tokens per resolution
     data_dir/failures.jsonl                  meshes that could not be read or converted, and why
 
-Existing files are kept, so a stopped run continues where it was. One process per core.
+Existing files of the same mesh and settings are kept, so a stopped run continues where it was. One process per core.
+`shard=i/n` does the i-th of n parts, as a task of an array (docs/cluster.md), and writes index.<i>-of-<n>.json. Exit
+code 1: no mesh could be prepared, or the disk refused a file.
 
 Marks such as [A] say how certain a value is: see docs/paper.md.
 """
 
-import json
-import multiprocessing
+import contextlib
 import os
-import sys
+import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
+from typing import Any, NamedTuple
 
 from d3ds2.meshes.mesh_to_sdf import mesh_to_sdf, normalize_mesh
-from d3ds2.storage.atomic_file import replacing
-from training.config import load_config
+from training.command import run_command
+from training.data.index_files import update_index
 from training.data.meshes import MeshEntry, list_meshes, read_mesh
-from training.data.shape_files import save_shape, shape_path
+from training.data.shape_files import read_summary, save_shape, shape_path
+from training.data.shards import Shard
+from training.mesh_jobs import AllFailedError, Failure, finished, run_jobs
+
+SECONDS_BETWEEN_INDEXES = 120
 
 
 @dataclass(frozen=True)
@@ -45,102 +46,140 @@ class PrepareShapesConfig:
     sharp_angle: float = 30.0  # degrees between the faces of a sharp edge [D]
     workers: int = 0  # 0: one per core
     limit: int = 0  # only the first meshes; 0: all
+    shard: str = "0/1"  # the part i/n of the meshes that this task prepares
+    verify: bool = False  # read existing files and compare them with their checksums
+
+    def __post_init__(self):
+        Shard.parse(self.shard)
+
+    def settings(self, resolution: int) -> dict[str, Any]:
+        """The settings that a file of this resolution depends on."""
+        band = (self.bands or {}).get(str(resolution))
+        return {"scale": self.scale, "band": band, "shell": self.shell, "sharp_angle": self.sharp_angle}
 
 
-def prepare(entry: MeshEntry, config: PrepareShapesConfig) -> dict[str, int]:
-    """Write the missing files of a mesh; return its number of tokens at each resolution.
+class Prepared(NamedTuple):
+    """The files of a mesh."""
+
+    num_tokens: dict[str, int]  # by resolution
+    checksums: dict[str, str]  # by resolution; "" for files of older versions
+    num_outdated: int = 0  # files made again, because the mesh or the settings had changed
+    num_unknown: int = 0  # files kept that do not say their settings
+
+
+def prepare(entry: MeshEntry, config: PrepareShapesConfig) -> Prepared:
+    """Write the files of a mesh that are missing, damaged, or of another mesh or other settings.
 
     Raises:
         ValueError: the mesh cannot be read, or has no surface.
         OSError: a file cannot be read or written.
     """
-    num_tokens, mesh = {}, None
+    num_tokens, checksums, mesh, num_outdated, num_unknown = {}, {}, None, 0, 0
+    size = _size_of(entry.path)
     for R in config.resolutions:
         path = shape_path(config.data_dir, R, entry.name)
-        tokens = _tokens_in(path)
-        if tokens is None:
-            if mesh is None:
-                vertices, faces, _ = read_mesh(entry)
-                mesh = normalize_mesh(vertices, config.scale), faces
-            band = (config.bands or {}).get(str(R))
-            # one thread: each core has its own mesh
-            sdf = mesh_to_sdf(*mesh, R, band, config.shell, config.sharp_angle, threads=1)
-            tokens = len(sdf.block_coords)
-            if tokens == 0:
-                raise ValueError(f"expected a surface, got no active voxel at resolution {R}")
-            save_shape(path, sdf)
-        num_tokens[str(R)] = tokens
-    return num_tokens
+        made_of = config.settings(R) | {"mesh_bytes": size}
+        summary = read_summary(path, "block_coords", config.verify)
+        stored = summary.about.get("made_of", {}) if summary else {}
+        if summary and (not stored or size is None or stored == made_of):
+            num_unknown += not stored
+            num_tokens[str(R)], checksums[str(R)] = summary.tokens, summary.checksum
+            continue
+        if mesh is None:
+            vertices, faces, _ = read_mesh(entry)
+            mesh = normalize_mesh(vertices, config.scale), faces
+        # one thread: each core has its own mesh
+        sdf = mesh_to_sdf(*mesh, R, made_of["band"], config.shell, config.sharp_angle, threads=1)
+        if len(sdf.block_coords) == 0:
+            raise ValueError(f"expected a surface, got no active voxel at resolution {R}")
+        checksums[str(R)] = save_shape(path, sdf, {"made_of": made_of})
+        num_tokens[str(R)] = len(sdf.block_coords)
+        num_outdated += summary is not None
+    for R in _other_resolutions(config):
+        summary = read_summary(shape_path(config.data_dir, R, entry.name), "block_coords")
+        stored = summary.about.get("made_of", {}) if summary else {}
+        if summary and stored.get("scale", config.scale) == config.scale and stored.get("mesh_bytes", size) == size:
+            num_tokens[str(R)], checksums[str(R)] = summary.tokens, summary.checksum
+    return Prepared(num_tokens, checksums, num_outdated, num_unknown)
 
 
-def _tokens_in(path: Path) -> int | None:
-    """The number of blocks in a shape file, None if it is missing or damaged."""
-    try:
-        with safe_open(path, "numpy") as file:
-            return file.get_slice("block_coords").get_shape()[0]
-    except (FileNotFoundError, SafetensorError):
-        return None
+def _size_of(path: Path) -> int | None:
+    """The bytes of a mesh file, by which a changed mesh is found; None if it is gone."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_size
+    return None
 
 
-def prepare_all(entries: list[MeshEntry], config: PrepareShapesConfig) -> Iterator[tuple[MeshEntry, dict | str]]:
-    """Yield each mesh with its tokens, or with the error.
+def _other_resolutions(config: PrepareShapesConfig) -> list[int]:
+    """The resolutions that are in the folder, but not in the config."""
+    folder = shape_path(config.data_dir, 0, "").parents[1]
+    found = {int(path.name) for path in folder.iterdir() if path.name.isdecimal()}
+    return sorted(found - set(config.resolutions))
 
-    A mesh that kills its process (out of memory) breaks the pool. The meshes in progress are then tried again, one by
-    one.
-    """
-    workers = config.workers or os.cpu_count() or 1
-    pending, suspects = list(reversed(entries)), []
-    while pending or suspects:
-        alone = bool(suspects)
-        queue = [suspects.pop()] if alone else pending
-        running = {}
-        with ProcessPoolExecutor(1 if alone else workers, multiprocessing.get_context("spawn")) as pool:
-            try:
-                while queue or running:
-                    while queue and len(running) < 2 * workers:
-                        running[pool.submit(prepare, queue[-1], config)] = queue[-1]  # raises where the pool is broken
-                        queue.pop()
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        entry = running[future]
-                        try:
-                            result = future.result()
-                        except BrokenProcessPool:
-                            raise
-                        except Exception as error:  # one bad mesh in thousands must not end the run; it is reported
-                            result = f"{type(error).__name__}: {error}"
-                        del running[future]
-                        yield entry, result
-            except BrokenProcessPool:
-                if alone:
-                    yield from ((entry, "the process died (out of memory?)") for entry in running.values())
-                else:
-                    suspects = list(running.values())
+
+def prepare_all(
+    entries: list[MeshEntry], config: PrepareShapesConfig
+) -> Iterator[tuple[MeshEntry, Prepared | Failure]]:
+    """Yield each mesh with its files, or with the reason why it has none."""
+    return run_jobs(prepare, entries, config, config.workers or os.cpu_count() or 1)
 
 
 def main(config: PrepareShapesConfig) -> list[dict]:
-    """Convert all meshes; return the records of index.json."""
-    data_dir = Path(config.data_dir)
-    entries = list_meshes(config.meshes)
-    entries = entries[: config.limit or None]
+    """Convert this task's meshes; return their records in the index.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it has no mesh.
+        AllFailedError: no mesh could be converted.
+        MachineError: the disk is full or cannot be written. Finished files and all records stay.
+    """
+    data_dir, shard = Path(config.data_dir), Shard.parse(config.shard)
+    listed = list_meshes(config.meshes)
+    entries = [entry for entry in listed[: config.limit or None] if shard.has(entry.name)]
     for R in config.resolutions:
-        shape_path(data_dir, R, "").parent.mkdir(parents=True, exist_ok=True)
-    records, num_failures = [], 0
-    with open(data_dir / "failures.jsonl", "w") as failures, tqdm(total=len(entries), unit="mesh") as progress:
-        for entry, result in prepare_all(entries, config):
-            if isinstance(result, dict):
-                records.append({"name": entry.name, "source": entry.source, "split": entry.split, "num_tokens": result})
-            else:
-                failures.write(json.dumps({"name": entry.name, "path": str(entry.path), "error": result}) + "\n")
-                failures.flush()
-                num_failures += 1
-                progress.set_postfix(failures=num_failures)
-            progress.update()
+        folder = shape_path(data_dir, R, "").parent
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder, {entry.name for entry in entries})
+    folder, names = Path(config.meshes).resolve().as_posix(), {entry.name for entry in listed}
+    log = shard.file(data_dir / "failures.jsonl")
+    records, failed, num_outdated, num_unknown = [], [], 0, 0
+
+    def write_index() -> None:
+        bad = {failure["name"] for failure in failed}
+        update_index(
+            data_dir,
+            shard,
+            records,
+            lambda record: record["name"] in bad or (record.get("meshes") == folder and record["name"] not in names),
+        )
+
+    try:
+        written = time.monotonic()
+        for entry, made in finished(prepare_all(entries, config), len(entries), log, failed):
+            record = {"name": entry.name, "source": entry.source, "split": entry.split}
+            records.append(record | {"num_tokens": made.num_tokens, "checksums": made.checksums, "meshes": folder})
+            num_outdated, num_unknown = num_outdated + made.num_outdated, num_unknown + made.num_unknown
+            if time.monotonic() - written > SECONDS_BETWEEN_INDEXES:
+                write_index()
+                written = time.monotonic()
+    finally:
+        write_index()  # also where the run is stopped or the disk is full
     records.sort(key=lambda record: record["name"])
-    with replacing(data_dir / "index.json") as temporary:
-        temporary.write_text(json.dumps(records, indent=1))
-    print(f"{len(records)} shapes in {data_dir}, {num_failures} failures (see {data_dir}/failures.jsonl)")
+    if num_outdated:
+        print(f"{num_outdated} files were made again, because their mesh or the settings had changed")
+    if num_unknown:
+        print(f"{num_unknown} files of an older version do not say their settings and were kept; delete to make again")
+    print(f"{len(records)} shapes in {data_dir}, {len(failed)} failures (see {log})")
+    if failed and not records:
+        raise AllFailedError(f"all {len(failed)} meshes failed, see {log}")
     return records
 
 
+def remove_leftovers(folder: Path, names: set[str]) -> None:
+    """Remove what killed runs left of the files of these meshes, which no other task writes."""
+    for path in folder.glob(".*.safetensors"):
+        if path.stem[1:].rpartition(".")[0] in names:
+            path.unlink(missing_ok=True)
+
+
 if __name__ == "__main__":
-    main(load_config(PrepareShapesConfig, sys.argv[1:]))
+    run_command(main, PrepareShapesConfig)

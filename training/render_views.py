@@ -8,8 +8,10 @@ Reads the same folder of meshes as prepare_shapes and writes, for each mesh,
     data_dir/views/<name>/cameras.json    the settings, and camera and light of each view
     data_dir/view_failures.jsonl          meshes that could not be read or rendered, and why
 
-A view depends on (seed, split, name, number) alone. Existing folders of the same settings are kept, so a stopped run
-continues where it was. One process per core. Needs embreex (extra `train`).
+A view depends on (seed, split, name, number) alone. Existing folders of the same mesh and settings are kept, so a
+stopped run continues where it was. One process per core. Needs embreex (extra `train`). `shard=i/n` does the i-th of n
+parts, as a task of an array (docs/cluster.md), and writes view_failures.<i>-of-<n>.jsonl. Exit code 1: no mesh could be
+rendered, or the disk refused a file.
 
 Marks such as [A] say how certain a value is: see docs/paper.md.
 """
@@ -17,24 +19,25 @@ Marks such as [A] say how certain a value is: see docs/paper.md.
 import colorsys
 import dataclasses
 import hashlib
+import io
 import json
-import multiprocessing
 import os
+import secrets
 import shutil
-import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from d3ds2.images.render import Camera, Light, MeshRenderer
 from d3ds2.meshes.mesh_to_sdf import normalize_mesh
-from training.config import load_config
+from training.command import run_command
 from training.data.meshes import SPLITS, MeshEntry, list_meshes, read_mesh
+from training.data.png_files import is_whole
 from training.data.shape_files import view_folder
+from training.data.shards import Shard
+from training.mesh_jobs import AllFailedError, finished, run_jobs
 
 MIN_COVERAGE = 2e-3  # share of the pixels; a sheet seen edge-on has less, and gets another camera
 TRIES = 20  # cameras for a view
@@ -57,8 +60,11 @@ class RenderViewsConfig:
     seed: int = 0
     workers: int = 0  # 0: one per core
     limit: int = 0  # only the first meshes; 0: all
+    shard: str = "0/1"  # the part i/n of the meshes that this task renders
+    verify: bool = False  # read existing pictures and compare them with their checksums
 
     def __post_init__(self):
+        Shard.parse(self.shard)
         if self.views < 1 or self.size < 8:
             raise ValueError(f"expected views >= 1 and size >= 8, got {self.views} and {self.size}")
         if not set(self.splits) <= set(SPLITS):
@@ -71,7 +77,7 @@ class RenderViewsConfig:
     @property
     def settings(self) -> dict:
         """The settings that the pictures depend on, as in cameras.json."""
-        elsewhere = ("meshes", "data_dir", "splits", "workers", "limit")
+        elsewhere = ("meshes", "data_dir", "splits", "workers", "limit", "shard", "verify")
         return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(self).items() if k not in elsewhere}))
 
 
@@ -137,71 +143,83 @@ def render_mesh(entry: MeshEntry, config: RenderViewsConfig) -> int:
         OSError: a file cannot be read or written.
     """
     folder = view_folder(config.data_dir, entry.name)
-    if is_complete(folder, config):
+    size = entry.path.stat().st_size if entry.path.is_file() else None
+    if is_complete(folder, config, size):
         return 0
     vertices, faces, colors = read_mesh(entry)
     renderer = MeshRenderer(normalize_mesh(vertices, config.scale), faces)
-    partial = folder.with_name(f".{entry.name}.{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = folder.with_name(f".{entry.name}.{secrets.token_hex(4)}")
     partial.mkdir(parents=True)
-    views = []
-    for number in range(config.views):
-        rng = generator_for(config.seed, entry.split, entry.name, number)
-        picture, camera, light = render_view(renderer, colors, config, rng)
-        file = f"{number:03d}.png"
-        Image.fromarray(picture).save(partial / file, compress_level=1)
-        views.append({"file": file, "camera": dataclasses.asdict(camera), "light": dataclasses.asdict(light)})
-    (partial / "cameras.json").write_text(json.dumps({"settings": config.settings, "views": views}))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)  # so a killed run leaves no unfinished folder under this name
+    try:
+        views = []
+        for number in range(config.views):
+            rng = generator_for(config.seed, entry.split, entry.name, number)
+            picture, camera, light = render_view(renderer, colors, config, rng)
+            png = io.BytesIO()
+            Image.fromarray(picture).save(png, "PNG", compress_level=1)
+            file, content = f"{number:03d}.png", png.getvalue()
+            (partial / file).write_bytes(content)
+            about = {"file": file, "bytes": len(content)}
+            views.append(about | {"camera": dataclasses.asdict(camera), "light": dataclasses.asdict(light)})
+        cameras = {"settings": config.settings, "mesh_bytes": size, "views": views}
+        (partial / "cameras.json").write_text(json.dumps(cameras))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)  # so a killed run leaves no unfinished folder under this name
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return config.views
 
 
-def is_complete(folder: Path, config: RenderViewsConfig) -> bool:
-    """Whether the folder holds all views, made with these settings."""
+def is_complete(folder: Path, config: RenderViewsConfig, mesh_bytes: int | None = None) -> bool:
+    """Whether the folder holds all views, made with these settings from a mesh file of this size.
+
+    Pictures are compared with their sizes in cameras.json, and with their own checksums if the config says `verify`.
+    """
     try:
         cameras = json.loads((folder / "cameras.json").read_text())
-        return cameras["settings"] == config.settings and all((folder / v["file"]).is_file() for v in cameras["views"])
-    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        if cameras["settings"] != config.settings or mesh_bytes not in (None, cameras.get("mesh_bytes", mesh_bytes)):
+            return False
+        for view in cameras["views"]:
+            file = folder / view["file"]
+            if ("bytes" in view and file.stat().st_size != view["bytes"]) or not file.is_file():
+                return False
+            if config.verify and not is_whole(file.read_bytes()):
+                return False
+        return True
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
 def main(config: RenderViewsConfig) -> list[dict]:
-    """Render all meshes; return the records of view_failures.jsonl.
+    """Render this task's meshes; return the records of view_failures.jsonl.
 
     Raises:
         FileNotFoundError: there is no such folder of meshes.
         ValueError: no mesh belongs to these splits.
+        AllFailedError: no mesh could be rendered.
+        MachineError: the disk is full or cannot be written. Finished pictures stay.
     """
     entries = [entry for entry in list_meshes(config.meshes) if entry.split in config.splits][: config.limit or None]
     if not entries:
         raise ValueError(f"expected meshes of the splits {config.splits} in {config.meshes}, got none")
+    shard = Shard.parse(config.shard)
+    entries = [entry for entry in entries if shard.has(entry.name)]
     views = Path(config.data_dir) / "views"
     views.mkdir(parents=True, exist_ok=True)
+    names = {entry.name for entry in entries}
     for leftover in views.glob(".*"):
-        shutil.rmtree(leftover)
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the pool: each core has its own mesh
-    workers = min(config.workers or os.cpu_count() or 1, len(entries))
-    failures, rendered = [], 0
-    with (
-        open(Path(config.data_dir) / "view_failures.jsonl", "w") as log,
-        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
-        tqdm(total=len(entries), unit="mesh") as progress,
-    ):
-        jobs = {pool.submit(render_mesh, entry, config): entry for entry in entries}
-        for job in as_completed(jobs):
-            entry = jobs[job]
-            try:
-                rendered += job.result()
-            except (ValueError, OSError) as error:  # one bad mesh in thousands must not end the run; it is reported
-                failures.append({"name": entry.name, "path": str(entry.path), "error": str(error)})
-                log.write(json.dumps(failures[-1]) + "\n")
-                log.flush()
-                progress.set_postfix(failures=len(failures))
-            progress.update()
-    print(f"{rendered} views rendered in {views}, {len(failures)} meshes failed")
-    return failures
+        if leftover.name[1:].rpartition(".")[0] in names:  # of a killed run; no other task renders these meshes
+            shutil.rmtree(leftover, ignore_errors=True)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the workers: each core has its own mesh
+    jobs = run_jobs(render_mesh, entries, config, config.workers or os.cpu_count() or 1)
+    log = shard.file(Path(config.data_dir) / "view_failures.jsonl")
+    failed = []
+    rendered = sum(number for _, number in finished(jobs, len(entries), log, failed))
+    print(f"{rendered} views rendered in {views}, {len(failed)} meshes failed (see {log})")
+    if entries and len(failed) == len(entries):
+        raise AllFailedError(f"all {len(failed)} meshes failed, see {log}")
+    return failed
 
 
 if __name__ == "__main__":
-    main(load_config(RenderViewsConfig, sys.argv[1:]))
+    run_command(main, RenderViewsConfig)

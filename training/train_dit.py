@@ -25,6 +25,7 @@ from d3ds2.networks.sdf_vae import SDFVAE
 from d3ds2.rectified_flow import interpolate
 from d3ds2.storage.model_folder import SamplingConfig, save_settings
 from training.data.datasets import LatentBatch, LatentViews
+from training.data.latent_moments import check_latents
 from training.data.parts import WHOLE, Part, load_parts
 from training.data.shape_files import list_shapes
 from training.data.views import Views
@@ -125,6 +126,7 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
 
     encoder = load_network(config.model_dir, "image_encoder", device)
     vae = load_network(config.model_dir, "sdf_vae", device)  # for the scale of its latents
+    check_latents(config.data_dir, config.resolution, vae, config.model_dir)
     tokens_of = dict(zip(*list_shapes(config.data_dir, config.split, config.resolution), strict=True))
     views = Views(
         config.data_dir, list(tokens_of), encoder.config.image_size, config.turn_to_camera, cache=config.cache_views

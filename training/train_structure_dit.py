@@ -168,8 +168,10 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
     generator = torch.Generator(device)
 
     names, _ = list_shapes(config.data_dir, config.split, config.resolution)
+    structures = Structures(config.data_dir, names, config.resolution, 1, run.seed)
+    names = structures.names  # without damaged ones
     views = Views(config.data_dir, names, encoder.config.image_size, config.turn_to_camera, cache=config.cache_views)
-    structures = Structures(config.data_dir, views.names, config.resolution, 1, run.seed)
+    structures.keep(views.names)
     wanted = [views.symmetries_of(shape) for shape in range(len(views.names))]
     latents = StructureLatents(load_network(config.model_dir, "structure_vae", device), structures, wanted, device)
     images_of, dataset = load_pictures(config, views, device)

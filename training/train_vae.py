@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE, SDFVAEConfig
-from training.data.datasets import ShapeBatch, Shapes, active_voxels
+from training.data.datasets import Shapes
 from training.data.parts import WHOLE, Part, load_parts
+from training.data.shape_batches import ShapeBatch, active_voxels
 from training.distributed import Ranks, run_script
 from training.losses import SDF_TERMS, SDFLossConfig, count_sdf, sdf_loss
 from training.run import Log, RunConfig, Stop, autocast, is_save_step, seed_step, start

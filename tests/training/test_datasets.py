@@ -2,28 +2,24 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import save_file
 
 from d3ds2.geometry.voxels import Voxels
 from d3ds2.images.foreground import preprocess
 from d3ds2.meshes.mesh_to_sdf import SparseSDF
 from tests.support.training_data import R, prepared
-from training.data.datasets import (
-    BatchPlan,
-    ResolutionPlan,
-    Shapes,
-    Structures,
-    StructureViews,
-    draw,
-    load_batches,
-    pack_shapes,
-)
-from training.data.shape_files import StoredShape, list_shapes, load_shape, save_shape, shape_path
+from training.data.batch_plans import BatchPlan, ResolutionPlan, draw
+from training.data.damaged_files import DamagedFiles, TooManyDamagedError
+from training.data.datasets import Shapes, Structures, StructureViews, load_batches
+from training.data.shape_batches import pack_shapes
+from training.data.shape_files import StoredShape, list_shapes, load_shape, read_arrays, save_shape, shape_path
 from training.data.symmetry import facing, transform_grid
 from training.data.views import Views
 
@@ -111,6 +107,115 @@ def test_batches_do_not_depend_on_workers_or_on_the_first_step(data_dir, workers
             for x, y in [(a.coords, b.coords), (a.neighbors, b.neighbors)] if isinstance(a, Voxels) else [(a, b)]:
                 assert torch.equal(torch.as_tensor(x), torch.as_tensor(y))
     assert not torch.equal(expected[0].block_coords, expected[1].block_coords)
+
+
+@pytest.fixture
+def own_data(data_dir, tmp_path) -> str:
+    """A copy of the data, which a test may damage."""
+    return str(shutil.copytree(data_dir, tmp_path / "data"))
+
+
+def flip_a_bit(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 8
+    path.write_bytes(content)
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def swap_blocks_of_an_older_file(path: Path) -> None:
+    """Write a file without checksums, whose contents make no batch."""
+    blocks, sdf, sharp = read_arrays(path, "block_coords", "sdf", "sharp")
+    save_file({"block_coords": blocks[::-1].copy(), "sdf": sdf, "sharp": sharp}, path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "damage", [cut_off, Path.unlink, lambda p: flip_a_bit(p, -9), swap_blocks_of_an_older_file, Path.touch]
+)
+def test_a_damaged_shape_is_named_once_and_replaced(own_data, capfd, damage, workers):
+    names, tokens = list_shapes(own_data, "train", R)
+    arguments = own_data, "train", (R,), 2, 10_000, 5, (0, 3)
+    whole = [Shapes(*arguments)[step] for step in range(8)]
+    damaged = int(tokens.argmax())
+    path = shape_path(own_data, R, names[damaged])
+    damage(path)
+    shapes = Shapes(*arguments)
+    batches = list(load_batches(shapes, 0, 8, workers, CPU))
+    lines = [line for line in capfd.readouterr().err.splitlines() if "skipped: " in line]
+    if damage is Path.touch:
+        assert not lines
+    else:
+        assert 1 <= len(lines) <= max(workers, 1) and f"{path}" in lines[0] and "training.prepare_shapes" in lines[0]
+    for step, (batch, old) in enumerate(zip(batches, whole, strict=True)):
+        is_same = torch.equal(batch.sdf, old.sdf) if batch.sdf.shape == old.sdf.shape else False
+        assert batch.batch_size == 2 and len(batch.sdf) <= len(old.sdf)
+        assert is_same == (damage is Path.touch or damaged not in shapes.plans[R][step] // 2)
+
+
+def test_too_many_damaged_shapes_are_an_error_of_one_line(own_data):
+    names, _ = list_shapes(own_data, "train", R)
+    for name in names[:2]:
+        cut_off(shape_path(own_data, R, name))
+    for workers in (0, 1):
+        with pytest.raises(
+            TooManyDamagedError, match=r"^damaged file \S+ .*; 2 of 4 are damaged.*at most 1 "
+        ) as caught:
+            list(load_batches(Shapes(own_data, "train", (R,), 2, 10_000, seed=5), 0, 8, workers, CPU))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(TooManyDamagedError, match="2 of 4 are damaged"):
+        Structures(own_data, names, R, batch_size=3, seed=0)
+    assert [DamagedFiles(n, "x").limit for n in (1, 8, 300, 452_000)] == [1, 1, 3, 100]
+
+
+def test_structures_leave_out_a_damaged_shape(own_data, capsys):
+    names, _ = list_shapes(own_data, "train", R)
+    whole = Structures(own_data, names, R, batch_size=3, seed=0)
+    flip_a_bit(shape_path(own_data, R, names[1]), -1)  # in the blocks' coordinates, or in what is not read
+    cut_off(shape_path(own_data, R, names[2]))
+    structures = Structures(own_data, names, R, batch_size=3, seed=0)
+    assert names[2] not in structures.names and names[2] in capsys.readouterr().err
+    structures.keep([names[3], names[0]])
+    grids = structures.occupancy(np.array([0, 1]), np.array([0, 0]))
+    assert torch.equal(grids, whole.occupancy(np.array([3, 0]), np.array([0, 0])))
+
+
+def test_shapes_above_the_token_limit_are_counted(data_dir, capsys):
+    _, tokens = list_shapes(data_dir, "train", R)
+    Shapes(data_dir, "train", (R,), 2, int(tokens.max()) - 1, seed=0, symmetries=(0, 1))
+    line = f"1 of 4 shapes at {R}³ have more than {tokens.max() - 1} tokens (up to {tokens.max()}): left out\n"
+    assert capsys.readouterr().err == line
+    Shapes(data_dir, "train", (R,), 2, int(tokens.max()), seed=0)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("damage", [cut_off, lambda p: flip_a_bit(p, 90), Path.unlink])
+def test_a_damaged_picture_is_named_and_replaced_by_another_of_its_shape(own_data, capsys, damage, cache):
+    views = Views(own_data, ["box", "ball"], 28, augment=False)
+    damage(views.files[0][0])
+    views = Views(own_data, ["box", "ball"], 28, augment=False, cache=cache)
+    shapes, mirrored = np.array([0, 1, 0, 0, 0]), np.array([0, 0, 1, 0, 1])
+    symmetries, images = views.draw(shapes, mirrored, draw(2))
+    assert capsys.readouterr().err.count("skipped: ") == 1
+    good = preprocess(Image.open(views.files[0][1]), 28)
+    assert torch.equal(images[0] / 255, good) and torch.equal(images[3] / 255, good)
+    assert symmetries.tolist()[::2] == [views.turns[0][1], views.turns[0][1] + 4, views.turns[0][1] + 4]
+    views.files[0][1].write_bytes(b"")
+    with pytest.raises(TooManyDamagedError, match=r"(damaged picture|missing file) .*/box/00[01]\.png; 2 of 4"):
+        Views(own_data, ["box", "ball"], 28).draw(shapes, mirrored, draw(2))
+
+
+def test_a_damaged_list_of_pictures_is_named_and_left_out(own_data, capsys):
+    names, _ = list_shapes(own_data, "train", R)
+    cut_off(Path(own_data, "views", names[0], "cameras.json"))
+    assert Views(own_data, names, 28).names == names[1:]
+    assert "cameras.json" in capsys.readouterr().err
+    Path(own_data, "views", names[1], "cameras.json").write_text("[]")
+    with pytest.raises(TooManyDamagedError, match=r"cameras\.json .* 2 of 4"):
+        Views(own_data, names, 28)
 
 
 def test_packed_blocks_are_sorted_as_voxels(data_dir):

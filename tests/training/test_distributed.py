@@ -2,8 +2,10 @@
 
 import dataclasses
 import itertools
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +20,9 @@ from tests.support.training_chain import Chain, copy_model
 from tests.support.training_data import R, prepared, write_toml
 from training import encode_latents, train_dit, train_structure_dit, train_structure_vae, train_vae
 from training.data.datasets import LatentViews, Shapes, Structures, StructureViews, load_batches
+from training.data.latent_moments import moments_path
 from training.data.parts import Parts, split
-from training.data.shape_files import list_shapes
+from training.data.shape_files import list_shapes, read_arrays
 from training.data.views import Views
 from training.distributed import Ranks, run_ranks
 from training.losses import SDF_TERMS, SDFLossConfig, count_sdf, sdf_loss
@@ -296,3 +299,21 @@ def test_shares_of_sdf_losses_add_up_to_that_of_the_whole_batch():
     ]
     for name, value in whole.items():
         assert sum(part[name] for part in parts).item() == pytest.approx(value.item(), rel=1e-5)
+
+
+def test_ranks_encode_the_latents_together(chain, tmp_path):
+    """The files and the scale are those of one process."""
+    data = tmp_path / "data"
+    shutil.copytree(chain.data_dir, data)
+    copy_model(chain, tmp_path, "sdf_vae")
+    one = encode_latents.main(chain.latents)
+    shutil.rmtree(data / "latents")
+    config = dataclasses.replace(chain.latents, data_dir=str(data), model_dir=str(tmp_path / "model"))
+    on_ranks(2, lambda: encode_latents.main(config))
+    two = json.loads(moments_path(data, R).read_text())
+    assert two["latents_scale"] == pytest.approx(one["latents_scale"])
+    files = {path.name: path for path in moments_path(chain.data_dir, R).parent.glob("*.safetensors")}
+    assert len(files) == 5 * 8
+    for name, path in files.items():
+        pair = [read_arrays(p, "coords", "mean") for p in (path, moments_path(data, R).parent / name)]
+        assert all(np.array_equal(a, b) for a, b in zip(*pair, strict=True))

@@ -18,8 +18,8 @@ from d3ds2.networks.image_encoder import ImageTokens
 from d3ds2.pipeline import EmptyResultError, load_pipeline
 from tests.support.tiny_model import SAMPLING, write_model
 from training.config import load_config
-from training.data.datasets import pack_shapes
 from training.data.meshes import MeshEntry, list_meshes
+from training.data.shape_batches import pack_shapes
 from training.data.shape_files import load_shape, shape_path
 from training.data.symmetry import transform_vertices
 from training.data.views import Pictures, Views, choose_views
@@ -81,7 +81,7 @@ def root(tmp_path_factory):
     shape_path(root / "data", R, "any").parent.mkdir(parents=True)
     index = []
     for entry in list_meshes(root / "meshes"):
-        num_tokens = prepare(entry, shapes)
+        num_tokens = prepare(entry, shapes).num_tokens
         render_mesh(entry, views)
         index.append({"name": entry.name, "source": entry.source, "split": entry.split, "num_tokens": num_tokens})
     (root / "data" / "index.json").write_text(json.dumps(index))
@@ -317,6 +317,13 @@ def make_item(name, ours, theirs, scoring):
         item.scores[method] = {"iou": value, "chamfer": 1 - value, "f1": value, "f1_voxel": value / 2}
     item.scores[MODEL] |= {"watertight": 1.0, "outer_shells": 1, "inner_shells": 0, "tokens": 100}
     return item
+
+
+def test_the_training_split_is_not_called_unseen(root, scoring):
+    items, sampling = [make_item("a", 0.8, 0.5, scoring)], load_pipeline(root / "model").sampling
+    seen, unseen = (report(items, sampling, "train", None, scoring, split)[1] for split in ("train", "val"))
+    assert "1 shapes of split train, the one the model was trained on" in seen and "none of them" not in seen
+    assert "1 shapes of split val, none of them seen in training if the model was trained on split train" in unseen
 
 
 def test_report_counts_wins_and_differences(root, scoring):

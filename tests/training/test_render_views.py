@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import trimesh
 from PIL import Image
 
 from d3ds2.images.render import Camera, Light, MeshRenderer
+from training import render_views
 from training.config import load_config
 from training.data.meshes import list_meshes
 from training.data.shape_files import view_folder
@@ -24,6 +27,8 @@ from training.render_views import (
     render_mesh,
     render_view,
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -74,6 +79,61 @@ def test_missing_or_outdated_views_are_made_again(config):
     assert render_mesh(entry, dataclasses.replace(config, seed=1)) == 3
     assert not np.array_equal(first, pictures(config, "box"))
     assert render_mesh(entry, dataclasses.replace(config, seed=1, workers=7, limit=1)) == 0
+
+
+def test_views_that_are_cut_off_or_of_another_mesh_are_made_again(config):
+    (entry, _) = list_meshes(config.meshes)
+    folder = view_folder(config.data_dir, "box")
+    assert render_mesh(entry, config) == 3
+    good = (folder / "001.png").read_bytes()
+    (folder / "001.png").write_bytes(good[:-30])
+    assert render_mesh(entry, config) == 3 and (folder / "001.png").read_bytes() == good
+    for damage in (b"", b"{", b"\xff", b"[]"):
+        (folder / "cameras.json").write_bytes(damage)
+        assert render_mesh(entry, config) == 3
+    (folder / "001.png").write_bytes(good[:-30] + bytes([good[-30] ^ 1]) + good[-29:])
+    assert render_mesh(entry, config) == 0
+    assert render_mesh(entry, dataclasses.replace(config, verify=True)) == 3
+    trimesh.creation.icosphere(subdivisions=1).export(entry.path)
+    assert render_mesh(entry, config) == 3
+
+
+def test_tasks_of_an_array_share_the_meshes_and_leave_each_other_s_files(config, capsys, monkeypatch):
+    trimesh.creation.box().export(Path(config.meshes, "third.ply"))
+    done = []
+
+    def run_jobs(function, entries, config, workers):
+        done.append([entry.name for entry in entries])
+        yield from ((entry, 1) for entry in entries)
+
+    monkeypatch.setattr(render_views, "run_jobs", run_jobs)
+    views = view_folder(config.data_dir, "x").parent
+    for name in (".box.11112222", ".other.11112222"):
+        (views / name).mkdir(parents=True)
+    for i in range(2):
+        main(dataclasses.replace(config, shard=f"{i}/2"))
+        assert (Path(config.data_dir) / f"view_failures.{i}-of-2.jsonl").is_file()
+    assert sorted(done[0] + done[1]) == ["box", "cone", "third"]
+    assert [path.name for path in views.iterdir()] == [".other.11112222"]
+
+
+def test_a_mesh_that_exhausts_its_process_fails_alone(config, tmp_path, monkeypatch):
+    """A mesh of 5.2 million faces, where a process may take little memory."""
+    meshes = Path(config.meshes)
+    (meshes / "cone.ply").unlink()
+    sphere = trimesh.creation.icosphere(subdivisions=2)
+    faces = np.tile(sphere.faces, (16_250, 1)).astype(np.uint32)
+    np.savez_compressed(meshes / "huge.npz", v=sphere.vertices.astype(np.float32), f=faces)
+    (tmp_path / "views.toml").write_text("views = 1\nsize = 32\nworkers = 1\n")
+    arguments = f"{tmp_path}/views.toml meshes={meshes} data_dir={config.data_dir}"
+    # numba and OpenBLAS reserve much address space for threads
+    limits = f"ulimit -v 1300000; export OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1; exec {sys.executable}"
+    command = ["bash", "-c", f"{limits} -m training.render_views {arguments}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in view_folder(config.data_dir, "x").parent.iterdir()] == ["box"]
+    (failure,) = map(json.loads, (Path(config.data_dir) / "view_failures.jsonl").read_text().splitlines())
+    assert failure["name"] == "huge" and "memory" in failure["error"]
 
 
 def test_views_of_other_splits_meshes_and_numbers_share_nothing():

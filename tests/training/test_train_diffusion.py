@@ -7,7 +7,6 @@ earlier stages exported.
 import dataclasses
 import functools
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +15,15 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from d3ds2.geometry.voxels import Voxels
-from d3ds2.networks.model_files import load_network, save_network
+from d3ds2.networks.model_files import load_network
 from d3ds2.storage.model_folder import SamplingConfig
 from tests.support.training_chain import ENCODER, Chain, copy_model
 from tests.support.training_data import R, prepared
 from training import encode_latents, train_dit, train_structure_dit, train_structure_vae, train_vae
-from training.data.datasets import LatentViews, Shapes, active_voxels
+from training.data.datasets import LatentViews, Shapes
+from training.data.shape_batches import active_voxels
 from training.data.shape_files import latent_path, list_shapes, load_shape, read_arrays, shape_path
 from training.data.views import Views
-from training.encode_latents import encode
 from training.run import read_metrics
 
 
@@ -212,37 +211,6 @@ def test_scale_of_latents_is_measured(chain):
     moments = json.loads(latent_path(chain.data_dir, R, "", 0).with_name("moments.json").read_text())
     assert vae.config.latents_scale == moments["latents_scale"] != 1
     assert vae.config.latents_shift == moments["latents_shift"] and len(moments["std_of_channels"]) == 4
-
-
-def test_latents_are_made_again_only_where_encoder_shapes_or_files_differ(chain, tmp_path, monkeypatch):
-    copy_model(chain, tmp_path, "sdf_vae")
-    shutil.copytree(chain.data_dir, tmp_path / "data")
-    config = dataclasses.replace(chain.latents, data_dir=str(tmp_path / "data"), model_dir=str(tmp_path / "model"))
-    batches = []
-    monkeypatch.setattr(encode_latents, "encode", lambda *a: batches.append(1) or encode(*a))
-
-    def encoded() -> bool:
-        batches.clear()
-        encode_latents.main(config)
-        return bool(batches)
-
-    def change(part: str) -> None:
-        vae = load_network(config.model_dir, "sdf_vae")
-        next(getattr(vae, part).parameters()).mul_(1.5)
-        save_network(config.model_dir, "sdf_vae", vae, torch.float16)
-
-    assert not encoded()
-    change("decoder")  # the latents are what they were
-    assert not encoded()
-    change("encoder")
-    assert encoded() and not encoded()
-    latent_path(config.data_dir, R, "torus", 5).unlink()
-    assert encoded() and not encoded()
-    index = tmp_path / "data" / "index.json"
-    index.write_text(json.dumps([record for record in json.loads(index.read_text()) if record["name"] != "box"]))
-    assert encoded() and not encoded()
-    config = dataclasses.replace(config, model_dir=chain.model_dir)  # another model on the same shapes
-    assert encoded()
 
 
 def test_latent_batches_are_packed_in_the_order_of_voxels(chain):

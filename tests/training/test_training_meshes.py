@@ -89,13 +89,41 @@ def test_scene_parts_are_merged_with_their_places_and_colours(tmp_path):
         assert (np.abs(colors[place == x].astype(int) - color) <= 1).all()
 
 
+def test_files_that_differ_by_their_suffix_alone_have_their_own_names_and_one_split(tmp_path):
+    for suffix in ("obj", "stl"):
+        trimesh.creation.box().export(tmp_path / f"chair.{suffix}")
+    listed = list_meshes(tmp_path)
+    assert [e.name for e in listed] == ["chair.obj", "chair.stl"]
+    assert {e.split for e in listed} == {split_of("chair")}  # else a shape could be in two splits
+    assert [len(read_mesh(e)[1]) for e in listed] == [12, 12]
+
+
+def test_files_of_one_name_after_all_are_skipped_and_printed(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    for path in (tmp_path / "a" / "b.stl", tmp_path / "a__b.stl", tmp_path / "c.stl"):
+        trimesh.creation.box().export(path)
+    assert [e.name for e in list_meshes(tmp_path)] == ["a__b.stl", "c"]
+    line = capsys.readouterr().err
+    assert line.startswith("skipped ") and "a__b.stl" in line and line.count("\n") == 1
+
+
+@pytest.mark.parametrize("suffix", ["glb", "obj"])
+def test_uv_without_a_texture_has_the_colour_of_the_material(tmp_path, suffix):
+    box, red = trimesh.creation.box(), [204, 26, 26, 255]
+    material = trimesh.visual.material.PBRMaterial(baseColorFactor=red)
+    box.visual = trimesh.visual.TextureVisuals(uv=np.linspace(0, 1, 16).reshape(8, 2), material=material)
+    box.export(tmp_path / "box.glb")
+    corners = "".join(f"v {x} {y} 0\nvt {x} {y}\n" for x, y in ((0, 0), (1, 0), (0, 1)))
+    (tmp_path / "box.obj").write_text(f"mtllib red.mtl\n{corners}usemtl red\nf 1/1 2/2 3/3\n")
+    (tmp_path / "red.mtl").write_text("newmtl red\nKd 0.8 0.1 0.1\n")
+    _, faces, colors = read_mesh(entry(tmp_path / f"box.{suffix}"))
+    assert len(faces) == {"glb": 12, "obj": 1}[suffix] and (np.abs(colors.astype(int) - red[:3]) <= 1).all()
+
+
 def test_bad_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         list_meshes(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="found none"):
-        list_meshes(tmp_path)
-    write_npz(tmp_path / "a.npz"), trimesh.creation.box().export(tmp_path / "a.obj")
-    with pytest.raises(ValueError, match="both named 'a'"):
         list_meshes(tmp_path)
     for text in ("{", "[1]", '[{"file": "a.npz"}]', '{"file": "a.npz"}'):
         (tmp_path / "index.json").write_text(text)

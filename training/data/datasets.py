@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,24 +23,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from d3ds2.geometry.voxels import BLOCK, PLACES, Voxels
-from d3ds2.kernels.device_constant import device_constant
-from training.data.shape_files import StoredShape, latent_path, list_shapes, load_shape, read_arrays, shape_path
+from d3ds2.geometry.voxels import BLOCK, Voxels
+from training.data.batch_plans import BatchPlan, ResolutionPlan, draw, plan_shapes, say_left_out, shapes_per_batch
+from training.data.damaged_files import READ_ERRORS, DamagedFiles, TooManyDamagedError
+from training.data.shape_batches import ShapeBatch, join, join_coords, pack_shapes
+from training.data.shape_files import (
+    DamagedFileError,
+    StoredShape,
+    latent_path,
+    list_shapes,
+    load_shape,
+    read_arrays,
+    read_latents,
+    shape_path,
+)
 from training.data.symmetry import transform_voxels
 from training.data.views import Views
-
-
-class ShapeBatch(NamedTuple):
-    """SDF blocks of B shapes, sorted by (sample, x, y, z)."""
-
-    block_coords: Tensor  # (M, 4) int32 [batch, x, y, z] at R/8
-    sdf: Tensor  # (M, 8, 8, 8) fp16 in [-1, 1]
-    sharp: Tensor  # (M, 8, 8, 8) bool
-    active: Tensor  # (N,) int32: indices of the voxels inside the band, |sdf| < 1, among all 512 M
-    counts: list[list[int]]  # of each sample: active voxels, and voxels at R/2 and R/4 that hold one
-    latent_voxels: Voxels  # those of block_coords, with their tables prepared
-    resolution: int  # R
-    batch_size: int
 
 
 class ViewBatch(NamedTuple):
@@ -62,121 +61,7 @@ class LatentBatch(NamedTuple):
 EVERY = slice(None)  # all samples of a step
 
 
-# --- which shapes a step sees
-
-
-def draw(*key: int) -> np.random.Generator:
-    """Return a random generator that follows from the key alone, such as (seed, step)."""
-    return np.random.default_rng(key)
-
-
-class BatchPlan:
-    """The items of each step: one random permutation of all items after another, cut into batches.
-
-    A batch ends at `batch_size` items, or before an item that would raise it above `max_tokens`. Larger items are left
-    out; `kept` lists the others.
-
-    Raises:
-        ValueError: every item is larger than `max_tokens`.
-    """
-
-    def __init__(self, tokens: np.ndarray, batch_size: int, max_tokens: int, seed: int):
-        self.tokens, self.batch_size, self.max_tokens, self.seed = tokens, batch_size, max_tokens, seed
-        self.kept = np.flatnonzero(tokens <= max_tokens)
-        if len(self.kept) == 0:
-            raise ValueError(f"expected items of at most {max_tokens} tokens, the smallest has {tokens.min()}")
-        self._restart()
-
-    def _restart(self) -> None:
-        self._epoch, self._first_step, self._batches, self._open = 0, 0, [], []
-
-    def __getitem__(self, step: int) -> np.ndarray:
-        """The items of a step, (number,) int64."""
-        if step < self._first_step:
-            self._restart()
-        while step >= self._first_step + len(self._batches):
-            self._first_step += len(self._batches)  # forget the previous epoch: steps mostly go forward
-            self._batches = list(self._cut(draw(self.seed, self._epoch).permutation(self.kept).tolist()))
-            self._epoch += 1
-        return np.array(self._batches[step - self._first_step])
-
-    def sizes(self, step: int) -> np.ndarray:
-        """The tokens of each item of a step, (number,) int64."""
-        return self.tokens[self[step]]
-
-    def _cut(self, items: list[int]) -> Iterator[list[int]]:
-        """Yield the finished batches; the last, unfinished one stays in `_open` and is filled by the next epoch."""
-        batch, size = self._open, int(self.tokens[self._open].sum()) if self._open else 0
-        for item in items:
-            tokens = int(self.tokens[item])
-            if len(batch) == self.batch_size or size + tokens > self.max_tokens:
-                yield batch
-                batch, size = [], 0
-            batch.append(item)
-            size += tokens
-        self._open = batch
-
-
-class ResolutionPlan:
-    """The resolution of each step, drawn uniformly, and the number of earlier steps with the same one."""
-
-    CHUNK = 4096  # steps drawn at once
-
-    def __init__(self, resolutions: tuple[int, ...], seed: int):
-        self.resolutions, self.seed, self._drawn = resolutions, seed, np.zeros(0, dtype=np.int64)
-
-    def __getitem__(self, step: int) -> tuple[int, int]:
-        while step >= len(self._drawn):
-            rng = draw(self.seed, len(self._drawn) // self.CHUNK, 1)
-            self._drawn = np.concatenate([self._drawn, rng.integers(len(self.resolutions), size=self.CHUNK)])
-        choice = self._drawn[step]
-        return self.resolutions[choice], int((self._drawn[:step] == choice).sum())
-
-
 # --- datasets
-
-
-def pack_shapes(shapes: list[StoredShape], resolution: int) -> ShapeBatch:
-    """Pack loaded shapes into a batch.
-
-    Raises:
-        ValueError: a block is out of order, repeated, outside the grid or without an active voxel.
-    """
-    blocks, sdf, sharp = zip(*shapes, strict=True)
-    B, coords = len(shapes), _with_batch(blocks)
-    place = np.ravel_multi_index(coords.numpy().T, (B, *[resolution // BLOCK] * 3))  # ValueError outside the grid
-    if not (np.diff(place) > 0).all():
-        raise ValueError("expected different blocks in lexicographic order")
-    latent_voxels = Voxels.sort(coords, resolution // BLOCK, B)[0]
-    values = np.concatenate(sdf)
-    occupied = values.view(np.uint16) & 0x7FFF < 0x3C00  # |sdf| < 1 in fp16, without numpy's slow conversion
-    active = torch.from_numpy(np.flatnonzero(occupied).astype(np.int32))
-    counts = []
-    for _ in range(3):
-        per_block = occupied.reshape(len(coords), -1).sum(1)
-        counts.append(np.bincount(coords[:, 0], per_block, minlength=B).astype(int).tolist())
-        for axis in (1, 2, 3):
-            even, odd = (occupied[(slice(None),) * axis + (slice(i, None, 2),)] for i in (0, 1))
-            occupied = even | odd
-    if not occupied.all():
-        raise ValueError("expected an active voxel in every block")
-    return ShapeBatch(
-        coords, torch.from_numpy(values), _cat(sharp), active, counts, latent_voxels.prepared(), resolution, B
-    )
-
-
-def active_voxels(batch: ShapeBatch) -> tuple[Tensor, Voxels]:
-    """Return the encoder's input: the SDF (N, 1) float32 of the voxels inside the band, and these voxels at R (eq. 1).
-
-    Waits for nothing on the device: all sizes are those that `pack_shapes` counted.
-    """
-    block, place = batch.active // BLOCK**3, batch.active % BLOCK**3
-    corners = batch.block_coords * device_constant((1, BLOCK, BLOCK, BLOCK), block.device)
-    places = device_constant(PLACES, block.device)  # (512, 4)
-    # gathered as columns: torch gathers rows as narrow as these slowly on a GPU
-    coords = (corners.t().index_select(1, block) + places.t().index_select(1, place)).t()  # (N, 4)
-    sdf = batch.sdf.flatten().index_select(0, batch.active).float()[:, None]
-    return sdf, Voxels.above(coords, batch.counts, batch.latent_voxels)
 
 
 class Shapes(Dataset):
@@ -194,9 +79,11 @@ class Shapes(Dataset):
     ):
         self.data_dir, self.symmetries = data_dir, symmetries
         self.resolution_of_step = ResolutionPlan(resolutions, seed)
-        self.names, self.plans = {}, {}
+        self.names, self.plans, self.damaged = {}, {}, {}
         for R in resolutions:
             self.names[R], tokens = list_shapes(data_dir, split, R)
+            say_left_out(tokens, max_tokens, f"shapes at {R}³")
+            self.damaged[R] = DamagedFiles(len(tokens), "prepare_shapes", len(symmetries))
             self.plans[R] = BatchPlan(tokens.repeat(len(symmetries)), batch_size, max_tokens, seed)
 
     def __getitem__(self, step: int) -> ShapeBatch:
@@ -208,15 +95,45 @@ class Shapes(Dataset):
 
     def load(self, step: int, chosen: np.ndarray | slice) -> ShapeBatch:
         R, index = self.resolution_of_step[step]
-        shapes = []
-        for item in self.plans[R][index][chosen].tolist():
-            shape, place = divmod(item, len(self.symmetries))
-            shapes.append(load_shape(shape_path(self.data_dir, R, self.names[R][shape]), self.symmetries[place]))
-        return pack_shapes(shapes, R)
+        items, plan = self.plans[R][index][chosen].tolist(), self.plans[R]
+        while True:
+            read = [self.damaged[R].read(item, plan.others(item, index), partial(self._read, R)) for item in items]
+            try:
+                return pack_shapes([shape for _, shape in read], R)
+            except ValueError:
+                if not self._find_damaged(R, dict(read)):
+                    raise
+
+    def _read(self, resolution: int, item: int) -> tuple[int, StoredShape]:
+        shape, place = divmod(item, len(self.symmetries))
+        path = shape_path(self.data_dir, resolution, self.names[resolution][shape])
+        return item, load_shape(path, self.symmetries[place])
+
+    def _find_damaged(self, resolution: int, shapes: dict[int, StoredShape]) -> bool:
+        """Note which of these items make no batch, and whether there are any.
+
+        Files of older versions have no checksums, and may be damaged.
+        """
+        found = False
+        for item, stored in shapes.items():
+            try:
+                pack_shapes([stored], resolution)
+            except ValueError as error:
+                shape = item // len(self.symmetries)
+                path = shape_path(self.data_dir, resolution, self.names[resolution][shape])
+                self.damaged[resolution].add(shape, DamagedFileError(f"damaged file {path} ({error})"))
+                found = True
+        return found
 
 
 class Structures(Dataset):
-    """Occupancy grids for the structure VAE: `structures[step]` is (B, 1, G, G, G) uint8. All blocks stay in memory."""
+    """Occupancy grids for the structure VAE: `structures[step]` is (B, 1, G, G, G) uint8. All blocks stay in memory.
+
+    The attribute `names` lists the shapes whose files can be read; the others are left out.
+
+    Raises:
+        TooManyDamagedError: too many files are damaged.
+    """
 
     def __init__(
         self,
@@ -228,8 +145,19 @@ class Structures(Dataset):
         symmetries: tuple[int, ...] = (0,),
     ):
         self.edge, self.symmetries = resolution // BLOCK, symmetries
-        self.coords = [read_arrays(shape_path(data_dir, resolution, name), "block_coords")[0] for name in names]
-        self.plan = plan_shapes(len(names) * len(symmetries), batch_size, seed)
+        self.names, self.coords, damaged = [], [], DamagedFiles(len(names), "prepare_shapes")
+        for place, name in enumerate(names):
+            try:
+                self.coords += read_arrays(shape_path(data_dir, resolution, name), "block_coords")
+                self.names.append(name)
+            except READ_ERRORS as error:
+                damaged.add(place, error)
+        self.plan = plan_shapes(len(self.names) * len(symmetries), batch_size, seed)
+
+    def keep(self, names: list[str]) -> None:
+        """Leave out all shapes but these, which then have this order."""
+        coords = dict(zip(self.names, self.coords, strict=True))
+        self.names, self.coords = names, [coords[name] for name in names]
 
     def __getitem__(self, step: int) -> Tensor:
         return self.load(step, EVERY)
@@ -275,7 +203,7 @@ class LatentViews(Dataset):
     `tokens` (n,) are those of the shapes `views.names`. `cache` keeps all latents in memory, shared by forked workers.
 
     Raises:
-        FileNotFoundError: latents of a shape are missing in a symmetry that its views need.
+        FileNotFoundError: latents of many shapes are missing in a symmetry that their views need.
     """
 
     def __init__(
@@ -292,25 +220,34 @@ class LatentViews(Dataset):
     ):
         self.views, self.views_per_shape, self.seed = views, views_per_shape, seed
         num_shapes = shapes_per_batch(batch_size, views_per_shape)
+        say_left_out(tokens, max_tokens // views_per_shape, f"shapes at {resolution}³")
         self.plan = BatchPlan(tokens.repeat(2), num_shapes, max_tokens // views_per_shape, seed)
         self.paths = {
             (shape, symmetry): latent_path(data_dir, resolution, views.names[shape], symmetry)
             for shape in np.unique(self.plan.kept // 2).tolist()
             for symmetry in views.symmetries_of(shape)
         }
-        if missing := [path for path in self.paths.values() if not path.is_file()]:
+        self.damaged = DamagedFiles(len(tokens), "encode_latents", items_per_file=2)
+        missing = {key: path for key, path in self.paths.items() if not path.is_file()}
+        if len({shape for shape, _ in missing}) > self.damaged.limit:
+            first, *others = missing.values()
             raise FileNotFoundError(
-                f"expected latents in {missing[0]} and {len(missing) - 1} other files; "
+                f"expected latents in {first} and {len(others)} other files; "
                 "make them with python -m training.encode_latents"
             )
+        for (shape, _), path in missing.items():
+            self.damaged.add(shape, FileNotFoundError(f"missing file {path}"))
         self.cache = {}
         if cache:
             with ThreadPoolExecutor() as pool:
                 self.cache = dict(zip(self.paths, pool.map(self._read, self.paths.values()), strict=True))
 
     @staticmethod
-    def _read(path: Path) -> list[np.ndarray]:
-        return read_arrays(path, "coords", "mean", "logvar")
+    def _read(path: Path) -> list[np.ndarray] | None:
+        try:
+            return read_latents(path)
+        except READ_ERRORS:
+            return None  # the error comes again when the latents are drawn
 
     def __getitem__(self, step: int) -> LatentBatch:
         return self.load(step, EVERY)
@@ -321,36 +258,26 @@ class LatentViews(Dataset):
     def load(self, step: int, chosen: np.ndarray | slice) -> LatentBatch:
         shapes, mirrored = np.divmod(self.plan[step].repeat(self.views_per_shape), 2)
         symmetries, images = self.views.draw(shapes, mirrored, draw(self.seed, step, 2), chosen)
-        keys = zip(shapes[chosen].tolist(), symmetries.tolist(), strict=True)
-        latents = [self.cache.get(key) or self._read(self.paths[key]) for key in keys]
+        latents = []
+        for row, (shape, mirror) in enumerate(zip(shapes[chosen].tolist(), mirrored[chosen].tolist(), strict=True)):
+            item, key = 2 * shape + mirror, (shape, int(symmetries[row]))
+            read = partial(self._latents_of, step, item, key, images[row])
+            latents.append(self.damaged.read(item, self.plan.others(item, step), read))
         coords, mean, logvar = zip(*latents, strict=True)
-        return LatentBatch(_with_batch(coords), _cat(mean), _cat(logvar), images)
+        return LatentBatch(join_coords(coords), join(mean), join(logvar), images)
 
-
-def plan_shapes(num_items: int, batch_size: int, seed: int) -> BatchPlan:
-    """Plan batches of items of equal size."""
-    return BatchPlan(np.ones(num_items, dtype=np.int64), batch_size, batch_size, seed)
-
-
-def shapes_per_batch(batch_size: int, views_per_shape: int) -> int:
-    """The number of different shapes in a batch.
-
-    Raises:
-        ValueError: `views_per_shape` does not divide the batch size.
-    """
-    if batch_size % views_per_shape:
-        raise ValueError(f"expected a batch_size divisible by views_per_shape {views_per_shape}, got {batch_size}")
-    return batch_size // views_per_shape
-
-
-def _cat(arrays) -> Tensor:
-    return torch.from_numpy(np.concatenate(arrays))
-
-
-def _with_batch(coords) -> Tensor:
-    """Join the coordinates (m, 3) of all samples into (M, 4) int32 [batch, x, y, z]."""
-    sample = np.arange(len(coords)).repeat([len(c) for c in coords])
-    return torch.from_numpy(np.column_stack([sample, np.concatenate(coords)]).astype(np.int32))
+    def _latents_of(self, step: int, drawn: int, key: tuple[int, int], image: Tensor, item: int) -> list[np.ndarray]:
+        """Return the latents of an item. One that is not the drawn one puts its picture into `image` (4, S, S)."""
+        picture = None
+        if item != drawn:
+            shape, mirror = divmod(item, 2)
+            rng = draw(self.seed, step, 4, drawn)
+            (symmetry,), (picture,) = self.views.draw(np.array([shape]), np.array([mirror]), rng)
+            key = shape, int(symmetry)
+        latents = self.cache.get(key) or read_latents(self.paths[key])
+        if picture is not None:
+            image.copy_(picture)
+        return latents
 
 
 # --- loading
@@ -369,8 +296,15 @@ def load_batches(dataset: Dataset, first_step: int, last_step: int, workers: int
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         worker_init_fn=_start_worker,
     )
-    for batch in loader:
-        yield to_device(batch, device)
+    batches = iter(loader)
+    try:
+        for batch in batches:
+            yield to_device(batch, device)
+    except TooManyDamagedError as error:  # one line, without the traceback of the worker process
+        raise TooManyDamagedError(str(error).strip().rpartition(f"{TooManyDamagedError.__name__}: ")[2]) from None
+    finally:
+        if workers:  # else an error keeps them alive, and they ignore the signal that ends them at exit
+            batches._shutdown_workers()
 
 
 def _start_worker(_: int) -> None:

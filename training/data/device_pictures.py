@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from d3ds2.images.foreground import MARGIN, SIZE
-from training.data.datasets import EVERY, draw, load_batches, plan_shapes, shapes_per_batch
+from training.data.batch_plans import draw, plan_shapes, shapes_per_batch
+from training.data.datasets import EVERY, load_batches
 from training.data.views import (
     CROP_PROBABILITY,
     MAX_MARGIN,

@@ -7,10 +7,12 @@ Two kinds of folder are read:
 Meshes are expected with Y up and the front toward +Z, as in glTF; they are not turned.
 """
 
+import dataclasses
+import errno
 import hashlib
-import itertools
 import json
-import zipfile
+import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,9 @@ import trimesh
 
 SUFFIXES = (".npz", ".glb", ".gltf", ".obj", ".ply", ".stl", ".off")
 SPLITS = ("train", "val", "test")
+LOST_STORAGE = {  # errors of a disk or a network drive, whatever the file
+    getattr(errno, name) for name in ("EIO", "ESTALE", "ENOTCONN", "EMFILE", "ENFILE") if hasattr(errno, name)
+}
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,12 @@ def split_of(name: str) -> str:
 def list_meshes(folder: str | Path) -> list[MeshEntry]:
     """List all meshes of a folder, sorted by name.
 
+    Files that differ by their suffix alone are named with it: chair.glb beside chair.obj. Where two names are still the
+    same, the second file is skipped and printed.
+
     Raises:
         FileNotFoundError: the folder does not exist, or has no mesh.
-        ValueError: `index.json` is not a list of records with file, source and split, or two meshes have the same name.
+        ValueError: `index.json` is not a list of records with file, source and split.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -55,18 +63,26 @@ def list_meshes(folder: str | Path) -> list[MeshEntry]:
     entries = _read_index(index) if index.is_file() else _scan(folder)
     if not entries:
         raise FileNotFoundError(f"expected meshes ({', '.join(SUFFIXES)}) in {folder}, found none")
-    entries.sort(key=lambda entry: entry.name)
-    for a, b in itertools.pairwise(entries):
-        if a.name == b.name:
-            raise ValueError(f"expected one mesh per name, got {a.path} and {b.path}, both named {a.name!r}")
-    return entries
+    return _with_own_names(entries)
+
+
+def _with_own_names(entries: list[MeshEntry]) -> list[MeshEntry]:
+    """Give entries of the same name another one each, and sort all by name."""
+    count, named = Counter(entry.name for entry in entries), {}
+    for entry in sorted(entries, key=lambda entry: (entry.name, str(entry.path))):
+        if count[entry.name] > 1:
+            entry = dataclasses.replace(entry, name=entry.name + entry.path.suffix)
+        first = named.setdefault(entry.name, entry)
+        if first is not entry:
+            print(f"skipped {entry.path}: {first.path} has its name {entry.name!r} already", file=sys.stderr)
+    return [named[name] for name in sorted(named)]
 
 
 def _read_index(index: Path) -> list[MeshEntry]:
     try:
         records = json.loads(index.read_text())
         return [_entry_of_record(index.parent, record) for record in records]
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"expected a list of records with file, source and split in {index}: {error!r}") from error
 
 
@@ -102,6 +118,7 @@ def read_mesh(entry: MeshEntry) -> tuple[np.ndarray, np.ndarray, np.ndarray | No
     Raises:
         FileNotFoundError: the file is missing.
         ValueError: the file is not a mesh, has no triangle, or its vertices or indices are out of range.
+        OSError: its disk or network drive is gone.
     """
     path = entry.path
     if not path.is_file():
@@ -109,7 +126,11 @@ def read_mesh(entry: MeshEntry) -> tuple[np.ndarray, np.ndarray, np.ndarray | No
     try:
         read = _read_npz if path.suffix.lower() == ".npz" else _read_with_trimesh
         vertices, faces, colors = read(path)
-    except (OSError, KeyError, TypeError, IndexError, AttributeError, zipfile.BadZipFile, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a loader meets a strange file with any error
+        if isinstance(error, OSError) and error.errno in LOST_STORAGE:
+            raise
         raise ValueError(f"expected a mesh in {path}, got a file that cannot be read as one: {error}") from error
     if len(faces) == 0:
         raise ValueError(f"expected at least one triangle in {path}, got none")
@@ -150,7 +171,7 @@ def _face_colors(part: trimesh.Trimesh) -> np.ndarray:
     visual = part.visual
     if not isinstance(visual, trimesh.visual.TextureVisuals):
         return np.asarray(visual.face_colors)[:, :3].astype(np.uint8)
-    if visual.uv is None:
+    corners = None if visual.uv is None else np.asarray(visual.material.to_color(visual.uv))
+    if corners is None or corners.ndim != 2 or len(corners) != len(part.vertices):  # no texture: one plain colour
         return np.tile(np.asarray(visual.material.main_color, dtype=np.uint8)[:3], (len(part.faces), 1))
-    corners = np.asarray(visual.material.to_color(visual.uv))[:, :3]
-    return corners[part.faces].mean(axis=1).astype(np.uint8)
+    return corners[:, :3][part.faces].mean(axis=1).astype(np.uint8)

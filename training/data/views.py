@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from d3ds2.images.foreground import MARGIN, preprocess
-from training.data.shape_files import view_folder
+from training.data.damaged_files import READ_ERRORS, DamagedFiles
+from training.data.png_files import read_png
+from training.data.shape_files import DamagedFileError, view_folder
 from training.data.symmetry import MIRROR, facing
 
 ROTATE_PROBABILITY, MAX_ROTATION = 0.1, 10.0  # degrees
@@ -41,6 +43,7 @@ class Views:
 
     Raises:
         FileNotFoundError: none of the shapes has a picture.
+        TooManyDamagedError: too many of the files that list a shape's pictures are damaged.
     """
 
     def __init__(
@@ -52,27 +55,40 @@ class Views:
         augment: bool = True,
         cache: bool = False,
     ):
-        folders = {name: view_folder(data_dir, name) for name in names}
-        self.names = [name for name, folder in folders.items() if (folder / "cameras.json").is_file()]
+        damaged, known = DamagedFiles(len(names), "render_views"), {}
+        for place, name in enumerate(names):
+            file = view_folder(data_dir, name) / "cameras.json"
+            if file.is_file():
+                try:
+                    known[name] = _read_cameras(file)
+                except DamagedFileError as error:
+                    damaged.add(place, error)
+        self.names = list(known)
         if not self.names:
             raise FileNotFoundError(
                 f"expected pictures in {data_dir}/views/<name>/; make them with python -m training.render_views"
             )
         self.image_size, self.augment = image_size, augment
         self.files, self.turns = [], []
-        for name in self.names:
-            views = json.loads((folders[name] / "cameras.json").read_text())["views"]
-            self.files.append([folders[name] / view["file"] for view in views])
-            azimuths = [view["camera"]["azimuth"] if turn_to_camera else 0.0 for view in views]
-            self.turns.append([facing(azimuth)[0] for azimuth in azimuths])
+        for name, azimuth_of in known.items():
+            self.files.append([view_folder(data_dir, name) / file for file in azimuth_of])
+            self.turns.append([facing(azimuth if turn_to_camera else 0.0)[0] for azimuth in azimuth_of.values()])
+        self.first = np.cumsum([0, *map(len, self.files)])  # the number of each shape's first picture, among all
+        self.damaged = DamagedFiles(int(self.first[-1]), "render_views")
         self.cache = {}
         if cache:
             with ThreadPoolExecutor() as pool:
                 self.cache = dict(enumerate(pool.map(self._decode, self.files)))
 
     @staticmethod
-    def _decode(paths: list[Path]) -> list[np.ndarray]:
-        return [np.asarray(Image.open(path).convert("RGBA")) for path in paths]
+    def _decode(paths: list[Path]) -> list[np.ndarray | None]:
+        decoded = []
+        for path in paths:
+            try:
+                decoded.append(np.asarray(read_png(path)))
+            except READ_ERRORS:
+                decoded.append(None)  # the error comes again when the picture is drawn
+        return decoded
 
     def symmetries_of(self, shape: int) -> list[int]:
         """The symmetries in which `draw` may give a shape."""
@@ -97,22 +113,39 @@ class Views:
         """
         drawn = []
         for shape, flip in zip(shapes.tolist(), mirrored.tolist(), strict=True):
-            view, symmetry = self.choose(shape, flip, rng)
-            drawn.append((symmetry, shape, view, flip, Change.draw(rng) if self.augment else None))
-        symmetries, *rest = zip(*(drawn[i] for i in np.arange(len(drawn))[chosen]), strict=True)
-        return np.array(symmetries), torch.stack([self._picture(*r) for r in zip(*rest, strict=True)])
+            view, _ = self.choose(shape, flip, rng)
+            drawn.append((shape, view, flip, Change.draw(rng) if self.augment else None))
+        symmetries, pictures = zip(*(self._readable(*drawn[i]) for i in np.arange(len(drawn))[chosen]), strict=True)
+        return np.array(symmetries), torch.stack(pictures)
+
+    def _readable(self, shape: int, view: int, flip: bool, change: "Change | None") -> tuple[int, Tensor]:
+        """Return a view's symmetry and picture; those of the shape's next view where the picture is damaged."""
+        first, number = int(self.first[shape]), len(self.files[shape])
+
+        def read(picture: int) -> tuple[int, Tensor]:
+            view = picture - first
+            return self.turns[shape][view] + MIRROR * flip, self._picture(shape, view, flip, change)
+
+        others = (first + (view + i) % number for i in range(1, number))
+        return self.damaged.read(first + view, others, read)
 
     def _picture(self, shape: int, view: int, flip: bool, change: "Change | None") -> Tensor:
-        if shape in self.cache:
-            image = Image.fromarray(self.cache[shape][view])
-        else:
-            image = Image.open(self.files[shape][view]).convert("RGBA")
+        cached = self.cache[shape][view] if shape in self.cache else None
+        image = read_png(self.files[shape][view]) if cached is None else Image.fromarray(cached)
         if flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         margin = MARGIN  # as at inference
         if change is not None:
             image, margin = rotate_and_crop(image, change), change.margin
         return (preprocess(image, self.image_size, margin) * 255).round().byte()
+
+
+def _read_cameras(file: Path) -> dict[str, float]:
+    """Read the azimuth of each picture in cameras.json, by the picture's file name."""
+    try:
+        return {view["file"]: float(view["camera"]["azimuth"]) for view in json.loads(file.read_text())["views"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedFileError(f"damaged file {file} ({error})") from None
 
 
 class Change(NamedTuple):
@@ -170,7 +203,7 @@ class Pictures(Dataset):
         return torch.stack([self._picture(view) for view in batch])
 
     def _picture(self, view: View) -> Tensor:
-        image = Image.open(self.views.files[view.shape][view.view]).convert("RGBA")
+        image = read_png(self.views.files[view.shape][view.view])
         return (preprocess(image, self.views.image_size) * 255).round().byte()
 
 

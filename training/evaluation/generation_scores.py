@@ -118,14 +118,19 @@ def summarize_items(items: list[Item]) -> dict:
 
 
 def report(
-    items: list[Item], sampling: SamplingConfig, train_split: str, baselines: dict | None, config: ScoreConfig
+    items: list[Item],
+    sampling: SamplingConfig,
+    train_split: str,
+    baselines: dict | None,
+    config: ScoreConfig,
+    split: str = "test",
 ) -> tuple[dict, str]:
-    """Return the summaries for evaluation.json, and the tables in markdown."""
+    """Return the summaries for evaluation.json, and the tables in markdown. `split` is that of the items."""
     summaries = summarize_items(items)
     made = summaries[MODEL]
     shapes = len({item.name for item in items})
     about = (
-        f"{len(items)} views of {shapes} shapes, none of them seen in training; one "
+        f"{len(items)} views of {shapes} shapes of split {split}, {seen_in_training(split, train_split)}; one "
         f"sample per view. Structure: {sampling.structure_steps} steps, guidance {sampling.structure_guidance:g}; "
         f"latents: {sampling.latent_steps} steps, guidance {sampling.latent_guidance:g}. Means with 95 % bootstrap "
         f"intervals over shapes; IoU on {config.cells}³ cells; distances in units of the cube [-1,1]³, one voxel is "
@@ -144,6 +149,13 @@ def report(
             f"{baselines['iou_on_train']:.3f} there."
         )
     return summaries, "\n\n".join([text.strip("\n") for text in (*paragraphs, topology)]) + "\n"
+
+
+def seen_in_training(split: str, train_split: str) -> str:
+    """Say whether the shapes of a split were seen in training on `train_split`."""
+    if split == train_split:
+        return "the one the model was trained on, so the nearest training shape may be the shape itself"
+    return f"none of them seen in training if the model was trained on split {train_split}"
 
 
 def score_table(summaries: dict) -> str:

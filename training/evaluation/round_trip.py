@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from d3ds2.geometry.voxels import BLOCK, Voxels
 from d3ds2.networks.sdf_vae import SDFVAE
-from training.data.datasets import ShapeBatch, active_voxels, pack_shapes, to_device
+from training.data.datasets import to_device
 from training.data.meshes import MeshEntry
+from training.data.shape_batches import ShapeBatch, active_voxels, pack_shapes
 from training.data.shape_files import load_shape, shape_path
 from training.evaluation.score_tables import Column, format_summary, markdown_table, summarize
 from training.evaluation.shape_scores import ScoreConfig, score_round_trip

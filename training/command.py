@@ -1,0 +1,27 @@
+"""The command line of a script: an error of the input, the disk or the config is one line, and the exit code 1."""
+
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from training.config import load_config
+
+
+def run_command(main: Callable, config_class: type) -> NoReturn:
+    """Run `main` on the config that the arguments give, then exit: 0, or 1 after an error.
+
+    With `--debug` among the arguments, an error shows its traceback. SIGTERM, which a cluster sends before it kills a
+    task, ends the script as Ctrl-C does: what is finished is kept.
+    """
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    try:
+        main(load_config(config_class, arguments))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, ValueError, FloatingPointError) as error:
+        if len(arguments) < len(sys.argv) - 1:
+            raise
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    sys.exit(0)

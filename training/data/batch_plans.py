@@ -1,0 +1,108 @@
+"""Which items each step sees: a function of (seed, step)."""
+
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+
+TRIES = 32  # items drawn to replace a damaged one, before all are tried in order
+
+
+def draw(*key: int) -> np.random.Generator:
+    """Return a random generator that follows from the key alone, such as (seed, step)."""
+    return np.random.default_rng(key)
+
+
+class BatchPlan:
+    """The items of each step: one random permutation of all items after another, cut into batches.
+
+    A batch ends at `batch_size` items, or before an item that would raise it above `max_tokens`. Larger items are left
+    out; `kept` lists the others.
+
+    Raises:
+        ValueError: every item is larger than `max_tokens`.
+    """
+
+    def __init__(self, tokens: np.ndarray, batch_size: int, max_tokens: int, seed: int):
+        self.tokens, self.batch_size, self.max_tokens, self.seed = tokens, batch_size, max_tokens, seed
+        self.kept = np.flatnonzero(tokens <= max_tokens)
+        if len(self.kept) == 0:
+            raise ValueError(f"expected items of at most {max_tokens} tokens, the smallest has {tokens.min()}")
+        self._restart()
+
+    def _restart(self) -> None:
+        self._epoch, self._first_step, self._batches, self._open = 0, 0, [], []
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        """The items of a step, (number,) int64."""
+        if step < self._first_step:
+            self._restart()
+        while step >= self._first_step + len(self._batches):
+            self._first_step += len(self._batches)  # forget the previous epoch: steps mostly go forward
+            self._batches = list(self._cut(draw(self.seed, self._epoch).permutation(self.kept).tolist()))
+            self._epoch += 1
+        return np.array(self._batches[step - self._first_step])
+
+    def sizes(self, step: int) -> np.ndarray:
+        """The tokens of each item of a step, (number,) int64."""
+        return self.tokens[self[step]]
+
+    def others(self, item: int, step: int) -> Iterator[int]:
+        """Yield items of at most as many tokens, at random: to replace an item of a step whose file is damaged."""
+        rng, fitting = draw(self.seed, step, 3, item), self.kept[self.tokens[self.kept] <= self.tokens[item]]
+        yield from rng.choice(fitting, TRIES).tolist()
+        yield from self.kept[self.tokens[self.kept].argsort(kind="stable")].tolist()  # the smallest first
+
+    def _cut(self, items: list[int]) -> Iterator[list[int]]:
+        """Yield the finished batches; the last, unfinished one stays in `_open` and is filled by the next epoch."""
+        batch, size = self._open, int(self.tokens[self._open].sum()) if self._open else 0
+        for item in items:
+            tokens = int(self.tokens[item])
+            if len(batch) == self.batch_size or size + tokens > self.max_tokens:
+                yield batch
+                batch, size = [], 0
+            batch.append(item)
+            size += tokens
+        self._open = batch
+
+
+class ResolutionPlan:
+    """The resolution of each step, drawn uniformly, and the number of earlier steps with the same one."""
+
+    CHUNK = 4096  # steps drawn at once
+
+    def __init__(self, resolutions: tuple[int, ...], seed: int):
+        self.resolutions, self.seed, self._drawn = resolutions, seed, np.zeros(0, dtype=np.int64)
+
+    def __getitem__(self, step: int) -> tuple[int, int]:
+        while step >= len(self._drawn):
+            rng = draw(self.seed, len(self._drawn) // self.CHUNK, 1)
+            self._drawn = np.concatenate([self._drawn, rng.integers(len(self.resolutions), size=self.CHUNK)])
+        choice = self._drawn[step]
+        return self.resolutions[choice], int((self._drawn[:step] == choice).sum())
+
+
+def say_left_out(tokens: np.ndarray, max_tokens: int, what: str) -> None:
+    """Say how many of these items have more tokens (n,) than a batch may have."""
+    if count := int((tokens > max_tokens).sum()):
+        print(
+            f"{count} of {len(tokens)} {what} have more than {max_tokens} tokens (up to {tokens.max()}): left out",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def plan_shapes(num_items: int, batch_size: int, seed: int) -> BatchPlan:
+    """Plan batches of items of equal size."""
+    return BatchPlan(np.ones(num_items, dtype=np.int64), batch_size, batch_size, seed)
+
+
+def shapes_per_batch(batch_size: int, views_per_shape: int) -> int:
+    """The number of different shapes in a batch.
+
+    Raises:
+        ValueError: `views_per_shape` does not divide the batch size.
+    """
+    if batch_size % views_per_shape:
+        raise ValueError(f"expected a batch_size divisible by views_per_shape {views_per_shape}, got {batch_size}")
+    return batch_size // views_per_shape
