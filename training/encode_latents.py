@@ -14,6 +14,7 @@ to finish writes the scale. Under torchrun, each rank encodes a part.
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ class EncodeLatentsConfig:
 
 
 class Item(NamedTuple):
-    """A shape in one symmetry, and the checksum of its file; "" if it has none."""
+    """A shape in one symmetry, and the checksum of its file, or its number of tokens if it has none."""
 
     name: str
     symmetry: int
@@ -90,7 +91,7 @@ class AllShapes(Dataset):
         self.config, self.batches = config, [[]]
         R, size = str(config.resolution), 0
         records = list_records(config.data_dir, split, config.resolution)
-        self.shapes = [(r["name"], r["num_tokens"][R], r.get("checksums", {}).get(R, "")) for r in records]
+        self.shapes = [(r["name"], r["num_tokens"][R], r.get("checksums", {}).get(R)) for r in records]
         self.place = {name: place for place, (name, *_) in enumerate(self.shapes)}
         self.damaged = DamagedFiles(len(self.shapes), "prepare_shapes")
         for name, tokens, checksum in self.shapes:
@@ -98,7 +99,7 @@ class AllShapes(Dataset):
                 if self.batches[-1] and size + tokens > config.max_tokens:
                     self.batches.append([])
                     size = 0
-                self.batches[-1].append(Item(name, symmetry, checksum))
+                self.batches[-1].append(Item(name, symmetry, checksum or f"{tokens} tokens"))
                 size += tokens
 
     def __len__(self) -> int:
@@ -173,7 +174,7 @@ def encode(vae: SDFVAE, batch: ShapeBatch) -> list[tuple[dict[str, np.ndarray], 
     return [({name: part[i].numpy() for name, part in parts.items()}, sums[i]) for i in range(batch.batch_size)]
 
 
-def encode_missing(vae: SDFVAE, shapes: AllShapes, numbers: list[int], files: LatentFiles) -> dict[Item, dict]:
+def encode_missing(vae: SDFVAE, shapes: AllShapes, numbers: Sequence[int], files: LatentFiles) -> dict[Item, dict]:
     """Encode those of these batches that miss a file; return the sums of every file that is there then."""
     sums, missing = {}, []
     with ThreadPoolExecutor() as pool:
@@ -206,7 +207,7 @@ def encode_missing(vae: SDFVAE, shapes: AllShapes, numbers: list[int], files: La
 class Chosen(Dataset):
     """Some items of a dataset."""
 
-    def __init__(self, dataset: Dataset, numbers: list[int]):
+    def __init__(self, dataset: Dataset, numbers: Sequence[int]):
         self.dataset, self.numbers = dataset, numbers
 
     def __getitem__(self, index: int):

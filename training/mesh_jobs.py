@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +53,7 @@ def failure_of(error: Exception) -> Failure:
 
 def run_jobs(
     function: Callable[[MeshEntry, Any], Any], entries: list[MeshEntry], config: Any, workers: int
-) -> Iterator[tuple[MeshEntry, Any]]:
+) -> Generator[tuple[MeshEntry, Any]]:
     """Yield each mesh with `function(entry, config)`, or with a `Failure`, in the order in which they finish.
 
     `function` must be importable, since workers are started afresh ("spawn"). Closing the iterator ends the workers.
@@ -100,14 +100,14 @@ def run_jobs(
 
 
 def finished(
-    jobs: Iterator[tuple[MeshEntry, Any]], total: int, log: Path, failed: list[dict]
+    jobs: Generator[tuple[MeshEntry, Any]], total: int, log: Path, failed: list[dict]
 ) -> Iterator[tuple[MeshEntry, Any]]:
     """Yield the meshes of `run_jobs` that have a result; add the others to `failed`, and write them to `log`.
 
     Raises:
         MachineError: the disk or the machine is at fault.
     """
-    with open(log, "w") as file, tqdm(total=total, unit="mesh") as progress:
+    with contextlib.closing(jobs), open(log, "w") as file, tqdm(total=total, unit="mesh") as progress:
         for entry, result in jobs:
             progress.update()
             if not isinstance(result, Failure):
@@ -142,7 +142,7 @@ class _Worker:
         """Wait for the end of the process; return its cause."""
         self.connection.close()
         self.process.join()
-        code = self.process.exitcode
+        code = self.process.exitcode or 0
         if code == OUT_OF_MEMORY:
             return "out of memory"
         return f"its process died with {f'signal {-code}' if code < 0 else f'exit code {code}'} (out of memory?)"

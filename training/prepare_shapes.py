@@ -19,7 +19,7 @@ Marks such as [A] say how certain a value is: see docs/paper.md.
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,7 +119,7 @@ def _other_resolutions(config: PrepareShapesConfig) -> list[int]:
 
 def prepare_all(
     entries: list[MeshEntry], config: PrepareShapesConfig
-) -> Iterator[tuple[MeshEntry, Prepared | Failure]]:
+) -> Generator[tuple[MeshEntry, Prepared | Failure]]:
     """Yield each mesh with its files, or with the reason why it has none."""
     return run_jobs(prepare, entries, config, config.workers or os.cpu_count() or 1)
 
@@ -141,16 +141,15 @@ def main(config: PrepareShapesConfig) -> list[dict]:
         remove_leftovers(folder, {entry.name for entry in entries})
     folder, names = Path(config.meshes).resolve().as_posix(), {entry.name for entry in listed}
     log = shard.file(data_dir / "failures.jsonl")
-    records, failed, num_outdated, num_unknown = [], [], 0, 0
+    records, failed, bad, num_outdated, num_unknown = [], [], set(), 0, 0
 
-    def write_index() -> None:
-        bad = {failure["name"] for failure in failed}
-        update_index(
-            data_dir,
-            shard,
-            records,
-            lambda record: record["name"] in bad or (record.get("meshes") == folder and record["name"] not in names),
-        )
+    def is_gone(record: dict) -> bool:
+        is_ours = record.get("meshes", folder) == folder
+        return is_ours and (record["name"] in bad or ("meshes" in record and record["name"] not in names))
+
+    def write_index(at_the_end: bool) -> None:
+        bad.update(failure["name"] for failure in failed)
+        update_index(data_dir, shard, records, is_gone, in_others=at_the_end)
 
     try:
         written = time.monotonic()
@@ -159,10 +158,10 @@ def main(config: PrepareShapesConfig) -> list[dict]:
             records.append(record | {"num_tokens": made.num_tokens, "checksums": made.checksums, "meshes": folder})
             num_outdated, num_unknown = num_outdated + made.num_outdated, num_unknown + made.num_unknown
             if time.monotonic() - written > SECONDS_BETWEEN_INDEXES:
-                write_index()
+                write_index(at_the_end=False)
                 written = time.monotonic()
     finally:
-        write_index()  # also where the run is stopped or the disk is full
+        write_index(at_the_end=True)  # also where the run is stopped or the disk is full
     records.sort(key=lambda record: record["name"])
     if num_outdated:
         print(f"{num_outdated} files were made again, because their mesh or the settings had changed")

@@ -158,16 +158,24 @@ def render_mesh(entry: MeshEntry, config: RenderViewsConfig) -> int:
             png = io.BytesIO()
             Image.fromarray(picture).save(png, "PNG", compress_level=1)
             file, content = f"{number:03d}.png", png.getvalue()
-            (partial / file).write_bytes(content)
+            _write(partial / file, content)
             about = {"file": file, "bytes": len(content)}
             views.append(about | {"camera": dataclasses.asdict(camera), "light": dataclasses.asdict(light)})
         cameras = {"settings": config.settings, "mesh_bytes": size, "views": views}
-        (partial / "cameras.json").write_text(json.dumps(cameras))
+        _write(partial / "cameras.json", json.dumps(cameras).encode())
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)  # so a killed run leaves no unfinished folder under this name
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return config.views
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names no file
+        raise
 
 
 def is_complete(folder: Path, config: RenderViewsConfig, mesh_bytes: int | None = None) -> bool:

@@ -47,13 +47,15 @@ def read_records(file: Path) -> list[dict]:
     """
     try:
         records = json.loads(file.read_text())
-        damaged = not isinstance(records, list) or not all(map(_is_record, records))
-        reason = "which is not a list of records with name, source, split and num_tokens"
     except ValueError as error:
-        damaged, reason = True, str(error)
-    if damaged:
-        raise ValueError(f"damaged index {file} ({reason}); make it again with python -m training.prepare_shapes")
+        raise _damaged(file, str(error)) from None
+    if not isinstance(records, list) or not all(map(_is_record, records)):
+        raise _damaged(file, "which is not a list of records with name, source, split and num_tokens")
     return records
+
+
+def _damaged(file: Path, reason: str) -> ValueError:
+    return ValueError(f"damaged index {file} ({reason}); make it again with python -m training.prepare_shapes")
 
 
 def _is_record(record) -> bool:
@@ -64,8 +66,16 @@ def _is_record(record) -> bool:
     return all(isinstance(text, str) for text in texts) and all(type(n) is int and n > 0 for n in tokens)
 
 
-def update_index(data_dir: str | Path, shard: Shard, records: Iterable[dict], is_gone: Callable[[dict], bool]) -> None:
+def update_index(
+    data_dir: str | Path,
+    shard: Shard,
+    records: Iterable[dict],
+    is_gone: Callable[[dict], bool],
+    in_others: bool = True,
+) -> None:
     """Put records into this task's index file; take records that are gone out of every index file.
+
+    Without `in_others`, only this task's file is read and written, as a running task does now and then.
 
     All other records stay. A name is listed in one file: its record leaves the others after it has been written
     here. An index file that is damaged is renamed to *.damaged, and its name is printed.
@@ -78,7 +88,7 @@ def update_index(data_dir: str | Path, shard: Shard, records: Iterable[dict], is
     with _locked(data_dir):
         known = {record["name"]: record for record in _records_or_none(own)}
         _write(own, [r for name, r in (known | new).items() if name in new or not is_gone(r)])
-        for other in index_files(data_dir):
+        for other in index_files(data_dir) if in_others else []:
             listed = _records_or_none(other) if other != own else []
             kept = [r for r in listed if r["name"] not in new and not is_gone(r)]
             if len(kept) < len(listed):

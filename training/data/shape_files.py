@@ -70,8 +70,12 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any
     checksums = {name: _checksum(array) for name, array in arrays.items()}
     # under one key, as safetensors writes keys in a random order
     content = save(arrays, {ABOUT: json.dumps((about or {}) | {"checksums": checksums})})
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)  # not by safetensors, whose errors do not say that the disk is full
+    try:
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)  # not by safetensors, whose errors do not say that the disk is full
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names no file
+        raise
     return _checksum_of_file(checksums)
 
 
@@ -127,7 +131,7 @@ def _about(file) -> dict[str, Any]:
 
 def _checksum(array: np.ndarray) -> str:
     start = zlib.crc32(f"{array.dtype}{array.shape}".encode())
-    return f"{zlib.crc32(memoryview(array).cast('B') if array.size else b'', start):08x}"
+    return f"{zlib.crc32(array.reshape(-1).view(np.uint8).data, start):08x}"  # read without a copy
 
 
 def _checksum_of_file(checksums: dict[str, str]) -> str:

@@ -82,7 +82,7 @@ class Views:
 
     @staticmethod
     def _decode(paths: list[Path]) -> list[np.ndarray | None]:
-        decoded = []
+        decoded: list[np.ndarray | None] = []
         for path in paths:
             try:
                 decoded.append(np.asarray(read_png(path)))
