@@ -1,5 +1,6 @@
 # Two commands for a stranger: `make demo` and `make test`. Each sets up .venv first; a second run installs nothing.
-# Before a commit: `make lint`. `make house` reports on the wings, their imports, docstrings and English.
+# Before a commit: `make lint`. `make house` reports on the wings, their imports, docstrings and English. `make compile`
+# compiles the kernels for cards that are not here.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # tests/conftest.py decides which tests share a process, and which come first
 IN_TWO_PROCESSES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-long lint types house bench clean comfyui
+.PHONY: demo test test-long lint types house compile bench clean comfyui
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m d3ds2 workflows/demo_input.png -o demo.glb --preview demo.png
@@ -34,6 +35,10 @@ types: $(VENV)/.test
 
 house: | $(BIN)/python
 	$(BIN)/python tests/house.py
+
+# every Triton launch of the networks, for cards that are not here; no GPU is needed
+compile: $(VENV)/.test
+	$(BIN)/python -m tests.support.compile_launches
 
 bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/geometry.py

@@ -83,7 +83,10 @@ def median_ms(function: Callable, budget: float = 100.0) -> float:
 
 
 def timed(function: Callable, inputs: list[Tensor]) -> Timing:
-    """Time the forward pass without gradients and the backward pass; measure the peak memory of both together."""
+    """Time the forward pass without gradients and the backward pass; measure the peak memory of both together.
+
+    The inputs, of any shape, are the arguments of the function.
+    """
     with torch.no_grad():
         forward = median_ms(lambda: function(*inputs))
     inputs = [x.detach().requires_grad_() for x in inputs]
@@ -97,7 +100,10 @@ def timed(function: Callable, inputs: list[Tensor]) -> Timing:
 
 
 def attempt(rival: Callable, inputs: list[Tensor]) -> Timing | str:
-    """Return a timing or, if the rival fails, the name of the error for the table; its message goes to stderr."""
+    """Return a timing or, if the rival fails, the name of the error for the table; its message goes to stderr.
+
+    The inputs have any shape.
+    """
     try:
         return timed(rival, inputs)
     except RuntimeError as error:
@@ -107,6 +113,7 @@ def attempt(rival: Callable, inputs: list[Tensor]) -> Timing | str:
 
 
 def make_inputs(voxels: Voxels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return random q (T, H, D), k and v (T, Hk, D) in bf16, and gates (T, 3), for T voxels."""
     torch.manual_seed(0)
     shapes = (len(voxels), H, D), (len(voxels), HK, D), (len(voxels), HK, D)
     q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)

@@ -62,7 +62,7 @@ def read_picture(path: Path) -> torch.Tensor:
 
 
 def run_prompt(comfy, model, image: torch.Tensor, seed: int) -> int:
-    """Run all stages; return the number of faces."""
+    """Run all stages on an IMAGE (1, H, W, 3 or 4); return the number of faces."""
     structure = comfy.run("D3DS2SparseStructureSample", model=model, image=image, seed=seed)[0]
     latent = comfy.run("D3DS2SSADiTSample", model=model, structure=structure, image=image, seed=seed)[0]
     return comfy.run("D3DS2VAEDecodeSDF", model=model, latent=latent)[0].faces.shape[1]

@@ -66,7 +66,10 @@ def analytic_band(resolution: int, band: float, turns: int = 1) -> SparseSDF:
 
 
 def ripple(x: np.ndarray, y: np.ndarray, z: np.ndarray, turns: int) -> np.ndarray:
-    """Return nearly the distance to a rippled ball of radius 0.8; with more turns, gyroid walls fill it."""
+    """Return nearly the distance to a rippled ball of radius 0.8; with more turns, gyroid walls fill it.
+
+    The coordinates in [-1,1]³ have any shapes that broadcast to that of the result.
+    """
     ball = np.sqrt(x * x + y * y + z * z) - 0.8 + 0.02 * np.sin(9 * x) * np.sin(9 * y) * np.sin(9 * z)
     if turns == 1:
         return ball
@@ -83,7 +86,7 @@ def timed(function, *arguments, **options):
 
 
 def dense_field(sdf: SparseSDF) -> np.ndarray:
-    """Return the values on the whole grid, as skimage needs them, with +1 where there is no block."""
+    """Return the values on the whole grid (R, R, R), as skimage needs them, with +1 where there is no block."""
     field = np.ones((sdf.resolution,) * 3, np.float32)
     for (x, y, z), block in zip(sdf.block_coords * 8, sdf.values, strict=True):
         field[x : x + 8, y : y + 8, z : z + 8] = block

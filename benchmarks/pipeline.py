@@ -242,7 +242,7 @@ def time_path(arguments: argparse.Namespace, results: dict, save: Callable[[], N
 
 
 def ball_blocks(resolution: int) -> tuple[np.ndarray, Tensor]:
-    """Return the blocks within four voxels of a rippled ball, and their distances over the band."""
+    """Return the blocks (M, 3) near a rippled ball, and their distances over a band of four voxels, (M, 8, 8, 8)."""
     G, centre, radius = resolution // 8, resolution / 2, 0.42 * resolution
 
     def distance(x, y, z):
@@ -262,7 +262,10 @@ def ball_blocks(resolution: int) -> tuple[np.ndarray, Tensor]:
 
 
 def time_device_meshing(coords: Tensor, values: Tensor, resolution: int) -> dict[str, float]:
-    """Time meshing on the GPU, until the mesh is on the CPU: the best of three runs."""
+    """Time meshing on the GPU, until the mesh is on the CPU: the best of three runs, in seconds and GiB.
+
+    Takes block coordinates (M, 3) and values (M, 8, 8, 8).
+    """
     seconds = []
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -302,7 +305,7 @@ def time_meshing(arguments: argparse.Namespace, results: dict, save: Callable[[]
 
 
 def time_skimage(coords: np.ndarray, values: np.ndarray, resolution: int) -> float:
-    """Return the seconds of Lewiner's marching cubes on the dense grid."""
+    """Return the seconds of Lewiner's marching cubes on the dense grid of blocks (M, 3) with values (M, 8, 8, 8)."""
     from skimage.measure import marching_cubes
 
     dense, G = np.ones((resolution,) * 3, np.float32), resolution // 8

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from .kernels.devices import copies_in_background
+
 
 @contextmanager
 def on_device(network: nn.Module, device: torch.device | str | None) -> Generator[torch.device]:
@@ -17,10 +19,11 @@ def on_device(network: nn.Module, device: torch.device | str | None) -> Generato
     if device is None:
         yield tensors[0].device
         return
+    in_background = copies_in_background(torch.device(device))
     kept = [tensor.data for tensor in tensors]
     try:
         for tensor in tensors:
-            tensor.data = tensor.data.to(device, non_blocking=True)
+            tensor.data = tensor.data.to(device, non_blocking=in_background)
         yield tensors[0].device
     finally:
         for tensor, data in zip(tensors, kept, strict=True):

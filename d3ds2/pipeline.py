@@ -23,12 +23,12 @@ from .generation_error import EmptyResultError, GenerationError, empty_result
 from .geometry.sdf_blocks import SDFBlocks
 from .geometry.voxels import Voxels
 from .images.foreground import cut_out, preprocess
-from .kernels.devices import find_dtype
+from .kernels.devices import find_dtype, on_cuda, shares_memory
 from .meshes.mesh import Mesh
 from .meshes.mesh_to_sdf import normalize_mesh
 from .meshes.mesh_to_structure import mesh_to_structure
 from .meshes.sdf_to_mesh import DECODED_OPTIONS
-from .meshes.sdf_to_mesh_gpu import blocks_to_mesh
+from .meshes.sdf_to_mesh_gpu import device_mesh, tensors_to_mesh
 from .networks.chunked_decode import OnChunk, decode_in_chunks
 from .networks.image_encoder import ImageEncoder, ImageTokens
 from .networks.model_files import load_model
@@ -45,16 +45,9 @@ TINY = Path(__file__).parent / "weights" / "tiny"  # the shipped model
 GUIDED_BATCH_TOKENS = 32768  # tokens of a sample up to which both guidance branches run as one batch
 
 __all__ = [
-    "FINE_STAGES",
-    "STAGES",
-    "TINY",
-    "EmptyResultError",
-    "GenerationError",
-    "Pipeline",
-    "Stage",
-    "build_pipeline",
+    "FINE_STAGES", "STAGES", "TINY", "EmptyResultError", "GenerationError", "Pipeline", "Stage", "build_pipeline",
     "load_pipeline",
-]
+]  # fmt: skip
 
 OnProgress = Callable[[str, int, int], None]  # stage, finished steps, all steps
 
@@ -282,7 +275,7 @@ class Pipeline:
         on_chunk: OnChunk | None = None,
         features_out: Tensor | None = None,
     ) -> SDFBlocks:
-        """`decode_sdf` without the coordinates of voxels, which take more than all else; see `decode_in_chunks`."""
+        """`decode_sdf` without the bulky voxel coordinates; features_out (512 N, channels): see `decode_in_chunks`."""
         vae = self.stage_of(voxels).sdf_vae
         budget = self.memory_budget if memory_budget is None else memory_budget
         with on_device(vae, self.device) as device:
@@ -292,7 +285,7 @@ class Pipeline:
     def decode_surface(
         self, latents: Tensor, voxels: Voxels, use_refiners: bool = False, on_patch: OnPatch | None = None
     ) -> tuple[SDFBlocks, float]:
-        """The blocks that make the mesh, and the level of the surface in them: decoded and, if asked, refined.
+        """Decode latents (N, E), refine if asked; return the blocks that make the mesh and the level of their surface.
 
         Raises:
             ModelFolderError: the model has no refiner of this stage.
@@ -319,7 +312,7 @@ class Pipeline:
         level: float | None = None,
         keep_largest: bool = False,
     ) -> list[Mesh]:
-        """`blocks_to_meshes` of sdf and voxels as `decode_sdf` gives them."""
+        """`blocks_to_meshes` of an sdf (512 N, 1) and its voxels, as `decode_sdf` returns them."""
         return self.blocks_to_meshes(SDFBlocks.of_voxels(sdf, voxels), min_component, level, keep_largest)
 
     def blocks_to_meshes(
@@ -343,12 +336,17 @@ class Pipeline:
         if not blocks.values.isfinite().all():
             message = f"the SDF came out with values that are not finite on {blocks.values.device}; try float32"
             raise GenerationError(message)
-        options = DECODED_OPTIONS | {"min_component": min_component, "level": level, "keep_largest": keep_largest}
+        options = DECODED_OPTIONS | {
+            "min_component": min_component,
+            "level": level,
+            "keep_largest": keep_largest,
+        }
+        make_mesh = device_mesh if on_cuda(blocks.values) else tensors_to_mesh
         meshes = []
         for coords, values in blocks.samples():
             if not (values < level).any():
                 raise empty_result("surface", len(meshes), blocks.batch_size)
-            meshes.append(blocks_to_mesh(coords, values, blocks.resolution, **options))
+            meshes.append(make_mesh(coords, values, blocks.resolution, **options))
         return meshes
 
 
@@ -394,6 +392,6 @@ def load_pipeline(
     folder, device = folder or TINY, torch.device(device)
     dtype = find_dtype("auto", device) if dtype is None else dtype
     if offload is None:
-        offload = device.type != "cpu" and "fine_latent_dit" in network_names(folder)
+        offload = not shares_memory(device) and "fine_latent_dit" in network_names(folder)
     networks, own_sampling = load_model(folder, "cpu" if offload else device, dtype)
     return build_pipeline(networks, sampling or own_sampling, device if offload else None, memory_budget)

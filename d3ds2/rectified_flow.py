@@ -21,7 +21,7 @@ OnStep = Callable[[int, Tensor, Tensor], None]  # finished step, x_t, x_0
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """shift · t / (1 + (shift - 1) t): more of the steps near the noise."""
+    """shift · t / (1 + (shift - 1) t), for t of any shape: more of the steps near the noise."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -52,12 +52,12 @@ def sample_t(batch_size: int, generator: torch.Generator, mean: float = 1.0, std
 
 
 def interpolate(x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t of eq. 10; t broadcasts against x_0."""
+    """x_t of eq. 10, for x_0 and noise (N, E) or (B, E, R, R, R); t broadcasts against them."""
     return (1 - t) * x_0 + t * noise
 
 
 def velocity_target(x_0: Tensor, noise: Tensor) -> Tensor:
-    """The velocity that the model learns to predict, d x_t / d t (eq. 11)."""
+    """The velocity that the model learns to predict, d x_t / d t (eq. 11), for (N, E) or (B, E, R, R, R)."""
     return noise - x_0
 
 
@@ -66,6 +66,9 @@ def noise_for(seeds: list[int], shapes: list[tuple[int, ...]]) -> Tensor:
 
     Latents take shapes (tokens, channels), dense structures (1, channels, R, R, R). One seed gives one sample, whatever
     the device or its place in the batch.
+
+    Raises:
+        ValueError: the numbers of seeds and shapes differ.
     """
     if len(seeds) != len(shapes):
         raise ValueError(f"expected a seed for each sample, got {len(seeds)} seeds and {len(shapes)} shapes")

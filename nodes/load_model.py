@@ -56,6 +56,7 @@ class LoadD3DS2Model(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, precision) -> io.NodeOutput:
+        """Load every network of a model folder. Raises ValueError, with advice, if the folder is not whole."""
         import comfy.model_management as mm
         import torch
 

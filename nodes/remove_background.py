@@ -73,6 +73,7 @@ class RemoveBackground(io.ComfyNode):
     def execute(
         cls, image, method, invert_mask, foreground_ratio, mask=None, background_removal: Any = None
     ) -> io.NodeOutput:
+        """Cut the object out of each picture. Raises ValueError, with advice, if none is found."""
         from ..d3ds2.images.foreground import ImageError, centre_object, cut_out
         from .comfy.pictures import to_images, to_masks, to_pictures
         from .comfy.progress import Progress, run_cancellable

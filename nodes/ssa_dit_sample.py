@@ -52,6 +52,8 @@ class SSADiTSample(io.ComfyNode):
     def execute(
         cls, model: Model, structure: Structure, image, seed, steps, guidance_scale, max_tokens
     ) -> io.NodeOutput:
+        """Sample the latents of each structure. Raises ValueError, with advice, if the inputs do not fit."""
+        import comfy.model_management as mm
         import torch
 
         from ..d3ds2.images.voxel_picture import latent_colors, voxel_picture
@@ -78,7 +80,7 @@ class SSADiTSample(io.ComfyNode):
         branches = 1 if guidance_scale == 1 or largest > GUIDED_BATCH_TOKENS else 2
         needed = max(
             image_encoder_bytes(encoder.config, 1, dtype_of(encoder)),
-            latent_dit_bytes(dit.config, branches * largest, dtype_of(dit)),
+            latent_dit_bytes(dit.config, branches * largest, dtype_of(dit), mm.get_torch_device()),
         )
         load_networks(
             model,

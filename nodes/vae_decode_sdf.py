@@ -61,6 +61,7 @@ class VAEDecodeSDF(io.ComfyNode):
     def execute(
         cls, model: Model, latent: Latent, level, memory_budget_gb, keep_largest, min_component
     ) -> io.NodeOutput:
+        """Decode latents and extract their surfaces. Raises ValueError if the latent belongs to another model."""
         import torch
 
         from .comfy.mesh_socket import to_socket

@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 # tiny networks run faster on one thread, and results are the same bit by bit only for equal numbers of threads
@@ -20,7 +19,13 @@ from tests.support.tiny_model import write_model
 
 # pytest-xdist starts with these parts. Long files come first, so that no worker starts one at the end. The tests of one
 # real ComfyUI form one part. The second ComfyUI comes after the long files, when the machine is less busy.
-LONG = ("test_triton_versions", "test_training_stages", "test_spatial_sparse_attention_triton", "test_pipeline_stages")
+LONG = (
+    "test_compiled_kernels",
+    "test_triton_versions",
+    "test_training_stages",
+    "test_spatial_sparse_attention_triton",
+    "test_pipeline_stages",
+)
 FIRST, *OTHERS = (f"comfyui-{version}" for version in reversed(SOURCES))
 ORDER = {part: number for number, part in enumerate((FIRST, *LONG, *OTHERS))}
 
@@ -28,11 +33,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Triton's interpreter
 
 
-LESSER_CARDS = {  # of the GPU that is here: `pytest -m gpu --card NAME`
-    "sm_86": lambda card: replace(CARDS["sm_86"], name=card.name),
-    "no-triton": lambda card: replace(card, triton=False, why_no_triton="hidden by --card no-triton"),
-    "no-flash": lambda card: replace(card, flash=False),
-    "torch-alone": lambda card: replace(card, triton=False, flash=False, why_no_triton="hidden by --card torch-alone"),
+LESSER_CARDS = {  # the abilities that `pytest -m gpu --card NAME` takes from the GPU that is here
+    "sm_86": {name: getattr(CARDS["sm_86"], name) for name in ("capability", "shared_memory", "multiprocessors")},
+    "no-triton": {"triton": False},
+    "no-flash": {"flash": False},
+    "torch-alone": {"triton": False, "flash": False},
 }
 
 
@@ -48,8 +53,7 @@ def take_lesser_card(config, module) -> None:
     """Let a copy of d3ds2.kernels.devices take the GPU for the card of `--card`."""
     name = config.getoption("--card", None)
     if name is not None:
-        device = torch.device("cuda", torch.cuda.current_device())
-        module._ABILITIES[device] = LESSER_CARDS[name](module.abilities(device))
+        module.pretend(torch.device("cuda", torch.cuda.current_device()), **LESSER_CARDS[name])
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -41,15 +41,20 @@ BANNED = {
         "of which": "of which",
         "one a X": r"one an? (?!time\b)[a-z]+",
         "each once": "each once",
-        "as it is/has it": "as it is|has it",
+        "as it is/has it": r"as it is(?! [a-z]+ed\b)|has it",  # "as soon as it is submitted" is plain English
         "told": "told",
         "that mended": "that mended",
     }.items()
 }
 SIZE = r"[\w³² +*/·×.'-]+"
-SHAPE = re.compile(rf"\((?:{SIZE},)+(?:{SIZE})?\)")  # (N, C), (B + 1,); one size must be a letter or a number
+# (N, C), (B + 1,); one size must be a letter or a number, or the only one
+SHAPE = re.compile(rf"\((?:{SIZE},)+(?:{SIZE})?\)")
+ANY_SHAPE = re.compile(r"\bany shapes?\b")
 ARRAYS = re.compile(r"\bTensor\b|\bndarray\b")
-DEVICE_QUESTIONS = re.compile(r"""\bis_cuda\b|\bHAS_TRITON\b|find_spec\(["']triton["']\)""")
+ARRAY_WINGS = ("d3ds2", "nodes", "training", "benchmarks", "docs/examples")  # whose docstrings give shapes and errors
+DEVICE_QUESTIONS = re.compile(
+    r"""\bis_c(uda|pu)\b|\bHAS_TRITON\b|find_spec\(["']triton["']\)|\.type (?:[!=]=|in|not in) ["'(]"""
+)
 HIDDEN_STATE = re.compile(r"__dict__|object\.__new__")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -144,11 +149,9 @@ def banned_words() -> dict[str, list[str]]:
 
 
 def device_questions() -> list[str]:
-    """The lines outside d3ds2/kernels which ask whether Triton or a GPU is there."""
+    """The lines outside d3ds2/kernels which ask for the kind of a device, or whether Triton or a GPU is there."""
     outside = [path for path in python_files("d3ds2", "nodes", "training") if wing_of(path) != "d3ds2/kernels"]
-    # these choose where a mesh is made and whether Adam is fused: questions about no kernel of ours
-    allowed = [ROOT / "d3ds2/meshes/sdf_to_mesh_gpu.py", ROOT / "training/state.py"]
-    return matches(DEVICE_QUESTIONS, [path for path in outside if path not in allowed])
+    return matches(DEVICE_QUESTIONS, outside)
 
 
 def hidden_state() -> list[str]:
@@ -204,12 +207,20 @@ def public_functions(path: Path) -> Iterator[tuple[str, Function, str]]:
 
 
 def without_shapes() -> list[str]:
-    """The public functions which take tensors or arrays and whose docstring gives no shape."""
+    """The public functions which take tensors or arrays and whose docstring gives no shape.
+
+    A docstring may name a function whose docstring does, see `refers_to_shapes`.
+    """
+    public = {path: list(public_functions(path)) for path in python_files(*ARRAY_WINGS)}
+    by_wing: dict[str, list[tuple[str, Function, str]]] = {}
+    for path, functions in public.items():
+        by_wing.setdefault(wing_of(path), []).extend(functions)
     return [
         f"{name(path)}:{node.lineno}  {function}"
-        for path in python_files("d3ds2", "nodes", "training")
-        for function, node, text in public_functions(path)
-        if _takes_arrays(node) and not _gives_shape(text)
+        for path, functions in public.items()
+        for function, node, text in functions
+        if array_names(node) and not _gives_shape(text)
+        if not refers_to_shapes(function, node, by_wing[wing_of(path)])
     ]
 
 
@@ -217,21 +228,42 @@ def without_raises() -> list[str]:
     """The public functions that raise ValueError themselves, but whose docstring does not say so."""
     return [
         f"{name(path)}:{node.lineno}  {function}"
-        for path in python_files("d3ds2", "nodes", "training")
+        for path in python_files(*ARRAY_WINGS)
         for function, node, text in public_functions(path)
-        if _raises_value_error(node) and not re.search(r"\braises?\b", text, re.IGNORECASE)
+        if _raises_value_error(node) and not re.search(r"\bRaises?\b.*\bValueError\b", text, re.DOTALL)
     ]
 
 
-def _takes_arrays(node: Function) -> bool:
+def refers_to_shapes(function: str, node: Function, wing: list[tuple[str, Function, str]]) -> bool:
+    """Whether the first sentence names, in backticks, a function of the wing with the same arrays and their shapes.
+
+    The name must belong to one public function there, or to a method of the same class. That function's own docstring
+    must give shapes, and every parameter of this one that is an array must be one there, under the same name.
+    """
+    first = re.split(r"[.:;]\s", " ".join((ast.get_docstring(node) or "").split()) + " ")[0]
+    owner = function.rpartition(".")[0]
+    for word in re.findall(r"`(\w+)`", first):
+        methods = [each for each in wing if owner and each[0] == f"{owner}.{word}"]
+        named = methods or [each for each in wing if each[0] == word]
+        if len(named) != 1 or named[0][1] is node:
+            continue
+        (_, other, _), *_ = named
+        if _gives_shape(ast.get_docstring(other) or "") and array_names(node) <= array_names(other):
+            return True
+    return False
+
+
+def array_names(node: Function) -> set[str]:
+    """The parameters that are annotated as tensors or arrays, or as lists or tuples of them."""
     arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
-    annotations = [ast.unparse(argument.annotation) for argument in arguments if argument.annotation]
-    return any(ARRAYS.search(each) and not re.search("Callable|dict", each) for each in annotations)
+    annotations = {each.arg: ast.unparse(each.annotation) for each in arguments if each.annotation}
+    return {each for each, text in annotations.items() if ARRAYS.search(text) and not re.search("Callable|dict", text)}
 
 
 def _gives_shape(text: str) -> bool:
-    found = SHAPE.findall(" ".join(text.split()))
-    return any(re.search(r"\b[A-Z][a-z]?\b|\d|\.\.\.", shape) for shape in found)
+    text = " ".join(text.split())
+    sizes = any(re.search(r"\b[A-Z][a-z]?\b|\d|\.\.\.|^\([^,]+,\)$", shape) for shape in SHAPE.findall(text))
+    return sizes or bool(ANY_SHAPE.search(text))
 
 
 def _raises_value_error(node: Function) -> bool:

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from d3ds2.kernels.devices import sums_between
 from training.config import load_config
 
 BUCKET = 1 << 25  # gradient values that are summed at once, 128 MiB
@@ -161,13 +162,11 @@ def ranks_on(device: torch.device) -> Ranks:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return Ranks(device)
-    group = None
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    group, backend = None, sums_between(device)
+    if backend != dist.get_backend():
+        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        group = dist.new_group(backend="nccl")
-    elif device.type != "cpu":
-        raise ValueError(f"expected a CUDA device or the CPU for several ranks, got {device}")
+        group = dist.new_group(backend=backend)
     return Ranks(device, dist.get_rank(), dist.get_world_size(), group)
 
 

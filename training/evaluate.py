@@ -100,7 +100,7 @@ def main(config: EvaluateConfig) -> dict:
 def evaluate_round_trip(
     config: EvaluateConfig, sources: dict[str, str], tokens: np.ndarray, scoring: ScoreConfig, pool: Executor
 ) -> tuple[dict, str]:
-    """Return summaries and scores for evaluation.json, and the table."""
+    """Return summaries and scores for evaluation.json, and the table; tokens (n,) are those of the n sources."""
     device = find_device(config.device)
     vae = load_network(config.model_dir, "sdf_vae", device, dtype_of(config, device))
     entries = {entry.name: entry for entry in list_meshes(config.meshes)} if config.meshes else {}

@@ -5,6 +5,7 @@ In a packed batch every token (or voxel) counts equally: a loss is the mean over
 Marks such as [A] say how certain a value is: see docs/paper.md.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -70,11 +71,11 @@ SDF_TERMS = ("inside", "exterior", "sharp", "sign", "kl")
 
 
 def count_sdf(target: Tensor, sharp: Tensor, latents: int) -> Tensor:
-    """Count over what each of SDF_TERMS is a mean, (5,) float64; arguments as for `sdf_loss`, and its L latents."""
+    """Count over what each of SDF_TERMS is a mean, (5,) int64; arguments as for `sdf_loss`, and its L latents."""
     active = target.flatten().abs() < 1
     inside, near = active.sum(), (active & sharp.flatten()).sum()
     others = inside.new_tensor([active.numel(), latents])
-    return torch.stack([inside, others[0] - inside, near, *others]).double()
+    return torch.stack([inside, others[0] - inside, near, *others])
 
 
 def sdf_loss(
@@ -159,6 +160,25 @@ def structure_loss(
     return {"loss": loss, **terms, "iou": iou}
 
 
+DrawRows = Callable[[int, Callable[[int], Tensor]], Tensor]  # number, make -> rows of random numbers
+
+
+def draw_all(number: int, make: Callable[[int], Tensor]) -> Tensor:
+    """Return `make(number)`: all rows. A part of a batch draws as `training.data.parts` says."""
+    return make(number)
+
+
+def draw_noise(like: Tensor, generator: torch.Generator, draw_rows: DrawRows = draw_all) -> Tensor:
+    """Draw normal noise, shaped as a tensor (N, ...) and on its device; the generator may be on the CPU."""
+    device, row = generator.device, like.shape[1:]
+    return draw_rows(len(like), lambda N: torch.randn((N, *row), generator=generator, device=device)).to(like.device)
+
+
+def keep_context(batch_size: int, config: FlowLossConfig, generator: torch.Generator) -> Tensor:
+    """Draw which samples keep their image: (B,) bool on the generator's device."""
+    return torch.rand(batch_size, generator=generator, device=generator.device) >= config.context_dropout
+
+
 def training_times(batch_size: int, config: FlowLossConfig, generator: torch.Generator) -> Tensor:
     """Draw times (B,) float32 on the generator's device: logit-normal, and 1 for a share of the samples."""
     t = sample_t(batch_size, generator, config.time_mean, config.time_std)
@@ -169,5 +189,8 @@ def training_times(batch_size: int, config: FlowLossConfig, generator: torch.Gen
 
 
 def velocity_loss(predicted: Tensor, x_0: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error of the velocity, over all tokens and channels (eq. 11)."""
+    """Mean squared error of the velocity over all elements (eq. 11).
+
+    All three are (N, C), or (B, C, g, g, g) for dense latents. Returns a scalar float32.
+    """
     return F.mse_loss(predicted.float(), velocity_target(x_0, noise).float())

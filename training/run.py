@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from d3ds2.kernels.devices import abilities, find_device
+from d3ds2.kernels.devices import find_device, trains_in_bf16
 from d3ds2.storage.atomic_file import replacing
 from training.distributed import Ranks, ranks_on
 from training.run_folder import check_run, clear_leftovers, exporting, locked, write_settings
@@ -92,8 +92,8 @@ def start(config: RunConfig, whole_config) -> Generator[Ranks]:
 
 
 def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager:
-    """The context in which a step's forward pass runs: bf16 on a GPU that has it, unless the config says fp32."""
-    if config.precision == "bf16" and device.type in ("cuda", "xpu") and abilities(device).bf16:
+    """The context in which a step's forward pass runs: bf16 where the device trains in it, unless set to fp32."""
+    if config.precision == "bf16" and trains_in_bf16(device):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from d3ds2.kernels.devices import on_cuda
 from d3ds2.networks.model_files import load_network
 from d3ds2.storage.atomic_file import replacing
 from training.distributed import Ranks
@@ -44,7 +45,7 @@ class State:
             lr=config.learning_rate,
             betas=config.betas,
             weight_decay=config.weight_decay,
-            fused=parameters[0].is_cuda,
+            fused=on_cuda(parameters[0]),
         )
         self.step = 0
 

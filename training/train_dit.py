@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from d3ds2.geometry.voxels import BLOCK, Voxels
+from d3ds2.kernels.devices import make_generator
 from d3ds2.networks.image_encoder import ImageEncoder, ImageTokens
 from d3ds2.networks.latent_dit import LatentDiT, LatentDiTConfig
 from d3ds2.networks.model_files import load_network, save_network
@@ -30,7 +31,7 @@ from training.data.parts import WHOLE, Part, load_parts
 from training.data.shape_files import list_shapes
 from training.data.views import Views
 from training.distributed import Ranks, run_script
-from training.losses import FlowLossConfig, training_times, velocity_loss
+from training.losses import FlowLossConfig, draw_noise, keep_context, training_times, velocity_loss
 from training.run import Log, RunConfig, Stop, autocast, is_save_step, seed_step, start
 from training.run_folder import exporting
 from training.state import State, load_start
@@ -67,14 +68,9 @@ def draw_latents(
     """Draw the normalised x_0 of a batch from the posteriors, or take their means: (M, C) float32."""
     latents = batch.mean.float()
     if sample_posterior:
-        latents = latents + draw_noise(latents, generator, part) * (0.5 * batch.logvar.float()).exp()
+        noise = draw_noise(latents, generator, part.draw_tokens)
+        latents = latents + (0.5 * batch.logvar.float()).exp() * noise
     return vae.normalize_latents(latents)
-
-
-def draw_noise(latents: Tensor, generator: torch.Generator, part: Part) -> Tensor:
-    """Draw normal noise for packed latents, (M, C)."""
-    C, device = latents.shape[1], latents.device
-    return part.draw_tokens(len(latents), lambda M: torch.randn((M, C), generator=generator, device=device))
 
 
 @torch.no_grad()
@@ -95,9 +91,9 @@ def flow_loss(
 ) -> Tensor:
     """Compute eq. 10-11 on packed latents x_0 (M, C); at random, some samples get no image."""
     B = voxels.batch_size
-    keep = part.draw_samples(B, lambda B: torch.rand(B, generator=generator, device=x_0.device)) >= loss.context_dropout
-    t = part.draw_samples(B, lambda B: training_times(B, loss, generator))
-    noise = draw_noise(x_0, generator, part)
+    keep = part.draw_samples(B, lambda B: keep_context(B, loss, generator)).to(x_0.device)
+    t = part.draw_samples(B, lambda B: training_times(B, loss, generator)).to(x_0.device)
+    noise = draw_noise(x_0, generator, part.draw_tokens)
     x_t = interpolate(x_0, noise, t[voxels.batch_index, None])  # eq. 10
     mean = velocity_loss(model(x_t, t, voxels, image_tokens.where(keep)), x_0, noise)  # eq. 11
     return part.weigh("tokens", mean)
@@ -105,7 +101,7 @@ def flow_loss(
 
 def count_tokens(batch: LatentBatch) -> Tensor:
     """Count the tokens of a batch, (1,): the loss is a mean over them."""
-    return torch.tensor([len(batch.coords)], dtype=torch.float64)
+    return torch.tensor([len(batch.coords)])
 
 
 def train(config: TrainDiTConfig) -> nn.Module:
@@ -122,7 +118,7 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
     load_start(run, latent_dit=model)
     state = State(model, run, ranks)
     state.load()
-    generator = torch.Generator(device)
+    generator = make_generator(device)
 
     encoder = load_network(config.model_dir, "image_encoder", device)
     vae = load_network(config.model_dir, "sdf_vae", device)  # for the scale of its latents

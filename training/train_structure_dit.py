@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from d3ds2.kernels.devices import make_generator
 from d3ds2.networks.image_encoder import ImageEncoder, ImageEncoderConfig, ImageTokens
 from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.structure_dit import StructureDiT, StructureDiTConfig
@@ -30,7 +31,7 @@ from training.data.shape_files import list_shapes
 from training.data.symmetry import NUM_SYMMETRIES
 from training.data.views import Views
 from training.distributed import Ranks, run_script
-from training.losses import FlowLossConfig, training_times, velocity_loss
+from training.losses import FlowLossConfig, draw_noise, keep_context, training_times, velocity_loss
 from training.run import Log, RunConfig, Stop, autocast, compile_blocks, is_save_step, seed_step, start
 from training.run_folder import exporting
 from training.state import State, load_start
@@ -87,13 +88,8 @@ class StructureLatents:
         mean = self.mean[rows].float()
         if not sample_posterior:
             return mean
-        return mean + self.std[rows].float() * draw_noise(mean, generator, part)
-
-
-def draw_noise(latents: Tensor, generator: torch.Generator, part: Part) -> Tensor:
-    """Draw normal noise for dense latents, (B, C, g, g, g)."""
-    one, device = latents.shape[1:], latents.device
-    return part.draw_samples(len(latents), lambda B: torch.randn((B, *one), generator=generator, device=device))
+        noise = draw_noise(mean, generator, part.draw_samples)
+        return mean + self.std[rows].float() * noise
 
 
 def flow_loss(
@@ -105,10 +101,10 @@ def flow_loss(
     part: Part = WHOLE,
 ) -> Tensor:
     """Compute eq. 10-11 on a batch x_0 (B, C, g, g, g); at random, some samples get no image."""
-    B, device = len(x_0), x_0.device
-    keep = part.draw_samples(B, lambda B: torch.rand(B, generator=generator, device=device)) >= loss.context_dropout
-    t = part.draw_samples(B, lambda B: training_times(B, loss, generator))
-    noise = draw_noise(x_0, generator, part)
+    B = len(x_0)
+    keep = part.draw_samples(B, lambda B: keep_context(B, loss, generator)).to(x_0.device)
+    t = part.draw_samples(B, lambda B: training_times(B, loss, generator)).to(x_0.device)
+    noise = draw_noise(x_0, generator, part.draw_samples)
     x_t = interpolate(x_0, noise, t[:, None, None, None, None])  # eq. 10
     mean = velocity_loss(model(x_t, t, image_tokens.where(keep)), x_0, noise)  # eq. 11
     return part.weigh("samples", mean)
@@ -116,7 +112,7 @@ def flow_loss(
 
 def count_samples(batch: ViewBatch | Choice) -> Tensor:
     """Count the samples of a batch, (1,): the loss is a mean over equally large samples."""
-    return torch.tensor([len(batch.shapes)], dtype=torch.float64)
+    return torch.tensor([len(batch.shapes)])
 
 
 def make_image_encoder(config: TrainStructureDiTConfig) -> ImageEncoder:
@@ -165,7 +161,7 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
     compile_blocks(run, encoder.encoder.layer, model["structure_dit"].blocks)
     state = State(model, run, ranks)
     state.load()
-    generator = torch.Generator(device)
+    generator = make_generator(device)
 
     names, _ = list_shapes(config.data_dir, config.split, config.resolution)
     structures = Structures(config.data_dir, names, config.resolution, 1, run.seed)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from d3ds2.kernels.devices import make_generator
 from d3ds2.networks.model_files import save_network
 from d3ds2.networks.structure_vae import StructureVAE, StructureVAEConfig
 from training.data.datasets import Structures
@@ -21,7 +22,7 @@ from training.data.latent_moments import LatentMoments, set_latent_scale
 from training.data.parts import WHOLE, Part, load_parts
 from training.data.shape_files import list_shapes
 from training.distributed import Ranks, run_script
-from training.losses import StructureLossConfig, structure_loss
+from training.losses import StructureLossConfig, draw_noise, structure_loss
 from training.run import Log, RunConfig, Stop, autocast, is_save_step, seed_step, start
 from training.run_folder import exporting
 from training.state import State, load_start
@@ -58,9 +59,7 @@ def vae_loss(
 ) -> dict[str, Tensor]:
     """Compute the loss of occupancy grids (B, 1, G, G, G): "loss", its terms and "iou", each a scalar."""
     mean, logvar = model.encode(occupancy)  # (B, C, g, g, g)
-    noise = part.draw_samples(
-        len(mean), lambda B: torch.randn((B, *mean.shape[1:]), generator=generator, device=mean.device)
-    )
+    noise = draw_noise(mean, generator, part.draw_samples)
     logits = model.decode(mean + (0.5 * logvar).exp() * noise)
     terms = structure_loss(logits, occupancy, mean, logvar, loss)
     return {name: part.weigh("samples", term) for name, term in terms.items()}
@@ -68,7 +67,7 @@ def vae_loss(
 
 def count_samples(occupancy: Tensor) -> Tensor:
     """Count the samples of a batch, (1,): all terms are means over equally large samples."""
-    return torch.tensor([len(occupancy)], dtype=torch.float64)
+    return torch.tensor([len(occupancy)])
 
 
 def train(config: TrainStructureVAEConfig) -> nn.Module:
@@ -85,7 +84,7 @@ def train_on(ranks: Ranks, config: TrainStructureVAEConfig) -> nn.Module:
     load_start(run, structure_vae=model)
     state = State(model, run, ranks)
     state.load()
-    generator = torch.Generator(device)
+    generator = make_generator(device)
     names, _ = list_shapes(config.data_dir, config.split, config.resolution)
     structures = Structures(config.data_dir, names, config.resolution, config.batch_size, run.seed, config.symmetries)
 

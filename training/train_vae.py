@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from d3ds2.kernels.devices import make_generator
 from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE, SDFVAEConfig
 from training.data.datasets import Shapes
 from training.data.parts import WHOLE, Part, load_parts
 from training.data.shape_batches import ShapeBatch, active_voxels
 from training.distributed import Ranks, run_script
-from training.losses import SDF_TERMS, SDFLossConfig, count_sdf, sdf_loss
+from training.losses import SDF_TERMS, SDFLossConfig, count_sdf, draw_noise, sdf_loss
 from training.run import Log, RunConfig, Stop, autocast, is_save_step, seed_step, start
 from training.run_folder import exporting
 from training.state import State, load_start
@@ -53,9 +54,7 @@ def vae_loss(
     """Compute eq. 2-3 on a batch: "loss" and its terms, each a scalar."""
     sdf, voxels = active_voxels(batch)
     mean, logvar, latent_voxels = model.encode(sdf, voxels)  # (M, C)
-    noise = part.draw_tokens(
-        len(mean), lambda M: torch.randn((M, mean.shape[1]), generator=generator, device=mean.device)
-    )
+    noise = draw_noise(mean, generator, part.draw_tokens)
     decoded, _ = model.decode(mean + (0.5 * logvar).exp() * noise, latent_voxels)  # (512 M, 1), in the blocks' order
     return sdf_loss(decoded, batch.sdf, batch.sharp, mean, logvar, loss, part.shares)
 
@@ -90,7 +89,7 @@ def train_on(ranks: Ranks, config: TrainVAEConfig) -> nn.Module:
         keep_encoder(model, run.start_from)
     state = State(model, run, ranks)
     state.load()
-    generator = torch.Generator(device)
+    generator = make_generator(device)
     shapes = Shapes(
         config.data_dir,
         config.split,

@@ -13,8 +13,10 @@ Sizes named in this file:
 import torch
 from torch import Tensor
 
-_CPU_PROBABILITIES = 1 << 20  # held at once
-_GPU_PROBABILITIES = 1 << 27
+from .devices import without_autocast
+
+_CPU_PROBABILITIES = 1 << 22  # held at once
+_GPU_PROBABILITIES = 1 << 25
 
 
 @torch.no_grad()
@@ -54,7 +56,7 @@ def select_blocks(
         )
     scale = D**-0.5 if scale is None else scale
     block_indices = torch.full((len(q), Hk, top_k), -1, dtype=torch.int32, device=q.device)
-    probabilities = _GPU_PROBABILITIES if q.is_cuda else _CPU_PROBABILITIES
+    probabilities = _CPU_PROBABILITIES if q.is_cpu else _GPU_PROBABILITIES
     first = first_compressed = first_block = 0
     for T, T_compressed, M in zip(counts, compressed_counts, block_counts, strict=True):
         keys = compressed_k[first_compressed : first_compressed + T_compressed]
@@ -62,7 +64,7 @@ def select_blocks(
         rows = max(1, probabilities // max(1, T_compressed * H))
         for start in range(first, first + T, rows):
             chunk = slice(start, min(start + rows, first + T))
-            with torch.autocast(q.device.type, enabled=False):  # lse is that of fp32 scores
+            with without_autocast(q.device):  # lse is that of fp32 scores
                 scores = block_scores(q[chunk], keys, lse[chunk], block_of_key, M, scale)  # (rows, Hk, M)
             best = scores.topk(min(top_k, M), dim=-1, sorted=False).indices.sort(dim=-1).values
             block_indices[chunk, :, : best.shape[-1]] = (best + first_block).int()
@@ -82,9 +84,9 @@ def block_scores(q: Tensor, keys: Tensor, lse: Tensor, block_of_key: Tensor, num
         scale: factor on the scores.
     """
     T, (Tc, Hk) = len(q), keys.shape[:2]
-    queries = q.unflatten(1, (Hk, -1)).permute(1, 3, 2, 0).float() * scale  # (Hk, D, G, T)
-    logits = keys.movedim(1, 0).float() @ queries.flatten(2)  # (Hk, Tc, G T)
-    lse = lse.unflatten(1, (Hk, -1)).permute(1, 2, 0).reshape(Hk, 1, -1)  # (Hk, 1, G T)
-    probabilities = logits.sub_(lse).exp_()  # exp(logits) / exp(lse) would overflow
+    queries = torch.cat([q.float() * scale, lse[..., None]], dim=2)  # (T, H, D + 1)
+    queries = queries.unflatten(1, (Hk, -1)).permute(1, 3, 2, 0).flatten(2)  # (Hk, D + 1, G T)
+    keys = torch.nn.functional.pad(keys.float(), (0, 1), value=-1.0).movedim(1, 0)  # (Hk, Tc, D + 1)
+    probabilities = (keys @ queries).exp_()  # the product subtracts lse: exp(logits) / exp(lse) would overflow
     per_key = probabilities.view(Hk, Tc, -1, T).sum(2)  # over the heads of a group: (Hk, Tc, T)
     return per_key.new_zeros(Hk, num_blocks, T).index_add_(1, block_of_key, per_key).permute(2, 0, 1)

@@ -94,13 +94,14 @@ def _select_kernel(
     rows_of_scratch = scratch + (tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64) * STRIDE
     for work in range(tl.program_id(0), num_tiles * H, tl.num_programs(0)):
         tile, h = work // H, work % H
-        # Spare tiles have sample B. They are taken as tiles of the last sample, but begin after its end and so have no
-        # queries. An `if` around the rest would say so, but Triton 3.1 to 3.3 allow no calls in an `if` inside a loop
+        # Spare tiles have sample B. They are taken as tiles of the last sample, but begin after its end: they have no
+        # queries and store nothing. An `if` would spare their work, but Triton 3.1 to 3.3 allow no calls in an `if`
+        # inside a loop
         sample = tl.minimum(tl.load(tile_samples + tile), B - 1)
         first = tl.load(query_offsets + sample) + (tile - tl.load(tile_offsets + sample)) * BLOCK_Q
         queries = tl.minimum(tl.load(query_offsets + sample + 1) - first, BLOCK_Q)
         first_block = tl.load(sample_blocks + sample)
-        blocks = tl.where(queries > 0, tl.load(sample_blocks + sample + 1) - first_block, 0)
+        blocks = tl.load(sample_blocks + sample + 1) - first_block
         valid = (in_tile < queries) & (g < G)
         at = ((first + in_tile).to(tl.int64) * H + h) * G + g
         mask = valid[:, None] & (offs_d < D)[None, :]
@@ -129,7 +130,7 @@ def _select_kernel(
             tl.store(rows_of_scratch[None, :] + block[:, None], b_score, mask=real[:, None])
         tl.debug_barrier()  # a thread reads scores that others have written
 
-        for sub in range(0, queries, RANKED):
+        for sub in range(0, BLOCK_Q, RANKED):  # constant bounds: a count of queries is slower
             offs_s = sub + tl.arange(0, RANKED)
             row = scratch + (tl.program_id(0) * BLOCK_Q + offs_s).to(tl.int64)[:, None] * STRIDE  # [RANKED, 1]
             # Positive floats have the order of their bits. Each lane keeps the best score it has seen; the K-th best

@@ -6,7 +6,9 @@ Mac, or a computer without a C compiler takes another way through the same opera
 
 import logging
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -17,9 +19,11 @@ HAS_TRITON = find_spec("triton") is not None
 HAS_SPCONV = find_spec("spconv") is not None  # its CPU build included
 KIB = 1 << 10
 # Shared memory that one program may take, in KiB, for versions of torch that do not tell.
-SHARED_KIB = {(7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
+SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
 PRECISIONS = ("auto", "fp16", "bf16", "fp32")
-OLDEST_FOR_TRITON = (7, 5)
+# Triton has no tensor cores of older cards: there a kernel of attention would keep 6 to 12 KB of each thread in memory,
+# and compile for a minute
+OLDEST_FOR_TRITON = (8, 0)
 OLDEST_FOR_FLASH = OLDEST_FOR_BF16 = (8, 0)
 TRITON = "triton-windows" if sys.platform == "win32" else "triton"  # the package to install
 
@@ -58,6 +62,15 @@ class Abilities:
         return max(1, min(wanted, 1 + (self.shared_memory - other_bytes) // max(1, bytes_of_stage)))
 
     @property
+    def limits_registers(self) -> bool:
+        """Whether a tile's limit on registers holds: on Hopper, where it was measured, alone.
+
+        Elsewhere a thread would keep more in memory for it (benchmarks/results/compiled-kernels.md), and AMD's compiler
+        knows no such limit.
+        """
+        return self.backend == "cuda" and self.capability == (9, 0)
+
+    @property
     def kernels(self) -> str:
         """One line that says which kernels run."""
         if self.backend not in ("cuda", "hip"):
@@ -73,6 +86,8 @@ _ABILITIES: dict[torch.device, Abilities] = {}
 def abilities(device: torch.device) -> Abilities:
     """Return the abilities of a device. The first question about a GPU compiles and runs a tiny kernel there."""
     found = _ABILITIES.get(device)
+    if found is None and device.type == "cuda" and device.index is None:
+        return abilities(torch.device("cuda", torch.cuda.current_device()))
     if found is None:
         found = _ABILITIES[device] = _ask(device)
         if found.why_no_triton:
@@ -80,25 +95,115 @@ def abilities(device: torch.device) -> Abilities:
     return found
 
 
-@torch.compiler.assume_constant_result
+def pretend(device: torch.device, **changes) -> None:
+    """Take a device for a lesser one from now on, as tests and benchmarks do: `changes` of its `Abilities`."""
+    _ABILITIES[device] = replace(abilities(device), **changes)
+
+
+def _constant_when_compiled(function: Callable) -> Callable:
+    """Do as torch.compiler.assume_constant_result, which imports torch's compiler, and that takes seconds."""
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
+@_constant_when_compiled
 def triton_works(device: torch.device) -> bool:
     """Whether Triton's kernels run on a device."""
     return abilities(device).triton
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def has_flash(device: torch.device) -> bool:
     """Whether torch has FlashAttention over samples of different lengths for a device."""
     return abilities(device).flash
 
 
+def sums_between(device: torch.device) -> str:
+    """Return the backend of torch.distributed that sums tensors of this kind of device over processes.
+
+    Raises:
+        ValueError: there is none.
+    """
+    backends = {"cpu": "gloo", "cuda": "nccl"}
+    if device.type not in backends:
+        raise ValueError(f"expected a CUDA device or the CPU for several processes, got {device}")
+    return backends[device.type]
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64: MPS does not, nor do most devices of Intel and DirectML."""
+    return device.type in ("cpu", "cuda")
+
+
+def runs_on_cpu(device: torch.device) -> bool:
+    """Whether a device is the CPU, where a layer may take seconds."""
+    return device.type == "cpu"
+
+
+def shares_memory(device: torch.device) -> bool:
+    """Whether a device has no memory but the computer's, so that keeping weights there saves nothing."""
+    return device.type in ("cpu", "mps")
+
+
+def copies_in_background(device: torch.device) -> bool:
+    """Whether copies to a device may go on while the host does; elsewhere they may read memory that has changed."""
+    return device.type == "cuda"
+
+
+def trains_in_bf16(device: torch.device) -> bool:
+    """Whether training runs under bfloat16 autocast; elsewhere it runs in float32."""
+    return device.type in ("cuda", "xpu") and abilities(device).bf16
+
+
+def make_generator(device: torch.device) -> torch.Generator:
+    """Return a generator of random numbers on a device, or on the CPU where the device has none."""
+    try:
+        return torch.Generator(device)
+    except RuntimeError:
+        return torch.Generator()
+
+
+def has_autocast(device: torch.device) -> bool:
+    """Whether torch knows autocast for a type of device; it raises errors for the others."""
+    return torch.amp.is_autocast_available(device.type)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype of autocast, None where it is off."""
+    if not has_autocast(device) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """The context in which autocast is off."""
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
+
+
+def on_cuda(x: Tensor) -> bool:
+    """Whether a tensor of any shape lies on a GPU of NVIDIA or AMD, which has all of torch's operators."""
+    return x.is_cuda
+
+
+def flash_takes(q: Tensor) -> bool:
+    """Whether torch's FlashAttention over samples of different lengths takes these queries (..., D)."""
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return q.is_cuda and has_flash(q.device) and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def memory_efficient_takes(q: Tensor) -> bool:
+    """Whether torch's memory-efficient attention, which Windows has too, takes these queries (..., D)."""
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return q.is_cuda and abilities(q.device).backend == "cuda" and half and q.shape[-1] % 8 == 0
+
+
 def on_triton(x: Tensor) -> bool:
-    """Whether the Triton kernels run on this tensor."""
+    """Whether the Triton kernels run on this tensor, of any shape."""
     return x.is_cuda and triton_works(x.device)
 
 
 def on_spconv(x: Tensor) -> bool:
-    """Whether spconv may run on this tensor: it lies on a GPU without Triton, and spconv is installed."""
+    """Whether spconv may run on this tensor, of any shape: its GPU has no Triton, and spconv is installed."""
     return x.is_cuda and HAS_SPCONV and not on_triton(x)
 
 
@@ -119,6 +224,7 @@ def find_device(name: str | None = None) -> torch.device:
     device = torch.device(name)
     if device.type in there and not there[device.type]():
         raise ValueError(f"expected a device that is here, got {name}; use cpu")
+    abilities(device)  # what it cannot do is said now, not in the middle of the work
     return device
 
 
@@ -170,7 +276,7 @@ def _why_no_triton(device: torch.device, backend: str, capability: tuple[int, in
         needed, found = (".".join(map(str, numbers)) for numbers in (OLDEST_FOR_TRITON, capability))
         return f"the kernels need a GPU of compute capability {needed} or newer, and this one has {found}"
     if not HAS_TRITON:
-        return f"pip install {TRITON} makes everything several times faster"
+        return f"pip install {TRITON} makes everything 4 to 20 times faster"
     try:
         from .triton_probe import probe
 

@@ -78,7 +78,10 @@ def gather_conv_reference(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Te
 def gather_conv_gradients_chunks(
     x: Tensor, neighbors: Tensor, weight: Tensor, dout: Tensor, children: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and bias, given dout (children N, Cout), that of the result; by torch alone."""
+    """The gradients of x, weight and bias by torch alone; arguments as `submanifold_conv`.
+
+    dout (children N, Cout) is the gradient of the result.
+    """
     dx, dweight = gradients_chunks(x, neighbors, weight, dout, *_taps(children, x.device), children)
     return dx, dweight, dout.sum(0)
 
@@ -86,7 +89,7 @@ def gather_conv_gradients_chunks(
 def gather_conv_gradients_spconv(
     x: Tensor, neighbors: Tensor, weight: Tensor, dout: Tensor, children: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same gradients, that of x by spconv."""
+    """`gather_conv_gradients_chunks`, but the gradient of x by spconv."""
     from .gather_conv_spconv import gather_conv_spconv
 
     # voxel m is read at offset k by its neighbour at the opposite offset
@@ -99,7 +102,7 @@ def gather_conv_gradients_spconv(
 def gather_conv_gradients_triton(
     x: Tensor, neighbors: Tensor, weight: Tensor, dout: Tensor, children: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same gradients by the kernels."""
+    """`gather_conv_gradients_chunks` by the Triton kernels."""
     from .gather_conv_triton import gather_convs, gather_convs_gradients
 
     rows = dout.reshape(1, len(x), -1)  # (1, N, children Cout)
@@ -209,6 +212,8 @@ def take_rows(x: Tensor, order: Tensor) -> Tensor:
         from .gather_conv_triton import take_rows_triton
 
         return take_rows_triton(x, order)
+    if x.device.type != "cuda" or torch.compiler.is_compiling():
+        return x.index_select(0, order)
     return take_narrow_rows(x, order, x.new_empty(len(order), x.shape[1]))
 
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .devices import on_cuda
+
 CPU_GATHER_BYTES = 4 << 20  # a chunk stays in a core's cache
 GATHER_BYTES = 64 << 20  # on a device; the estimates of memory count it
 MIN_ROWS = 256
@@ -36,7 +38,8 @@ def gather_conv_chunks(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Tenso
     (_, Cin, channels), Cout = weight.shape, len(bias)
     out = x.new_empty(neighbors.shape[1], channels)
     bias = bias.repeat(channels // Cout)
-    parts = 2 if channels == 8 * Cout else 1
+    strided = x.device.type in ("cpu", "cuda")  # others do not write results with gaps between their rows as reliably
+    parts = 2 if channels == 8 * Cout and strided else 1
     width, taps = channels // parts, OFFSETS // 3 * (4 - parts)  # channels of a part, and its offsets
     matrices = [weight[9 * i : 9 * i + taps, :, width * i : width * (i + 1)].flatten(0, 1) for i in range(parts)]
     for rows, columns in gathered(x, neighbors):
@@ -105,11 +108,11 @@ def take_narrow_rows(x: Tensor, index: Tensor, out: Tensor) -> Tensor:
     """Write x[index] into `out` (M, C) and return it: x (N, C), index (M,), without a gradient.
 
     On a GPU, torch's gather takes a thread block for each row. Where rows are narrow, their words are gathered instead,
-    as rows of one number, of which a block takes many.
+    as rows of one number, and a block takes many of them.
     """
     row_bytes = x.shape[1] * x.element_size()
     word = next((size for size in WORDS if row_bytes and row_bytes % size == 0), None)
-    if x.device.type != "cuda" or word is None or row_bytes > MAX_WORDS * word:
+    if not on_cuda(x) or word is None or row_bytes > MAX_WORDS * word:
         return torch.index_select(x, 0, index, out=out)
     return take_words(x, index, out, word)
 

@@ -7,7 +7,7 @@ Sizes named in this file:
     N  voxels      M  voxels of a result      Cin, Cout  channels in and out
 """
 
-import warnings
+import logging
 from functools import cache
 
 import numpy as np
@@ -24,7 +24,7 @@ MAX_BYTES = 2**31  # of the rows: spconv counts in int32
 
 
 def spconv_runs(x: Tensor) -> bool:
-    """Whether spconv convolves rows like these; they lie on a GPU."""
+    """Whether spconv convolves rows (N, Cin) like these; they lie on a GPU."""
     if torch.compiler.is_compiling() or x.dtype not in (torch.float16, torch.float32):
         return False
     return x.numel() * x.element_size() < MAX_BYTES and spconv_works(x.device, x.dtype)
@@ -51,7 +51,7 @@ def spconv_works(device: torch.device, dtype: torch.dtype) -> bool:
     except Exception as exception:  # whatever an installation that does not fit this machine raises
         problem = f"{type(exception).__name__}: {exception}"
     if problem is not None:
-        warnings.warn(f"spconv is installed but not used for {dtype} on {device}: {problem}", stacklevel=2)
+        logging.warning(f"Direct3D-S2: spconv is installed, but not used for {dtype} on {device}: {problem}")
     return problem is None
 
 

@@ -46,8 +46,8 @@ def _conv_kernel(
     weight += conv * K * CIN * COUT
     acc = tl.zeros([BLOCK_N, BLOCK_O], dtype=tl.float32)
     for k in range(K):
-        row = tl.load(neighbors + k * M + offs_n, mask=valid, other=N).to(tl.int64)
-        found = row < N
+        row = tl.load(neighbors + k * M + offs_n, mask=valid, other=0).to(tl.int64)  # Triton 3.1 rejects an other of N
+        found = valid & (row < N)
         for first in range(0, CIN, BLOCK_I):
             is_in = first + offs_i < CIN
             b_x = tl.load(x + row[:, None] * CIN + first + offs_i, mask=found[:, None] & is_in, other=0.0)
@@ -92,8 +92,9 @@ def _dweight_kernel(
         for first in range(begin, end, BLOCK_N):
             offs_n = first + tl.arange(0, BLOCK_N)
             valid = offs_n < end
-            row = tl.load(neighbors + k.to(tl.int64) * N + offs_n, mask=valid, other=N).to(tl.int64)
-            b_x = tl.load(x + row[:, None] * CIN + offs_i, mask=(row < N)[:, None] & is_in, other=0.0)
+            row = tl.load(neighbors + k.to(tl.int64) * N + offs_n, mask=valid, other=0).to(tl.int64)
+            found = valid & (row < N)
+            b_x = tl.load(x + row[:, None] * CIN + offs_i, mask=found[:, None] & is_in, other=0.0)
             b_dout = tl.load(dout + offs_n[:, None] * COUT + offs_o, mask=valid[:, None] & is_out, other=0.0)
             acc += tl.dot(tl.trans(b_x), b_dout, input_precision="ieee")  # [BLOCK_I, BLOCK_O]
         tl.store(partial + (k * CIN + offs_i[:, None]) * COUT + offs_o, acc, mask=is_in[:, None] & is_out)

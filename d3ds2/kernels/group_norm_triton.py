@@ -250,6 +250,8 @@ def _merge_sums_kernel(
         mask = (tile < end)[:, None, None] & is_channel[None, :, :]
         dy += tl.sum(tl.load(at, mask=mask, other=0.0), 0)
         dy_normed += tl.sum(tl.load(at + C, mask=mask, other=0.0), 0)
+    # zero already; but Triton 3.1 aborts where the sum of a loop has more than one use
+    dy, dy_normed = tl.where(is_channel, dy, 0.0), tl.where(is_channel, dy_normed, 0.0)
     at_channel = tensor * C + channel
     if sample == B:
         tl.store(dbias + at_channel, dy.to(dbias.dtype.element_ty), mask=is_channel)

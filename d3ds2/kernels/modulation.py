@@ -51,7 +51,13 @@ def gated_sum(h: Tensor, gate: Tensor, x: Tensor, samples: Ragged) -> Tensor:
 def modulated_norm_reference(h: Tensor, shift: Tensor, scale: Tensor, samples: Ragged, eps: float) -> Tensor:
     """Definition of `modulated_norm`."""
     normed = F.layer_norm(h, h.shape[-1:], eps=eps)  # statistics in float32
-    return torch.addcmul(per_token(shift, samples), normed, 1 + per_token(scale, samples))
+    if _expands(samples):
+        return torch.addcmul(per_token(shift, samples), normed, 1 + per_token(scale, samples))
+    dtype = torch.promote_types(normed.dtype, torch.promote_types(shift.dtype, scale.dtype))
+    out = normed.to(dtype)
+    for b, rows in enumerate(out.split(samples.lengths)):
+        torch.addcmul(shift[b], rows, 1 + scale[b], out=rows)
+    return out
 
 
 def affine_norm_reference(h: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -61,7 +67,22 @@ def affine_norm_reference(h: Tensor, weight: Tensor, bias: Tensor, eps: float) -
 
 def gated_sum_reference(h: Tensor, gate: Tensor, x: Tensor, samples: Ragged) -> Tensor:
     """Definition of `gated_sum`."""
-    return torch.addcmul(h, per_token(gate, samples), x)
+    if _expands(samples):
+        return torch.addcmul(h, per_token(gate, samples), x)
+    dtype = torch.promote_types(h.dtype, torch.promote_types(gate.dtype, x.dtype))
+    out = torch.empty(h.shape, dtype=dtype, device=h.device)
+    parts = zip(out.split(samples.lengths), h.split(samples.lengths), x.split(samples.lengths), strict=True)
+    for b, (rows, residual, added) in enumerate(parts):
+        torch.addcmul(residual, gate[b], added, out=rows)
+    return out
+
+
+def _expands(samples: Ragged) -> bool:
+    """Whether to give every token the row of its sample: one operation, which a gradient and a compiler can follow.
+
+    Else samples are taken in turn, without (N, C) copies of their rows.
+    """
+    return len(samples) == 1 or torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 def _norm_dtype(h: Tensor) -> torch.dtype:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .devices import has_flash, on_triton
+from .devices import flash_takes, on_triton
+from .packed_attention_batched import packed_attention_batched
 
+NARROW, WIDEST = 32, 128  # channels per head
 _LSE_ELEMENTS = 1 << 24  # scores held at once where no kernel returns the logsumexp
 
 
@@ -38,19 +40,28 @@ def packed_attention(
         scale: factor on the scores. Default: 1 / sqrt(D).
 
     Returns:
-        (Tq, H, D). One kernel for all segments on CUDA in half precision, one per segment otherwise.
+        (Tq, H, D). Half precision on a GPU takes one kernel for all segments, all else a few products.
 
     Raises:
         ValueError: for shapes or lengths that do not fit together.
     """
     _check(q, k, v, lengths_q, lengths_k)
-    if _has_varlen_kernel(q):
-        if on_triton(q) and q.shape[2] <= 32 and not torch.compiler.is_compiling():
-            from .packed_attention_triton import packed_attention_triton
+    if _kernel_is_best(q):
+        from .packed_attention_triton import packed_attention_triton
 
-            scale = q.shape[2] ** -0.5 if scale is None else scale
-            return packed_attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
+        scale = q.shape[2] ** -0.5 if scale is None else scale
+        return packed_attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
+    if flash_takes(q):
         return _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, lengths_q, lengths_k, scale)[0]
+    if _is_ragged(lengths_q, lengths_k):
+        return packed_attention_batched(q, k, v, lengths_q, lengths_k, scale)[0]
+    return packed_attention_reference(q, k, v, lengths_q, lengths_k, scale)
+
+
+def packed_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, lengths_q: list[int], lengths_k: list[int], scale: float | None = None
+) -> Tensor:
+    """Definition of `packed_attention`: one segment after the other."""
     outputs = [
         _segment(*segment, scale)
         for segment in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
@@ -77,9 +88,18 @@ def packed_attention_with_lse(
         ValueError: for shapes or lengths that do not fit together.
     """
     _check(q, k, v, lengths_q, lengths_k)
-    if _has_varlen_kernel(q):
+    if flash_takes(q):
         out, lse = _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, lengths_q, lengths_k, scale)
         return out, lse.detach().t().masked_fill(lse.t() == torch.inf, -torch.inf)
+    if _is_ragged(lengths_q, lengths_k):
+        return packed_attention_batched(q, k, v, lengths_q, lengths_k, scale)
+    return packed_attention_with_lse_reference(q, k, v, lengths_q, lengths_k, scale)
+
+
+def packed_attention_with_lse_reference(
+    q: Tensor, k: Tensor, v: Tensor, lengths_q: list[int], lengths_k: list[int], scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Definition of `packed_attention_with_lse`."""
     segments = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
     results = [_segment_with_lse(*segment, scale) for segment in segments]
     if not results:
@@ -101,8 +121,21 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lengths_q: list[int], lengths_k: lis
         )
 
 
-def _has_varlen_kernel(q: Tensor) -> bool:
-    return q.is_cuda and has_flash(q.device) and q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] % 8 == 0
+def _kernel_is_best(q: Tensor) -> bool:
+    """Whether to take our kernel: for heads up to NARROW it is the fastest, for wider ones FlashAttention is."""
+    if q.dtype not in (torch.float16, torch.bfloat16) or not on_triton(q) or torch.compiler.is_compiling():
+        return False
+    return q.shape[2] <= NARROW or (q.shape[2] <= WIDEST and not flash_takes(q))
+
+
+def _is_ragged(lengths_q: list[int], lengths_k: list[int]) -> bool:
+    """Whether the batched form is the faster one: there are several segments, and a query that has a key.
+
+    The compiler takes the definition: the tiles depend on lengths, which would break its graph.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return len(lengths_q) > 1 and any(num_q and num_k for num_q, num_k in zip(lengths_q, lengths_k, strict=True))
 
 
 def _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, lengths_q, lengths_k, scale) -> tuple[Tensor, Tensor]:
@@ -128,7 +161,7 @@ def _segment_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> t
     if len(q) == 0 or len(k) == 0:
         return torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
     grouped = _group(q, k, v)
-    if not q.is_cuda:
+    if q.is_cpu:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*grouped, scale=scale)
         return _ungroup(out[0], len(q)), _ungroup(lse[0].detach().float(), len(q))
     out = F.scaled_dot_product_attention(*grouped, scale=scale)

@@ -14,13 +14,21 @@ from .attention_tiles import AttentionTiles, Tile
 from .ragged import AttentionSegments, Ragged
 from .ragged_attention_triton import ragged_attention_dkdv, ragged_attention_dq, ragged_attention_forward
 
-TILES = AttentionTiles(
+TILES = AttentionTiles(  # for D up to 32
     forward=Tile(64, 64, stages=3, registers=80),
     dq=Tile(64, 64, stages=3),
     dkdv=Tile(128, 64, stages=3),
 )
+# Wider heads take smaller tiles or more warps, so that accumulators stay in registers, and the pipeline in the shared
+# memory of small cards: compiled for sm_80 to sm_120 by tests/support/compile_launches.py
+TILES_64 = AttentionTiles(forward=Tile(64, 64, stages=3), dq=Tile(64, 32, stages=3), dkdv=Tile(64, 64))
+TILES_128 = AttentionTiles(forward=Tile(64, 32, warps=8, stages=3), dq=Tile(32, 32), dkdv=Tile(64, 32, warps=8))
 ENOUGH_PROGRAMS = 6000  # of dk and dv: where keys are few, their queries are split to make so many
 MAX_SPLITS = 16
+
+
+def _tiles(D: int) -> AttentionTiles:
+    return TILES if D <= 32 else TILES_64 if D <= 64 else TILES_128
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -28,7 +36,7 @@ class _PackedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, scale):
         ctx.segments = AttentionSegments(Ragged(cu_seqlens_q, len(q)), Ragged(cu_seqlens_k, len(k)))
         ctx.scale = scale
-        out, lse = ragged_attention_forward(q, k, v, ctx.segments, scale, TILES.forward)
+        out, lse = ragged_attention_forward(q, k, v, ctx.segments, scale, _tiles(q.shape[2]).forward)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
@@ -38,9 +46,10 @@ class _PackedAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         dout = dout.contiguous()
         stats = torch.stack([lse, (out.float() * dout.float()).sum(-1)], dim=-1)  # (Tq, H, 2)
-        dq = ragged_attention_dq(q, k, v, ctx.segments, stats, dout, ctx.scale, TILES.dq)
-        programs = triton.cdiv(len(k), TILES.dkdv.keys) * k.shape[1]
-        tile = replace(TILES.dkdv, splits=min(MAX_SPLITS, max(1, ENOUGH_PROGRAMS // max(1, programs))))
+        tiles = _tiles(q.shape[2])
+        dq = ragged_attention_dq(q, k, v, ctx.segments, stats, dout, ctx.scale, tiles.dq)
+        programs = triton.cdiv(len(k), tiles.dkdv.keys) * k.shape[1]
+        tile = replace(tiles.dkdv, splits=min(MAX_SPLITS, max(1, ENOUGH_PROGRAMS // max(1, programs))))
         dk, dv = ragged_attention_dkdv(q, k, v, ctx.segments, stats, dout, ctx.scale, tile)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
 

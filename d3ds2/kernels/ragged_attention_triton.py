@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_tiles import Tile
+from .devices import abilities
 from .ragged import AttentionSegments
 
 LOG2_E = 1.4426950408889634
@@ -292,19 +293,23 @@ def _dkdv_kernel(
 def kernel_arguments(q: Tensor, k: Tensor, segments: AttentionSegments, tile: Tile) -> tuple[tuple, dict]:
     """Return the lists of rows as the kernels take them, and the sizes, for q (T, H * G, D) and k (Tk, H, D).
 
-    Where ids are None, the offsets are passed instead, and the kernels never read them.
+    Where ids are None, the offsets are passed instead, and the kernels never read them. The pipeline gets only as many
+    stages as fit into shared memory.
     """
     H, D = k.shape[1:]
     G = q.shape[1] // H
-    GP = triton.next_power_of_2(G)
+    GP, DP = triton.next_power_of_2(G), max(16, triton.next_power_of_2(D))
+    card, numbers = abilities(q.device), 2 * DP * max(tile.rows, tile.keys)  # of two tensors, loaded by each step
+    others = DP * (tile.rows + tile.keys) + tile.rows * tile.keys
+    stages = card.stages(tile.stages, numbers * q.element_size(), others * q.element_size())
     queries, keys = segments.queries, segments.keys
     lists = tuple(x for rows in (queries, keys) for x in (rows.offsets, rows.offsets if rows.ids is None else rows.ids))
     return lists, {
-        "H": H, "G": G, "D": D, "P": segments.pairs, "GP": GP, "DP": max(16, triton.next_power_of_2(D)),
+        "H": H, "G": G, "D": D, "P": segments.pairs, "GP": GP, "DP": DP,
         "BLOCK_Q": max(1, tile.rows // GP), "BLOCK_K": tile.keys,
         "HAS_QUERY_IDS": queries.ids is not None, "HAS_KEY_IDS": keys.ids is not None,
-        "num_warps": tile.warps, "num_stages": tile.stages,
-        **({} if tile.registers is None else {"maxnreg": tile.registers}),
+        "num_warps": tile.warps, "num_stages": stages,
+        **({"maxnreg": tile.registers} if tile.registers is not None and card.limits_registers else {}),
     }  # fmt: skip
 
 

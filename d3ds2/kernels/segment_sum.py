@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .devices import half_on_triton
+from .devices import half_on_triton, on_cuda, without_autocast
 from .gather_conv import take_rows
 from .ragged import Ragged
+
+COPY_BYTES = 64 << 20  # of columns in float32 at a time
 
 
 def segment_sum(x: Tensor, segments: Ragged, segment_of_row: Tensor) -> Tensor:
@@ -37,6 +39,21 @@ def segment_sum_reference(x: Tensor, segments: Ragged, segment_of_row: Tensor) -
     return sums.index_add_(0, segment_of_row, x.to(dtype))
 
 
+def segment_sum_bags(x: Tensor, segments: Ragged) -> Tensor:
+    """`segment_sum` of N > 0 rows by torch alone, without a gradient: in a fixed order, some columns at a time."""
+    ids = segments.ids
+    if ids is None:
+        ids = torch.arange(len(x), dtype=torch.int32, device=x.device)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    num_columns = x.shape[1] if x.dtype == dtype else max(8, COPY_BYTES // (len(x) * dtype.itemsize))
+    bags = {"offsets": segments.offsets, "mode": "sum", "include_last_offset": True}
+    parts = [
+        torch.nn.functional.embedding_bag(ids, columns.to(dtype).contiguous(), **bags)
+        for columns in x.split(num_columns, dim=1)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
 def per_token(x: Tensor, samples: Ragged) -> Tensor:
     """Give every token the row of its sample: (B, C) -> (N, C), or (1, C) where there is one sample."""
     return x if len(samples) == 1 else _PerToken.apply(x, samples)
@@ -44,8 +61,8 @@ def per_token(x: Tensor, samples: Ragged) -> Tensor:
 
 def sample_sums(x: Tensor, samples: Ragged) -> Tensor:
     """Sum over the tokens of each sample, (N, C) -> (B, C)."""
-    if x.is_cuda and len(samples) > 1:  # one product instead of B launches; TF32 rounds it if torch allows that
-        with torch.autocast("cuda", enabled=False):
+    if on_cuda(x) and len(samples) > 1:  # one product instead of B launches; TF32 rounds it if torch allows that
+        with without_autocast(x.device):
             return samples.membership @ x.float()
     return torch.stack([rows.sum(0) for rows in x.split(samples.lengths)])
 
@@ -101,4 +118,6 @@ def _sum(x: Tensor, segments: Ragged, segment_of_row: Tensor) -> Tensor:
         from .segment_sum_triton import segment_sum_triton
 
         return segment_sum_triton(x, segments)
+    if x.device.type in ("cpu", "cuda") and x.numel() and not torch.compiler.is_compiling():
+        return segment_sum_bags(x, segments)
     return segment_sum_reference(x, segments, segment_of_row)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from .block_scores import select_blocks
-from .devices import on_triton
+from .devices import on_triton, triton_works
 from .packed_attention import packed_attention, packed_attention_with_lse
 from .ragged import AttentionPlan, Ragged
 from .selection_attention import selection_attention
+from .selection_attention_batched import CHUNK_BYTES
 
 
 def spatial_sparse_attention(
@@ -42,6 +43,14 @@ def spatial_sparse_attention(
     return spatial_sparse_attention_triton(*inputs, q.shape[2] ** -0.5)
 
 
+def workspace_bytes(device: torch.device) -> int:
+    """Count the bytes that attention takes without Triton beside its inputs and results, whatever their number.
+
+    Pairs of a query and a block are copied, and attended, a chunk at a time; the scores of blocks take less.
+    """
+    return 0 if triton_works(device) else 5 * CHUNK_BYTES // 2
+
+
 def spatial_sparse_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, compressed_k: Tensor, compressed_v: Tensor, gates: Tensor, plan: AttentionPlan,
     top_k: int,
@@ -52,10 +61,13 @@ def spatial_sparse_attention_reference(
     compression, lse = packed_attention_with_lse(
         q, compressed_k, compressed_v, samples.offsets, compressed.offsets, *counts
     )
-    block_indices = select_blocks(
-        q, compressed_k, lse, plan.block_of_compressed, *counts, plan.block_counts, top_k
-    )  # eq. 8
-    selection = selection_attention(q, k, v, plan.blocks.offsets, block_indices)
+    if top_k >= plan.max_blocks:  # every query selects all blocks of its sample
+        selection = packed_attention(q, k, v, samples.offsets, samples.offsets, samples.lengths, samples.lengths)
+    else:
+        block_indices = select_blocks(
+            q, compressed_k, lse, plan.block_of_compressed, *counts, plan.block_counts, top_k
+        )  # eq. 8
+        selection = selection_attention(q, k, v, plan.blocks.offsets, block_indices)
     windows = attend_windows(q, k, v, plan.windows)
     branches = zip(gates[:, :, None, None].unbind(1), (compression, selection, windows), strict=True)
     return sum(gate * out for gate, out in branches)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .devices import on_triton
+from .devices import has_float64, on_triton
 
 OFFSETS = 27  # from a voxel to itself and its neighbours, x slowest
 
@@ -56,7 +56,7 @@ def volume_conv(
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute mean and variance of each channel of rows (V, C): (C,) float64 each."""
+    """Compute mean and variance of each channel of rows (V, C): (C,) each, in float64 where there is it."""
     if on_triton(x):
         from .volume_conv_triton import channel_moments_triton
 
@@ -102,7 +102,7 @@ def volume_conv_reference(
 
 def channel_moments_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """Definition of `channel_moments`: rows (V, C) -> (C,) each."""
-    variance, mean = torch.var_mean(x.double(), dim=0, correction=0)
+    variance, mean = torch.var_mean(x.double() if has_float64(x.device) else x.float(), dim=0, correction=0)
     return mean, variance
 
 

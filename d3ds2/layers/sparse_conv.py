@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..geometry.segments import samples_of, tokens_of_cells
 from ..geometry.voxels import Voxels
 from ..kernels.device_constant import device_constant
+from ..kernels.devices import autocast_dtype
 from ..kernels.gather_conv import children_weight, dense_weight, submanifold_conv
 from ..kernels.group_norm import packed_group_norm
 from ..kernels.segment_sum import segment_sum
@@ -80,8 +81,8 @@ class SubdivideConv3d(SubmanifoldConv3d):
 def _convolve(x: Tensor, voxels: Voxels, weight: Tensor, bias: Tensor, children: int) -> Tensor:
     if x.shape != (len(voxels), weight.shape[1]):
         raise ValueError(f"expected features ({len(voxels)}, {weight.shape[1]}), got {tuple(x.shape)}")
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x.device)
+    if dtype is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
     return submanifold_conv(x, voxels.neighbors, weight, bias, children)
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ..geometry.attention_plan import attention_plan, cells_of, places_of
 from ..geometry.voxels import BLOCK, Voxels
 from ..kernels.compression import compresses_together, pooled_conv_compression, pooled_silu
+from ..kernels.devices import autocast_dtype
 from ..kernels.segment_sum import take_segments
 from ..kernels.spatial_sparse_attention import spatial_sparse_attention
 from .sparse_conv import PackedGroupNorm, SubmanifoldConv3d, mean_pool
@@ -146,6 +147,5 @@ class SpatialSparseAttention(nn.Module):
             x = torch.stack((k + take_segments(self.block_position, cells.places, cells.place), v))  # (2, N, Hk D)
             return pooled_silu(torch.baddbmm(bias[:, None], x, weight.transpose(1, 2)), cells).unbind()
         parameters = [parameter for pair in parts for parameter in pair]
-        device, norm = k.device.type, self.compress_k.norm_in
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameters[-1].dtype
+        dtype, norm = autocast_dtype(k.device) or parameters[-1].dtype, self.compress_k.norm_in
         return pooled_conv_compression(k, v, self.block_position, parameters, cells, norm.num_groups, norm.eps, dtype)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.devices import autocast_dtype
 from ..kernels.modulation import affine_norm, modulated_norm
 from ..kernels.ragged import Ragged
 
@@ -55,8 +56,7 @@ class FeedForward(nn.Module):
 
     def _in_slices(self, x: Tensor) -> Tensor:
         """Compute the same without gradients, `SLICE_ROWS` tokens at a time, straight into the result."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = autocast_dtype(x.device) or x.dtype
         weight, bias = self.down.weight.to(dtype), self.down.bias.to(dtype)
         out = x.new_empty(len(x), len(weight), dtype=dtype)
         for rows, result in zip(x.split(SLICE_ROWS), out.split(SLICE_ROWS), strict=True):

@@ -53,13 +53,13 @@ def drop_back_to_back(faces: np.ndarray) -> np.ndarray:
 
 
 def edge_keys(faces: np.ndarray) -> np.ndarray:
-    """Return a number for the undirected edge of each half-edge, (H,), the same for both directions."""
+    """Return a number for the undirected edge of each half-edge of faces (F, 3): (H,), the same for both directions."""
     tail, head = faces.ravel(), np.roll(faces, -1, 1).ravel()
     return np.minimum(tail, head) * (faces.max() + 1) + np.maximum(tail, head)
 
 
 def pair_half_edges(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Return the half-edge on the other side of each, (H,); -1 at an open edge.
+    """Return the half-edge on the other side of each, (H,); -1 at an open edge. Vertices (V, 3), faces (F, 3).
 
     Where more than two faces meet at an edge, those with the same piece of the solid between them pair up.
     """
@@ -90,7 +90,15 @@ def pair_half_edges(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
 
 
 def one_vertex_per_fan(vertices: np.ndarray, faces: np.ndarray, twins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Give every fan of faces a vertex of its own, and drop vertices without faces; return vertices and faces."""
+    """Give every fan of faces a vertex of its own, and drop vertices without faces.
+
+    Args:
+        vertices, faces: (V, 3) and (F, 3).
+        twins: (H,), as `pair_half_edges` returns them.
+
+    Returns:
+        vertices (V', 3), faces (F, 3).
+    """
     H = faces.size
     half_edges = np.arange(H)
     following = half_edges - half_edges % 3 + (half_edges + 1) % 3
@@ -111,7 +119,10 @@ def one_vertex_per_fan(vertices: np.ndarray, faces: np.ndarray, twins: np.ndarra
 
 
 def doubled_edges(faces: np.ndarray, twins: np.ndarray) -> np.ndarray:
-    """Return a half-edge of each pair whose two vertices are also joined by an earlier pair."""
+    """Return a half-edge of each pair whose two vertices are also joined by an earlier pair: (n,).
+
+    Takes faces (F, 3) and twins (H,), as `pair_half_edges` returns them.
+    """
     pairs = np.flatnonzero(np.arange(len(twins)) < twins)
     keys = edge_keys(faces)[pairs]
     _, first = np.unique(keys, return_index=True)
@@ -121,7 +132,16 @@ def doubled_edges(faces: np.ndarray, twins: np.ndarray) -> np.ndarray:
 def split_edges(
     vertices: np.ndarray, faces: np.ndarray, twins: np.ndarray, half_edges: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put a vertex into the middle of the edges of `half_edges`; where several share a face, only into the first."""
+    """Put a vertex into the middle of the edges of `half_edges`; where several share a face, only into the first.
+
+    Args:
+        vertices, faces: (V, 3) and (F, 3).
+        twins: (H,), as `pair_half_edges` returns them.
+        half_edges: (n,), one of each pair.
+
+    Returns:
+        vertices (V + m, 3), faces (F + 2 m, 3) where m edges were split.
+    """
     faces, added, touched = faces.copy(), [], set()
     points = [vertices]
     for half_edge in half_edges:

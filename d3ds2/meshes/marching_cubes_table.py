@@ -61,7 +61,7 @@ def share_a_face(edge: int, other: int) -> bool:
 
 
 def triangulate(loop: list[int]) -> list[tuple[int, int, int]]:
-    """Cut a loop into triangles by the shortest diagonals, none of which lies on a face of the cube."""
+    """Cut a loop into triangles by the shortest diagonals, but by none that lies on a face of the cube."""
     middle = [(CORNERS[first] + CORNERS[second]) / 2 for first, second in ENDS]
 
     def cost(edge: int, other: int) -> float:

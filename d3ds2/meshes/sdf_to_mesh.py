@@ -8,6 +8,8 @@ Sizes:
     R  voxels per edge of the cube [-1,1]³     B  blocks     V  vertices     F  faces
 """
 
+from typing import Any
+
 import numpy as np
 
 from .block import BLOCK, MAX_RESOLUTION
@@ -20,7 +22,7 @@ from .mesh import Mesh, area_weighted_normals, drop_parts
 from .numba_kernel import for_ranges
 
 # options of `sdf_to_mesh` for values that a network decoded: it may leave gaps in a surface, and crumbs beside it
-DECODED_OPTIONS = {"close_gaps": True, "min_component": 0.05}
+DECODED_OPTIONS: dict[str, Any] = {"close_gaps": True, "min_component": 0.05}
 
 
 def sdf_to_mesh(

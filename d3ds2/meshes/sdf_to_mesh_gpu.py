@@ -25,20 +25,9 @@ VERTEX_CHUNK = 1 << 18  # vertices at a time
 LAYER_BITS = 2 * BLOCK_BITS  # `place >> LAYER_BITS` is x of a place in a block
 
 
-def blocks_to_mesh(block_coords: Tensor, values: Tensor, resolution: int, **options) -> Mesh:
-    """Make a mesh with `device_mesh` where the values lie on a GPU, else with `sdf_to_mesh`.
-
-    Args:
-        block_coords: (B,3) integers in [0, R/8), each block once.
-        values: (B,8,8,8) float32, negative inside.
-        resolution: R.
-        options: see `device_mesh`.
-
-    Raises as those two do.
-    """
-    if values.is_cuda:
-        return device_mesh(block_coords, values, resolution, **options)
-    return sdf_to_mesh(block_coords.numpy(), values.numpy(), resolution, **options)
+def tensors_to_mesh(block_coords: Tensor, values: Tensor, resolution: int, **options) -> Mesh:
+    """`sdf_to_mesh` of tensors on any device: block_coords (B,3), values (B,8,8,8). Arguments and errors as there."""
+    return sdf_to_mesh(block_coords.cpu().numpy(), values.cpu().numpy(), resolution, **options)
 
 
 def device_mesh(
@@ -54,7 +43,7 @@ def device_mesh(
 
     Args:
         block_coords: (B,3) integers in [0, R/8), each block once.
-        values: (B,8,8,8) float32 and finite, on any device.
+        values: (B,8,8,8) float32 and finite, on a device that has float64.
         resolution, level, min_component, keep_largest, close_gaps: see `sdf_to_mesh`.
 
     Raises:

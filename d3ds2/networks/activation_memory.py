@@ -10,6 +10,7 @@ Sizes named in this file:
 import torch
 
 from ..kernels.gather_conv_chunks import GATHER_BYTES
+from ..kernels.spatial_sparse_attention import workspace_bytes
 from .image_encoder import ImageEncoderConfig
 from .latent_dit import LatentDiTConfig
 from .sdf_vae import SDFVAEConfig
@@ -37,13 +38,13 @@ def structure_vae_bytes(config: StructureVAEConfig, latent_resolution: int, dtyp
     return _with_margin(32 * finest * dtype.itemsize)
 
 
-def latent_dit_bytes(config: LatentDiTConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Estimate the bytes for one step over T tokens, those of the second guidance branch included."""
-    return _with_margin(16 * tokens * config.hidden_size * dtype.itemsize)
+def latent_dit_bytes(config: LatentDiTConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Estimate the bytes for one step over T tokens on a device, those of the second guidance branch included."""
+    return _with_margin(16 * tokens * config.hidden_size * dtype.itemsize) + workspace_bytes(device)
 
 
 def sdf_encode_bytes(config: SDFVAEConfig, voxels: int, dtype: torch.dtype) -> int:
-    """Estimate the bytes for encoding N active SDF voxels: the first group norm and pooling, in float32, take most."""
+    """Estimate the bytes for encoding N active SDF voxels: their features at full resolution take most."""
     side_by_side = 3 * dtype.itemsize if config.voxel_place else 0  # about 2.5 of 8 children are occupied
     return _with_margin(voxels * (120 + config.widths[0] * (dtype.itemsize + 12 + side_by_side)))
 

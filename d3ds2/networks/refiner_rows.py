@@ -85,8 +85,8 @@ def _norm(norm: nn.GroupNorm, x: Tensor, y: Tensor | None = None) -> Norm:
     group_mean = mean.mean(1, keepdim=True)
     group_variance = (variance + (mean - group_mean).square()).mean(1, keepdim=True)
     rstd = (group_variance + norm.eps).rsqrt()
-    scale = (rstd * norm.weight.double().view_as(mean)).flatten()
-    shift = norm.bias.double() - (group_mean.expand_as(mean).flatten() * scale)
+    scale = (rstd * norm.weight.to(mean.dtype).view_as(mean)).flatten()
+    shift = norm.bias.to(mean.dtype) - (group_mean.expand_as(mean).flatten() * scale)
     return scale.float(), shift.float()
 
 

@@ -157,5 +157,8 @@ def our_layout(key: str, tensor: Tensor) -> Tensor:
 
 
 def convolution(key: str, tensor: Tensor) -> tuple[str, Tensor]:
-    """Translate key and tensor of a torchsparse convolution (`….conv.kernel`, `….conv.bias`); others pass unchanged."""
+    """Translate the key of a torchsparse convolution, and its tensor by `our_layout`.
+
+    Keys other than `….conv.kernel` and `….conv.bias` pass unchanged.
+    """
     return key.replace(".conv.bias", ".bias").replace(".conv.kernel", ".weight"), our_layout(key, tensor)

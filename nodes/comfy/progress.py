@@ -88,7 +88,9 @@ def run_networks(device: torch.device, function: Callable[..., Result], *args) -
     On a CPU a layer may take seconds, so the function runs in a thread. On a GPU layers are short, and kernels must be
     started from the thread that owns the GPU.
     """
-    return run_cancellable(function, *args) if device.type == "cpu" else function(*args)
+    from ...d3ds2.kernels.devices import runs_on_cpu
+
+    return run_cancellable(function, *args) if runs_on_cpu(device) else function(*args)
 
 
 def run_cancellable(function: Callable[..., Result], *args, **kwargs) -> Result:

@@ -24,7 +24,10 @@ def seed_of(seed: int, index: int) -> int:
 
 @contextmanager
 def sample(index: int, count: int) -> Generator[None]:
-    """Make errors raised in the block say which of several samples they are about."""
+    """Make errors say which of several samples they are about.
+
+    Raises ValueError for a ValueError in the block, with the number of the sample in front if there are several.
+    """
     try:
         yield
     except ValueError as error:
@@ -34,7 +37,7 @@ def sample(index: int, count: int) -> Generator[None]:
 
 
 def object_pictures(images: torch.Tensor) -> list[Image.Image]:
-    """Return RGBA pictures of the objects in an IMAGE, cut out by its alpha channel or from a plain background.
+    """Return the objects in an IMAGE (B, H, W, 3 or 4), cut out by alpha or from a plain background: RGBA pictures.
 
     Raises ValueError, with advice, if neither shows an object.
     """

@@ -1,7 +1,7 @@
 """A real ComfyUI's memory manager under its switches: a network runs as a whole on its device, or says why it cannot.
 
-There is no GPU here. So ComfyUI is told that its device is `meta`, where tensors have no data: where each weight ends
-up is real, and nothing is computed.
+There is no GPU here. So ComfyUI runs with `meta` as its device, where tensors have no data: where each weight ends up
+is real, and nothing is computed.
 """
 
 import json

@@ -68,11 +68,14 @@ def test_triton_that_is_not_installed_is_named(card, monkeypatch):
 
 
 def test_an_old_card_keeps_to_torch(card):
-    card((6, 1))
-    found = abilities(GPU)
-    assert not found.triton and not found.flash and "7.5 or newer, and this one has 6.1" in found.kernels
     card((7, 5))
-    assert abilities(GPU).triton and not abilities(GPU).flash  # FlashAttention begins with 8.0
+    found = abilities(GPU)
+    assert not found.triton and not found.flash and "8.0 or newer, and this one has 7.5" in found.kernels
+
+
+def test_a_limit_on_registers_holds_on_hopper_alone():
+    cards = [Abilities("A card", backend, capability) for backend, capability in (("cuda", (9, 0)), ("cuda", (8, 6)))]
+    assert [card.limits_registers for card in (*cards, Abilities("Another", "hip"))] == [True, False, False]
 
 
 def test_amd_runs_triton_but_not_flash_attention_of_torch(card, monkeypatch):
@@ -109,6 +112,7 @@ def test_a_device_is_found_by_name(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert find_device() == torch.device("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(devices, "_ABILITIES", {torch.device("cuda"): Abilities("A card", "cuda")})
     assert find_device("auto") == torch.device("cuda")
 
 

@@ -259,3 +259,18 @@ def test_equal_bits_again_and_from_a_graph(counts):
             results = step()
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("counts", "C"), CASES)
+def test_samples_in_turn_without_a_gradient(counts, C, dtype):
+    samples, h, parameters, x, _ = problem(counts, C)
+    h, x = (rows.to(DEVICE, dtype) for rows in (h, x))
+    shift, scale, gate = parameters.to(DEVICE, dtype).chunk(6, dim=1)[:3]
+    for operation, *inputs in ((modulated_norm_reference, h, shift, scale), (gated_sum_reference, h, gate, x)):
+        more = [EPS] if operation is modulated_norm_reference else []
+        expected = operation(*inputs, samples, *more)
+        with torch.no_grad():
+            assert torch.equal(operation(*inputs, samples, *more), expected)
+            inputs[0] = inputs[0].float()  # the dtypes may differ
+            assert operation(*inputs, samples, *more).dtype == torch.float32

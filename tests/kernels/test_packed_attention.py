@@ -16,6 +16,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU, conftest.py
         pytest.param([40, 3], [50, 7], 2, 1, 32, id="two-samples"),
         pytest.param([5, 0, 6], [3, 4, 0], 1, 3, 24, id="without-queries-and-without-keys"),
         pytest.param([0], [5], 1, 1, 16, id="no-queries"),
+        pytest.param([70, 3], [40, 7], 1, 2, 64, id="64-channels"),
+        pytest.param([5, 66], [70, 2], 1, 1, 128, id="128-channels"),
     ],
 )
 def test_matches_the_definition(lengths_q, lengths_k, H, G, D):

@@ -11,6 +11,7 @@ from d3ds2.kernels.segment_sum import (
     sample_means,
     sample_sums,
     segment_sum,
+    segment_sum_bags,
     segment_sum_reference,
     take_segments,
 )
@@ -42,6 +43,16 @@ def test_kernel_matches_the_definition(lengths, C, in_order):
     x = torch.randn(sum(lengths), C).to(DEVICE)
     expected = segment_sum_reference(x, segments, segment_of_row)
     torch.testing.assert_close(segment_sum_triton(x, segments), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("lengths", [[3, 0, 70, 1, 0], [40]])
+def test_bags_match_the_definition(lengths, in_order, dtype, monkeypatch):
+    monkeypatch.setattr("d3ds2.kernels.segment_sum.COPY_BYTES", 1)  # 8 columns at a time
+    segments, segment_of_row = make_segments(lengths, in_order)
+    x = torch.randn(sum(lengths), 20, dtype=dtype, device=DEVICE)
+    torch.testing.assert_close(segment_sum_bags(x, segments), segment_sum_reference(x, segments, segment_of_row))
 
 
 @pytest.mark.parametrize("in_order", [True, False])

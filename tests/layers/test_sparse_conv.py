@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from d3ds2.kernels import gather_conv, gather_conv_chunks
+from d3ds2.kernels import gather_conv, gather_conv_chunks, group_norm
 from d3ds2.layers.sparse_conv import PackedGroupNorm, SubdivideConv3d, SubmanifoldConv3d, mean_pool, side_by_side
+from tests.networks.test_activation_memory import peak
 from tests.support.random_voxels import random_voxels
 
 CASES = [
@@ -163,7 +164,9 @@ def test_layers_run_in_half_precision(dtype):
 
 
 @pytest.mark.parametrize(("counts", "resolution"), CASES)
-def test_group_norm_is_separate_for_each_sample(counts, resolution):
+@pytest.mark.parametrize("slab_bytes", [1, 1000, 1 << 20])
+def test_group_norm_is_separate_for_each_sample(counts, resolution, slab_bytes, monkeypatch):
+    monkeypatch.setattr(group_norm, "CPU_SLAB_BYTES", slab_bytes)
     voxels = random_voxels(counts, resolution)
     norm = PackedGroupNorm(3, 6).double()
     torch.nn.init.normal_(norm.weight)
@@ -185,6 +188,13 @@ def test_group_norm_of_a_large_mean():
     x = torch.randn(500, 4)
     norm = PackedGroupNorm(2, 4)
     torch.testing.assert_close(norm(x + 4096.0, voxels), norm(x, voxels), atol=2e-3, rtol=0)
+
+
+def test_group_norm_makes_no_copy_of_all_rows_in_float32():
+    voxels, norm = random_voxels([20_000, 9_000], 32), PackedGroupNorm(2, 64).bfloat16()
+    x = torch.randn(len(voxels), 64).bfloat16()
+    slabs = 4 * group_norm.CPU_SLAB_BYTES
+    assert x.nbytes < peak(lambda: norm(x, voxels, silu=True)) < x.nbytes + slabs < 4 * x.nbytes
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8])

@@ -4,7 +4,6 @@ from d3ds2.kernels.devices import KIB, Abilities
 
 # what a kernel's shared memory is compared with; multiprocessors of the card that is named
 CARDS = {
-    "sm_75": Abilities("RTX 2080", "cuda", (7, 5), 64 * KIB, 46, triton=True, bf16=False),
     "sm_80": Abilities("A100", "cuda", (8, 0), 163 * KIB, 108, triton=True, flash=True),
     "sm_86": Abilities("RTX 3060", "cuda", (8, 6), 99 * KIB, 28, triton=True, flash=True),
     "sm_89": Abilities("RTX 4090", "cuda", (8, 9), 99 * KIB, 128, triton=True, flash=True),

@@ -5,6 +5,7 @@ alignment, constants, options. So the tiles are those that the host code chooses
 leave their results unset: only shapes and types matter.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,6 +32,36 @@ class Launch:
     arguments: dict[str, tuple]
     options: dict[str, object]
     contexts: list[str] = field(default_factory=list)
+
+    @property
+    def kind(self) -> tuple:
+        """Kernel, precision, switches and options: launches of a kind differ in sizes alone.
+
+        A kernel without a pipeline has one kind: it takes hardly any shared memory. Nor does an input that may be there
+        (HAS_...) make a kind of its own: the largest launch has it.
+        """
+        if "num_stages" not in self.options:
+            return self.module, self.kernel
+        types = (x[1] for x in self.arguments.values() if x[0] == "tensor" and "int" not in x[1])
+        precision = next(types, "").replace("bfloat16", "float16")
+        switches = ((name, x[1]) for name, x in self.arguments.items() if isinstance(x[1], bool) and "HAS_" not in name)
+        pairs = self.arguments.get("P", ("value", 0))[1] > 0
+        return self.module, self.kernel, precision, *switches, pairs, *sorted(self.options.items())
+
+    @property
+    def size(self) -> int:
+        """The product of all constants, doubled by each switch that is on: a measure of what a program takes."""
+        constants = (x[1] for x in self.arguments.values() if x[0] == "value")
+        return math.prod(x + 1 if isinstance(x, bool) else x for x in constants if isinstance(x, int) and x)
+
+
+def largest_of_kinds(launches: list[Launch]) -> list[Launch]:
+    """Return the largest launch of each kind."""
+    largest: dict[tuple, Launch] = {}
+    for launch in launches:
+        if launch.kind not in largest or launch.size > largest[launch.kind].size:
+            largest[launch.kind] = launch
+    return list(largest.values())
 
 
 class Recorder:

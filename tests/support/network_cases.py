@@ -1,6 +1,7 @@
-"""The networks whose launches are recorded: tiny and the released sizes, inference and training, at two depths.
+"""The networks whose launches are recorded: tiny and the released sizes, inference and training.
 
-A case is a function without arguments that runs a network once. Its name says network, size, use and precision.
+A case is a function without arguments that runs a network once. Its name says network, size, use and precision. The
+small cases have each kernel and each kind of launch; the others have the released sizes too.
 """
 
 import re
@@ -10,7 +11,7 @@ from functools import partial
 import torch
 
 from d3ds2.geometry.voxels import Voxels
-from d3ds2.kernels import gather_conv_triton, group_norm_triton
+from d3ds2.kernels import gather_conv_triton, group_norm_triton, packed_attention_triton
 from d3ds2.kernels.devices import Abilities
 from d3ds2.kernels.ragged import Ragged
 from d3ds2.networks.chunked_decode import decode_in_chunks
@@ -27,7 +28,7 @@ TINY = {
 }  # fmt: skip
 LATENT_DITS = {
     "tiny": LatentDiTConfig(**TINY),
-    "v1.0": LatentDiTConfig(depth=2),
+    "v1.0": LatentDiTConfig(depth=2),  # pools its keys by a convolution
     "v1.0 k 32": LatentDiTConfig(depth=2, top_k=32),
     "v1.1": LatentDiTConfig(depth=2, compression_block=8, pooled_conv=False, sparse_context=False),
 }
@@ -40,7 +41,13 @@ SDF_VAES = {
     "v1.x": SDFVAEConfig(encoder_depth=2, decoder_depth=2),
 }
 WIDTHS = {"tiny": (8, 16, 32, 128), "v1.x": (32, 64, 128, 512)}  # channels of the SDF VAE's grids
-SUBSET = r"tiny (inference|decode|encode) fp16|tiny training bf16|v1.0 training bf16"
+SMALL_DITS = {
+    "tiny": LatentDiTConfig(**TINY | {"depth": 1}),
+    "pooled": LatentDiTConfig(hidden_size=512, depth=1, num_heads=16, num_kv_heads=1, context_size=64),
+}
+SMALL_STRUCTURE_DIT = StructureDiTConfig(8, 4, 256, 1, 8, 4.0, 64, True, True)
+SMALL_SDF_VAE = SDFVAEConfig(16, 64, 4, 1, 1, 8, 2, 64, True)
+SUBSET = r"small|convolutions tiny (inference fp16|training bf16)|packed attention 128 training bf16"
 
 
 def cases(card: Abilities, pattern: str = "") -> dict[str, Callable[[], None]]:
@@ -49,6 +56,14 @@ def cases(card: Abilities, pattern: str = "") -> dict[str, Callable[[], None]]:
 
 
 def _all(card: Abilities) -> Iterable[tuple[str, Callable[[], None]]]:
+    for name, config in SMALL_DITS.items():
+        yield f"latent_dit small {name} inference fp16", partial(_run_latent_dit, "small", config, torch.float16)
+        yield f"latent_dit small {name} training bf16", partial(_train_latent_dit, config, "bf16", [(32, [4.0] * 2)])
+    yield "structure_dit small inference fp16", partial(_run_structure_dit, SMALL_STRUCTURE_DIT, torch.float16)
+    yield "structure_dit small training bf16", partial(_train_structure_dit, SMALL_STRUCTURE_DIT, "bf16")
+    yield "sdf_vae small decode fp16", partial(_decode, SMALL_SDF_VAE, torch.float16)
+    yield "refiners small inference fp16", partial(_refine, torch.float16, 8)
+    yield "sdf_vae small training bf16", partial(_train_sdf_vae, SMALL_SDF_VAE, "bf16", [3.0] * 2)
     for precision, dtype in DTYPES.items():
         for name, config in LATENT_DITS.items():
             yield f"latent_dit {name} inference {precision}", partial(_run_latent_dit, name, config, dtype)
@@ -58,6 +73,9 @@ def _all(card: Abilities) -> Iterable[tuple[str, Callable[[], None]]]:
             yield f"sdf_vae {name} decode {precision}", partial(_decode, config, dtype)
             yield f"sdf_vae {name} encode {precision}", partial(_encode, config, dtype)
         yield f"refiners v1.x inference {precision}", partial(_refine, dtype)
+        for D in (64, 128) if dtype != torch.float32 else ():
+            yield f"packed attention {D} inference {precision}", partial(_attend, D, dtype, False)
+            yield f"packed attention {D} training {precision}", partial(_attend, D, dtype, True)
         for name, widths in WIDTHS.items():
             yield f"convolutions {name} inference {precision}", partial(_convolve, card, widths, dtype, False)
             if dtype != torch.float16:
@@ -91,7 +109,8 @@ def _image_tokens(samples: int, size: int, dtype: torch.dtype, each: int = 300) 
 @torch.no_grad()
 def _run_latent_dit(name: str, config: LatentDiTConfig, dtype: torch.dtype) -> None:
     model = LatentDiT(config).to(dtype).eval()
-    for resolution, radius in [(32, 10.0), (32, 4.0)] if name == "tiny" else [(64, 4.0), (64, 13.0)]:
+    shells = {"small": [(32, 4.0)], "tiny": [(32, 10.0), (32, 4.0)]}
+    for resolution, radius in shells.get(name, [(64, 4.0), (64, 13.0)]):
         for samples in (1, 2) if dtype == torch.float16 else (1,):
             voxels = _shells([radius] * samples, resolution)
             tokens = _image_tokens(samples, config.context_size, dtype)
@@ -117,10 +136,19 @@ def _encode(config: SDFVAEConfig, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def _refine(dtype: torch.dtype) -> None:
-    model = Refiner(RefinerConfig(patch_size=24)).to(dtype).eval()
-    model(torch.zeros(1, 1, 24, 24, 24, dtype=dtype), torch.zeros(1, 8, 24, 24, 24, dtype=dtype))
-    SignRefiner(SignRefinerConfig(patch_size=32)).to(dtype).eval()(torch.zeros(1, 1, 32, 32, 32, dtype=dtype))
+def _refine(dtype: torch.dtype, edge: int = 24) -> None:
+    model = Refiner(RefinerConfig(patch_size=edge)).to(dtype).eval()
+    model(torch.zeros(1, 1, edge, edge, edge, dtype=dtype), torch.zeros(1, 8, edge, edge, edge, dtype=dtype))
+    edge += 8
+    SignRefiner(SignRefinerConfig(patch_size=edge)).to(dtype).eval()(torch.zeros(1, 1, edge, edge, edge, dtype=dtype))
+
+
+def _attend(D: int, dtype: torch.dtype, training: bool) -> None:
+    q, k, v = (torch.zeros(200, 2, D, dtype=dtype, requires_grad=training) for _ in range(3))
+    offsets = torch.tensor([0, 100, 200], dtype=torch.int32)
+    out = packed_attention_triton.packed_attention_triton(q, k, v, offsets, offsets, D**-0.5)
+    if training:
+        out.sum().backward()
 
 
 def _convolve(card: Abilities, w: tuple[int, ...], dtype: torch.dtype, training: bool) -> None:
@@ -149,9 +177,11 @@ def _training(precision: str) -> torch.autocast:
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
-def _train_latent_dit(config: LatentDiTConfig, precision: str) -> None:
+def _train_latent_dit(
+    config: LatentDiTConfig, precision: str, structures: Iterable = ((32, [10.0] * 2), (64, [4.0, 0.0, 8.0]))
+) -> None:
     model = LatentDiT(config).train()
-    for resolution, radii in [(32, [10.0] * 2), (64, [4.0, 0.0, 8.0])]:
+    for resolution, radii in structures:
         voxels, samples = _shells(radii, resolution), len(radii)
         with _training(precision):
             tokens = _image_tokens(samples, config.context_size, torch.float32)
@@ -167,8 +197,8 @@ def _train_structure_dit(config: StructureDiTConfig, precision: str) -> None:
     out.float().square().mean().backward()
 
 
-def _train_sdf_vae(config: SDFVAEConfig, precision: str) -> None:
-    model, voxels = SDFVAE(config).train(), _shells([10.0, 5.0], 32, 2.5)
+def _train_sdf_vae(config: SDFVAEConfig, precision: str, radii: Iterable[float] = (10.0, 5.0)) -> None:
+    model, voxels = SDFVAE(config).train(), _shells([*radii], 32, 2.5)
     with _training(precision):
         out, _, mean, logvar = model(torch.randn(len(voxels), 1), voxels)
     (out.float().square().mean() + mean.square().mean() + logvar.mean()).backward()

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from d3ds2.geometry.voxels import BLOCK, Voxels
+from d3ds2.kernels.devices import copies_in_background
 from training.data.batch_plans import BatchPlan, ResolutionPlan, draw, plan_shapes, say_left_out, shapes_per_batch
 from training.data.damaged_files import READ_ERRORS, DamagedFiles, TooManyDamagedError
 from training.data.shape_batches import ShapeBatch, join, join_coords, pack_shapes
@@ -290,7 +291,7 @@ def load_batches(dataset: Dataset, first_step: int, last_step: int, workers: int
         sampler=range(first_step, last_step),
         batch_size=None,
         num_workers=min(workers, os.cpu_count() or 1),
-        pin_memory=device.type == "cuda",
+        pin_memory=copies_in_background(device),
         prefetch_factor=4 if workers else None,
         # forked workers share the parent's caches without copying them
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
@@ -314,9 +315,9 @@ def _start_worker(_: int) -> None:
 
 
 def to_device(batch, device: torch.device):
-    """Move a batch or a tensor to the device without waiting for the copy."""
+    """Move a batch or a tensor to the device, if possible without waiting for the copy."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return batch.to(device, non_blocking=copies_in_background(device))
     if isinstance(batch, Voxels):
         return batch.map(lambda tensor: to_device(tensor, device))
     return type(batch)(*(to_device(b, device) if isinstance(b, Tensor | Voxels | tuple) else b for b in batch))

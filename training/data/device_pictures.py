@@ -6,7 +6,6 @@ mirroring, rotation, and the size and place of the object in its square (as in `
 Sizes: n pictures, B pictures of a batch, S pixels per edge.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -28,15 +27,9 @@ from training.data.views import (
     View,
     Views,
 )
+from training.losses import DrawRows, draw_all
 
 READ_AT_ONCE = 64  # pictures
-
-DrawSamples = Callable[[int, Callable[[int], Tensor]], Tensor]
-
-
-def draw_all(number: int, make: Callable[[int], Tensor]) -> Tensor:
-    """Return `make(number)`, as `draw_samples` of a whole batch does."""
-    return make(number)
 
 
 class Choice(NamedTuple):
@@ -70,7 +63,7 @@ class DevicePictures:
         choice: Choice,
         generator: torch.Generator,
         augment: bool = True,
-        draw_samples: DrawSamples = draw_all,
+        draw_samples: DrawRows = draw_all,
     ) -> Tensor:
         """Return the chosen pictures, mirrored and augmented: (B, 4, S, S) float32 in [0, 1].
 
@@ -81,15 +74,15 @@ class DevicePictures:
         return move_objects(images, generator, draw_samples) if augment else images
 
 
-def move_objects(images: Tensor, generator: torch.Generator, draw_samples: DrawSamples = draw_all) -> Tensor:
+def move_objects(images: Tensor, generator: torch.Generator, draw_samples: DrawRows = draw_all) -> Tensor:
     """Rotate, crop and resize the object in each picture (B, 4, S, S) float; the surroundings are white.
 
     Each picture is rotated by up to 10° with probability 0.1, cropped to 0.9-1 of its edges with probability 0.1, and
     given a margin of 0-32 pixels of 518.
     """
-    device = images.device
     # drawn as (8, B)
-    u = draw_samples(len(images), lambda B: torch.rand((8, B), generator=generator, device=device).t()).t()
+    u = draw_samples(len(images), lambda B: torch.rand((8, B), generator=generator, device=generator.device).t())
+    u = u.t().to(images.device)
     angle = torch.deg2rad(MAX_ROTATION * (2 * u[1] - 1)) * (u[0] < ROTATE_PROBABILITY)
     margin = MAX_MARGIN * u[2]
     scale = (SIZE - 2 * MARGIN) / (SIZE - 2 * margin)  # from coordinates of the result to those of the picture

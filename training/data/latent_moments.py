@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from d3ds2.kernels.devices import has_float64
 from training.data.shape_files import latent_path
 
 
@@ -19,12 +20,14 @@ class LatentMoments:
 
     def __init__(self, channels: int, device: torch.device):
         self.count = 0
+        device = device if has_float64(device) else torch.device("cpu")
         self.sum = torch.zeros(channels, dtype=torch.float64, device=device)
         self.sum_of_squares = torch.zeros_like(self.sum)
 
     def add(self, mean: Tensor, logvar: Tensor) -> None:
         """Count posteriors: mean and logvar, each (M, C)."""
-        mean, variance = mean.double(), logvar.double().exp()
+        mean, logvar = (x.to(self.sum.device).double() for x in (mean, logvar))
+        variance = logvar.exp()
         self.count += len(mean)
         self.sum += mean.sum(0)
         self.sum_of_squares += (mean.square() + variance).sum(0)

@@ -48,11 +48,11 @@ class Part(NamedTuple):
 
     def draw_samples(self, number: int, make: Callable[[int], Tensor]) -> Tensor:
         """Return `make(number)`, whose rows are samples: (b, ...). A part takes its rows of the whole `make(B)`."""
-        return make(number) if self.cut is None else make(self.cut.num_samples).index_select(0, self.cut.samples)
+        return make(number) if self.cut is None else _rows(make(self.cut.num_samples), self.cut.samples)
 
     def draw_tokens(self, number: int, make: Callable[[int], Tensor]) -> Tensor:
         """Return `make(number)`, whose rows are tokens: (m, ...). A part takes its rows of the whole `make(M)`."""
-        return make(number) if self.cut is None else make(self.cut.num_tokens).index_select(0, self.cut.tokens)
+        return make(number) if self.cut is None else _rows(make(self.cut.num_tokens), self.cut.tokens)
 
     def weigh(self, counted: str, mean: Tensor) -> Tensor:
         """Multiply a mean over this part, a scalar, by the part's share of what is counted."""
@@ -60,6 +60,10 @@ class Part(NamedTuple):
 
 
 WHOLE = Part()
+
+
+def _rows(whole: Tensor, rows: Tensor) -> Tensor:
+    return whole.to(rows.device).index_select(0, rows)  # the generator may be on the CPU
 
 
 def split(sizes: np.ndarray, parts: int) -> list[np.ndarray]:
@@ -141,7 +145,7 @@ def load_parts(
 
     Args:
         counted: names of the K things over which the loss takes means, such as "tokens".
-        count: returns how many of each a batch has, (K,) float64. It is not called for a whole batch.
+        count: returns how many of each a batch has, (K,) int64. It is not called for a whole batch.
     """
     if ranks.size * run.accumulate == 1:
         for batch in load_batches(steps, first_step, run.steps, run.workers, ranks.device):
@@ -152,7 +156,7 @@ def load_parts(
     while own := list(islice(loaded, run.accumulate)):
         own = [part for part in own if part.batch is not None]
         counts = [count(part.batch).to(ranks.device) for part in own]
-        nothing = torch.zeros(len(counted), dtype=torch.float64, device=ranks.device)
+        nothing = torch.zeros(len(counted), dtype=torch.int64, device=ranks.device)
         total = ranks.sum(sum(counts, start=nothing)).clamp(min=1)
         shares = [dict(zip(counted, (counts_ / total).float().unbind(), strict=True)) for counts_ in counts]
         yield [part._replace(shares=share) for part, share in zip(own, shares, strict=True)]

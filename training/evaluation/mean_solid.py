@@ -82,7 +82,7 @@ def mean_solid(solids: Iterable[tuple[np.ndarray, list[int]]]) -> MeanSolid:
     """Average solids.
 
     Args:
-        solids: packed bits of each shape, and the symmetries in which it is seen.
+        solids: packed bits of each shape, (CELLS³ / 8,) uint8, and the symmetries in which it is seen.
 
     Raises:
         ValueError: no solids.

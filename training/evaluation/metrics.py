@@ -141,7 +141,7 @@ class SurfaceDistances:
 def solid_grid(vertices: np.ndarray, faces: np.ndarray, cells: int) -> np.ndarray:
     """Find the cell centres of the cube inside a closed mesh oriented outward: (cells, cells, cells) bool, [x,y,z].
 
-    Inside means a positive winding number, counted along z.
+    The mesh has vertices (V, 3) in [-1,1]³ and faces (F, 3). Inside means a positive winding number, counted along z.
     """
     change = np.zeros((cells, cells, cells + 1), dtype=np.int16)
     _add_crossings(np.asarray(vertices, dtype=np.float64)[faces], cells, change)
@@ -171,7 +171,7 @@ def _add_crossings(triangles, cells, change):
 
 
 def volume_iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two boolean grids; 1 if both are empty."""
+    """Intersection over union of two boolean grids (G, G, G); 1 if both are empty."""
     union = np.count_nonzero(a | b)
     return np.count_nonzero(a & b) / union if union else 1.0
 
@@ -189,7 +189,8 @@ def is_watertight(faces: np.ndarray) -> bool:
 def count_shells(vertices: np.ndarray, faces: np.ndarray) -> tuple[int, int]:
     """Count the connected parts of a closed mesh that are visible from outside, and those that are not: (outer, inner).
 
-    Inner parts are turned inside out (cavities) or enclosed by another part.
+    The mesh has vertices (V, 3) and faces (F, 3). Inner parts are turned inside out (cavities) or enclosed by another
+    part.
     """
     if len(faces) == 0:
         return 0, 0

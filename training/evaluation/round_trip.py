@@ -44,7 +44,10 @@ def split_blocks(sdf: Tensor, voxels: Voxels) -> list[tuple[np.ndarray, np.ndarr
 
 
 def batches_of(names: list[str], tokens: np.ndarray, max_tokens: int) -> Iterator[list[str]]:
-    """Yield the names in order, in batches of at most `max_tokens`; a larger shape is a batch of its own."""
+    """Yield n names in order, in batches of at most `max_tokens`; a larger shape is a batch of its own.
+
+    `tokens` (n,) are the sizes of the shapes.
+    """
     batch, size = [], 0
     for name, count in zip(names, tokens.tolist(), strict=True):
         if batch and size + count > max_tokens:

@@ -27,7 +27,10 @@ class ScoreConfig:
 
 
 class Shape:
-    """A closed mesh, prepared for comparison. One without faces is valid: an empty, bad result."""
+    """A closed mesh, prepared for comparison: vertices (V, 3) in [-1,1]³, faces (F, 3).
+
+    A mesh without faces is valid: an empty, bad result.
+    """
 
     def __init__(self, vertices: np.ndarray, faces: np.ndarray, config: ScoreConfig):
         self.vertices, self.faces = np.asarray(vertices, dtype=np.float64), np.asarray(faces, dtype=np.int64)

@@ -1,0 +1,34 @@
+"""The kernels in Triton's compiler, for cards that are not here: all compile, and fit into their shared memory."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+from d3ds2.kernels.devices import HAS_TRITON
+from tests.kernels.test_triton_versions import OLDEST, ROOT
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+
+
+def test_kernels_compile_for_cards_that_are_not_here():
+    compile_launches("--cases", "subset")
+
+
+def test_kernels_compile_with_the_oldest_triton():
+    compile_launches("--cases", "subset", "--cards", "sm_86,sm_90", packages=str(ROOT / ".venv" / f"triton-{OLDEST}"))
+
+
+def compile_launches(*options: str, packages: str = "") -> None:
+    """Run tests/support/compile_launches.py, with another Triton where `packages` is its folder."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [packages, str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    command = [sys.executable, "-m", "tests.support.compile_launches", *options]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["triton"] == (OLDEST if packages else version("triton"))
+    assert all(launches >= 20 for launches, _ in found["launches and failures"].values()), found
