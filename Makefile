@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # tests/conftest.py decides which tests share a process, and which come first
 IN_TWO_PROCESSES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint types house compile bench clean comfyui
+.PHONY: demo test test-long lint types house compile bench clean comfyui
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m d3ds2 workflows/demo_input.png -o demo.glb --preview demo.png
@@ -19,6 +19,10 @@ demo: $(VENV)/.demo
 test:
 	$(MAKE) --jobs 3 $(VENV)/.test $(OLD_TRITON)/.done comfyui
 	$(BIN)/python -m pytest tests $(IN_TWO_PROCESSES)
+
+# the tests that take minutes: 20 steps of every trainer on 1, 2 and 4 ranks
+test-long: $(VENV)/.test
+	$(BIN)/python -m pytest tests -m long
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ from training.config import load_config
 from training.data.shape_files import list_shapes
 from training.data.views import Views
 from training.encode_latents import EncodeLatentsConfig
-from training.run import check_run, last_step
+from training.run_folder import check_run, last_step
 from training.train_dit import TrainDiTConfig
 from training.train_structure_dit import TrainStructureDiTConfig
 from training.train_structure_vae import TrainStructureVAEConfig

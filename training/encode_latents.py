@@ -8,11 +8,12 @@ those of each channel, to `data_dir/latents/<R>/moments.json`.
 
 Run it again whenever the VAE or the shapes change: files of the same encoder and shape are kept, so a stopped run
 continues where it was. `shard=i/n` encodes the i-th of n parts, as a task of an array (docs/cluster.md); the last task
-to finish writes the scale.
+to finish writes the scale. Under torchrun, each rank encodes a part.
 """
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +29,6 @@ from d3ds2.kernels.devices import find_device
 from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE
 from d3ds2.storage.atomic_file import replacing
-from training.command import run_command
 from training.data.damaged_files import READ_ERRORS, DamagedFiles
 from training.data.datasets import load_batches, to_device
 from training.data.latent_moments import (
@@ -41,7 +41,9 @@ from training.data.latent_moments import (
 from training.data.shape_batches import ShapeBatch, active_voxels, pack_shapes
 from training.data.shape_files import latent_path, list_records, load_shape, read_summary, shape_path, write_arrays
 from training.data.shards import Shard
+from training.distributed import ranks_on, run_script
 from training.run import RunConfig, autocast
+from training.run_folder import exporting
 
 FILES_CHECKED_AT_ONCE = 4096
 
@@ -220,9 +222,10 @@ def main(config: EncodeLatentsConfig) -> dict:
         ValueError: too many shapes are damaged.
         OSError: the disk is full or cannot be written. Finished files stay.
     """
-    device = find_device(config.device)
-    vae = load_network(config.model_dir, "sdf_vae", device)
-    shard, summary_file = Shard.parse(config.shard), moments_path(config.data_dir, config.resolution)
+    ranks = ranks_on(find_device(config.device))
+    vae = load_network(config.model_dir, "sdf_vae", ranks.device)
+    shard = Shard.parse(config.shard) if ranks.size == 1 else Shard(ranks.rank, ranks.size)
+    summary_file = moments_path(config.data_dir, config.resolution)
     summary_file.parent.mkdir(parents=True, exist_ok=True)
     splits = [AllShapes(config, split) for split in config.splits]
     encoder = encoder_fingerprint(vae)
@@ -244,6 +247,9 @@ def main(config: EncodeLatentsConfig) -> dict:
                 moments.add_sums(sums[0][item])
         own = moments.sums() | {"made_of": made_of, "encoder": encoder}
         write_json(own_file, own)
+    ranks.wait()
+    if not ranks.is_first:
+        return {}
     parts = [read_moments(Shard(i, shard.count).file(summary_file)) for i in range(shard.count)]
     if any(part.get("made_of") != made_of for part in parts):
         print(f"shard {shard} is finished; the last shard to finish writes the scale of the latents")
@@ -254,7 +260,8 @@ def main(config: EncodeLatentsConfig) -> dict:
     summary = moments.summary() | moments.sums() | {"made_of": made_of, "encoder": encoder}
     if (vae.config.latents_shift, vae.config.latents_scale) != (summary["latents_shift"], summary["latents_scale"]):
         set_latent_scale(vae, moments)
-        save_network(config.model_dir, "sdf_vae", vae, torch.float16)
+        with exporting(config.model_dir):
+            save_network(config.model_dir, "sdf_vae", vae, torch.float16)
     if read_moments(summary_file) != summary:
         write_json(summary_file, summary)
     return summary
@@ -267,4 +274,4 @@ def write_json(file: Path, values: dict) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, EncodeLatentsConfig)
+    run_script(main, EncodeLatentsConfig, sys.argv[1:])

@@ -5,6 +5,7 @@ In a packed batch every token (or voxel) counts equally: a loss is the mean over
 Marks such as [A] say how certain a value is: see docs/paper.md.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -66,8 +67,25 @@ def sign_divergence(sdf: Tensor, target: Tensor, width: float = 0.1) -> Tensor:
     return F.softplus(-logits) - F.softplus(-wanted) + torch.sigmoid(-wanted) * (logits - wanted)
 
 
+SDF_TERMS = ("inside", "exterior", "sharp", "sign", "kl")
+
+
+def count_sdf(target: Tensor, sharp: Tensor, latents: int) -> Tensor:
+    """Count over what each of SDF_TERMS is a mean, (5,) int64; arguments as for `sdf_loss`, and its L latents."""
+    active = target.flatten().abs() < 1
+    inside, near = active.sum(), (active & sharp.flatten()).sum()
+    others = inside.new_tensor([active.numel(), latents])
+    return torch.stack([inside, others[0] - inside, near, *others])
+
+
 def sdf_loss(
-    sdf: Tensor, target: Tensor, sharp: Tensor, mean: Tensor, logvar: Tensor, config: SDFLossConfig
+    sdf: Tensor,
+    target: Tensor,
+    sharp: Tensor,
+    mean: Tensor,
+    logvar: Tensor,
+    config: SDFLossConfig,
+    shares: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Eq. 2-3: weighted mean squared errors over three sets of voxels, and the KL divergence.
 
@@ -76,6 +94,7 @@ def sdf_loss(
         target: as many true values in [-1, 1]. Voxels with |target| < 1 are active.
         sharp: as many bools, the voxels near sharp edges; those outside the band do not count.
         mean, logvar: the posterior, (L, C).
+        shares: for a part of a batch, the factor of each term, its share of the values that `count_sdf` counts.
 
     Returns:
         "loss" and its unweighted terms "inside", "exterior", "sharp", "sign", "kl", each a scalar float32. An empty
@@ -100,6 +119,8 @@ def sdf_loss(
         "sign": sign_divergence(sdf, target).mean(),
         "kl": kl_divergence(mean, logvar),
     }
+    if shares is not None:
+        terms = {name: shares[name] * term for name, term in terms.items()}
     return {"loss": sum(getattr(config, name) * term for name, term in terms.items()), **terms}  # eq. 3
 
 
@@ -139,9 +160,18 @@ def structure_loss(
     return {"loss": loss, **terms, "iou": iou}
 
 
-def draw_noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw normal noise, shaped as a tensor (..., C) and on its device; the generator may be on the CPU."""
-    return torch.randn(like.shape, generator=generator, device=generator.device).to(like.device)
+DrawRows = Callable[[int, Callable[[int], Tensor]], Tensor]  # number, make -> rows of random numbers
+
+
+def draw_all(number: int, make: Callable[[int], Tensor]) -> Tensor:
+    """Return `make(number)`: all rows. A part of a batch draws as `training.data.parts` says."""
+    return make(number)
+
+
+def draw_noise(like: Tensor, generator: torch.Generator, draw_rows: DrawRows = draw_all) -> Tensor:
+    """Draw normal noise, shaped as a tensor (N, ...) and on its device; the generator may be on the CPU."""
+    device, row = generator.device, like.shape[1:]
+    return draw_rows(len(like), lambda N: torch.randn((N, *row), generator=generator, device=device)).to(like.device)
 
 
 def keep_context(batch_size: int, config: FlowLossConfig, generator: torch.Generator) -> Tensor:

@@ -1,8 +1,7 @@
 """The surroundings of a training loop: settings, run folder, random seeds, schedule, metrics, a clean stop.
 
-A run folder holds config.json, metrics.jsonl (one line per `log_every` steps), TensorBoard events and the two newest
-checkpoints (`training.state`). All random numbers of a step come from (seed, step), so a resumed run equals an
-uninterrupted one, bit for bit on a CPU.
+The run folder (`training.run_folder`) is locked while a run writes to it. All random numbers of a step come from
+(seed, step), so a resumed run equals an uninterrupted one, bit for bit on a CPU.
 
 Marks such as [A] say how certain a value is: see docs/paper.md.
 """
@@ -12,7 +11,8 @@ import math
 import signal
 import threading
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from d3ds2.kernels.devices import find_device, trains_in_bf16
+from d3ds2.storage.atomic_file import replacing
+from training.distributed import Ranks, ranks_on
+from training.run_folder import check_run, clear_leftovers, exporting, locked, write_settings
+
+ALONE = Ranks(torch.device("cpu"))  # where only the number of ranks counts
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class RunConfig:
     out_dir: str = "runs/run"
     seed: int = 0
     steps: int = 1000
+    accumulate: int = 1  # parts of a batch that a rank computes one after the other: less memory, the same step
     learning_rate: float = 1e-4  # [A]
     final_learning_rate: float = 1.0  # at the last step, as a fraction, along a cosine; 1: constant [D]
     warmup_steps: int = 100  # [D]
@@ -50,39 +56,39 @@ class RunConfig:
     tensorboard: bool = True
 
     def __post_init__(self):
-        for name in ("steps", "log_every", "save_every"):
+        for name in ("steps", "accumulate", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected run.{name} >= 1, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"expected run.ema_decay in [0, 1), got {self.ema_decay}")
 
 
-def start(config: RunConfig, whole_config) -> torch.device:
-    """Make the run folder, seed the initialisation, and return the device. `whole_config` goes to config.json.
+@contextmanager
+def start(config: RunConfig, whole_config) -> Generator[Ranks]:
+    """Lock the run folder, seed the initialisation, and yield the ranks with their devices.
+
+    The first rank deletes leftovers of killed runs and writes `whole_config` to config.json.
 
     Raises:
         ValueError: the run folder belongs to another model, see `check_run`.
+        FolderInUseError: another process writes to it.
     """
-    out_dir = Path(config.out_dir)
-    check_run(out_dir, whole_config.model_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / "config.json").write_text(json.dumps(asdict(whole_config), indent=2))
-    torch.manual_seed(config.seed)
-    torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
-    return find_device(config.device)
-
-
-def check_run(out_dir: str | Path, model_dir: str | Path) -> None:
-    """Check that a run folder belongs to a model folder: a run continues only with the model it began with.
-
-    Raises:
-        ValueError: the run folder has a checkpoint of another model folder.
-    """
-    if newest_checkpoint(out_dir) is None:
-        return
-    owner = json.loads((Path(out_dir) / "config.json").read_text())["model_dir"]
-    if Path(owner).resolve() != Path(model_dir).resolve():
-        raise ValueError(f"{out_dir} is a run of the model {owner}, not of {model_dir}: choose another run.out_dir")
+    ranks = ranks_on(find_device(config.device))
+    out_dir, model_dir = Path(config.out_dir), Path(whole_config.model_dir)
+    with ExitStack() as held:
+        if ranks.is_first:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(out_dir))
+            check_run(out_dir, model_dir)
+            clear_leftovers(out_dir)
+            if model_dir.is_dir():
+                with exporting(model_dir):
+                    pass
+            write_settings(out_dir, asdict(whole_config))
+        ranks.wait()
+        torch.manual_seed(config.seed)
+        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
+        yield ranks
 
 
 def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager:
@@ -115,20 +121,6 @@ def learning_rate(step: int, config: RunConfig) -> float:
     return config.learning_rate * warmup * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-# --- run folders
-
-
-def newest_checkpoint(out_dir: str | Path) -> Path | None:
-    """The checkpoint of the highest step in a run folder, or None."""
-    return max(Path(out_dir).glob("step_*.pt"), default=None)
-
-
-def last_step(out_dir: str | Path) -> int:
-    """The step of a run's newest checkpoint, 0 without one."""
-    newest = newest_checkpoint(out_dir)
-    return 0 if newest is None else int(newest.stem.removeprefix("step_"))
-
-
 # --- metrics
 
 
@@ -136,42 +128,53 @@ class Log:
     """Writes the means of the metrics over `log_every` steps to metrics.jsonl, TensorBoard and a progress bar.
 
     Metrics stay on the device until they are written. If a run was killed after its last checkpoint, metrics.jsonl has
-    lines beyond `first_step`; these are dropped.
+    lines beyond `first_step`; these are dropped. Only the first rank writes.
     """
 
-    def __init__(self, config: RunConfig, first_step: int):
-        self.config, self.out_dir = config, Path(config.out_dir)
+    def __init__(self, config: RunConfig, first_step: int, ranks: Ranks = ALONE):
+        self.config, self.out_dir, self.ranks = config, Path(config.out_dir), ranks
         self._sums, self._count, self._since = {}, 0, time.perf_counter()
-        path = self.out_dir / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
-        path.write_text("".join(kept))
-        self._file = open(path, "a")  # noqa: SIM115, closed in __exit__
-        self._board = _tensorboard(self.out_dir, first_step) if config.tensorboard else None
-        self._progress = tqdm(initial=first_step, total=config.steps, unit="step", desc=self.out_dir.name)
+        self._file = self._board = None
+        if ranks.is_first:
+            path = self.out_dir / "metrics.jsonl"
+            records = read_metrics(self.out_dir) if path.exists() else []
+            kept = [json.dumps(r) + "\n" for r in records if r["step"] <= first_step]
+            with replacing(path) as temporary:
+                temporary.write_text("".join(kept))
+            self._file = open(path, "a")  # noqa: SIM115, closed in __exit__
+            self._board = _tensorboard(self.out_dir, first_step) if config.tensorboard else None
+        self._progress = tqdm(
+            initial=first_step, total=config.steps, unit="step", desc=self.out_dir.name, disable=not ranks.is_first
+        )
+
+    def add(self, metrics: dict[str, Tensor | float]) -> None:
+        """Add metrics of a part of a step, each a scalar: those of all parts on all ranks are summed."""
+        for name, value in metrics.items():
+            value = value.detach() if isinstance(value, Tensor) else value
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def __call__(self, step: int, metrics: dict[str, Tensor | float]) -> None:
-        """Add the metrics of a finished step, each a scalar; "loss" must be among them.
+        """Finish a step, given metrics that are the same on all ranks; "loss" must be among all of its metrics.
 
         Raises:
             FloatingPointError: the mean loss is not finite when it is written.
         """
-        for name, value in metrics.items():
-            value = value.detach() if isinstance(value, Tensor) else value
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        if self.ranks.is_first:
+            self.add(metrics)
         self._count += 1
         self._progress.update()
         if step % self.config.log_every == 0 or step == self.config.steps:
             self._write(step)
 
     def _write(self, step: int) -> None:
-        means = {name: float(value) / self._count for name, value in self._sums.items()}
+        means = {name: value / self._count for name, value in self._totals().items()}
         seconds = time.perf_counter() - self._since
         record = {"step": step, **means, "learning_rate": learning_rate(step - 1, self.config)}
         record["seconds_per_step"] = seconds / self._count
         self._sums, self._count, self._since = {}, 0, time.perf_counter()
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         for name, value in record.items():
             if self._board is not None and name != "step":
                 self._board.add_scalar(name, value, step)
@@ -182,11 +185,21 @@ class Log:
                 f"resumes from its newest checkpoint in {self.out_dir}"
             )
 
+    def _totals(self) -> dict[str, float]:
+        """The sums over the ranks. A rank whose parts were all empty has no metrics."""
+        own = {name: float(value) for name, value in self._sums.items()}
+        if self.ranks.size == 1:
+            return own
+        every = self.ranks.all(own)
+        names = dict.fromkeys(name for sums in every for name in sums)
+        return {name: sum(sums.get(name, 0.0) for sums in every) for name in names}
+
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         self._progress.close()
         if self._board is not None:
             self._board.close()
@@ -202,8 +215,16 @@ def _tensorboard(out_dir: Path, first_step: int):
 
 
 def read_metrics(out_dir: str | Path) -> list[dict]:
-    """Read the records of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
+    """Read the records of a run's metrics.jsonl. A damaged line is named and left out."""
+    path, records = Path(out_dir) / "metrics.jsonl", []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        try:
+            record = json.loads(line)
+            records.append(record | {"step": int(record["step"])})
+        except (ValueError, KeyError, TypeError):
+            if line.endswith(b"\n"):  # else the run was killed while it wrote the line
+                tqdm.write(f"{path}: line {number} is damaged and is left out")
+    return records
 
 
 # --- stopping
@@ -212,14 +233,23 @@ def read_metrics(out_dir: str | Path) -> list[dict]:
 class Stop:
     """True once the run should save and end: after SIGTERM or Ctrl-C, or after `max_minutes`; 0 sets no limit.
 
-    A second Ctrl-C ends the process at once.
+    Several ranks stop together, at the next `agree` after one of them should. A second Ctrl-C ends the process at once.
     """
 
-    def __init__(self, max_minutes: float = 0.0):
+    def __init__(self, max_minutes: float = 0.0, ranks: Ranks = ALONE):
         self._deadline = time.monotonic() + 60 * max_minutes if max_minutes else math.inf
         self._signalled, self._handlers = False, {}
+        self._ranks, self._agreed = ranks, False
 
     def __bool__(self) -> bool:
+        return self._agreed if self._ranks.size > 1 else self._wanted()
+
+    def agree(self) -> None:
+        """Ask the other ranks, once a step; all must call it."""
+        if self._ranks.size > 1:
+            self._agreed = self._ranks.any(self._wanted())
+
+    def _wanted(self) -> bool:
         return self._signalled or time.monotonic() >= self._deadline
 
     def _handle(self, number, _frame) -> None:
@@ -238,5 +268,9 @@ class Stop:
 
 
 def is_save_step(step: int, stop: Stop, config: RunConfig) -> bool:
-    """Whether to write a checkpoint after this step: every `save_every` steps, at the end, and before a stop."""
+    """Whether to write a checkpoint after this step: every `save_every` steps, at the end, and before a stop.
+
+    All ranks call it after each step, and get the same answer.
+    """
+    stop.agree()
     return step % config.save_every == 0 or step == config.steps or bool(stop)

@@ -1,19 +1,26 @@
 """All that a training run changes from step to step, and its checkpoints.
 
 A checkpoint `step_<n>.pt` holds the weights, their moving average (EMA), the optimiser and the step. It needs no random
-state: all random numbers of a step come from (seed, step).
+state: all random numbers of a step come from (seed, step). All ranks hold the same state, so the first one writes a
+single file, which any number of ranks load; torch.distributed.checkpoint would be needed for sharded states alone.
 """
 
 import copy
 import os
+import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from d3ds2.kernels.devices import on_cuda
 from d3ds2.networks.model_files import load_network
-from training.run import RunConfig, learning_rate, newest_checkpoint
+from d3ds2.storage.atomic_file import replacing
+from training.distributed import Ranks
+from training.run import ALONE, RunConfig, learning_rate
+from training.run_folder import checkpoints
 
 KEEP_CHECKPOINTS = 2
 
@@ -28,8 +35,9 @@ class State:
         step: number of updates so far.
     """
 
-    def __init__(self, model: nn.Module, config: RunConfig):
-        self.config, self.model = config, model
+    def __init__(self, model: nn.Module, config: RunConfig, ranks: Ranks = ALONE):
+        self.config, self.model, self.ranks = config, model, ranks
+        ranks.copy_from_first(_tensors(model))
         self.ema = copy.deepcopy(model).requires_grad_(False)
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -42,7 +50,9 @@ class State:
         self.step = 0
 
     def update(self) -> Tensor:
-        """Finish a step, given its gradients: clip them, move the weights and the average, clear the gradients.
+        """Finish a step, given the gradients of this rank's parts.
+
+        Sum them over the ranks and clip them, move the weights and the average, and clear the gradients.
 
         Returns:
             The norm of the gradients before clipping, a scalar.
@@ -50,6 +60,7 @@ class State:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.ranks.sum_gradients(parameters)
         grad_norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -65,38 +76,112 @@ class State:
             average.copy_(current)
 
     def save(self) -> None:
-        """Write step_<n>.pt to the run folder, whole or not at all, and delete all but the two newest."""
-        parts = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer}
-        values = {"step": self.step} | {name: part.state_dict() for name, part in parts.items()}
+        """Write step_<n>.pt to the run folder, whole or not at all, and delete all but the two newest.
+
+        Raises:
+            FloatingPointError: a value is not finite; nothing is written.
+            OSError: the file cannot be written.
+        """
         out_dir = Path(self.config.out_dir)
+        values = {"step": self.step} | {name: part.state_dict() for name, part in self._parts.items()}
+        if not is_finite(values):
+            raise FloatingPointError(
+                f"the weights are not finite at step {self.step}, so no checkpoint is written; lower run.learning_rate "
+                f"and start again: the run resumes from its newest checkpoint in {out_dir}"
+            )
+        if not self.ranks.is_first:
+            return
         path = out_dir / f"step_{self.step:08d}.pt"
-        temporary = path.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
-            torch.save(values, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        try:
+            with replacing(path) as temporary, open(temporary, "wb") as file:
+                torch.save(values, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError where the disk is full
+            cause = error if isinstance(error, OSError) else error.__context__ or error
+            raise OSError(f"cannot write {path}: {cause}") from error
         for old in sorted(out_dir.glob("step_*.pt"))[:-KEEP_CHECKPOINTS]:
             old.unlink()
+
+    @property
+    def _parts(self) -> dict:
+        return {"model": self.model, "ema": self.ema, "optimizer": self.optimizer}
 
     def load(self) -> None:
         """Continue from the newest checkpoint in the run folder; without one, nothing changes.
 
+        A damaged checkpoint is named, and the one before is taken.
+
         Raises:
-            ValueError: the checkpoint belongs to a network of other sizes.
+            ValueError: the checkpoint belongs to a network of other sizes, or all checkpoints are damaged.
         """
-        newest = newest_checkpoint(self.config.out_dir)
-        if newest is None:
+        device, values = next(self.model.parameters()).device, None
+        path = self.ranks.from_first(find_intact(self.config.out_dir) if self.ranks.is_first else None)
+        if path is None:
             return
-        device = next(self.model.parameters()).device
-        values = torch.load(newest, weights_only=True, map_location=device)
+        values = torch.load(path, weights_only=True, map_location=device)
         try:
-            self.model.load_state_dict(values["model"])
-            self.ema.load_state_dict(values["ema"])
-            self.optimizer.load_state_dict(values["optimizer"])
+            for name, part in self._parts.items():
+                part.load_state_dict(values[name])
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{newest} belongs to another network; choose another run.out_dir: {error}") from error
+            raise ValueError(f"{path} belongs to another network; choose another run.out_dir: {error}") from error
         self.step = values["step"]
+
+
+def find_intact(out_dir: str | Path) -> Path | None:
+    """Return the newest checkpoint that is whole and finite, and name those that are not; None if there is none at all.
+
+    Raises:
+        ValueError: all checkpoints are damaged.
+    """
+    damaged = []
+    for path in checkpoints(out_dir):
+        if fault := fault_of(path):
+            damaged.append(f"{path} ({fault})")
+            continue
+        if damaged:
+            tqdm.write(f"damaged checkpoint {', '.join(damaged)}: the run goes on from {path.name}")
+        return path
+    if damaged:
+        raise ValueError(f"damaged checkpoint {', '.join(damaged)}; delete it to start from step 0")
+    return None
+
+
+def fault_of(path: Path) -> str:
+    """Say what is wrong with a checkpoint file; "" if nothing is."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                return "wrong checksum"
+        values = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        if missing := {"step", "model", "ema", "optimizer"} - values.keys():
+            return f"no {', '.join(sorted(missing))}"
+        return "" if is_finite(values) else "values that are not finite"
+    except (OSError, EOFError, RuntimeError, ValueError, AttributeError, UnpicklingError, zipfile.BadZipFile) as error:
+        return str(error).partition("\n")[0] or type(error).__name__
+
+
+def is_finite(values) -> bool:
+    """Whether all floating tensors in nested dicts and lists are finite. Waits for the device once."""
+    finite = [tensor.isfinite().all() for tensor in _tensors_in(values) if tensor.is_floating_point()]
+    return all(torch.stack(on_device).all().item() for on_device in _by_device(finite))
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _tensors_in(values):
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, dict | list | tuple):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _tensors_in(value)
+
+
+def _by_device(flags: list[Tensor]) -> list[list[Tensor]]:
+    devices = {flag.device for flag in flags}  # AdamW keeps its steps on the CPU unless it is fused
+    return [[flag for flag in flags if flag.device == device] for device in devices]
 
 
 def load_start(config: RunConfig, **networks: nn.Module) -> None:

@@ -25,13 +25,15 @@ from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE
 from d3ds2.rectified_flow import interpolate
 from d3ds2.storage.model_folder import SamplingConfig, save_settings
-from training.config import load_config
-from training.data.datasets import LatentBatch, LatentViews, load_batches
+from training.data.datasets import LatentBatch, LatentViews
 from training.data.latent_moments import check_latents
+from training.data.parts import WHOLE, Part, load_parts
 from training.data.shape_files import list_shapes
 from training.data.views import Views
+from training.distributed import Ranks, run_script
 from training.losses import FlowLossConfig, draw_noise, keep_context, training_times, velocity_loss
 from training.run import Log, RunConfig, Stop, autocast, is_save_step, seed_step, start
+from training.run_folder import exporting
 from training.state import State, load_start
 
 
@@ -60,11 +62,13 @@ class TrainDiTConfig:
             )
 
 
-def draw_latents(vae: SDFVAE, batch: LatentBatch, sample_posterior: bool, generator: torch.Generator) -> Tensor:
+def draw_latents(
+    vae: SDFVAE, batch: LatentBatch, sample_posterior: bool, generator: torch.Generator, part: Part = WHOLE
+) -> Tensor:
     """Draw the normalised x_0 of a batch from the posteriors, or take their means: (M, C) float32."""
     latents = batch.mean.float()
     if sample_posterior:
-        noise = draw_noise(latents, generator)
+        noise = draw_noise(latents, generator, part.draw_tokens)
         latents = latents + (0.5 * batch.logvar.float()).exp() * noise
     return vae.normalize_latents(latents)
 
@@ -83,24 +87,36 @@ def flow_loss(
     voxels: Voxels,
     loss: FlowLossConfig,
     generator: torch.Generator,
+    part: Part = WHOLE,
 ) -> Tensor:
     """Compute eq. 10-11 on packed latents x_0 (M, C); at random, some samples get no image."""
     B = voxels.batch_size
-    keep = keep_context(B, loss, generator).to(x_0.device)
-    t = training_times(B, loss, generator).to(x_0.device)
-    noise = draw_noise(x_0, generator)
+    keep = part.draw_samples(B, lambda B: keep_context(B, loss, generator)).to(x_0.device)
+    t = part.draw_samples(B, lambda B: training_times(B, loss, generator)).to(x_0.device)
+    noise = draw_noise(x_0, generator, part.draw_tokens)
     x_t = interpolate(x_0, noise, t[voxels.batch_index, None])  # eq. 10
-    return velocity_loss(model(x_t, t, voxels, image_tokens.where(keep)), x_0, noise)  # eq. 11
+    mean = velocity_loss(model(x_t, t, voxels, image_tokens.where(keep)), x_0, noise)  # eq. 11
+    return part.weigh("tokens", mean)
+
+
+def count_tokens(batch: LatentBatch) -> Tensor:
+    """Count the tokens of a batch, (1,): the loss is a mean over them."""
+    return torch.tensor([len(batch.coords)])
 
 
 def train(config: TrainDiTConfig) -> nn.Module:
     """Run the training; return the averaged (EMA) model."""
-    run = config.run
-    device = start(run, config)
+    with start(config.run, config) as ranks:
+        return train_on(ranks, config)
+
+
+def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
+    """Run the training on each of the ranks."""
+    run, device = config.run, ranks.device
     model = LatentDiT(config.model).to(device)
     model.gradient_checkpointing = config.gradient_checkpointing
     load_start(run, latent_dit=model)
-    state = State(model, run)
+    state = State(model, run, ranks)
     state.load()
     generator = make_generator(device)
 
@@ -123,27 +139,37 @@ def train(config: TrainDiTConfig) -> nn.Module:
         config.cache_latents,
     )
 
-    with Stop(run.max_minutes) as stop, Log(run, state.step) as log:
-        for batch in load_batches(dataset, state.step, run.steps, run.workers, device):
-            seed_step(generator, run.seed, state.step)
-            voxels = Voxels(batch.coords, config.resolution // BLOCK, len(batch.images))
-            x_0 = draw_latents(vae, batch, config.loss.sample_posterior, generator)
-            with autocast(run, device):
-                image_tokens = encode_images(encoder, batch.images, config.model.sparse_context)
-                loss = flow_loss(model, image_tokens, x_0, voxels, config.loss, generator)
-            loss.backward()
+    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks) as log:
+        for parts in load_parts(dataset, state.step, run, ranks, ("tokens",), count_tokens):
+            for part in parts:
+                batch: LatentBatch = part.batch
+                seed_step(generator, run.seed, state.step)
+                voxels = Voxels(batch.coords, config.resolution // BLOCK, len(batch.images))
+                x_0 = draw_latents(vae, batch, config.loss.sample_posterior, generator, part)
+                with autocast(run, device):
+                    image_tokens = encode_images(encoder, batch.images, config.model.sparse_context)
+                    loss = flow_loss(model, image_tokens, x_0, voxels, config.loss, generator, part)
+                loss.backward()
+                log.add({"loss": loss, "tokens": len(voxels)})
             grad_norm = state.update()
 
-            log(state.step, {"loss": loss, "grad_norm": grad_norm, "tokens": len(voxels)})
+            log(state.step, {"grad_norm": grad_norm})
             if is_save_step(state.step, stop, run):
                 state.save()
-                save_network(config.model_dir, "latent_dit", state.ema, torch.float16)
-                if config.sampling is not None:
-                    save_settings(config.model_dir, Path(config.model_dir).name, config.sampling)
+                if ranks.is_first:
+                    export(config, state.ema)
                 if stop:
                     break
     return state.ema
 
 
+def export(config: TrainDiTConfig, ema: nn.Module) -> None:
+    """Write the averaged model, and how to sample it, to the model folder."""
+    with exporting(config.model_dir):
+        save_network(config.model_dir, "latent_dit", ema, torch.float16)
+        if config.sampling is not None:
+            save_settings(config.model_dir, Path(config.model_dir).name, config.sampling)
+
+
 if __name__ == "__main__":
-    train(load_config(TrainDiTConfig, sys.argv[1:]))
+    run_script(train, TrainDiTConfig, sys.argv[1:])

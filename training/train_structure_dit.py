@@ -24,14 +24,16 @@ from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.structure_dit import StructureDiT, StructureDiTConfig
 from d3ds2.networks.structure_vae import StructureVAE
 from d3ds2.rectified_flow import interpolate
-from training.config import load_config
-from training.data.datasets import Structures, StructureViews, ViewBatch, load_batches
+from training.data.datasets import Structures, StructureViews, ViewBatch
 from training.data.device_pictures import Choice, DevicePictures, PictureChoices
+from training.data.parts import WHOLE, Part, load_parts
 from training.data.shape_files import list_shapes
 from training.data.symmetry import NUM_SYMMETRIES
 from training.data.views import Views
+from training.distributed import Ranks, run_script
 from training.losses import FlowLossConfig, draw_noise, keep_context, training_times, velocity_loss
 from training.run import Log, RunConfig, Stop, autocast, compile_blocks, is_save_step, seed_step, start
+from training.run_folder import exporting
 from training.state import State, load_start
 
 ENCODED_AT_ONCE = 64  # shapes
@@ -78,25 +80,39 @@ class StructureLatents:
             stds.append(((0.5 * logvar).exp() * abs(vae.config.latents_scale)).half())
         self.rows, self.mean, self.std = self.rows.to(device), torch.cat(means), torch.cat(stds)
 
-    def draw(self, batch: ViewBatch | Choice, sample_posterior: bool, generator: torch.Generator) -> Tensor:
+    def draw(
+        self, batch: ViewBatch | Choice, sample_posterior: bool, generator: torch.Generator, part: Part = WHOLE
+    ) -> Tensor:
         """Draw x_0 of a batch from the posteriors, or take their means: (B, C, g, g, g) float32."""
         rows = self.rows[batch.shapes, batch.symmetries]
         mean = self.mean[rows].float()
         if not sample_posterior:
             return mean
-        noise = draw_noise(mean, generator)
+        noise = draw_noise(mean, generator, part.draw_samples)
         return mean + self.std[rows].float() * noise
 
 
 def flow_loss(
-    model: StructureDiT, image_tokens: ImageTokens, x_0: Tensor, loss: FlowLossConfig, generator: torch.Generator
+    model: StructureDiT,
+    image_tokens: ImageTokens,
+    x_0: Tensor,
+    loss: FlowLossConfig,
+    generator: torch.Generator,
+    part: Part = WHOLE,
 ) -> Tensor:
     """Compute eq. 10-11 on a batch x_0 (B, C, g, g, g); at random, some samples get no image."""
-    keep = keep_context(len(x_0), loss, generator).to(x_0.device)
-    t = training_times(len(x_0), loss, generator).to(x_0.device)
-    noise = draw_noise(x_0, generator)
+    B = len(x_0)
+    keep = part.draw_samples(B, lambda B: keep_context(B, loss, generator)).to(x_0.device)
+    t = part.draw_samples(B, lambda B: training_times(B, loss, generator)).to(x_0.device)
+    noise = draw_noise(x_0, generator, part.draw_samples)
     x_t = interpolate(x_0, noise, t[:, None, None, None, None])  # eq. 10
-    return velocity_loss(model(x_t, t, image_tokens.where(keep)), x_0, noise)  # eq. 11
+    mean = velocity_loss(model(x_t, t, image_tokens.where(keep)), x_0, noise)  # eq. 11
+    return part.weigh("samples", mean)
+
+
+def count_samples(batch: ViewBatch | Choice) -> Tensor:
+    """Count the samples of a batch, (1,): the loss is a mean over equally large samples."""
+    return torch.tensor([len(batch.shapes)])
 
 
 def make_image_encoder(config: TrainStructureDiTConfig) -> ImageEncoder:
@@ -111,12 +127,16 @@ def make_image_encoder(config: TrainStructureDiTConfig) -> ImageEncoder:
 
 
 def load_pictures(config: TrainStructureDiTConfig, views: Views, device: torch.device):
-    """Return `images_of(batch, generator)` -> (B, 4, S, S) in [0, 1] on the device, and the dataset of the batches."""
+    """Return `images_of(part, generator)` -> (B, 4, S, S) in [0, 1] on the device, and the dataset of the batches."""
     arguments = config.batch_size, config.views_per_shape, config.run.seed
     if not config.views_on_device:
-        return lambda batch, _: batch.images.float() / 255, StructureViews(views, *arguments)
+        return lambda part, _: part.batch.images.float() / 255, StructureViews(views, *arguments)
     pictures = DevicePictures(views, device, config.run.workers)
-    return pictures.draw, PictureChoices(views, pictures, *arguments)
+
+    def draw(part: Part, generator: torch.Generator) -> Tensor:
+        return pictures.draw(part.batch, generator, draw_samples=part.draw_samples)
+
+    return draw, PictureChoices(views, pictures, *arguments)
 
 
 def freeze_image_encoder(model: nn.ModuleDict, ema: nn.ModuleDict) -> None:
@@ -128,13 +148,18 @@ def freeze_image_encoder(model: nn.ModuleDict, ema: nn.ModuleDict) -> None:
 
 def train(config: TrainStructureDiTConfig) -> nn.ModuleDict:
     """Run the training; return the averaged (EMA) image encoder and structure DiT, by name."""
-    run = config.run
-    device = start(run, config)
+    with start(config.run, config) as ranks:
+        return train_on(ranks, config)
+
+
+def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
+    """Run the training on each of the ranks."""
+    run, device = config.run, ranks.device
     encoder = make_image_encoder(config).requires_grad_(config.train_image_encoder)
     model = nn.ModuleDict({"image_encoder": encoder, "structure_dit": StructureDiT(config.model)}).to(device).train()
     load_start(run, **model)
     compile_blocks(run, encoder.encoder.layer, model["structure_dit"].blocks)
-    state = State(model, run)
+    state = State(model, run, ranks)
     state.load()
     generator = make_generator(device)
 
@@ -147,27 +172,31 @@ def train(config: TrainStructureDiTConfig) -> nn.ModuleDict:
     latents = StructureLatents(load_network(config.model_dir, "structure_vae", device), structures, wanted, device)
     images_of, dataset = load_pictures(config, views, device)
 
-    with Stop(run.max_minutes) as stop, Log(run, state.step) as log:
-        for batch in load_batches(dataset, state.step, run.steps, run.workers, device):
-            seed_step(generator, run.seed, state.step)
+    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks) as log:
+        for parts in load_parts(dataset, state.step, run, ranks, ("samples",), count_samples):
             if config.image_encoder_steps and state.step >= config.image_encoder_steps:
                 freeze_image_encoder(model, state.ema)
-            x_0 = latents.draw(batch, config.loss.sample_posterior, generator)
-            with autocast(run, device):
-                image_tokens = model["image_encoder"](images_of(batch, generator))
-                loss = flow_loss(model["structure_dit"], image_tokens, x_0, config.loss, generator)
-            loss.backward()
+            for part in parts:
+                seed_step(generator, run.seed, state.step)
+                x_0 = latents.draw(part.batch, config.loss.sample_posterior, generator, part)
+                with autocast(run, device):
+                    image_tokens = model["image_encoder"](images_of(part, generator))
+                    loss = flow_loss(model["structure_dit"], image_tokens, x_0, config.loss, generator, part)
+                loss.backward()
+                log.add({"loss": loss})
             grad_norm = state.update()
 
-            log(state.step, {"loss": loss, "grad_norm": grad_norm})
+            log(state.step, {"grad_norm": grad_norm})
             if is_save_step(state.step, stop, run):
                 state.save()
-                for name, network in state.ema.items():
-                    save_network(config.model_dir, name, network, torch.float16)
+                if ranks.is_first:
+                    with exporting(config.model_dir):
+                        for name, network in state.ema.items():
+                            save_network(config.model_dir, name, network, torch.float16)
                 if stop:
                     break
     return state.ema
 
 
 if __name__ == "__main__":
-    train(load_config(TrainStructureDiTConfig, sys.argv[1:]))
+    run_script(train, TrainStructureDiTConfig, sys.argv[1:])

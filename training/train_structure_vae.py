@@ -12,17 +12,19 @@ import sys
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from d3ds2.kernels.devices import make_generator
 from d3ds2.networks.model_files import save_network
 from d3ds2.networks.structure_vae import StructureVAE, StructureVAEConfig
-from training.config import load_config
-from training.data.datasets import Structures, load_batches
+from training.data.datasets import Structures
 from training.data.latent_moments import LatentMoments, set_latent_scale
+from training.data.parts import WHOLE, Part, load_parts
 from training.data.shape_files import list_shapes
-from training.losses import StructureLossConfig, structure_loss
+from training.distributed import Ranks, run_script
+from training.losses import StructureLossConfig, draw_noise, structure_loss
 from training.run import Log, RunConfig, Stop, autocast, is_save_step, seed_step, start
+from training.run_folder import exporting
 from training.state import State, load_start
 
 MEASURED_BATCHES = 16  # for the scale of the latents
@@ -52,37 +54,61 @@ def measure_latents(vae: StructureVAE, structures: Structures, device: torch.dev
     return moments
 
 
+def vae_loss(
+    model: StructureVAE, occupancy: Tensor, loss: StructureLossConfig, generator: torch.Generator, part: Part = WHOLE
+) -> dict[str, Tensor]:
+    """Compute the loss of occupancy grids (B, 1, G, G, G): "loss", its terms and "iou", each a scalar."""
+    mean, logvar = model.encode(occupancy)  # (B, C, g, g, g)
+    noise = draw_noise(mean, generator, part.draw_samples)
+    logits = model.decode(mean + (0.5 * logvar).exp() * noise)
+    terms = structure_loss(logits, occupancy, mean, logvar, loss)
+    return {name: part.weigh("samples", term) for name, term in terms.items()}
+
+
+def count_samples(occupancy: Tensor) -> Tensor:
+    """Count the samples of a batch, (1,): all terms are means over equally large samples."""
+    return torch.tensor([len(occupancy)])
+
+
 def train(config: TrainStructureVAEConfig) -> nn.Module:
     """Run the training; return the averaged (EMA) model."""
-    run = config.run
-    device = start(run, config)
+    with start(config.run, config) as ranks:
+        return train_on(ranks, config)
+
+
+def train_on(ranks: Ranks, config: TrainStructureVAEConfig) -> nn.Module:
+    """Run the training on each of the ranks."""
+    run, device = config.run, ranks.device
     model = StructureVAE(config.model).to(device)
     model.gradient_checkpointing = config.gradient_checkpointing
     load_start(run, structure_vae=model)
-    state = State(model, run)
+    state = State(model, run, ranks)
     state.load()
     generator = make_generator(device)
     names, _ = list_shapes(config.data_dir, config.split, config.resolution)
     structures = Structures(config.data_dir, names, config.resolution, config.batch_size, run.seed, config.symmetries)
 
-    with Stop(run.max_minutes) as stop, Log(run, state.step) as log:
-        for occupancy in load_batches(structures, state.step, run.steps, run.workers, device):
-            seed_step(generator, run.seed, state.step)
-            with autocast(run, device):
-                logits, mean, logvar = model(occupancy, generator)
-                terms = structure_loss(logits, occupancy, mean, logvar, config.loss)
-            terms["loss"].backward()
+    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks) as log:
+        for parts in load_parts(structures, state.step, run, ranks, ("samples",), count_samples):
+            for part in parts:
+                seed_step(generator, run.seed, state.step)
+                with autocast(run, device):
+                    terms = vae_loss(model, part.batch, config.loss, generator, part)
+                terms["loss"].backward()
+                log.add(terms)
             grad_norm = state.update()
 
-            log(state.step, {**terms, "grad_norm": grad_norm})
+            log(state.step, {"grad_norm": grad_norm})
             if is_save_step(state.step, stop, run):
                 state.save()
-                set_latent_scale(state.ema, measure_latents(state.ema, structures, device))
-                save_network(config.model_dir, "structure_vae", state.ema, torch.float16)
+                if ranks.is_first:
+                    set_latent_scale(state.ema, measure_latents(state.ema, structures, device))
+                    with exporting(config.model_dir):
+                        save_network(config.model_dir, "structure_vae", state.ema, torch.float16)
                 if stop:
                     break
     return state.ema
 
 
 if __name__ == "__main__":
-    train(load_config(TrainStructureVAEConfig, sys.argv[1:]))
+    run_script(train, TrainStructureVAEConfig, sys.argv[1:])

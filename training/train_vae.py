@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from d3ds2.kernels.devices import make_generator
 from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE, SDFVAEConfig
-from training.config import load_config
-from training.data.datasets import Shapes, load_batches
+from training.data.datasets import Shapes
+from training.data.parts import WHOLE, Part, load_parts
 from training.data.shape_batches import ShapeBatch, active_voxels
-from training.losses import SDFLossConfig, sdf_loss
+from training.distributed import Ranks, run_script
+from training.losses import SDF_TERMS, SDFLossConfig, count_sdf, draw_noise, sdf_loss
 from training.run import Log, RunConfig, Stop, autocast, is_save_step, seed_step, start
+from training.run_folder import exporting
 from training.state import State, load_start
 
 
@@ -46,11 +48,20 @@ class TrainVAEConfig:
             raise ValueError("freeze_encoder needs run.start_from, the model folder whose encoder is kept")
 
 
-def vae_loss(model: SDFVAE, batch: ShapeBatch, loss: SDFLossConfig, generator: torch.Generator) -> dict[str, Tensor]:
+def vae_loss(
+    model: SDFVAE, batch: ShapeBatch, loss: SDFLossConfig, generator: torch.Generator, part: Part = WHOLE
+) -> dict[str, Tensor]:
     """Compute eq. 2-3 on a batch: "loss" and its terms, each a scalar."""
     sdf, voxels = active_voxels(batch)
-    decoded, _, mean, logvar = model(sdf, voxels, generator)  # (512 M, 1), in the order of the blocks
-    return sdf_loss(decoded, batch.sdf, batch.sharp, mean, logvar, loss)
+    mean, logvar, latent_voxels = model.encode(sdf, voxels)  # (M, C)
+    noise = draw_noise(mean, generator, part.draw_tokens)
+    decoded, _ = model.decode(mean + (0.5 * logvar).exp() * noise, latent_voxels)  # (512 M, 1), in the blocks' order
+    return sdf_loss(decoded, batch.sdf, batch.sharp, mean, logvar, loss, part.shares)
+
+
+def count_terms(batch: ShapeBatch) -> Tensor:
+    """Count over what each of SDF_TERMS is a mean in a batch, (5,)."""
+    return count_sdf(batch.sdf, batch.sharp, len(batch.block_coords))
 
 
 def keep_encoder(model: SDFVAE, folder: str) -> None:
@@ -64,14 +75,19 @@ def keep_encoder(model: SDFVAE, folder: str) -> None:
 
 def train(config: TrainVAEConfig) -> nn.Module:
     """Run the training; return the averaged (EMA) model."""
-    run = config.run
-    device = start(run, config)
+    with start(config.run, config) as ranks:
+        return train_on(ranks, config)
+
+
+def train_on(ranks: Ranks, config: TrainVAEConfig) -> nn.Module:
+    """Run the training on each of the ranks."""
+    run, device = config.run, ranks.device
     model = SDFVAE(config.model).to(device)
     model.gradient_checkpointing = config.gradient_checkpointing
     load_start(run, sdf_vae=model)
     if config.freeze_encoder:
         keep_encoder(model, run.start_from)
-    state = State(model, run)
+    state = State(model, run, ranks)
     state.load()
     generator = make_generator(device)
     shapes = Shapes(
@@ -84,22 +100,26 @@ def train(config: TrainVAEConfig) -> nn.Module:
         config.symmetries,
     )
 
-    with Stop(run.max_minutes) as stop, Log(run, state.step) as log:
-        for batch in load_batches(shapes, state.step, run.steps, run.workers, device):
-            seed_step(generator, run.seed, state.step)
-            with autocast(run, device):
-                terms = vae_loss(model, batch, config.loss, generator)
-            terms["loss"].backward()
+    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks) as log:
+        for parts in load_parts(shapes, state.step, run, ranks, SDF_TERMS, count_terms):
+            for part in parts:
+                seed_step(generator, run.seed, state.step)
+                with autocast(run, device):
+                    terms = vae_loss(model, part.batch, config.loss, generator, part)
+                terms["loss"].backward()
+                log.add({**terms, "tokens": len(part.batch.block_coords)})
             grad_norm = state.update()
 
-            log(state.step, {**terms, "grad_norm": grad_norm, "tokens": len(batch.block_coords)})
+            log(state.step, {"grad_norm": grad_norm})
             if is_save_step(state.step, stop, run):
                 state.save()
-                save_network(config.model_dir, "sdf_vae", state.ema, torch.float16)
+                if ranks.is_first:
+                    with exporting(config.model_dir):
+                        save_network(config.model_dir, "sdf_vae", state.ema, torch.float16)
                 if stop:
                     break
     return state.ema
 
 
 if __name__ == "__main__":
-    train(load_config(TrainVAEConfig, sys.argv[1:]))
+    run_script(train, TrainVAEConfig, sys.argv[1:])

@@ -118,6 +118,18 @@ def has_flash(device: torch.device) -> bool:
     return abilities(device).flash
 
 
+def sums_between(device: torch.device) -> str:
+    """Return the backend of torch.distributed that sums tensors of this kind of device over processes.
+
+    Raises:
+        ValueError: there is none.
+    """
+    backends = {"cpu": "gloo", "cuda": "nccl"}
+    if device.type not in backends:
+        raise ValueError(f"expected a CUDA device or the CPU for several processes, got {device}")
+    return backends[device.type]
+
+
 def has_float64(device: torch.device) -> bool:
     """Whether a device computes in float64: MPS does not, nor do most devices of Intel and DirectML."""
     return device.type in ("cpu", "cuda")

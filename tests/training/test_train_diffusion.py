@@ -15,98 +15,16 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from d3ds2.geometry.voxels import Voxels
-from d3ds2.networks.image_encoder import ImageEncoderConfig
-from d3ds2.networks.latent_dit import LatentDiTConfig
 from d3ds2.networks.model_files import load_network
-from d3ds2.networks.sdf_vae import SDFVAEConfig
-from d3ds2.networks.structure_dit import StructureDiTConfig
-from d3ds2.networks.structure_vae import StructureVAEConfig
 from d3ds2.storage.model_folder import SamplingConfig
+from tests.support.training_chain import ENCODER, Chain, copy_model
 from tests.support.training_data import R, prepared
 from training import encode_latents, train_dit, train_structure_dit, train_structure_vae, train_vae
 from training.data.datasets import LatentViews, Shapes
 from training.data.shape_batches import active_voxels
 from training.data.shape_files import latent_path, list_shapes, load_shape, read_arrays, shape_path
 from training.data.views import Views
-from training.encode_latents import EncodeLatentsConfig
-from training.losses import FlowLossConfig
-from training.run import RunConfig, read_metrics
-from training.train_dit import TrainDiTConfig
-from training.train_structure_dit import TrainStructureDiTConfig
-from training.train_structure_vae import TrainStructureVAEConfig
-from training.train_vae import TrainVAEConfig
-
-ENCODER = ImageEncoderConfig(image_size=28, patch_size=14, hidden_size=16, depth=1, num_heads=2, num_registers=1)
-
-
-@dataclasses.dataclass
-class Chain:
-    """Configs of the whole chain."""
-
-    data_dir: str
-    folder: Path
-
-    @property
-    def model_dir(self) -> str:
-        return str(self.folder / "model")
-
-    def run(self, name: str, **changes) -> RunConfig:
-        defaults = {"learning_rate": 5e-3, "warmup_steps": 5, "log_every": 1, "ema_decay": 0.9, "tensorboard": False}
-        return RunConfig(**(defaults | {"out_dir": str(self.folder / name), "device": "cpu"} | changes))
-
-    @property
-    def structure_vae(self) -> TrainStructureVAEConfig:
-        model = StructureVAEConfig(
-            latent_channels=2,
-            encoder_widths=(8, 16),
-            decoder_widths=(16, 8),
-            encoder_res_blocks=1,
-            encoder_middle_blocks=1,
-            decoder_res_blocks=1,
-            decoder_middle_blocks=1,
-        )
-        run = self.run("structure_vae", steps=40, workers=1)
-        return TrainStructureVAEConfig(
-            self.data_dir, self.model_dir, resolution=R, batch_size=4, symmetries=(0, 4), model=model, run=run
-        )
-
-    @property
-    def structure_dit(self) -> TrainStructureDiTConfig:
-        return TrainStructureDiTConfig(
-            self.data_dir,
-            self.model_dir,
-            resolution=R,
-            batch_size=16,
-            views_per_shape=2,
-            cache_views=True,
-            image_encoder=ENCODER,
-            model=StructureDiTConfig(
-                resolution=2, latent_channels=2, hidden_size=32, depth=2, num_heads=2, context_size=16
-            ),
-            loss=FlowLossConfig(sample_posterior=False),
-            run=self.run("structure_dit", steps=50),
-        )
-
-    @property
-    def latents(self) -> EncodeLatentsConfig:
-        return EncodeLatentsConfig(self.data_dir, self.model_dir, ("train", "val"), R, max_tokens=100, device="cpu")
-
-    @property
-    def dit(self) -> TrainDiTConfig:
-        model = LatentDiTConfig(
-            latent_channels=4,
-            hidden_size=32,
-            depth=2,
-            num_heads=16,
-            num_kv_heads=1,
-            context_size=16,
-            top_k=1,
-            share_modulation=True,
-        )
-        run = self.run("dit", steps=40, workers=1)
-        return TrainDiTConfig(
-            self.data_dir, self.model_dir, resolution=R, batch_size=8, views_per_shape=2, model=model, run=run
-        )
+from training.run import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +33,7 @@ def chain(tmp_path_factory):
     chain = Chain(prepared(tmp_path_factory), tmp_path_factory.mktemp("chain"))
     train_structure_vae.train(chain.structure_vae)
     train_structure_dit.train(chain.structure_dit)
-    model = SDFVAEConfig(
-        latent_channels=4, hidden_size=32, num_heads=2, encoder_depth=1, decoder_depth=1, group_norm_groups=2
-    )
-    run = chain.run("vae", steps=10)
-    train_vae.train(TrainVAEConfig(chain.data_dir, chain.model_dir, resolutions=(R,), model=model, run=run))
+    train_vae.train(chain.vae)
     encode_latents.main(chain.latents)
     return chain
 
@@ -144,17 +58,6 @@ def resumed(train, config, folder: Path) -> tuple:
 def assert_equal_parameters(a, b) -> None:
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
         assert torch.equal(p, q)
-
-
-def copy_model(chain: Chain, folder: Path, *names: str) -> None:
-    """Copy the networks that a stage needs, so that a further run leaves the chain's model folder alone."""
-    (folder / "model").mkdir()
-    settings = json.loads(Path(chain.model_dir, "config.json").read_text())
-    settings["networks"] = {name: settings["networks"][name] for name in names}
-    (folder / "model" / "config.json").write_text(json.dumps(settings))
-    for name in names:
-        file = f"{name}.safetensors"
-        (folder / "model" / file).write_bytes(Path(chain.model_dir, file).read_bytes())
 
 
 def test_structure_vae_learns(chain):

@@ -14,7 +14,8 @@ import torch
 from d3ds2.storage.model_folder import NETWORKS, network_names
 from tests.support.training_data import R, prepared
 from training.__main__ import main, plan
-from training.run import newest_checkpoint, read_metrics
+from training.run import read_metrics
+from training.run_folder import newest_checkpoint
 
 ROOT = Path(__file__).parents[2]
 RUN = '[run]\ndevice = "cpu"\nsteps = 2\nlog_every = 1\ntensorboard = false\nout_dir = "runs/as_written_{name}"\n'

@@ -43,6 +43,10 @@ class BatchPlan:
             self._epoch += 1
         return np.array(self._batches[step - self._first_step])
 
+    def sizes(self, step: int) -> np.ndarray:
+        """The tokens of each item of a step, (number,) int64."""
+        return self.tokens[self[step]]
+
     def others(self, item: int, step: int) -> Iterator[int]:
         """Yield items of at most as many tokens, at random: to replace an item of a step whose file is damaged."""
         rng, fitting = draw(self.seed, step, 3, item), self.kept[self.tokens[self.kept] <= self.tokens[item]]

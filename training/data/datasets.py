@@ -1,7 +1,8 @@
 """Batches of training data. A batch follows from (seed, step), so a resumed run sees the same batches.
 
 A dataset is indexed by the step and returns the whole, packed batch of that step; `load_batches` runs it in worker
-processes and moves the batches to the device. The files are those of `training.data.shape_files`.
+processes and moves the batches to the device. `sizes` and `load` serve `training.data.parts`: the tokens of each sample
+of a step, (B,), and the batch of some of its samples. The files are those of `training.data.shape_files`.
 
 Shapes are also turned and mirrored (see `symmetry`); the picture of a mirrored shape is flipped.
 
@@ -58,6 +59,9 @@ class LatentBatch(NamedTuple):
     images: Tensor  # (B, 4, S, S) uint8
 
 
+EVERY = slice(None)  # all samples of a step
+
+
 # --- datasets
 
 
@@ -84,8 +88,15 @@ class Shapes(Dataset):
             self.plans[R] = BatchPlan(tokens.repeat(len(symmetries)), batch_size, max_tokens, seed)
 
     def __getitem__(self, step: int) -> ShapeBatch:
+        return self.load(step, EVERY)
+
+    def sizes(self, step: int) -> np.ndarray:
         R, index = self.resolution_of_step[step]
-        items, plan = self.plans[R][index].tolist(), self.plans[R]
+        return self.plans[R].sizes(index)
+
+    def load(self, step: int, chosen: np.ndarray | slice) -> ShapeBatch:
+        R, index = self.resolution_of_step[step]
+        items, plan = self.plans[R][index][chosen].tolist(), self.plans[R]
         while True:
             read = [self.damaged[R].read(item, plan.others(item, index), partial(self._read, R)) for item in items]
             try:
@@ -150,7 +161,13 @@ class Structures(Dataset):
         self.names, self.coords = names, [coords[name] for name in names]
 
     def __getitem__(self, step: int) -> Tensor:
-        shape, place = np.divmod(self.plan[step], len(self.symmetries))
+        return self.load(step, EVERY)
+
+    def sizes(self, step: int) -> np.ndarray:
+        return self.plan.sizes(step)
+
+    def load(self, step: int, chosen: np.ndarray | slice) -> Tensor:
+        shape, place = np.divmod(self.plan[step][chosen], len(self.symmetries))
         return self.occupancy(shape, np.array(self.symmetries)[place])
 
     def occupancy(self, shapes: np.ndarray, symmetries: np.ndarray) -> Tensor:
@@ -170,9 +187,15 @@ class StructureViews(Dataset):
         self.plan = plan_shapes(2 * len(views.names), num_shapes, seed)
 
     def __getitem__(self, step: int) -> ViewBatch:
+        return self.load(step, EVERY)
+
+    def sizes(self, step: int) -> np.ndarray:
+        return self.plan.sizes(step).repeat(self.views_per_shape)
+
+    def load(self, step: int, chosen: np.ndarray | slice) -> ViewBatch:
         shapes, mirrored = np.divmod(self.plan[step].repeat(self.views_per_shape), 2)
-        symmetries, images = self.views.draw(shapes, mirrored, draw(self.seed, step, 2))
-        return ViewBatch(torch.from_numpy(shapes), torch.from_numpy(symmetries), images)
+        symmetries, images = self.views.draw(shapes, mirrored, draw(self.seed, step, 2), chosen)
+        return ViewBatch(torch.from_numpy(shapes[chosen]), torch.from_numpy(symmetries), images)
 
 
 class LatentViews(Dataset):
@@ -228,10 +251,16 @@ class LatentViews(Dataset):
             return None  # the error comes again when the latents are drawn
 
     def __getitem__(self, step: int) -> LatentBatch:
+        return self.load(step, EVERY)
+
+    def sizes(self, step: int) -> np.ndarray:
+        return self.plan.sizes(step).repeat(self.views_per_shape)
+
+    def load(self, step: int, chosen: np.ndarray | slice) -> LatentBatch:
         shapes, mirrored = np.divmod(self.plan[step].repeat(self.views_per_shape), 2)
-        symmetries, images = self.views.draw(shapes, mirrored, draw(self.seed, step, 2))
+        symmetries, images = self.views.draw(shapes, mirrored, draw(self.seed, step, 2), chosen)
         latents = []
-        for row, (shape, mirror) in enumerate(zip(shapes.tolist(), mirrored.tolist(), strict=True)):
+        for row, (shape, mirror) in enumerate(zip(shapes[chosen].tolist(), mirrored[chosen].tolist(), strict=True)):
             item, key = 2 * shape + mirror, (shape, int(symmetries[row]))
             read = partial(self._latents_of, step, item, key, images[row])
             latents.append(self.damaged.read(item, self.plan.others(item, step), read))
@@ -291,4 +320,4 @@ def to_device(batch, device: torch.device):
         return batch.to(device, non_blocking=copies_in_background(device))
     if isinstance(batch, Voxels):
         return batch.map(lambda tensor: to_device(tensor, device))
-    return type(batch)(*(to_device(b, device) if isinstance(b, Tensor | Voxels) else b for b in batch))
+    return type(batch)(*(to_device(b, device) if isinstance(b, Tensor | Voxels | tuple) else b for b in batch))

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from d3ds2.images.foreground import MARGIN, SIZE
 from training.data.batch_plans import draw, plan_shapes, shapes_per_batch
-from training.data.datasets import load_batches
+from training.data.datasets import EVERY, load_batches
 from training.data.views import (
     CROP_PROBABILITY,
     MAX_MARGIN,
@@ -27,6 +27,7 @@ from training.data.views import (
     View,
     Views,
 )
+from training.losses import DrawRows, draw_all
 
 READ_AT_ONCE = 64  # pictures
 
@@ -57,20 +58,31 @@ class DevicePictures:
         for index, batch in enumerate(load_batches(pictures, 0, len(pictures), workers, device)):
             self.images[index * READ_AT_ONCE : index * READ_AT_ONCE + len(batch)] = batch
 
-    def draw(self, choice: Choice, generator: torch.Generator, augment: bool = True) -> Tensor:
-        """Return the chosen pictures, mirrored and augmented: (B, 4, S, S) float32 in [0, 1]."""
+    def draw(
+        self,
+        choice: Choice,
+        generator: torch.Generator,
+        augment: bool = True,
+        draw_samples: DrawRows = draw_all,
+    ) -> Tensor:
+        """Return the chosen pictures, mirrored and augmented: (B, 4, S, S) float32 in [0, 1].
+
+        `draw_samples` is that of a part of a batch, see `training.data.parts`.
+        """
         images = self.images[choice.pictures].float() / 255
         images = torch.where(choice.mirrored[:, None, None, None], images.flip(-1), images)
-        return move_objects(images, generator) if augment else images
+        return move_objects(images, generator, draw_samples) if augment else images
 
 
-def move_objects(images: Tensor, generator: torch.Generator) -> Tensor:
+def move_objects(images: Tensor, generator: torch.Generator, draw_samples: DrawRows = draw_all) -> Tensor:
     """Rotate, crop and resize the object in each picture (B, 4, S, S) float; the surroundings are white.
 
     Each picture is rotated by up to 10° with probability 0.1, cropped to 0.9-1 of its edges with probability 0.1, and
     given a margin of 0-32 pixels of 518.
     """
-    u = torch.rand((8, len(images)), generator=generator, device=generator.device).to(images.device)
+    # drawn as (8, B)
+    u = draw_samples(len(images), lambda B: torch.rand((8, B), generator=generator, device=generator.device).t())
+    u = u.t().to(images.device)
     angle = torch.deg2rad(MAX_ROTATION * (2 * u[1] - 1)) * (u[0] < ROTATE_PROBABILITY)
     margin = MAX_MARGIN * u[2]
     scale = (SIZE - 2 * MARGIN) / (SIZE - 2 * margin)  # from coordinates of the result to those of the picture
@@ -93,8 +105,15 @@ class PictureChoices(Dataset):
         self.plan = plan_shapes(2 * len(views.names), shapes_per_batch(batch_size, views_per_shape), seed)
 
     def __getitem__(self, step: int) -> Choice:
+        return self.load(step, EVERY)
+
+    def sizes(self, step: int) -> np.ndarray:
+        return self.plan.sizes(step).repeat(self.views_per_shape)
+
+    def load(self, step: int, samples: np.ndarray | slice) -> Choice:
         shapes, mirrored = np.divmod(self.plan[step].repeat(self.views_per_shape), 2)
         rng = draw(self.seed, step, 2)
         chosen = [self.views.choose(shape, flip, rng) for shape, flip in zip(shapes, mirrored, strict=True)]
         view, symmetries = np.array(chosen).T
-        return Choice(*map(torch.from_numpy, (shapes, symmetries, self.rows[shapes] + view, mirrored.astype(bool))))
+        columns = shapes, symmetries, self.rows[shapes] + view, mirrored.astype(bool)
+        return Choice(*(torch.from_numpy(column[samples]) for column in columns))

@@ -99,39 +99,44 @@ class Views:
         view = int(rng.integers(len(self.files[shape])))
         return view, self.turns[shape][view] + MIRROR * mirrored
 
-    def draw(self, shapes: np.ndarray, mirrored: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Tensor]:
-        """Draw a picture of each shape (B,), mirrored (B,) or not.
+    def draw(
+        self,
+        shapes: np.ndarray,
+        mirrored: np.ndarray,
+        rng: np.random.Generator,
+        chosen: np.ndarray | slice = slice(None),
+    ) -> tuple[np.ndarray, Tensor]:
+        """Draw a picture of each shape (B,), mirrored (B,) or not. Only `chosen` ones are made, as among all.
 
         Returns:
-            The symmetries (B,) int64 that the pictures show, and the pictures (B, 4, S, S) uint8: RGB and mask.
+            The symmetries (b,) int64 that the pictures show, and the pictures (b, 4, S, S) uint8: RGB and mask.
         """
-        symmetries, pictures = [], []
+        drawn = []
         for shape, flip in zip(shapes.tolist(), mirrored.tolist(), strict=True):
             view, _ = self.choose(shape, flip, rng)
-            symmetry, picture = self._readable(shape, view, flip, rng)
-            symmetries.append(symmetry)
-            pictures.append(picture)
+            drawn.append((shape, view, flip, Change.draw(rng) if self.augment else None))
+        symmetries, pictures = zip(*(self._readable(*drawn[i]) for i in np.arange(len(drawn))[chosen]), strict=True)
         return np.array(symmetries), torch.stack(pictures)
 
-    def _readable(self, shape: int, view: int, flip: bool, *change) -> tuple[int, Tensor]:
+    def _readable(self, shape: int, view: int, flip: bool, change: "Change | None") -> tuple[int, Tensor]:
         """Return a view's symmetry and picture; those of the shape's next view where the picture is damaged."""
         first, number = int(self.first[shape]), len(self.files[shape])
 
         def read(picture: int) -> tuple[int, Tensor]:
             view = picture - first
-            return self.turns[shape][view] + MIRROR * flip, self._picture(shape, view, flip, *change)
+            return self.turns[shape][view] + MIRROR * flip, self._picture(shape, view, flip, change)
 
         others = (first + (view + i) % number for i in range(1, number))
         return self.damaged.read(first + view, others, read)
 
-    def _picture(self, shape: int, view: int, flip: bool, rng: np.random.Generator) -> Tensor:
+    def _picture(self, shape: int, view: int, flip: bool, change: "Change | None") -> Tensor:
         cached = self.cache[shape][view] if shape in self.cache else None
         image = read_png(self.files[shape][view]) if cached is None else Image.fromarray(cached)
         if flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         margin = MARGIN  # as at inference
-        if self.augment:
-            image, margin = rotate_and_crop(image, rng), rng.uniform(0, MAX_MARGIN)
+        if change is not None:
+            image, margin = rotate_and_crop(image, change), change.margin
         return (preprocess(image, self.image_size, margin) * 255).round().byte()
 
 
@@ -143,14 +148,32 @@ def _read_cameras(file: Path) -> dict[str, float]:
         raise DamagedFileError(f"damaged file {file} ({error})") from None
 
 
-def rotate_and_crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Rotate with probability 0.1, then crop with probability 0.1."""
-    if rng.random() < ROTATE_PROBABILITY:
-        image = image.rotate(rng.uniform(-MAX_ROTATION, MAX_ROTATION), Image.Resampling.BILINEAR, expand=True)
-    if rng.random() < CROP_PROBABILITY:
+class Change(NamedTuple):
+    """How a picture is augmented."""
+
+    rotation: float | None  # degrees
+    crop: tuple[float, float, float, float] | None  # width and height as fractions; place in what is left, in [0, 1)
+    margin: float  # pixels of 518
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> "Change":
+        """Rotate with probability 0.1, and crop with probability 0.1."""
+        rotation = rng.uniform(-MAX_ROTATION, MAX_ROTATION) if rng.random() < ROTATE_PROBABILITY else None
+        crop = None
+        if rng.random() < CROP_PROBABILITY:
+            crop = rng.uniform(MIN_CROP, 1), rng.uniform(MIN_CROP, 1), rng.random(), rng.random()
+        return cls(rotation, crop, rng.uniform(0, MAX_MARGIN))
+
+
+def rotate_and_crop(image: Image.Image, change: Change) -> Image.Image:
+    """Rotate a picture, then crop it to a part of its object."""
+    if change.rotation is not None:
+        image = image.rotate(change.rotation, Image.Resampling.BILINEAR, expand=True)
+    if change.crop is not None:
         left, top, right, bottom = image.getchannel("A").getbbox() or (0, 0, *image.size)
-        width, height = ((right - left) * rng.uniform(MIN_CROP, 1), (bottom - top) * rng.uniform(MIN_CROP, 1))
-        x, y = rng.uniform(left, right - width), rng.uniform(top, bottom - height)
+        width, height = (right - left) * change.crop[0], (bottom - top) * change.crop[1]
+        x = left + (right - width - left) * change.crop[2]
+        y = top + (bottom - height - top) * change.crop[3]
         image = image.crop((round(x), round(y), round(x + width), round(y + height)))
     return image
 
