@@ -16,8 +16,8 @@ def draw(*key: int) -> np.random.Generator:
 class BatchPlan:
     """The items of each step: one random permutation of all items after another, cut into batches.
 
-    A batch ends at `batch_size` items, or before an item that would raise it above `max_tokens`. Larger items are left
-    out; `kept` lists the others.
+    `tokens` (n,) are the sizes of the items. A batch ends at `batch_size` items, or before an item that would raise it
+    above `max_tokens`. Larger items are left out; `kept` lists the others.
 
     Raises:
         ValueError: every item is larger than `max_tokens`.
