@@ -90,7 +90,7 @@ class Ranks:
         return values
 
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite tensors of the device by those of the first rank."""
+        """Overwrite tensors of the device, of any shape, by those of the first rank."""
         if self.size > 1:
             with torch.no_grad(), _Connected():
                 for tensor in tensors:

@@ -91,10 +91,12 @@ class Shapes(Dataset):
         return self.load(step, EVERY)
 
     def sizes(self, step: int) -> np.ndarray:
+        """The tokens of each sample of a step, (B,) int64."""
         R, index = self.resolution_of_step[step]
         return self.plans[R].sizes(index)
 
     def load(self, step: int, chosen: np.ndarray | slice) -> ShapeBatch:
+        """The batch of the chosen samples (b,) of a step."""
         R, index = self.resolution_of_step[step]
         items, plan = self.plans[R][index][chosen].tolist(), self.plans[R]
         while True:
@@ -164,9 +166,11 @@ class Structures(Dataset):
         return self.load(step, EVERY)
 
     def sizes(self, step: int) -> np.ndarray:
+        """The tokens of each sample of a step, (B,) int64."""
         return self.plan.sizes(step)
 
     def load(self, step: int, chosen: np.ndarray | slice) -> Tensor:
+        """The batch of the chosen samples (b,) of a step."""
         shape, place = np.divmod(self.plan[step][chosen], len(self.symmetries))
         return self.occupancy(shape, np.array(self.symmetries)[place])
 
@@ -190,9 +194,11 @@ class StructureViews(Dataset):
         return self.load(step, EVERY)
 
     def sizes(self, step: int) -> np.ndarray:
+        """The tokens of each sample of a step, (B,) int64."""
         return self.plan.sizes(step).repeat(self.views_per_shape)
 
     def load(self, step: int, chosen: np.ndarray | slice) -> ViewBatch:
+        """The batch of the chosen samples (b,) of a step."""
         shapes, mirrored = np.divmod(self.plan[step].repeat(self.views_per_shape), 2)
         symmetries, images = self.views.draw(shapes, mirrored, draw(self.seed, step, 2), chosen)
         return ViewBatch(torch.from_numpy(shapes[chosen]), torch.from_numpy(symmetries), images)
@@ -254,9 +260,11 @@ class LatentViews(Dataset):
         return self.load(step, EVERY)
 
     def sizes(self, step: int) -> np.ndarray:
+        """The tokens of each sample of a step, (B,) int64."""
         return self.plan.sizes(step).repeat(self.views_per_shape)
 
     def load(self, step: int, chosen: np.ndarray | slice) -> LatentBatch:
+        """The batch of the chosen samples (b,) of a step."""
         shapes, mirrored = np.divmod(self.plan[step].repeat(self.views_per_shape), 2)
         symmetries, images = self.views.draw(shapes, mirrored, draw(self.seed, step, 2), chosen)
         latents = []

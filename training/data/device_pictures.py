@@ -108,9 +108,11 @@ class PictureChoices(Dataset):
         return self.load(step, EVERY)
 
     def sizes(self, step: int) -> np.ndarray:
+        """The tokens of each sample of a step, (B,) int64."""
         return self.plan.sizes(step).repeat(self.views_per_shape)
 
     def load(self, step: int, samples: np.ndarray | slice) -> Choice:
+        """The choice of some samples (b,) of a step."""
         shapes, mirrored = np.divmod(self.plan[step].repeat(self.views_per_shape), 2)
         rng = draw(self.seed, step, 2)
         chosen = [self.views.choose(shape, flip, rng) for shape, flip in zip(shapes, mirrored, strict=True)]

@@ -55,7 +55,7 @@ class Part(NamedTuple):
         return make(number) if self.cut is None else _rows(make(self.cut.num_tokens), self.cut.tokens)
 
     def weigh(self, counted: str, mean: Tensor) -> Tensor:
-        """Multiply a mean over this part, a scalar, by the part's share of what is counted."""
+        """Multiply a mean over this part, of any shape, by its share of what is counted."""
         return mean if self.shares is None else self.shares[counted] * mean
 
 
