@@ -22,7 +22,7 @@ def test_kernels_compile_for_cards_that_are_not_here():
 
 
 def test_kernels_compile_with_the_oldest_triton():
-    compile_launches("--cases", "subset", "--cards", "sm_86,sm_90", packages=str(ROOT / ".venv" / f"triton-{OLDEST}"))
+    compile_launches("--cases", "subset", "--cards", "sm_86", packages=str(ROOT / ".venv" / f"triton-{OLDEST}"))
 
 
 def compile_launches(*options: str, packages: str = "") -> None:
