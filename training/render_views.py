@@ -198,6 +198,13 @@ def is_complete(folder: Path, config: RenderViewsConfig, mesh_bytes: int | None 
         return False
 
 
+def clear_unfinished(views: Path, names: set[str]) -> None:
+    """Delete the unfinished folders of these meshes, which no other task renders."""
+    for folder in views.glob(".*"):
+        if folder.name[1:].rpartition(".")[0] in names:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def main(config: RenderViewsConfig) -> list[dict]:
     """Render this task's meshes; return the records of view_failures.jsonl.
 
@@ -215,14 +222,13 @@ def main(config: RenderViewsConfig) -> list[dict]:
     views = Path(config.data_dir) / "views"
     views.mkdir(parents=True, exist_ok=True)
     names = {entry.name for entry in entries}
-    for leftover in views.glob(".*"):
-        if leftover.name[1:].rpartition(".")[0] in names:  # of a killed run; no other task renders these meshes
-            shutil.rmtree(leftover, ignore_errors=True)
+    clear_unfinished(views, names)  # of a killed run
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the workers: each core has its own mesh
     jobs = run_jobs(render_mesh, entries, config, config.workers or os.cpu_count() or 1)
     log = shard.file(Path(config.data_dir) / "view_failures.jsonl")
     failed = []
     rendered = sum(number for _, number in finished(jobs, len(entries), log, failed))
+    clear_unfinished(views, names)  # of processes that died
     print(f"{rendered} views rendered in {views}, {len(failed)} meshes failed (see {log})")
     if entries and len(failed) == len(entries):
         raise AllFailedError(f"all {len(failed)} meshes failed, see {log}")
