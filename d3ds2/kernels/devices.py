@@ -185,16 +185,19 @@ def on_cuda(x: Tensor) -> bool:
     return x.is_cuda
 
 
+def is_half(x: Tensor) -> bool:
+    """Whether a tensor of any shape is in half precision."""
+    return x.dtype in (torch.float16, torch.bfloat16)
+
+
 def flash_takes(q: Tensor) -> bool:
     """Whether torch's FlashAttention over samples of different lengths takes these queries (..., D)."""
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    return q.is_cuda and has_flash(q.device) and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return q.is_cuda and has_flash(q.device) and is_half(q) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 def memory_efficient_takes(q: Tensor) -> bool:
     """Whether torch's memory-efficient attention, which Windows has too, takes these queries (..., D)."""
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    return q.is_cuda and abilities(q.device).backend == "cuda" and half and q.shape[-1] % 8 == 0
+    return q.is_cuda and abilities(q.device).backend == "cuda" and is_half(q) and q.shape[-1] % 8 == 0
 
 
 def on_triton(x: Tensor) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .devices import flash_takes, on_triton
+from .devices import flash_takes, is_half, on_triton
 from .packed_attention_batched import packed_attention_batched
 
 NARROW, WIDEST = 32, 128  # channels per head
@@ -123,7 +123,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lengths_q: list[int], lengths_k: lis
 
 def _kernel_is_best(q: Tensor) -> bool:
     """Whether to take our kernel: for heads up to NARROW it is the fastest, for wider ones FlashAttention is."""
-    if q.dtype not in (torch.float16, torch.bfloat16) or not on_triton(q) or torch.compiler.is_compiling():
+    if not is_half(q) or not on_triton(q) or torch.compiler.is_compiling():
         return False
     return q.shape[2] <= NARROW or (q.shape[2] <= WIDEST and not flash_takes(q))
 

@@ -8,7 +8,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .devices import without_autocast
-from .tiled_attention import Segments, TileGroup, cut_into_tiles, forward_dtype, tiles_backward, tiles_forward
+from .tiled_attention import (
+    Segments,
+    TileGroup,
+    cut_into_tiles,
+    forward_dtype,
+    rows_by_head,
+    tiles_backward,
+    tiles_forward,
+)
 
 CHUNK_BYTES = 64 << 20  # copies of a group of tiles
 MAX_TILE_ROWS = 8192  # queries times heads: the longest window of 8³ tokens, where 16 heads share a key
@@ -35,7 +43,7 @@ def packed_attention_batched(
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, lengths_q, lengths_k, scale, chunk_bytes):
-        rows = _rows(q, k, v, forward_dtype(q))
+        rows = rows_by_head(q, k, v, forward_dtype(q))
         groups, slots = _tiles(rows, k.shape[1], lengths_q, lengths_k, chunk_bytes)
         out, lse = tiles_forward(*rows, groups, scale)
         out, lse = out.index_select(0, slots), lse.index_select(0, slots)
@@ -53,7 +61,7 @@ class _PackedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout, _):
         q, k, v, out, lse = ctx.saved_tensors
-        rows = _rows(q, k, v, torch.promote_types(q.dtype, torch.float32))
+        rows = rows_by_head(q, k, v, torch.promote_types(q.dtype, torch.float32))
         out = out.to(rows[0].dtype)
         dk, dv = torch.zeros_like(rows[1]), torch.zeros_like(rows[2])
         lengths_q, lengths_k = ctx.lengths
@@ -62,16 +70,6 @@ class _PackedAttention(torch.autograd.Function):
         dq = tiles_backward(dout, *rows, out, lse, groups, ctx.scale, dk, dv).index_select(0, slots)
         dq.masked_fill_(lse[:, :1] == -torch.inf, 0.0)  # no key
         return *(d.view(x.shape).to(x.dtype) for d, x in zip((dq, dk, dv), (q, k, v), strict=True)), *[None] * 4
-
-
-def _rows(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """q (Tq, H, D) -> (Tq Hk, G D), and k and v (Tk, Hk, D) -> (Tk Hk, D)."""
-    Hk, D = k.shape[1:]
-    return (
-        q.to(dtype).reshape(len(q) * Hk, q.shape[1] // Hk * D),
-        k.to(dtype).reshape(len(k) * Hk, D),
-        v.to(dtype).reshape(len(k) * Hk, D),
-    )
 
 
 def _tiles(

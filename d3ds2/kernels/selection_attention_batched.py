@@ -17,7 +17,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .devices import flash_takes, without_autocast
-from .tiled_attention import Segments, TileGroup, cut_into_tiles, forward_dtype, tiles_backward, tiles_forward
+from .tiled_attention import (
+    Segments,
+    TileGroup,
+    cut_into_tiles,
+    forward_dtype,
+    rows_by_head,
+    tiles_backward,
+    tiles_forward,
+)
 
 CHUNK_BYTES = 128 << 20  # results of pairs that are held at once
 
@@ -62,7 +70,7 @@ class _TiledSelection(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, block_offsets, block_indices, scale, chunk_bytes):
         (_, H, D), G = k.shape, q.shape[1] // k.shape[1]
-        rows = _rows(q, k, v, forward_dtype(q))
+        rows = rows_by_head(q, k, v, forward_dtype(q))
         out = torch.zeros_like(rows[0], dtype=torch.promote_types(q.dtype, torch.float32))
         lse = out.new_full((len(out), G), math.inf)
         for pairs in _pairs(block_offsets, block_indices, G * D * out.element_size(), chunk_bytes):
@@ -78,7 +86,7 @@ class _TiledSelection(torch.autograd.Function):
     def backward(ctx, dout):
         q, k, v, block_offsets, block_indices, out, lse = ctx.saved_tensors
         H, row_bytes = k.shape[1], out.shape[1] * out.element_size()
-        rows = _rows(q, k, v, out.dtype)
+        rows = rows_by_head(q, k, v, out.dtype)
         dout = dout.to(out.dtype).reshape(out.shape)
         dq, dk, dv = (torch.zeros_like(x) for x in rows)
         for pairs in _pairs(block_offsets, block_indices, row_bytes, ctx.chunk_bytes):
@@ -130,16 +138,6 @@ class _FlashSelection(torch.autograd.Function):
             _sum(pair_dq.view(-1, G * D), pairs.place, pairs, dq)
         dk, dv = (d.view(H, T, D).transpose(0, 1).to(k.dtype) for d in (dk, dv))
         return dq.view(q.shape).to(q.dtype), dk, dv, *[None] * 4
-
-
-def _rows(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """q (T, H G, D) -> (T H, G D), and k and v (T, H, D) -> (T H, D)."""
-    (T, H, D), G = k.shape, q.shape[1] // k.shape[1]
-    return (
-        q.to(dtype).reshape(T * H, G * D),
-        k.to(dtype).reshape(T * H, D),
-        v.to(dtype).reshape(T * H, D),
-    )
 
 
 def _by_head(x: Tensor) -> Tensor:

@@ -217,6 +217,16 @@ def _gradients(
     return torch.matmul(dscores, k), torch.matmul(dscores.transpose(2, 3), q), dv
 
 
+def rows_by_head(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn queries (Tq, H, D) into rows (Tq Hk, G D), and keys and values (Tk, Hk, D) into rows (Tk Hk, D)."""
+    (Tk, Hk, D), Tq = k.shape, len(q)
+    return (
+        q.to(dtype).reshape(Tq * Hk, q.shape[1] // Hk * D),
+        k.to(dtype).reshape(Tk * Hk, D),
+        v.to(dtype).reshape(Tk * Hk, D),
+    )
+
+
 def forward_dtype(q: Tensor) -> torch.dtype:
     """Return the dtype of queries, keys and values (..., D) in `tiles_forward`; `tiles_backward` takes float32."""
     return q.dtype if memory_efficient_takes(q) else torch.promote_types(q.dtype, torch.float32)
