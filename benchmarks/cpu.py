@@ -1,6 +1,6 @@
 """Spatial sparse attention without Triton on a CPU: beside dense attention, a latent step of a mug, a whole picture.
 
-    OMP_WAIT_POLICY=passive python benchmarks/cpu.py
+    python benchmarks/cpu.py
 
 An attention layer of the latent DiT (projections, compression, three branches, gates) is timed in turn with a dense
 one: the same projections around torch's scaled_dot_product_attention over all tokens, its keys and values repeated to

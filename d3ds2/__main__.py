@@ -5,15 +5,10 @@ Progress and errors go to standard error; an error is one line, and the exit cod
 """
 
 import argparse
-import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
-
-# Threads that wait for each other sleep. By default they spin, and where another program wants a core too, most of the
-# time goes into that: a picture takes three to ten times as long. OpenMP reads this when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from PIL import Image
