@@ -47,7 +47,8 @@ SMALL_DITS = {
 }
 SMALL_STRUCTURE_DIT = StructureDiTConfig(8, 4, 256, 1, 8, 4.0, 64, True, True)
 SMALL_SDF_VAE = SDFVAEConfig(16, 64, 4, 1, 1, 8, 2, 64, True)
-SUBSET = r"small|convolutions tiny (inference fp16|training bf16)|packed attention 128 training bf16"
+NETWORKS = r"small|convolutions tiny (inference fp16|training bf16)"  # what small networks launch
+SUBSET = NETWORKS + "|packed attention 128 training bf16"
 
 
 def cases(card: Abilities, pattern: str = "") -> dict[str, Callable[[], None]]:
