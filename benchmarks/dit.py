@@ -119,6 +119,17 @@ def time_training(voxels: Voxels, form: dict, top_k: int) -> list[str]:
     return [f"{median_ms(step, 3):.1f}", f"{peak_gib(start):.2f}"]
 
 
+def write_table(out: Path, name: str, title: str, about: str, lines: list[list[str]]) -> None:
+    """Write a table of cells to `<name>-<GPU>.md`, below its title, the date, the GPU, the versions and `about`."""
+    device = torch.cuda.get_device_name()
+    versions = f"torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda}"
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}-{device.split()[-1].lower()}.md").write_text(
+        f"# {title}\n\n{datetime.date.today()}, {device}, {versions}. {about}\n\n{table}\n"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -141,14 +152,7 @@ def main() -> None:
             step = ["", ""] if arguments.forward else time_training(voxels, form, k)
             lines.append([name, f"{len(voxels):,}", label, *timed, *step])
             print(" | ".join(lines[-1]), flush=True)
-    device = torch.cuda.get_device_name()
-    versions = f"torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda}"
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"dit-{device.split()[-1].lower()}.md").write_text(
-        f"# The latent DiT, 24 × 1024\n\n{datetime.date.today()}, {device}, {versions}. `python benchmarks/dit.py`.\n\n"
-        f"{table}\n"
-    )
+    write_table(arguments.out, "dit", "The latent DiT, 24 × 1024", "`python benchmarks/dit.py`.", lines)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,15 @@ its coarsening. Prints a table and writes it to benchmarks/results/without-trito
 """
 
 import argparse
-import datetime
 import sys
 from pathlib import Path
 
 import torch
-import triton
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.dit import V10, V11, image_tokens, make_model, median_ms, peak_gib, start_of_memory  # noqa: E402
+from benchmarks.dit import V10, V11, image_tokens, make_model, median_ms, peak_gib, start_of_memory, write_table  # noqa: E402
 from benchmarks.structures import real_voxels  # noqa: E402
 from d3ds2.geometry.voxels import Voxels  # noqa: E402
 from d3ds2.kernels import devices  # noqa: E402
@@ -61,14 +59,8 @@ def main() -> None:
                 cells = [f"{len(voxels):,}", copies, label, name, f"{ms:.0f}", f"{ms / first:.1f}", f"{gib:.2f}"]
                 lines.append([str(cell) for cell in cells])
                 print(" | ".join(lines[-1]), flush=True)
-    name = torch.cuda.get_device_name()
-    versions = f"torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda}"
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"without-triton-{name.split()[-1].lower()}.md").write_text(
-        f"# The latent DiT without Triton\n\n{datetime.date.today()}, {name}, {versions}, float16. "
-        f"`python benchmarks/without_triton.py`.\n\n{table}\n"
-    )
+    about = "Weights and latents in float16. `python benchmarks/without_triton.py`."
+    write_table(arguments.out, "without-triton", "The latent DiT without Triton", about, lines)
 
 
 if __name__ == "__main__":
