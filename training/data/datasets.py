@@ -38,6 +38,7 @@ from training.data.shape_files import (
     read_latents,
     shape_path,
 )
+from training.data.steps import Steps, ViewSteps
 from training.data.symmetry import transform_voxels
 from training.data.views import Views
 
@@ -59,13 +60,10 @@ class LatentBatch(NamedTuple):
     images: Tensor  # (B, 4, S, S) uint8
 
 
-EVERY = slice(None)  # all samples of a step
-
-
 # --- datasets
 
 
-class Shapes(Dataset):
+class Shapes(Steps):
     """SDFs for the VAE: `shapes[step]` is a `ShapeBatch` of one of the resolutions."""
 
     def __init__(
@@ -86,9 +84,6 @@ class Shapes(Dataset):
             say_left_out(tokens, max_tokens, f"shapes at {R}³")
             self.damaged[R] = DamagedFiles(len(tokens), "prepare_shapes", len(symmetries))
             self.plans[R] = BatchPlan(tokens.repeat(len(symmetries)), batch_size, max_tokens, seed)
-
-    def __getitem__(self, step: int) -> ShapeBatch:
-        return self.load(step, EVERY)
 
     def sizes(self, step: int) -> np.ndarray:
         """The tokens of each sample of a step, (B,) int64."""
@@ -129,7 +124,7 @@ class Shapes(Dataset):
         return found
 
 
-class Structures(Dataset):
+class Structures(Steps):
     """Occupancy grids for the structure VAE: `structures[step]` is (B, 1, G, G, G) uint8. All blocks stay in memory.
 
     The attribute `names` lists the shapes whose files can be read; the others are left out.
@@ -162,9 +157,6 @@ class Structures(Dataset):
         coords = dict(zip(self.names, self.coords, strict=True))
         self.names, self.coords = names, [coords[name] for name in names]
 
-    def __getitem__(self, step: int) -> Tensor:
-        return self.load(step, EVERY)
-
     def sizes(self, step: int) -> np.ndarray:
         """The tokens of each sample of a step, (B,) int64."""
         return self.plan.sizes(step)
@@ -182,20 +174,13 @@ class Structures(Dataset):
         return torch.from_numpy(grids)
 
 
-class StructureViews(Dataset):
+class StructureViews(ViewSteps):
     """Pictures for the structure DiT, whose latents are on the device already: `dataset[step]` is a `ViewBatch`."""
 
     def __init__(self, views: Views, batch_size: int, views_per_shape: int, seed: int):
         self.views, self.views_per_shape, self.seed = views, views_per_shape, seed
         num_shapes = shapes_per_batch(batch_size, views_per_shape)
         self.plan = plan_shapes(2 * len(views.names), num_shapes, seed)
-
-    def __getitem__(self, step: int) -> ViewBatch:
-        return self.load(step, EVERY)
-
-    def sizes(self, step: int) -> np.ndarray:
-        """The tokens of each sample of a step, (B,) int64."""
-        return self.plan.sizes(step).repeat(self.views_per_shape)
 
     def load(self, step: int, chosen: np.ndarray | slice) -> ViewBatch:
         """The batch of the chosen samples (b,) of a step."""
@@ -204,7 +189,7 @@ class StructureViews(Dataset):
         return ViewBatch(torch.from_numpy(shapes[chosen]), torch.from_numpy(symmetries), images)
 
 
-class LatentViews(Dataset):
+class LatentViews(ViewSteps):
     """Latents and pictures for the latent DiT: `dataset[step]` is a `LatentBatch`.
 
     `tokens` (n,) are those of the shapes `views.names`. `cache` keeps all latents in memory, shared by forked workers.
@@ -255,13 +240,6 @@ class LatentViews(Dataset):
             return read_latents(path)
         except READ_ERRORS:
             return None  # the error comes again when the latents are drawn
-
-    def __getitem__(self, step: int) -> LatentBatch:
-        return self.load(step, EVERY)
-
-    def sizes(self, step: int) -> np.ndarray:
-        """The tokens of each sample of a step, (B,) int64."""
-        return self.plan.sizes(step).repeat(self.views_per_shape)
 
     def load(self, step: int, chosen: np.ndarray | slice) -> LatentBatch:
         """The batch of the chosen samples (b,) of a step."""

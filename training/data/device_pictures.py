@@ -12,11 +12,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from d3ds2.images.foreground import MARGIN, SIZE
 from training.data.batch_plans import draw, plan_shapes, shapes_per_batch
-from training.data.datasets import EVERY, load_batches
+from training.data.datasets import load_batches
+from training.data.steps import ViewSteps
 from training.data.views import (
     CROP_PROBABILITY,
     MAX_MARGIN,
@@ -97,25 +97,18 @@ def move_objects(images: Tensor, generator: torch.Generator, draw_samples: DrawR
     return F.grid_sample(images - white, grid, mode="bilinear", align_corners=False) + white  # zeros outside are white
 
 
-class PictureChoices(Dataset):
+class PictureChoices(ViewSteps):
     """`choices[step]` is a `Choice` of the same shapes and symmetries as `StructureViews` with these arguments."""
 
     def __init__(self, views: Views, pictures: DevicePictures, batch_size: int, views_per_shape: int, seed: int):
         self.views, self.rows, self.views_per_shape, self.seed = views, pictures.rows, views_per_shape, seed
         self.plan = plan_shapes(2 * len(views.names), shapes_per_batch(batch_size, views_per_shape), seed)
 
-    def __getitem__(self, step: int) -> Choice:
-        return self.load(step, EVERY)
-
-    def sizes(self, step: int) -> np.ndarray:
-        """The tokens of each sample of a step, (B,) int64."""
-        return self.plan.sizes(step).repeat(self.views_per_shape)
-
-    def load(self, step: int, samples: np.ndarray | slice) -> Choice:
+    def load(self, step: int, chosen: np.ndarray | slice) -> Choice:
         """The choice of some samples (b,) of a step."""
         shapes, mirrored = np.divmod(self.plan[step].repeat(self.views_per_shape), 2)
         rng = draw(self.seed, step, 2)
-        chosen = [self.views.choose(shape, flip, rng) for shape, flip in zip(shapes, mirrored, strict=True)]
-        view, symmetries = np.array(chosen).T
+        choices = [self.views.choose(shape, flip, rng) for shape, flip in zip(shapes, mirrored, strict=True)]
+        view, symmetries = np.array(choices).T
         columns = shapes, symmetries, self.rows[shapes] + view, mirrored.astype(bool)
-        return Choice(*(torch.from_numpy(column[samples]) for column in columns))
+        return Choice(*(torch.from_numpy(column[chosen]) for column in columns))
