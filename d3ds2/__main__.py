@@ -31,6 +31,7 @@ from .official.convert import (
 from .pipeline import TINY, GenerationError, load_pipeline
 from .storage.atomic_file import replacing
 from .storage.model_folder import ModelFolderError, load_settings
+from .storage.one_line import one_line
 
 PREVIEW_SIZE = 512  # pixels of one picture in the preview
 
@@ -190,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run_convert(argv[1:]) if argv[:1] == ["convert"] else run(argv)
     except (UsageError, ImageError, ModelFolderError, MeshFileError, GenerationError, OfficialError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
         print("error: out of GPU memory; use --device cpu", file=sys.stderr)

@@ -5,7 +5,13 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from d3ds2.storage.one_line import one_line
 from training.config import load_config
+
+
+def split_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """Return the arguments without `--debug`, and whether it was among them."""
+    return [argument for argument in arguments if argument != "--debug"], "--debug" in arguments
 
 
 def run_command(main: Callable, config_class: type) -> NoReturn:
@@ -14,14 +20,14 @@ def run_command(main: Callable, config_class: type) -> NoReturn:
     With `--debug` among the arguments, an error shows its traceback. SIGTERM, which a cluster sends before it kills a
     task, ends the script as Ctrl-C does: what is finished is kept.
     """
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    arguments, debug = split_debug(sys.argv[1:])
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         main(load_config(config_class, arguments))
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, ValueError, FloatingPointError) as error:
-        if len(arguments) < len(sys.argv) - 1:
+        if debug:
             raise
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {one_line(error)}")
     sys.exit(0)

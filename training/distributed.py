@@ -27,6 +27,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from d3ds2.kernels.devices import sums_between
+from d3ds2.storage.one_line import one_line
+from training.command import split_debug
 from training.config import load_config
 
 BUCKET = 1 << 25  # gradient values that are summed at once, 128 MiB
@@ -172,8 +174,8 @@ def ranks_on(device: torch.device) -> Ranks:
 
 def run_script(work: Callable[[Any], Any], config_class: type, arguments: list[str]) -> None:
     """Run a script: read its config, do its work on every rank, and exit. `--debug` shows the traceback of an error."""
-    wanted = [argument for argument in arguments if argument != "--debug"]
-    run_ranks(lambda: work(load_config(config_class, wanted)), debug=wanted != arguments)
+    wanted, debug = split_debug(arguments)
+    run_ranks(lambda: work(load_config(config_class, wanted)), debug)
 
 
 def run_ranks(work: Callable[[], Any], debug: bool = False) -> None:
@@ -209,7 +211,7 @@ def _line(error: BaseException) -> str:
     """The message of an error, in one line."""
     if isinstance(error, LostRankError):
         return "another rank has ended; the same command continues from the newest checkpoint"
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = one_line(error) or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):
         message += "; lower batch_size or max_tokens, or raise run.accumulate"
     return message

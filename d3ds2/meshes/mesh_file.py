@@ -6,6 +6,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..storage.atomic_file import replacing
+from ..storage.one_line import one_line
 from .mesh import Mesh, area_weighted_normals
 
 FORMATS = (".glb", ".obj", ".ply", ".stl")
@@ -127,7 +128,7 @@ def read_mesh(file: BinaryIO, kind: str) -> Mesh:
         loaded = trimesh.load(file, file_type=kind[1:], force="mesh", process=False)
         merged = trimesh.Trimesh(loaded.vertices, loaded.faces, process=True)  # welds corners in the same place
     except Exception as error:  # trimesh's readers raise errors of any class
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise MeshFileError(f"the {kind[1:]} file is damaged or holds no mesh ({reason})") from error
     if len(merged.faces) == 0:
         raise MeshFileError(f"the {kind[1:]} file holds no triangles")

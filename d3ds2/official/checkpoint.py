@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..storage.one_line import one_line
 from .config import OfficialError, describe
 from .weights import NAMINGS, our_layout
 
@@ -40,7 +41,7 @@ def read_tensors(file: Path) -> dict:
     except OfficialError:
         raise
     except Exception as error:  # a damaged file can make the reader fail in any way
-        raise OfficialError(f"damaged file {file} ({' '.join(str(error).split())[:200]})") from None
+        raise OfficialError(f"damaged file {file} ({one_line(error)[:200]})") from None
     if not isinstance(contents, dict):
         raise OfficialError(f"{file} holds a {type(contents).__name__}, expected a dict of tensors")
     return contents

@@ -14,6 +14,7 @@ from ..networks.structure_dit import StructureDiTConfig
 from ..networks.structure_vae import StructureVAEConfig
 from ..storage.dataclass_values import from_dict
 from ..storage.model_folder import FineSamplingConfig, SamplingConfig
+from ..storage.one_line import one_line
 
 VERSIONS = {  # (pooled_conv, sparse_context, compression_block) of the latent transformers
     (True, True, 4): "v1.0",
@@ -197,7 +198,7 @@ class _Section:
         try:
             return from_dict(cls, values)
         except ValueError as error:
-            raise OfficialError(f"{self.where}: {' '.join(str(error).split())}") from None
+            raise OfficialError(f"{self.where}: {one_line(error)}") from None
 
 
 def _sdf_vae(section: _Section) -> SDFVAEConfig:
@@ -255,7 +256,7 @@ def _read_yaml(file: Path) -> dict:
     try:
         entries = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise OfficialError(f"damaged file {file} ({' '.join(str(error).split())})") from None
+        raise OfficialError(f"damaged file {file} ({one_line(error)})") from None
     if not isinstance(entries, dict):
         raise OfficialError(f"{file} is not a config.yaml of Direct3D-S2")
     return entries

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..networks import network_classes
 from ..networks.model_files import save_network
 from ..storage.model_folder import save_settings
+from ..storage.one_line import one_line
 from .checkpoint import check_version, our_state_dict, read_checkpoint, refiner_widths
 from .config import OfficialError, OfficialModel, read_official_config
 from .dinov2 import load_dinov2
@@ -129,7 +130,7 @@ def _download(repo: str, patterns: list[str]) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns))
     except Exception as error:  # no network, repository, permission or space
-        raise OfficialError(f"cannot download {repo}: {' '.join(str(error).split())[:200]}") from None
+        raise OfficialError(f"cannot download {repo}: {one_line(error)[:200]}") from None
 
 
 def _convert_file(file: Path, parts: dict[str, str], official: OfficialModel, folder: Path) -> None:

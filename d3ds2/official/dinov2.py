@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..networks.image_encoder import ImageEncoder, ImageEncoderConfig
+from ..storage.one_line import one_line
 from .checkpoint import MAX_NAMES, check_state, read_tensors
 from .config import OfficialError
 
@@ -33,7 +34,7 @@ def load_dinov2(path: Path) -> ImageEncoder:
     try:
         return ImageEncoder.from_dinov2(path)
     except Exception as error:  # transformers raises anything for a damaged folder
-        raise OfficialError(f"{path}: {' '.join(str(error).split())[:200]}") from None
+        raise OfficialError(f"{path}: {one_line(error)[:200]}") from None
 
 
 def from_hub_state_dict(hub: dict[str, Tensor], file: Path) -> ImageEncoder:

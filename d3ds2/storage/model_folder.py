@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from .atomic_file import replacing
 from .dataclass_values import from_dict
+from .one_line import one_line
 
 FORMAT = 1
 NETWORKS = ("image_encoder", "structure_vae", "structure_dit", "latent_dit", "sdf_vae")  # every model has them
@@ -163,7 +164,7 @@ def read_tensors(folder: str | Path, name: str, shapes: dict[str, torch.Size]) -
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ModelFolderError(f"damaged file {file} ({_one_line(error)})") from None
+        raise ModelFolderError(f"damaged file {file} ({one_line(error)})") from None
     _check_tensors(file, shapes, tensors)
     return tensors
 
@@ -201,7 +202,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelFolderError(f"damaged file {file} ({_one_line(error)})") from None
+        raise ModelFolderError(f"damaged file {file} ({one_line(error)})") from None
     if not isinstance(settings, dict) or settings.get("format") != FORMAT:
         raise ModelFolderError(f"expected a model of format {FORMAT} in {file}")
     if unknown := sorted(settings.keys() - {"format", "name", "networks", "sampling"}):
@@ -226,8 +227,4 @@ def _from_dict(cls, values: Any, prefix: str, folder: Path):
             raise ValueError(f"{prefix[:-1]}: expected a table, got {values!r}")
         return from_dict(cls, values, prefix)
     except ValueError as error:
-        raise ModelFolderError(f"{folder / 'config.json'}: {_one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        raise ModelFolderError(f"{folder / 'config.json'}: {one_line(error)}") from None

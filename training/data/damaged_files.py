@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from d3ds2.storage.one_line import one_line
 from training.data.shape_files import DamagedFileError
 
 READ_ERRORS = (DamagedFileError, FileNotFoundError)  # those of a single file; the machine's own errors end the run
@@ -42,7 +43,7 @@ class DamagedFiles:
         if self.has(file):
             return
         self.flags[file] = True
-        line, count = " ".join(str(error).split()), int(self.flags.sum())
+        line, count = one_line(error), int(self.flags.sum())
         again = f"python -m training.{self.script} with verify=true makes it again"
         if count > self.limit:
             number = f"{count} of {len(self.flags)} are damaged or missing, and at most {self.limit} are skipped"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from d3ds2.storage.one_line import one_line
 from training.data.shape_files import DamagedFileError
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -27,7 +28,7 @@ def read_png(path: Path) -> Image.Image:
     try:
         return Image.open(io.BytesIO(content)).convert("RGBA")
     except (OSError, ValueError, SyntaxError) as error:
-        raise DamagedFileError(f"damaged picture {path} ({' '.join(str(error).split())})") from None
+        raise DamagedFileError(f"damaged picture {path} ({one_line(error)})") from None
 
 
 def is_whole(content: bytes) -> bool:

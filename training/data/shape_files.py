@@ -22,6 +22,7 @@ from safetensors.numpy import save
 
 from d3ds2.meshes.mesh_to_sdf import SparseSDF
 from d3ds2.storage.atomic_file import replacing
+from d3ds2.storage.one_line import one_line
 from training.data.index_files import read_index
 from training.data.symmetry import transform_grid, transform_voxels
 
@@ -93,7 +94,7 @@ def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
     except FileNotFoundError:
         raise FileNotFoundError(f"missing file {path}") from None
     except (SafetensorError, ValueError, TypeError) as error:
-        raise DamagedFileError(f"damaged file {path} ({_one_line(error)})") from None
+        raise DamagedFileError(f"damaged file {path} ({one_line(error)})") from None
     for name, array in zip(names, arrays, strict=True):
         if name in checksums and checksums[name] != _checksum(array):
             raise DamagedFileError(f"damaged file {path} ({name} differs from its checksum)")
@@ -136,10 +137,6 @@ def _checksum(array: np.ndarray) -> str:
 
 def _checksum_of_file(checksums: dict[str, str]) -> str:
     return f"{zlib.crc32(json.dumps(checksums, sort_keys=True).encode()):08x}" if checksums else ""
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def save_shape(path: Path, shape: SparseSDF, about: dict[str, Any] | None = None) -> str:
