@@ -91,6 +91,21 @@ def read_arrays(path: Path, *names: str, first: int | None = None) -> list[np.nd
     return arrays
 
 
+def names_in(path: Path) -> list[str]:
+    """List the arrays of a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedFileError: it is not such a file, or is cut off.
+    """
+    try:
+        return list(read_header(path).arrays)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"missing file {path}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedFileError(f"damaged file {path} ({one_line(error)})") from None
+
+
 class Header(NamedTuple):
     """What the beginning of a file says about its arrays."""
 

@@ -70,7 +70,7 @@ class BatchPlan:
 
 
 def cut(sizes: np.ndarray, batch_size: int, max_tokens: int) -> list[int]:
-    """Cut items of these sizes (n,) into batches, the last of which may be unfinished.
+    """Cut items of these sizes (n,) into batches, the last of which may be unfinished. A larger one is a batch alone.
 
     Returns:
         The first item of each batch.
@@ -78,6 +78,7 @@ def cut(sizes: np.ndarray, batch_size: int, max_tokens: int) -> list[int]:
     sums, first = np.concatenate([[0], np.cumsum(sizes)]), np.arange(len(sizes))
     # a batch that begins at an item ends before the first one that would be too much
     ends = np.minimum(np.searchsorted(sums, sums[:-1] + max_tokens, side="right") - 1, first + batch_size)
+    ends = np.maximum(ends, first + 1)
     starts, end_of = [0], memoryview(ends)
     while (end := end_of[starts[-1]]) < len(sizes):
         starts.append(end)

@@ -19,7 +19,7 @@ import numpy as np
 
 from training.data.array_files import DamagedFileError, read_arrays, write_arrays
 from training.data.damaged_files import DamagedFiles
-from training.data.packs import PackedPath, open_data
+from training.data.packs import PackedPath, load_entries, open_data
 from training.data.symmetry import MIRROR, NUM_SYMMETRIES, facing
 
 TABLE = "views.safetensors"
@@ -142,6 +142,15 @@ def read_cameras(data_dir: str | Path, names: list[str], turn_to_camera: bool) -
     Raises:
         TooManyDamagedError: too many of the files that list a shape's pictures are damaged.
     """
+    folder, table = open_data(data_dir), read_table(data_dir, names)
+    if table.names:
+        load_entries(folder / "views")
+    turns = Turns(table.turns if turn_to_camera else np.zeros_like(table.turns), table.first)
+    return Cameras(table.names, PictureFiles(folder / "views", table), turns, table.first)
+
+
+def read_table(data_dir: str | Path, names: list[str]) -> Table:
+    """Read the rows of those of the named shapes that have pictures. Raises as `read_cameras`."""
     folder = open_data(data_dir)
     table = Table.read(folder / TABLE)
     if not isinstance(folder, PackedPath):  # packed files do not change
@@ -149,9 +158,7 @@ def read_cameras(data_dir: str | Path, names: list[str], turn_to_camera: bool) -
     row_of = {name: row for row, name in enumerate(table.names)}
     rows = np.array([row_of.get(name, -1) for name in names], dtype=np.int64)
     table = table.select(rows[rows >= 0])
-    table = table.select(np.flatnonzero(np.diff(table.first)))
-    turns = Turns(table.turns if turn_to_camera else np.zeros_like(table.turns), table.first)
-    return Cameras(table.names, PictureFiles(folder / "views", table), turns, table.first)
+    return table.select(np.flatnonzero(np.diff(table.first)))
 
 
 def _brought_up_to_date(table: Table, folder: Path, names: list[str]) -> Table:

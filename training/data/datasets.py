@@ -31,7 +31,7 @@ from training.data.array_files import DamagedFileError
 from training.data.batch_plans import BatchPlan, ResolutionPlan, plan_shapes, say_left_out, shapes_per_batch
 from training.data.damaged_files import READ_ERRORS, DamagedFiles, TooManyDamagedError, read_or_replace
 from training.data.held import hold
-from training.data.packs import open_data
+from training.data.packs import load_entries, open_data
 from training.data.shape_batches import ShapeBatch, join, join_coords, pack_shapes
 from training.data.shape_files import (
     StoredShape,
@@ -90,6 +90,7 @@ class Shapes(Steps):
         self.names, self.plans, self.damaged = {}, {}, {}
         for R, (names, tokens) in list_shapes_at(self.folder, split, resolutions).items():
             self.names[R] = names
+            load_entries(shape_path(self.folder, R, "").parent)
             say_left_out(tokens, max_tokens, f"shapes at {R}³")
             self.damaged[R] = DamagedFiles(len(tokens), "prepare_shapes")
             self.plans[R] = BatchPlan(tokens, batch_size, max_tokens, seed, copies=len(symmetries))
@@ -157,6 +158,7 @@ class Structures(Steps):
         memory_gib: float = MEMORY_GIB,
     ):
         self.folder, self.names, self.resolution, self.symmetries = open_data(data_dir), names, resolution, symmetries
+        load_entries(shape_path(self.folder, resolution, "").parent)
         self.edge, self.damaged = resolution // BLOCK, DamagedFiles(len(names), "prepare_shapes")
         self.plan = plan_shapes(len(names) * len(symmetries), batch_size, seed)
         self.held: dict[int, np.ndarray] = {}

@@ -52,6 +52,19 @@ def open_data(data_dir: str | Path) -> Path:
     return cast(Path, PackedPath(pack))  # it has the methods of Path that readers use
 
 
+def load_entries(folder: Path) -> None:
+    """Read the entries of a folder if it is packed: before other processes are forked, which then share them.
+
+    Raises:
+        FileNotFoundError: the pack does not have this folder.
+        DamagedFileError: the entries are damaged.
+    """
+    if isinstance(folder, PackedPath):
+        if folder.inside not in folder.pack.folders:
+            raise FileNotFoundError(f"expected {folder} among the packed folders: pack the data again")
+        folder.pack.entries(folder.inside)
+
+
 @functools.lru_cache(maxsize=16)
 def _open_pack(place: str, _changed: int = 0) -> "Pack":
     return Pack(place)
