@@ -25,7 +25,7 @@ from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE
 from d3ds2.rectified_flow import interpolate
 from d3ds2.storage.model_folder import SamplingConfig, save_settings
-from training.data.datasets import LatentBatch, LatentViews
+from training.data.datasets import MEMORY_GIB, LatentBatch, LatentViews
 from training.data.latent_moments import check_latents
 from training.data.parts import WHOLE, Part, load_parts
 from training.data.shape_files import list_shapes
@@ -48,7 +48,8 @@ class TrainDiTConfig:
     max_tokens: int = 65536  # in a batch; larger shapes are left out
     turn_to_camera: bool = True  # the front is the side that the camera sees, see symmetry.py [D]
     cache_views: bool = False  # keep all decoded pictures in memory
-    cache_latents: bool = True  # keep all latents in memory
+    cache_latents: bool = True  # keep all latents in memory up to the size of memory_gib
+    memory_gib: float = MEMORY_GIB  # of each process
     gradient_checkpointing: bool = False
     run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/dit"))
     model: LatentDiTConfig = field(default_factory=LatentDiTConfig)
@@ -137,6 +138,7 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
         config.max_tokens,
         run.seed,
         config.cache_latents,
+        config.memory_gib,
     )
 
     with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks) as log:

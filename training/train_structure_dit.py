@@ -2,15 +2,19 @@
 
     python -m training.train_structure_dit training/configs/tiny_structure_dit.toml data_dir=data/mine
 
-Needs the pictures of render_views and the structure VAE in `model_dir`, which encodes all shapes at the start; their
-latents stay on the device. A stopped run resumes from the newest checkpoint in `run.out_dir`. With every checkpoint,
-the EMA weights of both networks are exported to `model_dir`.
+Needs the pictures of render_views and the structure VAE in `model_dir`. It encodes all shapes at the start, and their
+latents stay on the device; if they need more than `device_gib`, it encodes the shapes of each step. A stopped run
+resumes from the newest checkpoint in `run.out_dir`. With every checkpoint, the EMA weights of both networks are
+exported to `model_dir`.
 
 Marks such as [A] say how certain a value is: see docs/paper.md.
 """
 
+import contextlib
+import itertools
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,11 +28,12 @@ from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.structure_dit import StructureDiT, StructureDiTConfig
 from d3ds2.networks.structure_vae import StructureVAE
 from d3ds2.rectified_flow import interpolate
+from training.data.damaged_files import READ_ERRORS
 from training.data.datasets import Structures, StructureViews, ViewBatch
 from training.data.device_pictures import Choice, DevicePictures, PictureChoices
+from training.data.held import GIB
 from training.data.parts import WHOLE, Part, load_parts
 from training.data.shape_files import list_shapes
-from training.data.symmetry import NUM_SYMMETRIES
 from training.data.views import Views
 from training.distributed import Ranks, run_script
 from training.losses import FlowLossConfig, draw_noise, keep_context, training_times, velocity_loss
@@ -50,6 +55,7 @@ class TrainStructureDiTConfig:
     turn_to_camera: bool = True  # the front is the side that the camera sees, see symmetry.py [D]
     cache_views: bool = False  # keep all decoded pictures in memory
     views_on_device: bool = False  # keep all pictures on the device and augment them there
+    device_gib: float = 4.0  # encode all shapes at the start and keep their latents on the device up to this size
     train_image_encoder: bool = True  # false: keep the encoder in `model_dir` unchanged
     image_encoder_steps: int = 0  # then freeze its averaged weights, so that the latent DiT can start; 0: never [D]
     pretrained_encoder: str = ""  # to start from: a model folder, or a transformers folder of DINOv2 with registers [B]
@@ -60,36 +66,62 @@ class TrainStructureDiTConfig:
 
 
 class StructureLatents:
-    """Normalised posteriors of the shapes, each in its wanted symmetries, on the device.
+    """Normalised posteriors of the shapes in the symmetries that their views need.
+
+    They are encoded at the start and stay on the device if they fit. Else the VAE encodes the shapes of each step.
 
     Attributes:
-        rows: (shapes, 8) int64, the row of each shape in each symmetry; -1 if not wanted.
+        are_held: whether they stay on the device.
+        rows: (shapes, 8) int64, the row of each shape in each symmetry; -1 if there is none.
         mean, std: (n, C, g, g, g) fp16.
     """
 
     @torch.no_grad()
-    def __init__(self, vae: StructureVAE, structures: Structures, wanted: list[list[int]], device: torch.device):
-        keys = [(shape, symmetry) for shape, symmetries in enumerate(wanted) for symmetry in symmetries]
-        self.rows = torch.full((len(wanted), NUM_SYMMETRIES), -1, dtype=torch.long)
-        means, stds = [], []
-        for first in range(0, len(keys), ENCODED_AT_ONCE):
-            shapes, symmetries = np.array(keys[first : first + ENCODED_AT_ONCE]).T
-            self.rows[shapes, symmetries] = torch.arange(first, first + len(shapes))
-            mean, logvar = vae.encode(structures.occupancy(shapes, symmetries).to(device))
-            means.append(vae.normalize_latents(mean).half())
-            stds.append(((0.5 * logvar).exp() * abs(vae.config.latents_scale)).half())
-        self.rows, self.mean, self.std = self.rows.to(device), torch.cat(means), torch.cat(stds)
+    def __init__(self, vae: StructureVAE, structures: Structures, wanted: np.ndarray, device: torch.device, gib: float):
+        self.vae, C, g = vae.requires_grad_(False), vae.config.latent_channels, structures.edge // vae.config.factor
+        self.are_held = int(wanted.sum()) * 2 * C * g**3 * torch.half.itemsize <= gib * GIB
+        self.rows, posteriors = np.full(wanted.shape, -1), []
+        for keys in _batched(self._readable(structures, wanted), ENCODED_AT_ONCE) if self.are_held else ():
+            shapes, symmetries, grids = zip(*keys, strict=True)
+            self.rows[shapes, symmetries] = np.arange(len(keys)) + sum(len(mean) for mean, _ in posteriors)
+            posteriors.append(self.encode(torch.from_numpy(np.stack(grids)[:, None]).to(device)))
+        if posteriors:
+            self.mean, self.std = (torch.cat(tensors) for tensors in zip(*posteriors, strict=True))
+        self.rows = torch.from_numpy(self.rows).to(device)
+
+    @staticmethod
+    def _readable(structures: Structures, wanted: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Yield every wanted shape (shapes, 8) whose file can be read, its symmetry and its grid (G, G, G)."""
+        for shape, symmetry in np.argwhere(wanted).tolist():
+            with contextlib.suppress(*READ_ERRORS):
+                yield shape, symmetry, structures.grid(shape, symmetry)
+
+    @torch.no_grad()
+    def encode(self, grids: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode occupancy (B, 1, G, G, G): the mean and the spread of the posteriors, each (B, C, g, g, g) fp16."""
+        mean, logvar = self.vae.encode(grids)
+        spread = (0.5 * logvar).exp() * abs(self.vae.config.latents_scale)
+        return self.vae.normalize_latents(mean).half(), spread.half()
 
     def draw(
         self, batch: ViewBatch | Choice, sample_posterior: bool, generator: torch.Generator, part: Part = WHOLE
     ) -> Tensor:
         """Draw x_0 of a batch from the posteriors, or take their means: (B, C, g, g, g) float32."""
-        rows = self.rows[batch.shapes, batch.symmetries]
-        mean = self.mean[rows].float()
+        if self.are_held:
+            rows = self.rows[batch.shapes, batch.symmetries]
+            mean, std = self.mean[rows], self.std[rows]
+        else:
+            mean, std = self.encode(batch.grids)
         if not sample_posterior:
-            return mean
-        noise = draw_noise(mean, generator, part.draw_samples)
-        return mean + self.std[rows].float() * noise
+            return mean.float()
+        noise = draw_noise(mean.float(), generator, part.draw_samples)
+        return mean.float() + std.float() * noise
+
+
+def _batched(items: Iterator, number: int) -> Iterator[list]:
+    """Yield lists of so many items; the last one may be shorter."""
+    while batch := list(itertools.islice(items, number)):
+        yield batch
 
 
 def flow_loss(
@@ -126,9 +158,11 @@ def make_image_encoder(config: TrainStructureDiTConfig) -> ImageEncoder:
     return ImageEncoder(config.image_encoder)
 
 
-def load_pictures(config: TrainStructureDiTConfig, views: Views, device: torch.device):
+def load_pictures(
+    config: TrainStructureDiTConfig, views: Views, structures: Structures, with_grids: bool, device: torch.device
+):
     """Return `images_of(part, generator)` -> (B, 4, S, S) in [0, 1] on the device, and the dataset of the batches."""
-    arguments = config.batch_size, config.views_per_shape, config.run.seed
+    arguments = config.batch_size, config.views_per_shape, config.run.seed, structures, with_grids
     if not config.views_on_device:
         return lambda part, _: part.batch.images.float() / 255, StructureViews(views, *arguments)
     pictures = DevicePictures(views, device, config.run.workers)
@@ -136,7 +170,7 @@ def load_pictures(config: TrainStructureDiTConfig, views: Views, device: torch.d
     def draw(part: Part, generator: torch.Generator) -> Tensor:
         return pictures.draw(part.batch, generator, draw_samples=part.draw_samples)
 
-    return draw, PictureChoices(views, pictures, *arguments)
+    return draw, PictureChoices(views, *arguments)
 
 
 def freeze_image_encoder(model: nn.ModuleDict, ema: nn.ModuleDict) -> None:
@@ -164,13 +198,11 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
     generator = make_generator(device)
 
     names, _ = list_shapes(config.data_dir, config.split, config.resolution)
-    structures = Structures(config.data_dir, names, config.resolution, 1, run.seed)
-    names = structures.names  # without damaged ones
     views = Views(config.data_dir, names, encoder.config.image_size, config.turn_to_camera, cache=config.cache_views)
-    structures.keep(views.names)
-    wanted = [views.symmetries_of(shape) for shape in range(len(views.names))]
-    latents = StructureLatents(load_network(config.model_dir, "structure_vae", device), structures, wanted, device)
-    images_of, dataset = load_pictures(config, views, device)
+    structures = Structures(config.data_dir, views.names, config.resolution, 1, run.seed)
+    vae = load_network(config.model_dir, "structure_vae", device)
+    latents = StructureLatents(vae, structures, views.turns.symmetries(), device, config.device_gib)
+    images_of, dataset = load_pictures(config, views, structures, not latents.are_held, device)
 
     with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks) as log:
         for parts in load_parts(dataset, state.step, run, ranks, ("samples",), count_samples):

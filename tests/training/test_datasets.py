@@ -166,20 +166,26 @@ def test_too_many_damaged_shapes_are_an_error_of_one_line(own_data):
             list(load_batches(Shapes(own_data, "train", (R,), 2, 10_000, seed=5), 0, 8, workers, CPU))
         assert "\n" not in str(caught.value)
     with pytest.raises(TooManyDamagedError, match="2 of 4 are damaged"):
-        Structures(own_data, names, R, batch_size=3, seed=0)
+        [Structures(own_data, names, R, batch_size=3, seed=0)[step] for step in range(2)]
     assert [DamagedFiles(n, "x").limit for n in (1, 8, 300, 452_000)] == [1, 1, 3, 100]
 
 
-def test_structures_leave_out_a_damaged_shape(own_data, capsys):
-    names, _ = list_shapes(own_data, "train", R)
-    whole = Structures(own_data, names, R, batch_size=3, seed=0)
-    flip_a_bit(shape_path(own_data, R, names[1]), -1)  # in the blocks' coordinates, or in what is not read
+@pytest.mark.parametrize("memory_gib", [1.0, 0.0])
+def test_structures_are_the_same_from_memory_and_replace_a_damaged_shape(own_data, capsys, memory_gib):
+    names, tokens = list_shapes(own_data, "train", R)
+    arguments = own_data, names, R, 3, 0, (0, 6)
+    whole = [Structures(*arguments)[step] for step in range(6)]
+    held = Structures(*arguments, tokens, memory_gib)
+    assert len(held.held) == (len(names) if memory_gib else 0)
+    assert all(torch.equal(held[step], grids) for step, grids in enumerate(whole))
     cut_off(shape_path(own_data, R, names[2]))
-    structures = Structures(own_data, names, R, batch_size=3, seed=0)
-    assert names[2] not in structures.names and names[2] in capsys.readouterr().err
-    structures.keep([names[3], names[0]])
-    grids = structures.occupancy(np.array([0, 1]), np.array([0, 0]))
-    assert torch.equal(grids, whole.occupancy(np.array([3, 0]), np.array([0, 0])))
+    structures, again = Structures(*arguments, tokens, memory_gib), Structures(*arguments)
+    for step, grids in enumerate(whole):
+        assert torch.equal(structures[step], again[step])
+        is_whole = torch.from_numpy(structures.plan[step] // 2 != 2)
+        assert torch.equal(structures[step][is_whole], grids[is_whole])
+    error = capsys.readouterr().err
+    assert error.count("skipped: ") == 2 and names[2] in error  # of two datasets
 
 
 def test_shapes_above_the_token_limit_are_counted(data_dir, capsys):
