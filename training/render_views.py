@@ -38,7 +38,7 @@ from training.data.meshes import SPLITS, MeshEntry, list_meshes, read_mesh, read
 from training.data.png_files import is_whole
 from training.data.shape_files import view_folder
 from training.data.shards import Shard
-from training.mesh_jobs import AllFailedError, finished, run_jobs
+from training.mesh_jobs import AllFailedError, check_engine, finished, run_engine
 
 MIN_COVERAGE = 2e-3  # share of the pixels; a sheet seen edge-on has less, and gets another camera
 TRIES = 20  # cameras for a view
@@ -70,13 +70,15 @@ class RenderViewsConfig:
     supersample: int = 2  # rays per pixel edge, at contours
     scale: float = 0.95  # as in prepare_shapes
     seed: int = 0
-    workers: int = 0  # 0: one per core
+    engine: str = "processes"  # of this machine; or "ray": a running Ray cluster (docs/cluster.md)
+    workers: int = 0  # processes of this machine; 0: one per core
     limit: int = 0  # only the first meshes; 0: all
     shard: str = "0/1"  # the part i/n of the meshes that this task renders
     verify: bool = False  # read existing pictures and compare them with their checksums
 
     def __post_init__(self):
         Shard.parse(self.shard)
+        check_engine(self.engine)
         if self.views < 1 or self.size < 8:
             raise ValueError(f"expected views >= 1 and size >= 8, got {self.views} and {self.size}")
         if not set(self.splits) <= set(SPLITS):
@@ -92,7 +94,7 @@ class RenderViewsConfig:
     @property
     def settings(self) -> dict:
         """The settings that the pictures depend on, as in cameras.json."""
-        elsewhere = ("meshes", "data_dir", "splits", "workers", "limit", "shard", "verify")
+        elsewhere = ("meshes", "data_dir", "splits", "engine", "workers", "limit", "shard", "verify")
         return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(self).items() if k not in elsewhere}))
 
 
@@ -254,7 +256,7 @@ def main(config: RenderViewsConfig) -> list[dict]:
     names = {entry.name for entry in entries}
     clear_unfinished(views, names)  # of a killed run
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the workers: each core has its own mesh
-    jobs = run_jobs(render_mesh, entries, config, config.workers or os.cpu_count() or 1)
+    jobs = run_engine(render_mesh, entries, config)
     log = shard.file(Path(config.data_dir) / "view_failures.jsonl")
     failed = []
     rendered = sum(number for _, number in finished(jobs, len(entries), log, failed))

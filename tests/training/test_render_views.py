@@ -102,11 +102,11 @@ def test_tasks_of_an_array_share_the_meshes_and_leave_each_other_s_files(config,
     trimesh.creation.box().export(Path(config.meshes, "third.ply"))
     done = []
 
-    def run_jobs(function, entries, config, workers):
+    def run_engine(function, entries, config):
         done.append([entry.name for entry in entries])
         yield from ((entry, 1) for entry in entries)
 
-    monkeypatch.setattr(render_views, "run_jobs", run_jobs)
+    monkeypatch.setattr(render_views, "run_engine", run_engine)
     views = view_folder(config.data_dir, "x").parent
     for name in (".box.11112222", ".other.11112222"):
         (views / name).mkdir(parents=True)
@@ -193,15 +193,16 @@ def test_textures_and_tinted_lights_are_seen_if_wanted(config):
     sheet.export(Path(config.meshes, "sheet.glb"))
     front = dataclasses.replace(config, azimuth=(0, 0), elevation=(0, 0), views=1, light_fill=(0.5, 0.5))
     sides = []
+    entry = next(entry for entry in list_meshes(config.meshes) if entry.name == "sheet")
     for textures in (False, True):
-        main(dataclasses.replace(front, textures=textures))
+        assert render_mesh(entry, dataclasses.replace(front, textures=textures)) == 1
         (picture,) = pictures(config, "sheet")
         columns = picture[..., 3].any(axis=0).nonzero()[0]
         sides.append(picture[24, columns[[len(columns) // 4, -len(columns) // 4]]].astype(int))
     (plain_left, plain_right), (left, right) = sides
     assert min(plain_left[1], plain_right[0]) > 60  # each face has the mean of its corners
     assert left[0] > 120 and left[1] < 60 and right[1] > 120 and right[0] < 60
-    main(dataclasses.replace(front, textures=True, light_tint=0.3, splits=("train", "val", "test")))
+    assert render_mesh(entry, dataclasses.replace(front, textures=True, light_tint=0.3)) == 1
     (tinted,) = pictures(config, "sheet")
     assert not np.array_equal(tinted, picture) and np.array_equal(tinted[..., 3], picture[..., 3])
 
