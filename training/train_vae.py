@@ -40,9 +40,7 @@ class TrainVAEConfig:
     symmetries: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # of the shapes, see symmetry.py [D]
     gradient_checkpointing: bool = False
     freeze_encoder: bool = False  # train the decoder alone: networks that learn its latents stay valid
-    crop: int = (
-        0  # latents per edge of the cube of each shape that is upsampled, see crops.py; 0: the whole shape [B/C]
-    )
+    crop: int = 0  # latents per edge of the cube of a shape that is upsampled, see crops.py; 0: all [B/C]
     crop_margin: int = 4  # latents around it, which do not count in the loss [B/C]
     fine: bool = False  # the second stage's VAE, `fine_sdf_vae`
     start_network: str = ""  # of run.start_from; "": that of the same name

@@ -11,9 +11,11 @@ from tests.support.training_data import R, prepared
 from training.data.crops import draw_crop
 from training.data.datasets import Shapes
 from training.data.parts import Parts
+from training.data.shape_batches import active_voxels
 from training.distributed import Ranks
-from training.losses import SDFLossConfig
-from training.train_vae import count_terms, targets_of, vae_loss
+from training.losses import SDFLossConfig, sdf_loss
+from training.run import RunConfig, read_metrics
+from training.train_vae import TrainVAEConfig, count_terms, targets_of, train, vae_loss
 
 MODEL = SDFVAEConfig(
     latent_channels=4, hidden_size=32, num_heads=2, encoder_depth=1, decoder_depth=1, group_norm_groups=2
@@ -35,33 +37,24 @@ def test_the_loss_of_a_cube_is_that_of_its_blocks_when_the_whole_shape_is_decode
     whole, cut = shapes(data, None)[1], shapes(data, (edge, 3))[1]
     crop = cut.crop
     assert 0 < len(crop.blocks) < len(whole.block_coords) and len(crop.voxels) >= len(crop.blocks)
-    chosen = whole._replace(sdf=whole.sdf[crop.blocks], sharp=whole.sharp[crop.blocks])
     torch.manual_seed(0)
     model = SDFVAE(MODEL)
-    results = []
-    for batch in (cut, whole):
-        model.zero_grad()
-        generator = torch.Generator().manual_seed(3)
-        if batch is cut:
-            terms = vae_loss(model, batch, LOSS, generator)
-        else:  # decode everything, then take the blocks
-            decode = model.decode
-            model.decode = lambda *a, part=None, **k: (
-                decode(*a, **k)[0].unflatten(0, (-1, 512))[crop.blocks].flatten(0, 1),
-                None,
-            )
-            terms = vae_loss(
-                model, batch._replace(crop=crop._replace(decoded=torch.arange(len(crop.blocks)))), LOSS, generator
-            )
-            del model.decode
-        terms["loss"].backward()
-        results.append((terms, [p.grad.clone() for p in model.parameters()]))
-    (ours, grads), (expected, expected_grads) = results
+    ours = vae_loss(model, cut, LOSS, torch.Generator().manual_seed(3))
+    ours["loss"].backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+
+    mean, logvar, voxels = model.encode(*active_voxels(whole))
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(3))
+    decoded = model.decode(mean + (0.5 * logvar).exp() * noise, voxels)[0].view(-1, 512)[crop.blocks]
+    expected = sdf_loss(decoded, whole.sdf[crop.blocks], whole.sharp[crop.blocks], mean, logvar, LOSS)
+    expected["loss"].backward()
+    expected_grads = [p.grad for p in model.parameters()]
     for name, term in expected.items():
         torch.testing.assert_close(ours[name], term, msg=name)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, expected_grad, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(targets_of(cut)[0], chosen.sdf)
+    torch.testing.assert_close(targets_of(cut)[0], whole.sdf[crop.blocks])
     assert count_terms(cut).tolist()[3:] == [512 * len(crop.blocks), len(whole.block_coords)]
 
 
@@ -94,34 +87,18 @@ def test_parts_of_a_batch_take_the_same_cubes_as_the_whole(data):
     for rank in range(2):
         part = Parts(shapes(data, (2, 1)), Ranks(torch.device("cpu"), rank, 2), 1)[4]
         samples = part.cut.samples[part.batch.block_coords[part.batch.crop.blocks][:, 0].long()]
-        found += [
-            (int(s), *row[1:])
-            for s, row in zip(samples, part.batch.block_coords[part.batch.crop.blocks].tolist(), strict=True)
-        ]
+        blocks = part.batch.block_coords[part.batch.crop.blocks].tolist()
+        found += [(int(sample), *row[1:]) for sample, row in zip(samples, blocks, strict=True)]
     assert sorted(found) == [tuple(row) for row in whole.block_coords[whole.crop.blocks].tolist()]
 
 
 def test_a_run_with_cubes_learns(data, tmp_path):
-    from training.run import RunConfig, read_metrics
-    from training.train_vae import TrainVAEConfig, train
-
     run = RunConfig(str(tmp_path / "run"), steps=6, log_every=1, device="cpu", tensorboard=False, learning_rate=3e-3)
-    config = TrainVAEConfig(
-        data,
-        str(tmp_path / "model"),
-        resolutions=(R,),
-        batch_size=3,
-        crop=2,
-        crop_margin=3,
-        run=run,
-        model=MODEL,
-        fine=True,
-    )
+    model_dir, crop = str(tmp_path / "model"), {"crop": 2, "crop_margin": 3}
+    config = TrainVAEConfig(data, model_dir, resolutions=(R,), batch_size=3, run=run, model=MODEL, fine=True, **crop)
     train(config)
     losses = [record["loss"] for record in read_metrics(run.out_dir)]
     assert losses[-1] < losses[0]
-    again = dataclasses.replace(
-        config, run=dataclasses.replace(run, start_from=config.model_dir, out_dir=str(tmp_path / "2"))
-    )
-    train(again)
-    assert read_metrics(again.run.out_dir)[0]["loss"] < losses[0]
+    run = dataclasses.replace(run, start_from=model_dir, out_dir=str(tmp_path / "2"))
+    train(dataclasses.replace(config, run=run))
+    assert read_metrics(run.out_dir)[0]["loss"] < losses[0]
