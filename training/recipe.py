@@ -150,7 +150,7 @@ def _moved_paths(stage: Stage, as_written: Any, config: Any) -> list[str]:
     before, after = getattr(as_written, "model_dir", None), getattr(config, "model_dir", None)
     if before == after:
         return []
-    moved = []
+    moved, after = [], after.rstrip("/")
     if has_key(config, "run"):
         moved.append(f"run.out_dir=runs/{Path(after).resolve().name}_{stage.run_name}")
     for key in ("run.start_from", "export_dir"):
