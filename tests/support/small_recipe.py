@@ -1,8 +1,15 @@
 """Overrides that shrink the paper's recipe until a CPU runs all of its stages in a minute or two."""
 
-LOW, HIGH = 64, 128  # the resolutions of the two stages, in the place of 512 and 1024
+LOW, HIGH = 64, 128  # the resolutions of the two stages, instead of 512 and 1024
 
-VAE = ["hidden_size=32", "num_heads=2", "encoder_depth=1", "decoder_depth=1", "group_norm_groups=2", "latent_channels=4"]
+VAE = [
+    "hidden_size=32",
+    "num_heads=2",
+    "encoder_depth=1",
+    "decoder_depth=1",
+    "group_norm_groups=2",
+    "latent_channels=4",
+]
 DIT = ["hidden_size=32", "depth=2", "num_heads=16", "num_kv_heads=1", "context_size=16", "latent_channels=4"]
 STRUCTURE_VAE = [
     *("latent_channels=2", "encoder_widths=[8,16]", "decoder_widths=[16,8]", "encoder_res_blocks=1"),
