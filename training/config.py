@@ -7,6 +7,7 @@ import sys
 import tomllib
 
 from d3ds2.storage.dataclass_values import from_dict
+from training.help_text import help_text
 
 
 def load_config(cls, argv: list[str]):
@@ -14,12 +15,17 @@ def load_config(cls, argv: list[str]):
 
         load_config(TrainVAEConfig, ["vae.toml", "run.steps=500", "model.hidden_size=64", "resolutions=[256, 512]"])
 
+    `--help` among them prints what the script does and all of its keys.
+
     Raises:
-        SystemExit: no file was given.
+        SystemExit: no file was given, or `--help`.
         ValueError: the file is not TOML, an override has no `=`, a key is unknown or a value has the wrong type.
         FileNotFoundError: there is no such file.
     """
-    path, *overrides = argv or sys.exit(f"usage: {sys.argv[0]} CONFIG.toml [key=value ...]")
+    if {"-h", "--help"} & {*argv}:
+        print(help_text(cls))
+        sys.exit(0)
+    path, *overrides = argv or sys.exit(f"usage: {sys.argv[0]} CONFIG.toml [key=value ...], or --help")
     with open(path, "rb") as file:
         try:
             values = tomllib.load(file)

@@ -9,6 +9,7 @@ exported to `model_dir`.
 Marks such as [A] say how certain a value is: see docs/paper.md.
 """
 
+import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from d3ds2.networks.latent_dit import LatentDiT, LatentDiTConfig
 from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE
 from d3ds2.rectified_flow import interpolate
-from d3ds2.storage.model_folder import SamplingConfig, save_settings
+from d3ds2.storage.model_folder import SamplingConfig, load_settings, save_settings
 from training.data.datasets import MEMORY_GIB, LatentBatch, LatentViews
 from training.data.latent_moments import check_latents
 from training.data.parts import WHOLE, Part, load_parts
@@ -55,12 +56,24 @@ class TrainDiTConfig:
     model: LatentDiTConfig = field(default_factory=LatentDiTConfig)
     loss: FlowLossConfig = field(default_factory=FlowLossConfig)
     sampling: SamplingConfig | None = None  # steps and guidance for the config.json of the exported model
+    fine: bool = False  # the second stage: `fine_latent_dit`, on the latents of `fine_sdf_vae`
+    start_network: str = ""  # of run.start_from; "": that of the same name
+    export_dir: str = ""  # where the network is written; "": to model_dir
 
     def __post_init__(self):
-        if self.sampling is not None and self.sampling.sdf_resolution != self.resolution:
+        if self.sampling is None:
+            return
+        own = self.sampling.fine if self.fine else self.sampling
+        key = "sampling.fine.sdf_resolution" if self.fine else "sampling.sdf_resolution"
+        if own is None or own.sdf_resolution != self.resolution:
             raise ValueError(
-                f"expected sampling.sdf_resolution {self.resolution} as trained, got {self.sampling.sdf_resolution}"
+                f"expected {key} {self.resolution} as trained, got {own.sdf_resolution if own else 'no sampling.fine'}"
             )
+
+    @property
+    def prefix(self) -> str:
+        """What the names of this stage's networks begin with in a model folder."""
+        return "fine_" if self.fine else ""
 
 
 def draw_latents(
@@ -116,13 +129,13 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
     run, device = config.run, ranks.device
     model = LatentDiT(config.model).to(device)
     model.gradient_checkpointing = config.gradient_checkpointing
-    load_start(run, latent_dit=model)
+    load_start(run, **{config.start_network or f"{config.prefix}latent_dit": model})
     state = State(model, run, ranks)
     state.load()
     generator = make_generator(device)
 
     encoder = load_network(config.model_dir, "image_encoder", device)
-    vae = load_network(config.model_dir, "sdf_vae", device)  # for the scale of its latents
+    vae = load_network(config.model_dir, f"{config.prefix}sdf_vae", device)  # for the scale of its latents
     check_latents(config.data_dir, config.resolution, vae, config.model_dir)
     tokens_of = dict(zip(*list_shapes(config.data_dir, config.split, config.resolution), strict=True))
     views = Views(
@@ -167,10 +180,16 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
 
 def export(config: TrainDiTConfig, ema: nn.Module) -> None:
     """Write the averaged model, and how to sample it, to the model folder."""
-    with exporting(config.model_dir):
-        save_network(config.model_dir, "latent_dit", ema, torch.float16)
+    folder = config.export_dir or config.model_dir
+    with exporting(folder):
+        save_network(folder, f"{config.prefix}latent_dit", ema, torch.float16)
         if config.sampling is not None:
-            save_settings(config.model_dir, Path(config.model_dir).name, config.sampling)
+            sampling, known = config.sampling, load_settings(folder)[1]
+            if config.fine:
+                sampling = dataclasses.replace(known, fine=sampling.fine)
+            elif known.fine and not sampling.fine:
+                sampling = dataclasses.replace(sampling, fine=known.fine)
+            save_settings(folder, Path(folder).name, sampling)
 
 
 if __name__ == "__main__":

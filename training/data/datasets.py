@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader, Dataset
 from d3ds2.geometry.voxels import BLOCK, Voxels
 from d3ds2.kernels.devices import copies_in_background
 from training.data.array_files import DamagedFileError
-from training.data.batch_plans import BatchPlan, ResolutionPlan, plan_shapes, say_left_out, shapes_per_batch
+from training.data.batch_plans import BatchPlan, ResolutionPlan, draw, plan_shapes, say_left_out, shapes_per_batch
+from training.data.crops import draw_crop
 from training.data.damaged_files import READ_ERRORS, DamagedFiles, TooManyDamagedError, read_or_replace
 from training.data.held import hold
 from training.data.packs import load_entries, open_data
@@ -73,7 +74,10 @@ class LatentBatch(NamedTuple):
 
 
 class Shapes(Steps):
-    """SDFs for the VAE: `shapes[step]` is a `ShapeBatch` of one of the resolutions."""
+    """SDFs for the VAE: `shapes[step]` is a `ShapeBatch` of one of the resolutions.
+
+    `crop` is the edge of the cube of each shape that is decoded and its margin, both in latents; None: decode all.
+    """
 
     def __init__(
         self,
@@ -84,8 +88,9 @@ class Shapes(Steps):
         max_tokens: int,
         seed: int,
         symmetries: tuple[int, ...] = (0,),
+        crop: tuple[int, int] | None = None,
     ):
-        self.folder, self.symmetries = open_data(data_dir), symmetries
+        self.folder, self.symmetries, self.seed, self.crop = open_data(data_dir), symmetries, seed, crop
         self.resolution_of_step = ResolutionPlan(resolutions, seed)
         self.names, self.plans, self.damaged = {}, {}, {}
         for R, (names, tokens) in list_shapes_at(self.folder, split, resolutions).items():
@@ -107,10 +112,16 @@ class Shapes(Steps):
         while True:
             drawn = [read_or_replace(itertools.chain([item], plan.others(item, index)), read) for item in items]
             try:
-                return pack_shapes([shape for _, shape in drawn], R)
+                batch = pack_shapes([shape for _, shape in drawn], R)
             except ValueError:
                 if not self._find_damaged(R, dict(drawn)):
                     raise
+                continue
+            if self.crop is None:
+                return batch
+            samples = np.arange(len(self.plans[R][index]))[chosen].tolist()
+            draws = [draw(self.seed, step, 5, sample) for sample in samples]
+            return batch._replace(crop=draw_crop(batch.block_coords, batch.latent_voxels, *self.crop, draws))
 
     def _read(self, resolution: int, item: int) -> tuple[int, StoredShape]:
         shape, place = divmod(item, len(self.symmetries))
