@@ -60,6 +60,7 @@ class EncodeLatentsConfig:
     device: str = "auto"
     workers: int = 0
     shard: str = "0/1"  # the part i/n of the shapes that this task encodes
+    keep_scale: bool = False  # keep the scale in the sdf_vae's entry: for fine-tuning a latent DiT that knows it
     verify: bool = False  # read existing files and compare them with their checksums
 
     def __post_init__(self):
@@ -258,6 +259,8 @@ def main(config: EncodeLatentsConfig) -> dict:
     for part in parts:
         moments.add_sums(part)
     summary = moments.summary() | moments.sums() | {"made_of": made_of, "encoder": encoder}
+    if config.keep_scale:
+        summary |= {"latents_shift": vae.config.latents_shift, "latents_scale": vae.config.latents_scale}
     if (vae.config.latents_shift, vae.config.latents_scale) != (summary["latents_shift"], summary["latents_scale"]):
         set_latent_scale(vae, moments)
         with exporting(config.model_dir):

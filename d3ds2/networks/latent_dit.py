@@ -211,6 +211,6 @@ class LatentDiT(nn.Module):
                 h = checkpoint(block, h, *arguments, use_reentrant=False)
             else:
                 h = block(h, *arguments)
-        if self.packing is not None:
+        if self.packing is not None and made is not None:
             h = self.packing.unpack(h, made, voxels, time)
         return self.output_layer(self.norm_out(h))
