@@ -5,12 +5,15 @@ Each script defines its own dataclass. The sizes of a network are in the config 
 
 import sys
 import tomllib
+from pathlib import Path
 
 from d3ds2.storage.dataclass_values import from_dict
 
 
 def load_config(cls, argv: list[str]):
     """Read the arguments `[CONFIG.toml, key=value, ...]` into the dataclass `cls`; nested keys are dotted.
+
+    A file with `base = "other.toml"` states only what differs from that file, in the same folder or by its path.
 
         load_config(TrainVAEConfig, ["vae.toml", "run.steps=500", "model.hidden_size=64", "resolutions=[256, 512]"])
 
@@ -20,11 +23,7 @@ def load_config(cls, argv: list[str]):
         FileNotFoundError: there is no such file.
     """
     path, *overrides = argv or sys.exit(f"usage: {sys.argv[0]} CONFIG.toml [key=value ...]")
-    with open(path, "rb") as file:
-        try:
-            values = tomllib.load(file)
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"expected TOML in {path}: {error}") from error
+    values = _read(Path(path))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -40,3 +39,18 @@ def load_config(cls, argv: list[str]):
         except tomllib.TOMLDecodeError:
             table[name] = value  # a bare string
     return from_dict(cls, values)
+
+
+def _read(path: Path) -> dict:
+    """Read a TOML file over that which its key `base` names, a path from the file's folder."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"expected TOML in {path}: {error}") from error
+    base = values.pop("base", None)
+    return values if base is None else _merged(_read(path.parent / base), values)
+
+
+def _merged(below: dict, above: dict) -> dict:
+    both = [name for name in above if isinstance(above[name], dict) and isinstance(below.get(name), dict)]
+    return below | above | {name: _merged(below[name], above[name]) for name in both}
