@@ -32,7 +32,9 @@ sys.path.insert(0, str(ROOT))
 
 from d3ds2.geometry.segments import samples_of  # noqa: E402
 from d3ds2.geometry.voxels import BLOCK, Voxels  # noqa: E402
+from d3ds2.kernels.devices import find_device  # noqa: E402
 from d3ds2.kernels.segment_sum import sample_means  # noqa: E402
+from d3ds2.networks.image_encoder import ImageTokens  # noqa: E402
 from d3ds2.networks.latent_dit import LatentDiT  # noqa: E402
 from d3ds2.networks.model_files import load_network, save_network  # noqa: E402
 from d3ds2.networks.sdf_vae import SDFVAE  # noqa: E402
@@ -102,9 +104,8 @@ class AblationsConfig:
 
 def main(config: AblationsConfig) -> dict:
     """Train and score all that is missing, or until the time is over; return the content of ablations.json."""
-    forms = config.forms or tuple(
-        sorted(path.stem for path in Path(config.configs).glob("*.toml") if path.stem != "base")
-    )
+    files = sorted(path.stem for path in Path(config.configs).glob("*.toml") if path.stem != "base")
+    forms = config.forms or tuple(files)
     deadline = time.monotonic() + 60 * config.max_minutes if config.max_minutes else float("inf")
     results: dict[str, dict[int, dict]] = {form: {} for form in forms}
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the pool: each core has its own shape
@@ -118,7 +119,7 @@ def main(config: AblationsConfig) -> dict:
                     result = run(config, form, seed, minutes, pool)
                 if result is not None:
                     results[form][seed] = result
-    summary = {form: summarize_form(of_seeds, results) for form, of_seeds in results.items() if of_seeds}
+    summary = {form: summarize_form(of_seeds) for form, of_seeds in results.items() if of_seeds}
     out_dir, text = Path(config.out_dir), report(config, results)
     out_dir.mkdir(parents=True, exist_ok=True)
     for name, content in (("ablations.json", json.dumps(summary, indent=1)), ("ablations.md", text)):
@@ -152,9 +153,8 @@ def settings_of(config: AblationsConfig, training: TrainDiTConfig) -> dict:
     """All that a result depends on, as JSON has it."""
     run = dataclasses.replace(training.run, max_minutes=0.0)
     scoring = dataclasses.replace(config, forms=(), seeds=(0,), max_minutes=0.0, workers=0)
-    return json.loads(
-        json.dumps([dataclasses.asdict(dataclasses.replace(training, run=run)), dataclasses.asdict(scoring)])
-    )
+    both = dataclasses.replace(training, run=run), scoring
+    return json.loads(json.dumps([dataclasses.asdict(settings) for settings in both]))
 
 
 def finished(config: AblationsConfig, form: str, seed: int) -> dict | None:
@@ -213,7 +213,7 @@ def examples_of(config: AblationsConfig, training: TrainDiTConfig, views: Views)
 
 def score(config: AblationsConfig, training: TrainDiTConfig, pool: Executor) -> dict[str, dict[str, float]]:
     """Score the exported model on each shape of the split: the loss, and the mesh that it makes on the structure."""
-    device = train_dit.find_device(config.device)
+    device = find_device(config.device)
     encoder, vae, dit = (
         load_network(training.model_dir, name, device) for name in ("image_encoder", "sdf_vae", "latent_dit")
     )
@@ -242,7 +242,7 @@ def score(config: AblationsConfig, training: TrainDiTConfig, pool: Executor) -> 
 
 def loss_of_samples(
     dit: LatentDiT,
-    tokens: "train_dit.ImageTokens",
+    tokens: ImageTokens,
     x_0: Tensor,
     voxels: Voxels,
     seeds: list[int],
@@ -265,7 +265,7 @@ def loss_of_samples(
 def make_blocks(
     dit: LatentDiT,
     vae: SDFVAE,
-    tokens: "train_dit.ImageTokens",
+    tokens: ImageTokens,
     voxels: Voxels,
     seeds: list[int],
     config: AblationsConfig,
@@ -293,7 +293,7 @@ def by_shape(of_seeds: dict[int, dict], score: str) -> np.ndarray:
     return np.mean([[shape[score] for shape in result["scores"].values()] for result in of_seeds.values()], axis=0)
 
 
-def summarize_form(of_seeds: dict[int, dict], results: dict[str, dict[int, dict]]) -> dict:
+def summarize_form(of_seeds: dict[int, dict]) -> dict:
     """Summarise a form: each score over the shapes and by seed, parameters, and seconds per step."""
     summary: dict = {"seeds": sorted(of_seeds), "parameters": next(iter(of_seeds.values()))["parameters"]}
     summary["seconds_per_step"] = float(np.mean([result["seconds_per_step"] for result in of_seeds.values()]))
@@ -310,13 +310,13 @@ def report(config: AblationsConfig, results: dict[str, dict[int, dict]]) -> str:
     shapes = len(next(iter(next(iter(done.values())).values()))["scores"]) if done else 0
     head = (
         f"# Ablations of the latent DiT\n\n{config.steps} steps, seeds {', '.join(map(str, config.seeds))}, "
-        f"{shapes} shapes of split {config.split}, one picture each. Means over seeds with 95 % bootstrap intervals over "
-        "shapes; in brackets behind the loss, its least and greatest mean of a seed. Meshes are made on the true "
+        f"{shapes} shapes of split {config.split}, one picture each. Means over seeds with 95 % bootstrap intervals "
+        "over shapes; in brackets behind the loss, its least and greatest mean of a seed. Meshes are made on the true "
         f"structure: {config.sampling_steps} steps, guidance {config.guidance:g}.\n"
     )
     rows = []
     for form, of_seeds in done.items():
-        summary = summarize_form(of_seeds, results)
+        summary = summarize_form(of_seeds)
         cells = [format_summary(summary[score], factor, digits) for score, factor, digits in SCORES.values()]
         by_seed = summary["loss"]["by_seed"].values()
         cells[0] += f" ({min(by_seed):.4f} to {max(by_seed):.4f})"

@@ -39,7 +39,8 @@ def comparison(tmp_path_factory) -> AblationsConfig:
         shutil.copy(CONFIGS / "ablations" / f"{form}.toml", folder)
     return AblationsConfig(
         str(folder), start_from=chain.model_dir, data_dir=chain.data_dir, out_dir=str(folder / "runs"), seeds=(0, 1),
-        steps=2, times=2, sampling_steps=2, num_points=200, cells=16, device="cpu", workers=1, overrides=("run.workers=0",),
+        steps=2, times=2, sampling_steps=2, num_points=200, cells=16, device="cpu", workers=1,
+        overrides=("run.workers=0",),
     )  # fmt: skip
 
 
