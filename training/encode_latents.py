@@ -60,9 +60,9 @@ class EncodeLatentsConfig:
     device: str = "auto"
     workers: int = 0
     shard: str = "0/1"  # the part i/n of the shapes that this task encodes
+    keep_scale: bool = False  # leave the VAE's scale: that of another resolution, or of a latent DiT to fine-tune
     verify: bool = False  # read existing files and compare them with their checksums
     fine: bool = False  # with the second stage's VAE, `fine_sdf_vae`
-    keep_scale: bool = False  # leave the VAE's shift and scale, which are those of its latents at another resolution
 
     def __post_init__(self):
         Shard.parse(self.shard)
@@ -265,8 +265,9 @@ def main(config: EncodeLatentsConfig) -> dict:
     for part in parts:
         moments.add_sums(part)
     summary = moments.summary() | moments.sums() | {"made_of": made_of, "encoder": encoder}
-    known = vae.config.latents_shift, vae.config.latents_scale
-    if not config.keep_scale and known != (summary["latents_shift"], summary["latents_scale"]):
+    if config.keep_scale:
+        summary |= {"latents_shift": vae.config.latents_shift, "latents_scale": vae.config.latents_scale}
+    if (vae.config.latents_shift, vae.config.latents_scale) != (summary["latents_shift"], summary["latents_scale"]):
         set_latent_scale(vae, moments)
         with exporting(config.model_dir):
             save_network(config.model_dir, config.network, vae, torch.float16)

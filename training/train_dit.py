@@ -32,6 +32,7 @@ from training.data.parts import WHOLE, Part, load_parts
 from training.data.shape_files import list_shapes
 from training.data.views import Views
 from training.distributed import Ranks, run_script
+from training.lora import LoRAConfig, add_adapters, merged
 from training.losses import FlowLossConfig, draw_noise, keep_context, training_times, velocity_loss
 from training.run import Log, RunConfig, Stop, autocast, is_save_step, seed_step, start
 from training.run_folder import exporting
@@ -55,6 +56,7 @@ class TrainDiTConfig:
     run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/dit"))
     model: LatentDiTConfig = field(default_factory=LatentDiTConfig)
     loss: FlowLossConfig = field(default_factory=FlowLossConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)  # train adapters on the network of run.start_from
     sampling: SamplingConfig | None = None  # steps and guidance for the config.json of the exported model
     fine: bool = False  # the second stage: `fine_latent_dit`, on the latents of `fine_sdf_vae`
     start_network: str = ""  # of run.start_from; "": that of the same name
@@ -130,6 +132,7 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
     model = LatentDiT(config.model).to(device)
     model.gradient_checkpointing = config.gradient_checkpointing
     load_start(run, **{config.start_network or f"{config.prefix}latent_dit": model})
+    add_adapters(model, config.lora)
     state = State(model, run, ranks)
     state.load()
     generator = make_generator(device)
@@ -182,7 +185,7 @@ def export(config: TrainDiTConfig, ema: nn.Module) -> None:
     """Write the averaged model, and how to sample it, to the model folder."""
     folder = config.export_dir or config.model_dir
     with exporting(folder):
-        save_network(folder, f"{config.prefix}latent_dit", ema, torch.float16)
+        save_network(folder, f"{config.prefix}latent_dit", merged(ema), torch.float16)
         if config.sampling is not None:
             sampling, known = config.sampling, load_settings(folder)[1]
             if config.fine:

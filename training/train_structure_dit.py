@@ -36,6 +36,7 @@ from training.data.parts import WHOLE, Part, load_parts
 from training.data.shape_files import list_shapes
 from training.data.views import Views
 from training.distributed import Ranks, run_script
+from training.lora import LoRAConfig, add_adapters, merged
 from training.losses import FlowLossConfig, draw_noise, keep_context, training_times, velocity_loss
 from training.run import Log, RunConfig, Stop, autocast, compile_blocks, is_save_step, seed_step, start
 from training.run_folder import exporting
@@ -63,6 +64,7 @@ class TrainStructureDiTConfig:
     image_encoder: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
     model: StructureDiTConfig = field(default_factory=StructureDiTConfig)
     loss: FlowLossConfig = field(default_factory=FlowLossConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)  # train adapters on the structure DiT of run.start_from
 
 
 class StructureLatents:
@@ -192,6 +194,7 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
     encoder = make_image_encoder(config).requires_grad_(config.train_image_encoder)
     model = nn.ModuleDict({"image_encoder": encoder, "structure_dit": StructureDiT(config.model)}).to(device).train()
     load_start(run, **model)
+    add_adapters(model["structure_dit"], config.lora)
     compile_blocks(run, encoder.encoder.layer, model["structure_dit"].blocks)
     state = State(model, run, ranks)
     state.load()
@@ -224,7 +227,7 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
                 if ranks.is_first:
                     with exporting(config.model_dir):
                         for name, network in state.ema.items():
-                            save_network(config.model_dir, name, network, torch.float16)
+                            save_network(config.model_dir, name, merged(network), torch.float16)
                 if stop:
                     break
     return state.ema
