@@ -36,7 +36,10 @@ from training.lora import LoRAConfig, add_adapters, merged
 from training.losses import FlowLossConfig, draw_noise, keep_context, training_times, velocity_loss
 from training.run import Log, RunConfig, Stop, autocast, is_save_step, seed_step, start
 from training.run_folder import exporting
+from training.sample_pictures import SAMPLE_LABELS, latent_samples, sampling_of
+from training.speed import token_weights
 from training.state import State, load_start
+from training.validation import Validation, batches_of
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,38 @@ def count_tokens(batch: LatentBatch) -> Tensor:
     return torch.tensor([len(batch.coords)])
 
 
+def make_validation(
+    config: TrainDiTConfig, ranks: Ranks, dit: LatentDiT, encoder: ImageEncoder, vae: SDFVAE
+) -> Validation:
+    """Validate on eq. 11 with every image and the means of the latents, and show samples on the true structures."""
+    run, R = config.run, config.resolution
+    flow = dataclasses.replace(config.loss, context_dropout=0.0, noise_alone=0.0, sample_posterior=False)
+
+    def load() -> tuple[LatentViews, int]:
+        tokens_of = dict(zip(*list_shapes(config.data_dir, run.validate_split, R), strict=True))
+        size = encoder.config.image_size
+        views = Views(config.data_dir, list(tokens_of), size, config.turn_to_camera, augment=False)
+        tokens = np.array([tokens_of[name] for name in views.names])
+        data = LatentViews(
+            config.data_dir, R, views, tokens, config.batch_size, 1, config.max_tokens, run.seed, cache=False
+        )
+        return data, batches_of(len(views.names), config.batch_size)
+
+    def loss(batch: LatentBatch, generator: torch.Generator) -> dict[str, Tensor]:
+        voxels = Voxels(batch.coords, R // BLOCK, len(batch.images))
+        x_0 = draw_latents(vae, batch, False, generator)
+        image_tokens = encode_images(encoder, batch.images, config.model.sparse_context)
+        return {"loss": flow_loss(dit, image_tokens, x_0, voxels, flow, generator)}
+
+    def draw(batch: LatentBatch, number: int) -> list:
+        image_tokens = encode_images(encoder, batch.images[:number], config.model.sparse_context)
+        return latent_samples(
+            dit, vae, image_tokens, batch, number, R, config.sampling or sampling_of(config.model_dir)
+        )
+
+    return Validation(run, ranks, dit, load, loss, draw, SAMPLE_LABELS)
+
+
 def train(config: TrainDiTConfig) -> nn.Module:
     """Run the training; return the averaged (EMA) model."""
     with start(config.run, config) as ranks:
@@ -157,7 +192,9 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
         config.memory_gib,
     )
 
-    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks) as log:
+    validate = make_validation(config, ranks, state.ema, encoder, vae)
+
+    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks, token_weights(model)) as log:
         for parts in load_parts(dataset, state.step, run, ranks, ("tokens",), count_tokens):
             for part in parts:
                 batch: LatentBatch = part.batch
@@ -171,6 +208,7 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
                 log.add({"loss": loss, "tokens": len(voxels)})
             grad_norm = state.update()
 
+            validate(state.step, log)
             log(state.step, {"grad_norm": grad_norm})
             if is_save_step(state.step, stop, run):
                 state.save()

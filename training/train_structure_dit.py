@@ -11,16 +11,19 @@ Marks such as [A] say how certain a value is: see docs/paper.md.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from d3ds2.kernels.devices import make_generator
 from d3ds2.networks.image_encoder import ImageEncoder, ImageEncoderConfig, ImageTokens
@@ -40,7 +43,10 @@ from training.lora import LoRAConfig, add_adapters, merged
 from training.losses import FlowLossConfig, draw_noise, keep_context, training_times, velocity_loss
 from training.run import Log, RunConfig, Stop, autocast, compile_blocks, is_save_step, seed_step, start
 from training.run_folder import exporting
+from training.sample_pictures import STRUCTURE_SAMPLE_LABELS, sampling_of, structure_samples
+from training.speed import token_weights
 from training.state import State, load_start
+from training.validation import Validation, batches_of
 
 ENCODED_AT_ONCE = 64  # shapes
 
@@ -182,6 +188,51 @@ def freeze_image_encoder(model: nn.ModuleDict, ema: nn.ModuleDict) -> None:
         model["image_encoder"].requires_grad_(False)
 
 
+class StructurePicture(NamedTuple):
+    """Pictures of B shapes, and the structures they show."""
+
+    images: Tensor  # (B, 4, S, S) uint8
+    occupancy: Tensor  # (B, 1, G, G, G) uint8
+
+
+class StructurePictures(Dataset):
+    """Pictures with their structures, for validation: `dataset[step]` is a `StructurePicture`."""
+
+    def __init__(self, views: Views, structures: Structures, batch_size: int, seed: int):
+        structures.keep(views.names)
+        self.views, self.structures = StructureViews(views, batch_size, 1, seed), structures
+
+    def __getitem__(self, step: int) -> StructurePicture:
+        batch = self.views[step]
+        return StructurePicture(batch.images, self.structures.occupancy(batch.shapes.numpy(), batch.symmetries.numpy()))
+
+
+def make_validation(
+    config: TrainStructureDiTConfig, ranks: Ranks, networks: nn.ModuleDict, vae: StructureVAE
+) -> Validation:
+    """Validate on eq. 11 with every image and the means of the latents, and show samples."""
+    run, encoder, dit = config.run, networks["image_encoder"], networks["structure_dit"]
+    flow = dataclasses.replace(config.loss, context_dropout=0.0, noise_alone=0.0, sample_posterior=False)
+
+    def load() -> tuple[StructurePictures, int]:
+        names, _ = list_shapes(config.data_dir, run.validate_split, config.resolution)
+        structures = Structures(config.data_dir, names, config.resolution, 1, run.seed)
+        size = encoder.config.image_size
+        views = Views(config.data_dir, structures.names, size, config.turn_to_camera, augment=False)
+        pictures = StructurePictures(views, structures, config.batch_size, run.seed)
+        return pictures, batches_of(len(views.names), config.batch_size)
+
+    def loss(batch: StructurePicture, generator: torch.Generator) -> dict[str, Tensor]:
+        x_0 = vae.normalize_latents(vae.encode(batch.occupancy)[0])
+        return {"loss": flow_loss(dit, encoder(batch.images.float() / 255), x_0, flow, generator)}
+
+    def draw(batch: StructurePicture, number: int) -> list:
+        images, occupancy = batch.images[:number].float() / 255, batch.occupancy[:number]
+        return structure_samples(dit, vae, encoder(images), images, occupancy, sampling_of(config.model_dir))
+
+    return Validation(run, ranks, networks, load, loss, draw, STRUCTURE_SAMPLE_LABELS)
+
+
 def train(config: TrainStructureDiTConfig) -> nn.ModuleDict:
     """Run the training; return the averaged (EMA) image encoder and structure DiT, by name."""
     with start(config.run, config) as ranks:
@@ -207,7 +258,10 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
     latents = StructureLatents(vae, structures, views.turns.symmetries(), device, config.device_gib)
     images_of, dataset = load_pictures(config, views, structures, not latents.are_held, device)
 
-    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks) as log:
+    validate = make_validation(config, ranks, state.ema, vae)
+
+    weights, tokens = token_weights(model["structure_dit"]), config.model.resolution**3
+    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks, weights) as log:
         for parts in load_parts(dataset, state.step, run, ranks, ("samples",), count_samples):
             if config.image_encoder_steps and state.step >= config.image_encoder_steps:
                 freeze_image_encoder(model, state.ema)
@@ -218,9 +272,10 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
                     image_tokens = model["image_encoder"](images_of(part, generator))
                     loss = flow_loss(model["structure_dit"], image_tokens, x_0, config.loss, generator, part)
                 loss.backward()
-                log.add({"loss": loss})
+                log.add({"loss": loss, "tokens": len(x_0) * tokens})
             grad_norm = state.update()
 
+            validate(state.step, log)
             log(state.step, {"grad_norm": grad_norm})
             if is_save_step(state.step, stop, run):
                 state.save()
