@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .attention_stats_triton import attention_stats
 from .attention_tiles import AttentionTiles, Tile
 from .ragged import AttentionSegments, Ragged
 from .ragged_attention_triton import ragged_attention_dkdv, ragged_attention_dq, ragged_attention_forward
@@ -45,7 +46,7 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx, dout):
         q, k, v, out, lse = ctx.saved_tensors
         dout = dout.contiguous()
-        stats = torch.stack([lse, (out.float() * dout.float()).sum(-1)], dim=-1)  # (Tq, H, 2)
+        stats = attention_stats(lse, out, dout)  # (Tq, H, 2)
         tiles = _tiles(q.shape[2])
         dq = ragged_attention_dq(q, k, v, ctx.segments, stats, dout, ctx.scale, tiles.dq)
         programs = triton.cdiv(len(k), tiles.dkdv.keys) * k.shape[1]

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ..geometry.voxels import Windows
 from ..kernels.packed_attention import packed_attention
+from .linear import Linear
 
 
 class WindowAttention(nn.Module):
@@ -23,8 +24,8 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = hidden_size // num_heads
-        self.to_qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.to_out = nn.Linear(hidden_size, hidden_size)
+        self.to_qkv = Linear(hidden_size, 3 * hidden_size)
+        self.to_out = Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:
         """x (N, C) -> (N, C)."""
@@ -43,9 +44,9 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = hidden_size // num_heads
-        self.to_q = nn.Linear(hidden_size, hidden_size)
-        self.to_kv = nn.Linear(context_size, 2 * hidden_size)
-        self.to_out = nn.Linear(hidden_size, hidden_size)
+        self.to_q = Linear(hidden_size, hidden_size)
+        self.to_kv = Linear(context_size, 2 * hidden_size)
+        self.to_out = Linear(hidden_size, hidden_size)
 
     def forward(
         self,
@@ -81,8 +82,8 @@ class SelfAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, qk_rms_norm: bool):
         super().__init__()
         self.num_heads = num_heads
-        self.to_qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.to_out = nn.Linear(hidden_size, hidden_size)
+        self.to_qkv = Linear(hidden_size, 3 * hidden_size)
+        self.to_out = Linear(hidden_size, hidden_size)
         head_dim = hidden_size // num_heads
         self.q_norm = HeadRMSNorm(num_heads, head_dim) if qk_rms_norm else nn.Identity()
         self.k_norm = HeadRMSNorm(num_heads, head_dim) if qk_rms_norm else nn.Identity()

@@ -100,13 +100,13 @@ class LatentBlock(nn.Module):
         """h (N, C), embedding (B, C) (or (B, 6 C), with a shared modulation), context (L, ·) -> (N, C)."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(embedding)
         samples = samples_of(voxels)
-        attended = self.self_attention(self.norm1(h, shift_1, scale_1, samples), voxels)
-        h = gated_sum(h, gate_1, attended, samples)
-        h = h + self.cross_attention(
-            self.norm2(h), context, voxels.cu_seqlens, context_cu, voxels.counts, context_lengths
-        )
-        forwarded = self.feed_forward(self.norm3(h, shift_2, scale_2, samples))
-        return gated_sum(h, gate_2, forwarded, samples)
+        h, normed = self.norm1(h, None, None, shift_1, scale_1, samples)
+        attended = self.self_attention(normed, voxels)
+        h, normed = self.norm2.of_sum(h, gate_1, attended, samples)
+        lengths = voxels.counts, context_lengths
+        attended = self.cross_attention(normed, context, voxels.cu_seqlens, context_cu, *lengths)
+        h, normed = self.norm3(h, None, attended, shift_2, scale_2, samples)
+        return gated_sum(h, gate_2, self.feed_forward(normed), samples)
 
 
 class LatentDiT(nn.Module):
