@@ -13,16 +13,22 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .devices import abilities, autocast_dtype
+from .kept import Kept, computed
 from .linear import product, trains_by_hand
 
 KEPT_BYTES = 256 << 20  # of a hidden layer; a larger one is computed again
 
 
-def feed_forward(x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor) -> Tensor:
-    """Return `feed_forward_reference` of its arguments, in the dtype of autocast or of x."""
+def feed_forward(
+    x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor, kept: Kept | None = None
+) -> Tensor:
+    """Return `feed_forward_reference` of its arguments, in the dtype of autocast or of x.
+
+    `kept` keeps the result, if it is computed twice.
+    """
     if not trains_by_hand(x):
         return feed_forward_reference(x, up, up_bias, down, down_bias)
-    return _FeedForward.apply(x, up, up_bias, down, down_bias)
+    return _FeedForward.apply(x, up, up_bias, down, down_bias, kept)
 
 
 def feed_forward_reference(x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor) -> Tensor:
@@ -33,35 +39,43 @@ def feed_forward_reference(x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor,
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, up, up_bias, down, down_bias):
+    def forward(ctx, x, up, up_bias, down, down_bias, kept):
         dtype = autocast_dtype(x.device) or x.dtype
         rows = x.to(dtype).reshape(-1, x.shape[-1])
         w_up, b_up, w_down, b_down = (parameter.to(dtype) for parameter in (up, up_bias, down, down_bias))
-        kept = None
-        if len(rows) * len(up) * dtype.itemsize <= KEPT_BYTES:
-            kept = torch.addmm(b_up, rows, w_up.t())
-            hidden = functional.gelu(kept, approximate="tanh")
-        elif x.is_cuda and abilities(x.device).backend == "cuda" and dtype != torch.float32:
-            hidden = torch._addmm_activation(b_up, rows, w_up.t(), use_gelu=True)  # in the product's own pass
-        else:
-            hidden = functional.gelu(torch.addmm(b_up, rows, w_up.t()), approximate="tanh")
-        ctx.save_for_backward(rows, w_up, b_up, w_down, kept)
+        preactivation = None
+
+        def compute():
+            nonlocal preactivation
+            if kept is None and len(rows) * len(up) * dtype.itemsize <= KEPT_BYTES:
+                preactivation = torch.addmm(b_up, rows, w_up.t())
+                hidden = functional.gelu(preactivation, approximate="tanh")
+            elif x.is_cuda and abilities(x.device).backend == "cuda" and dtype != torch.float32:
+                hidden = torch._addmm_activation(b_up, rows, w_up.t(), use_gelu=True)  # in the product's own pass
+            else:
+                hidden = functional.gelu(torch.addmm(b_up, rows, w_up.t()), approximate="tanh")
+            return [torch.addmm(b_down, hidden, w_down.t())]
+
+        (out,) = computed(kept, compute)
+        ctx.save_for_backward(rows, w_up, b_up, w_down, preactivation)
         ctx.shape, ctx.dtypes = x.shape, (x.dtype, up.dtype, up_bias.dtype, down.dtype, down_bias.dtype)
-        return torch.addmm(b_down, hidden, w_down.t()).view(x.shape)
+        return out.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         from .feed_forward_triton import gelu_backward
 
-        rows, w_up, b_up, w_down, kept = ctx.saved_tensors
+        rows, w_up, b_up, w_down, preactivation = ctx.saved_tensors
         x_dtype, *dtypes = ctx.dtypes
         dout = dout.reshape(-1, dout.shape[-1])
-        preactivation = torch.addmm(b_up, rows, w_up.t()) if kept is None else kept
-        hidden, dpreactivation, dup_bias = gelu_backward(preactivation, dout @ w_down, in_place=kept is None)
+        computed_again = preactivation is None
+        if computed_again:
+            preactivation = torch.addmm(b_up, rows, w_up.t())
+        hidden, dpreactivation, dup_bias = gelu_backward(preactivation, dout @ w_down, in_place=computed_again)
         dx = (dpreactivation @ w_up).view(ctx.shape).to(x_dtype)
         if not any(ctx.needs_input_grad[1:]):
-            return dx, None, None, None, None
+            return dx, None, None, None, None, None
         ddown, ddown_bias = product(dout.t(), hidden, dtypes[2]), dout.sum(0, dtype=dtypes[3])
         del hidden, preactivation
-        return dx, product(dpreactivation.t(), rows, dtypes[0]), dup_bias.to(dtypes[1]), ddown, ddown_bias
+        return dx, product(dpreactivation.t(), rows, dtypes[0]), dup_bias.to(dtypes[1]), ddown, ddown_bias, None

@@ -71,7 +71,7 @@ def _norm_kernel(
     C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr,
     EPS: tl.constexpr, ONE: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """One program: norm(h) (ONE + scale) + shift in a tile. ADDED: h is first replaced by h + x, GATED: by h + gate x."""
+    """One program: norm(h) (ONE + scale) + shift in a tile. ADDED: h + x is normed, GATED: h + gate x."""
     sample, first, last = _rows_of_tile(offsets, tile_offsets, tile_samples, N, B, ROWS, RAGGED)
     offs_c = tl.arange(0, CP)
     b_shift = _parameters(shift, sample, SHIFT_STRIDE, C, CP)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .block_scores import select_blocks
 from .devices import on_triton, triton_works
+from .kept import Kept
 from .packed_attention import packed_attention, packed_attention_with_lse
 from .ragged import AttentionPlan, Ragged
 from .selection_attention import selection_attention
@@ -18,7 +19,7 @@ from .selection_attention_batched import CHUNK_BYTES
 
 def spatial_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, compressed_k: Tensor, compressed_v: Tensor, gates: Tensor, plan: AttentionPlan,
-    top_k: int,
+    top_k: int, kept: Kept | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the gated sum of the three branches (eq. 6).
 
@@ -29,6 +30,7 @@ def spatial_sparse_attention(
         gates: gates of compression, selection and window, in [0, 1], (N, 3).
         plan: the rows that each branch pairs.
         top_k: number of blocks selected for each query and key/value head.
+        kept: where the kernels keep their results, if attention is computed twice.
 
     Returns:
         (N, H, D). Differentiable in all tensors.
@@ -40,7 +42,7 @@ def spatial_sparse_attention(
         from .uncompiled import spatial_sparse_attention_triton
     else:
         from .spatial_sparse_attention_triton import spatial_sparse_attention_triton
-    return spatial_sparse_attention_triton(*inputs, q.shape[2] ** -0.5)
+    return spatial_sparse_attention_triton(*inputs, q.shape[2] ** -0.5, kept)
 
 
 def workspace_bytes(device: torch.device) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..geometry.voxels import Windows
+from ..kernels.kept import Kept
 from ..kernels.packed_attention import packed_attention
 from .linear import Linear
 
@@ -56,11 +57,15 @@ class CrossAttention(nn.Module):
         context_cu_seqlens: Tensor,
         lengths: list[int],
         context_lengths: list[int],
+        kept: Kept | None = None,
     ) -> Tensor:
-        """x (N, C), context (L, context_size) -> (N, C); L counts the context of all samples."""
+        """x (N, C), context (L, context_size) -> (N, C); L counts the context of all samples.
+
+        `kept` keeps the results of attention, if it is computed twice.
+        """
         q = self.to_q(x).unflatten(-1, (self.num_heads, self.head_dim))  # (N, H, D)
         k, v = self.to_kv(context).unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(1)  # (L, H, D) each
-        out = packed_attention(q, k, v, cu_seqlens, context_cu_seqlens, lengths, context_lengths)
+        out = packed_attention(q, k, v, cu_seqlens, context_cu_seqlens, lengths, context_lengths, kept=kept)
         return self.to_out(out.flatten(1))
 
 

@@ -16,6 +16,7 @@ from ..geometry.attention_plan import attention_plan, cells_of, places_of
 from ..geometry.voxels import BLOCK, Voxels
 from ..kernels.compression import compresses_together, pooled_conv_compression, pooled_silu
 from ..kernels.devices import autocast_dtype
+from ..kernels.kept import Kept
 from ..kernels.segment_sum import take_segments
 from ..kernels.spatial_sparse_attention import spatial_sparse_attention
 from .linear import Linear, project
@@ -115,8 +116,8 @@ class SpatialSparseAttention(nn.Module):
         self.compress_k = compression(kv_size)
         self.compress_v = compression(kv_size)
 
-    def forward(self, x: Tensor, voxels: Voxels) -> Tensor:
-        """x (N, C) -> (N, C)."""
+    def forward(self, x: Tensor, voxels: Voxels, kept: Kept | None = None) -> Tensor:
+        """x (N, C) -> (N, C); `kept` keeps the results of attention, if it is computed twice."""
         heads, kv_heads = (self.num_heads, self.head_dim), (self.num_kv_heads, self.head_dim)
         q, k, v, gates = project(x, [self.to_q, self.to_k, self.to_v, self.gate])  # k and v (N, Hk D)
         q, gates = q.unflatten(-1, heads), gates.sigmoid()  # (N, H, D) and (N, 3)
@@ -124,7 +125,7 @@ class SpatialSparseAttention(nn.Module):
         k, v = k.unflatten(-1, kv_heads), v.unflatten(-1, kv_heads)  # (N, Hk, D)
 
         plan = attention_plan(voxels, self.compression_block, self.window, self.shift)
-        out = spatial_sparse_attention(q, k, v, compressed_k, compressed_v, gates, plan, self.top_k)
+        out = spatial_sparse_attention(q, k, v, compressed_k, compressed_v, gates, plan, self.top_k, kept)
         return self.to_out(out.flatten(1))
 
     def compress(self, k: Tensor, v: Tensor, voxels: Voxels) -> tuple[Tensor, Tensor]:

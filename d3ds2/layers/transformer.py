@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..kernels.devices import autocast_dtype
 from ..kernels.feed_forward import feed_forward
+from ..kernels.kept import Kept
 from ..kernels.linear import trains_by_hand
 from ..kernels.modulation import affine_norm, sum_and_affine_norm, sum_and_norm
 from ..kernels.ragged import Ragged
@@ -58,11 +59,12 @@ class FeedForward(nn.Module):
         self.up = Linear(hidden_size, int(hidden_size * mlp_ratio))
         self.down = Linear(int(hidden_size * mlp_ratio), hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kept: Kept | None = None) -> Tensor:
+        """(..., C) -> (..., C); `kept` keeps the result, if it is computed twice."""
         if not torch.is_grad_enabled() and x.ndim == 2 and len(x) > SLICE_ROWS:
             return self._in_slices(x)
         if trains_by_hand(x) and are_plain([self.up, self.down]):
-            return feed_forward(x, self.up.weight, self.up.bias, self.down.weight, self.down.bias)
+            return feed_forward(x, self.up.weight, self.up.bias, self.down.weight, self.down.bias, kept)
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
     def _in_slices(self, x: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ def test_affine_norm(shape, dtype, poisoned):
 def test_sum_and_affine_norm(counts, C, dtype, poisoned):
     from d3ds2.kernels.modulation_triton import sum_and_norm_triton
 
-    samples, h, parameters, x, dout = problem(counts, C)
+    samples, h, _, x, dout = problem(counts, C)
     weight, bias = torch.randn(2, C, dtype=torch.float64)
 
     def kernel(h, x, weight, bias):
