@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from .devices import abilities, autocast_dtype
+from .devices import autocast_dtype
 from .kept import Kept, computed
-from .linear import product, trains_by_hand
+from .linear import gelu_of_product, product, trains_by_hand
 
 KEPT_BYTES = 256 << 20  # of a hidden layer; a larger one is computed again
 
@@ -48,13 +48,11 @@ class _FeedForward(torch.autograd.Function):
         def compute():
             nonlocal preactivation
             if kept is None and len(rows) * len(up) * dtype.itemsize <= KEPT_BYTES:
-                preactivation = torch.addmm(b_up, rows, w_up.t())
+                preactivation = product(rows, w_up.t(), added=b_up)
                 hidden = functional.gelu(preactivation, approximate="tanh")
-            elif x.is_cuda and abilities(x.device).backend == "cuda" and dtype != torch.float32:
-                hidden = torch._addmm_activation(b_up, rows, w_up.t(), use_gelu=True)  # in the product's own pass
             else:
-                hidden = functional.gelu(torch.addmm(b_up, rows, w_up.t()), approximate="tanh")
-            return [torch.addmm(b_down, hidden, w_down.t())]
+                hidden = gelu_of_product(rows, w_up.t(), b_up)
+            return [product(hidden, w_down.t(), added=b_down)]
 
         (out,) = computed(kept, compute)
         ctx.save_for_backward(rows, w_up, b_up, w_down, preactivation)
@@ -71,9 +69,9 @@ class _FeedForward(torch.autograd.Function):
         dout = dout.reshape(-1, dout.shape[-1])
         computed_again = preactivation is None
         if computed_again:
-            preactivation = torch.addmm(b_up, rows, w_up.t())
-        hidden, dpreactivation, dup_bias = gelu_backward(preactivation, dout @ w_down, in_place=computed_again)
-        dx = (dpreactivation @ w_up).view(ctx.shape).to(x_dtype)
+            preactivation = product(rows, w_up.t(), added=b_up)
+        hidden, dpreactivation, dup_bias = gelu_backward(preactivation, product(dout, w_down), in_place=computed_again)
+        dx = product(dpreactivation, w_up).view(ctx.shape).to(x_dtype)
         if not any(ctx.needs_input_grad[1:]):
             return dx, None, None, None, None, None
         ddown, ddown_bias = product(dout.t(), hidden, dtypes[2]), dout.sum(0, dtype=dtypes[3])

@@ -40,13 +40,33 @@ def projections(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
     return list(_Projections.apply(x, *weights))
 
 
-def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b in a dtype, without rounding to that of a and b where the device can: (N, C), (C, O) -> (N, O)."""
-    if a.dtype == dtype:
+def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None, added: Tensor | None = None) -> Tensor:
+    """Return a b + added in a dtype, by default that of a.
+
+    Where the device can, it does not round to the dtype of a and b on the way to float32.
+
+    Args:
+        a, b: (N, C) and (C, O).
+        dtype: of the result; only without `added`.
+        added: (O,) or (N, O).
+    """
+    if added is not None:
+        return torch.addmm(added, a, b)
+    if dtype is None or dtype == a.dtype:
         return a @ b
     if WRITES_WIDER and a.is_cuda and abilities(a.device).backend == "cuda" and dtype == torch.float32:
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)
+
+
+def gelu_of_product(a: Tensor, b: Tensor, added: Tensor) -> Tensor:
+    """Return GELU (tanh) of a b + added: a (N, C), b (C, O), added (O,) -> (N, O).
+
+    In half precision a GPU of NVIDIA does both in one pass, and then GELU takes numbers that are not rounded.
+    """
+    if a.is_cuda and abilities(a.device).backend == "cuda" and a.dtype != torch.float32:
+        return torch._addmm_activation(added, a, b, use_gelu=True)
+    return F.gelu(product(a, b, added=added), approximate="tanh")
 
 
 class _Linear(torch.autograd.Function):
@@ -54,7 +74,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias):
         dtype = autocast_dtype(x.device) or x.dtype
         rows, w = x.to(dtype).reshape(-1, x.shape[-1]), weight.to(dtype)
-        out = rows @ w.t() if bias is None else torch.addmm(bias.to(dtype), rows, w.t())
+        out = product(rows, w.t(), added=None if bias is None else bias.to(dtype))
         ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, w if ctx.needs_input_grad[0] else None)
         ctx.shape, ctx.x_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
         return out.view(*x.shape[:-1], len(weight))
@@ -64,7 +84,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dout):
         rows, w = ctx.saved_tensors
         dout = dout.reshape(-1, dout.shape[-1])
-        dx = None if w is None else (dout @ w).view(ctx.shape).to(ctx.x_dtype)
+        dx = None if w is None else product(dout, w).view(ctx.shape).to(ctx.x_dtype)
         dweight = None if rows is None else product(dout.t(), rows, ctx.weight_dtype)
         return dx, dweight, dout.sum(0, dtype=ctx.weight_dtype) if ctx.needs_input_grad[2] else None
 
@@ -80,13 +100,13 @@ class _Projections(torch.autograd.Function):
         for i, weight in enumerate(weights):
             if i not in narrow:
                 saved.append(weight.to(dtype))
-                outputs[i] = rows @ saved[-1].t()
+                outputs[i] = product(rows, saved[-1].t())
         if narrow:
             sizes = [len(weights[i]) for i in narrow]
             padding = -sum(sizes) % MULTIPLE
             joined = torch.cat([weights[i] for i in narrow] + [rows.new_zeros(padding, x.shape[1])] * bool(padding))
             saved.append(joined.to(dtype))
-            parts = (rows @ saved[-1].t()).split([*sizes, *[padding] * bool(padding)], dim=1)
+            parts = product(rows, saved[-1].t()).split([*sizes, *[padding] * bool(padding)], dim=1)
             outputs |= {i: part.contiguous() for i, part in zip(narrow, parts, strict=False)}
         ctx.save_for_backward(rows, *saved)
         ctx.narrow, ctx.x_dtype, ctx.weight_dtypes = narrow, x.dtype, [weight.dtype for weight in weights]
@@ -104,7 +124,7 @@ class _Projections(torch.autograd.Function):
             gradients.append(torch.cat([*parts, *[rows.new_zeros(len(rows), padding)] * bool(padding)], dim=1))
         dx, dweights = None, {}
         for gradient, weight in zip(gradients, saved, strict=True):
-            dx = gradient @ weight if dx is None else dx.addmm_(gradient, weight)
+            dx = product(gradient, weight, added=dx)
         for i, gradient in zip(wide, gradients, strict=False):
             if ctx.needs_input_grad[1 + i]:
                 dweights[i] = product(gradient.t(), rows, ctx.weight_dtypes[i])

@@ -1,4 +1,4 @@
-"""Blocks of the latent DiT that are computed twice, with Triton's kernels and without: gradients, and what runs twice."""
+"""Blocks of the latent DiT that are computed twice, with Triton's kernels and without them."""
 
 from collections import Counter
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from d3ds2.kernels import linear, modulation, packed_attention, spatial_sparse_attention
+from d3ds2.kernels.attention_tiles import AttentionTiles, Tile
 from d3ds2.kernels.devices import HAS_TRITON
 from d3ds2.kernels.kept import Kept, computed
 from d3ds2.networks.image_encoder import ImageTokens
@@ -13,13 +14,13 @@ from d3ds2.networks.latent_dit import LatentDiT, LatentDiTConfig
 from tests.support.random_voxels import random_voxels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU, conftest.py sets TRITON_INTERPRET=1
-FORMS = {"none": (False, False), "cheap": (True, False), "all": (True, True)}  # what is computed twice
+FORMS = {"nothing": (False, False), "cheap": (True, False), "all": (True, True)}  # what is computed twice
 
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Take the kernels on any device, and count the forward passes of attention, products and feed-forwards."""
-    from d3ds2.kernels import packed_attention_triton, spatial_sparse_attention_triton
+    """Take the kernels on any device, and count the forward passes of attention."""
+    from d3ds2.kernels import packed_attention_triton, selection_attention_triton, spatial_sparse_attention_triton
 
     counts = Counter()
 
@@ -30,6 +31,11 @@ def launches(monkeypatch):
     for module in (spatial_sparse_attention_triton, packed_attention_triton):
         counted(module, "ragged_attention_forward")
     counted(spatial_sparse_attention_triton, "select_blocks_triton")
+    small = AttentionTiles(forward=Tile(16, 16), dq=Tile(16, 16), dkdv=Tile(16, 16))  # few steps for the interpreter
+    for module, name in ((spatial_sparse_attention_triton, "FP32"), (selection_attention_triton, "FP32")):
+        monkeypatch.setattr(module, name, small)
+    monkeypatch.setattr(packed_attention_triton, "TILES", small)
+    monkeypatch.setattr(packed_attention_triton, "MAX_SPLITS", 1)
     monkeypatch.setattr(spatial_sparse_attention, "on_triton", lambda x: True)
     monkeypatch.setattr(packed_attention, "_kernel_is_best", lambda q: True)
     for module in (linear, modulation):
@@ -37,11 +43,11 @@ def launches(monkeypatch):
     return counts
 
 
-def make_model() -> tuple[LatentDiT, tuple]:
+def make_model(depth: int = 1) -> tuple[LatentDiT, tuple]:
     config = LatentDiTConfig(
         hidden_size=32,
-        depth=2,
-        num_heads=2,
+        depth=depth,
+        num_heads=1,
         num_kv_heads=1,
         context_size=12,
         compression_block=8,
@@ -52,7 +58,7 @@ def make_model() -> tuple[LatentDiT, tuple]:
     model = LatentDiT(config).to(DEVICE)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    voxels = random_voxels([12, 9], 16).to(DEVICE)
+    voxels = random_voxels([7, 3], 16).to(DEVICE)
     coords = torch.tensor([[b, 0, 0, 1] for b in (0, 0, 1)], dtype=torch.int32, device=DEVICE)
     tokens = ImageTokens(torch.randn(3, 12, device=DEVICE), coords, torch.ones(3, dtype=torch.bool, device=DEVICE), 2)
     return model, (torch.randn(len(voxels), 16, device=DEVICE), torch.rand(2, device=DEVICE), voxels, tokens)
@@ -65,6 +71,7 @@ def gradients(model: LatentDiT, inputs: tuple, form: str) -> list[torch.Tensor]:
     return [parameter.grad for parameter in model.parameters()]
 
 
+@pytest.mark.long  # the interpreter takes a minute for the backward passes
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_attention_runs_once_unless_all_is_recomputed(launches):
     model, inputs = make_model()
@@ -72,15 +79,15 @@ def test_attention_runs_once_unless_all_is_recomputed(launches):
     for form in FORMS:
         launches.clear()
         found[form], counts[form] = gradients(model, inputs, form), dict(launches)
-    assert counts["none"] == counts["cheap"] == {"ragged_attention_forward": 6, "select_blocks_triton": 2}
-    assert counts["all"] == {"ragged_attention_forward": 12, "select_blocks_triton": 4}
+    assert counts["nothing"] == counts["cheap"] == {"ragged_attention_forward": 3, "select_blocks_triton": 1}
+    assert counts["all"] == {"ragged_attention_forward": 6, "select_blocks_triton": 2}
     for form in ("cheap", "all"):
-        for a, b in zip(found[form], found["none"], strict=True):
+        for a, b in zip(found[form], found["nothing"], strict=True):
             torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
 
 
 def test_without_triton_all_is_recomputed():
-    model, inputs = make_model()
+    model, inputs = make_model(depth=2)
     found = [gradients(model, inputs, form) for form in FORMS]
     for others in zip(*found, strict=True):
         assert all(torch.equal(others[0], other) for other in others[1:])
