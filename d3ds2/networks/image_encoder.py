@@ -1,5 +1,7 @@
 """Image -> image tokens: DINOv2 with registers, then only patches that touch the foreground are kept (eq. 9).
 
+With `backbone`, the tokens that enter the transformer come from a convolutional network, see `efficientnet_lite`.
+
 Sizes named in this file:
     B  images        S  pixels per edge        P  patches per edge, S / patch_size
     L  tokens, all images packed: for each image the class token, the registers, then the patches row by row
@@ -13,6 +15,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .efficientnet_lite import BACKBONES, LARGEST_STRIDE, PIXEL_MEAN, PIXEL_STD, TOKEN_STRIDE, BackbonePatches
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -110,7 +114,8 @@ class ImageTokens:
 class ImageEncoderConfig:
     """Sizes of the vision transformer. The defaults are those of DINOv2 ViT-L/14 with registers, which the paper uses.
 
-    Raises ValueError for sizes that do not fit together.
+    `backbone` names a network of `efficientnet_lite` that makes the tokens of the patches, with a patch_size of 16;
+    with "", a token is a projection of the patch's pixels. Raises ValueError for sizes that do not fit together.
     """
 
     image_size: int = 518
@@ -120,8 +125,16 @@ class ImageEncoderConfig:
     num_heads: int = 16
     mlp_ratio: int = 4
     num_registers: int = 4
+    backbone: str = ""
 
     def __post_init__(self):
+        if self.backbone and self.backbone not in BACKBONES:
+            raise ValueError(f"expected a backbone of {sorted(BACKBONES)}, or none, got {self.backbone!r}")
+        if self.backbone and (self.patch_size != TOKEN_STRIDE or self.image_size % LARGEST_STRIDE):
+            raise ValueError(
+                f"expected patch_size {TOKEN_STRIDE} and image_size divisible by {LARGEST_STRIDE} with a backbone, got "
+                f"{self.patch_size} and {self.image_size}"
+            )
         if self.image_size % self.patch_size:
             raise ValueError(f"expected image_size divisible by {self.patch_size}, got {self.image_size}")
         if self.hidden_size % self.num_heads:
@@ -142,8 +155,9 @@ PUBLISHED_NAMES = {
 class ImageEncoder(nn.Module):
     """DINOv2 with registers, as transformers implements it, without its final norm: E of eq. 9.
 
-    A new encoder has random weights; nothing is downloaded. `from_dinov2` reads pretrained weights from a folder. The
-    state dict uses the names of the published weights, whatever the installed transformers calls its layers.
+    A new encoder has random weights; nothing is downloaded. `from_dinov2` reads pretrained weights from a folder, and
+    `patches.backbone.load_published` those of a backbone from a file. The state dict uses the names of the published
+    weights, whatever the installed transformers calls its layers.
     """
 
     def __init__(self, config: ImageEncoderConfig):
@@ -165,11 +179,18 @@ class ImageEncoder(nn.Module):
         )
         self.embeddings = model.embeddings
         self.encoder = model.encoder
+        if config.backbone:
+            self.embeddings.patch_embeddings = BackbonePatches(config.backbone, config.hidden_size)
         self.embeddings.mask_token = None  # only DINOv2's own pretraining reads it
         # transformers starts all registers at zero; equal tokens without a position would stay equal forever
         nn.init.trunc_normal_(self.embeddings.register_tokens, std=0.02)
         self.register_state_dict_post_hook(_to_published_names)
         self.register_load_state_dict_pre_hook(_to_installed_names)
+
+    @property
+    def patches(self) -> BackbonePatches | None:
+        """The module with the backbone, whose tokens enter the transformer; None without one."""
+        return self.embeddings.patch_embeddings if self.config.backbone else None
 
     @classmethod
     def from_dinov2(cls, folder: str | Path) -> "ImageEncoder":
@@ -219,7 +240,8 @@ class ImageEncoder(nn.Module):
         B, S = len(images), self.config.image_size
         if images.shape != (B, 4, S, S):
             raise ValueError(f"expected images (B, 4, {S}, {S}), got {tuple(images.shape)}")
-        channels = zip(images.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=False)  # the mask, last, has no partner
+        mean, std = (PIXEL_MEAN, PIXEL_STD) if self.config.backbone else (IMAGENET_MEAN, IMAGENET_STD)
+        channels = zip(images.unbind(1), mean, std, strict=False)  # the mask, last, has no partner
         pixels = torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)  # (B, 3, S, S)
         hidden = self.encoder(self.embeddings(pixels)).last_hidden_state  # (B, 1 + registers + P * P, C)
         features = F.layer_norm(hidden.float(), hidden.shape[-1:], eps=1e-5).to(hidden.dtype)

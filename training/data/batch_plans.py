@@ -39,9 +39,13 @@ class BatchPlan:
             self._restart()
         while step >= self._first_step + len(self._batches):
             self._first_step += len(self._batches)  # forget the previous epoch: steps mostly go forward
-            self._batches = list(self._cut(draw(self.seed, self._epoch).permutation(self.kept).tolist()))
+            self._batches = list(self._cut(self._items(draw(self.seed, self._epoch)).tolist()))
             self._epoch += 1
         return np.array(self._batches[step - self._first_step])
+
+    def _items(self, rng: np.random.Generator) -> np.ndarray:
+        """The items of an epoch, in the order in which they come."""
+        return rng.permutation(self.kept)
 
     def sizes(self, step: int) -> np.ndarray:
         """The tokens of each item of a step, (number,) int64."""
@@ -92,9 +96,32 @@ def say_left_out(tokens: np.ndarray, max_tokens: int, what: str) -> None:
         )
 
 
-def plan_shapes(num_items: int, batch_size: int, seed: int) -> BatchPlan:
-    """Plan batches of items of equal size."""
+def plan_shapes(num_items: int, batch_size: int, seed: int, weights: np.ndarray | None = None) -> BatchPlan:
+    """Plan batches of items of equal size; each comes once an epoch, or `weights` (num_items,) times on average."""
+    if weights is not None:
+        return WeightedPlan(weights, batch_size, seed)
     return BatchPlan(np.ones(num_items, dtype=np.int64), batch_size, batch_size, seed)
+
+
+class WeightedPlan(BatchPlan):
+    """A plan of items of equal size, in which item i comes `weights[i]` times an epoch on average: weights (n,) >= 0.
+
+    An item comes floor(weight) times or once more, drawn for each epoch. `kept` are the items of weight above 0.
+
+    Raises:
+        ValueError: a weight is negative, or all are 0.
+    """
+
+    def __init__(self, weights: np.ndarray, batch_size: int, seed: int):
+        if weights.min() < 0 or weights.max() == 0:
+            raise ValueError(f"expected weights of at least 0, some above, got {weights.min()} to {weights.max()}")
+        self.weights = weights
+        super().__init__(np.ones(len(weights), dtype=np.int64), batch_size, batch_size, seed)
+        self.kept = np.flatnonzero(weights > 0)
+
+    def _items(self, rng: np.random.Generator) -> np.ndarray:
+        times = np.floor(self.weights + rng.random(len(self.weights))).astype(np.int64)
+        return rng.permutation(np.arange(len(times)).repeat(times))
 
 
 def shapes_per_batch(batch_size: int, views_per_shape: int) -> int:

@@ -175,12 +175,18 @@ class Structures(Steps):
 
 
 class StructureViews(ViewSteps):
-    """Pictures for the structure DiT, whose latents are on the device already: `dataset[step]` is a `ViewBatch`."""
+    """Pictures for the structure DiT, whose latents are on the device already: `dataset[step]` is a `ViewBatch`.
 
-    def __init__(self, views: Views, batch_size: int, views_per_shape: int, seed: int):
+    `weights` (n,) say how often each shape of `views.names` is drawn, in proportion; None: all equally often.
+    """
+
+    def __init__(
+        self, views: Views, batch_size: int, views_per_shape: int, seed: int, weights: np.ndarray | None = None
+    ):
         self.views, self.views_per_shape, self.seed = views, views_per_shape, seed
         num_shapes = shapes_per_batch(batch_size, views_per_shape)
-        self.plan = plan_shapes(2 * len(views.names), num_shapes, seed)
+        weights = None if weights is None else weights.repeat(2)
+        self.plan = plan_shapes(2 * len(views.names), num_shapes, seed, weights)
 
     def load(self, step: int, chosen: np.ndarray | slice) -> ViewBatch:
         """The batch of the chosen samples (b,) of a step."""

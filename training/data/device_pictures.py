@@ -100,9 +100,19 @@ def move_objects(images: Tensor, generator: torch.Generator, draw_samples: DrawR
 class PictureChoices(ViewSteps):
     """`choices[step]` is a `Choice` of the same shapes and symmetries as `StructureViews` with these arguments."""
 
-    def __init__(self, views: Views, pictures: DevicePictures, batch_size: int, views_per_shape: int, seed: int):
+    def __init__(
+        self,
+        views: Views,
+        pictures: DevicePictures,
+        batch_size: int,
+        views_per_shape: int,
+        seed: int,
+        weights: np.ndarray | None = None,
+    ):
         self.views, self.rows, self.views_per_shape, self.seed = views, pictures.rows, views_per_shape, seed
-        self.plan = plan_shapes(2 * len(views.names), shapes_per_batch(batch_size, views_per_shape), seed)
+        weights = None if weights is None else weights.repeat(2)
+        num_shapes = shapes_per_batch(batch_size, views_per_shape)
+        self.plan = plan_shapes(2 * len(views.names), num_shapes, seed, weights)
 
     def load(self, step: int, chosen: np.ndarray | slice) -> Choice:
         """The choice of some samples (b,) of a step."""
