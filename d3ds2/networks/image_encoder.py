@@ -8,7 +8,7 @@ Sizes named in this file:
     C  channels per token
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -32,6 +32,8 @@ class ImageTokens:
             Sorted by batch.
         foreground: (L,) bool, True where the patch touches the object; always True for class token and registers.
         batch_size: number of images, B.
+        per_image: tokens of each image, where all have equally many; None: they are counted when `counts` is read, for
+            which the host waits for the device.
 
     Raises:
         ValueError: if the shapes do not fit together.
@@ -41,6 +43,7 @@ class ImageTokens:
     coords: Tensor
     foreground: Tensor
     batch_size: int
+    per_image: int | None = None
 
     def __post_init__(self):
         L = len(self.features)
@@ -60,6 +63,8 @@ class ImageTokens:
     @cached_property
     def counts(self) -> list[int]:
         """Tokens of each image."""
+        if self.per_image is not None:
+            return [self.per_image] * self.batch_size
         return torch.bincount(self.coords[:, 0], minlength=self.batch_size).tolist()
 
     @cached_property
@@ -75,12 +80,12 @@ class ImageTokens:
 
     def zeroed(self) -> "ImageTokens":
         """Return the unconditional tokens: zero features at the same coordinates."""
-        return ImageTokens(torch.zeros_like(self.features), self.coords, self.foreground, self.batch_size)
+        return replace(self, features=torch.zeros_like(self.features))
 
     def where(self, keep: Tensor) -> "ImageTokens":
         """Zero the features of images whose entry in `keep` (B,) bool is False, to drop the condition in training."""
         kept = keep.to(self.device)[self.coords[:, 0].long(), None]
-        return ImageTokens(self.features * kept, self.coords, self.foreground, self.batch_size)
+        return replace(self, features=self.features * kept)
 
     def sample(self, index: int) -> "ImageTokens":
         """Return the tokens of one image as a batch of one. Raises ValueError for an index outside the batch."""
@@ -107,7 +112,9 @@ class ImageTokens:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "ImageTokens":
         """Move all tensors; only the features take `dtype`."""
         features = self.features.to(device=device, dtype=dtype)
-        return ImageTokens(features, self.coords.to(device), self.foreground.to(device), self.batch_size)
+        return replace(
+            self, features=features, coords=self.coords.to(device), foreground=self.foreground.to(device)
+        )
 
 
 @dataclass(frozen=True)
@@ -245,16 +252,16 @@ class ImageEncoder(nn.Module):
         pixels = torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)  # (B, 3, S, S)
         hidden = self.encoder(self.embeddings(pixels)).last_hidden_state  # (B, 1 + registers + P * P, C)
         features = F.layer_norm(hidden.float(), hidden.shape[-1:], eps=1e-5).to(hidden.dtype)
-        return ImageTokens(features.flatten(0, 1), self._coords(B, images.device), self._foreground(images[:, 3]), B)
+        coords, foreground = self._coords(B, images.device), self._foreground(images[:, 3])
+        return ImageTokens(features.flatten(0, 1), coords, foreground, B, features.shape[1])
 
     def _coords(self, batch_size: int, device: torch.device) -> Tensor:
         """Coordinates (L, 4) int32 [batch, x, y, z] of the tokens of `batch_size` images."""
         P, num_special = self.config.image_size // self.config.patch_size, 1 + self.config.num_registers
-        row, column = torch.meshgrid(torch.arange(P), torch.arange(P), indexing="ij")
-        patches = torch.stack([column, row, torch.zeros_like(row)], dim=-1).reshape(P * P, 3)
-        xyz = torch.cat([torch.tensor([[0, 0, 1]]).expand(num_special, 3), patches])
-        batch = torch.arange(batch_size).repeat_interleave(len(xyz))
-        return torch.cat([batch[:, None], xyz.repeat(batch_size, 1)], dim=1).int().to(device)
+        place = torch.arange(-num_special, P * P, dtype=torch.int32, device=device).repeat(batch_size)
+        batch = torch.arange(len(place), dtype=torch.int32, device=device) // (num_special + P * P)
+        is_patch = (place >= 0).int()
+        return torch.stack([batch, place % P * is_patch, place // P * is_patch, 1 - is_patch], dim=1)
 
     def _foreground(self, masks: Tensor) -> Tensor:
         """Masks (B, S, S) -> (L,) bool, True for patches that hold a foreground pixel and for all other tokens."""
