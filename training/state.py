@@ -35,7 +35,7 @@ class State:
     Attributes:
         model: the network that is trained, on its device.
         ema: its moving average, which is exported.
-        optimizer: AdamW over the parameters that require gradients.
+        optimizer: AdamW over the parameters that require gradients, in a group for each of `rates`.
         step: number of updates so far.
     """
 
@@ -53,13 +53,13 @@ class State:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 by_rate.setdefault(rate_of(name), []).append(parameter)
-        groups = [{"params": parameters, "rate": rate} for rate, parameters in by_rate.items()]
+        self.rates, groups = list(by_rate), list(by_rate.values())
         self.optimizer = torch.optim.AdamW(
-            groups,
+            [{"params": parameters} for parameters in groups],
             lr=config.learning_rate,
             betas=config.betas,
             weight_decay=config.weight_decay,
-            fused=on_cuda(groups[0]["params"][0]),
+            fused=on_cuda(groups[0][0]),
         )
         self.step = 0
 
@@ -71,8 +71,8 @@ class State:
         Returns:
             The norm of the gradients before clipping, a scalar.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.config) * group.get("rate", 1.0)  # older checkpoints have none
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = learning_rate(self.step, self.config) * rate
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.ranks.sum_gradients(parameters)
         grad_norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)

@@ -159,13 +159,13 @@ class EfficientNetLite(nn.Module):
 
     def _read(self, published: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield our tensors by name; the published batch norms become a factor and a summand per channel."""
-        for name, conv, norm in self._published_names():
+        for name, conv, norm in self.published_names():
             scale = published[f"{norm}.weight"] / (published[f"{norm}.running_var"] + NORM_EPS).sqrt()
             yield f"{name}.conv.weight", published[f"{conv}.weight"]
             yield f"{name}.norm.scale", scale
             yield f"{name}.norm.shift", published[f"{norm}.bias"] - published[f"{norm}.running_mean"] * scale
 
-    def _published_names(self) -> Iterator[tuple[str, str, str]]:
+    def published_names(self) -> Iterator[tuple[str, str, str]]:
         """Yield the name of each `NormedConv`, and the published names of its convolution and norm."""
         yield "stem", "_conv_stem", "_bn0"
         number = 0

@@ -10,6 +10,7 @@ from d3ds2.networks.structure_vae import StructureVAEConfig
 from training.config import load_config
 from training.encode_latents import EncodeLatentsConfig
 from training.prepare_shapes import PrepareShapesConfig
+from training.render_views import RenderViewsConfig
 from training.run import RunConfig
 from training.train_dit import TrainDiTConfig
 from training.train_structure_dit import TrainStructureDiTConfig
@@ -81,7 +82,10 @@ def test_no_file_is_a_usage_line():
         ("tiny_latents", EncodeLatentsConfig),
         ("tiny_structure_dit", TrainStructureDiTConfig),
         ("tiny_dit", TrainDiTConfig),
+        ("small_shapes", PrepareShapesConfig),
+        ("small_views", RenderViewsConfig),
+        ("small_structure_dit", TrainStructureDiTConfig),
     ],
 )
-def test_configs_of_the_tiny_model_load(name, cls):
+def test_configs_of_the_models_load(name, cls):
     assert isinstance(load_config(cls, [str(CONFIGS / f"{name}.toml")]), cls)
