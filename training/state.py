@@ -8,6 +8,7 @@ single file, which any number of ranks load; torch.distributed.checkpoint would 
 import copy
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -28,24 +29,37 @@ KEEP_CHECKPOINTS = 2
 class State:
     """A model in training, at step 0 until `load` finds a checkpoint.
 
+    Args:
+        rate_of: the factor of a parameter's learning rate, by the parameter's name; default: 1 for all.
+
     Attributes:
         model: the network that is trained, on its device.
         ema: its moving average, which is exported.
-        optimizer: AdamW over the parameters that require gradients.
+        optimizer: AdamW over the parameters that require gradients, in a group for each of `rates`.
         step: number of updates so far.
     """
 
-    def __init__(self, model: nn.Module, config: RunConfig, ranks: Ranks = ALONE):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: RunConfig,
+        ranks: Ranks = ALONE,
+        rate_of: Callable[[str], float] = lambda name: 1.0,
+    ):
         self.config, self.model, self.ranks = config, model, ranks
         ranks.copy_from_first(_tensors(model))
         self.ema = copy.deepcopy(model).requires_grad_(False)
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        by_rate = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                by_rate.setdefault(rate_of(name), []).append(parameter)
+        self.rates, groups = list(by_rate), list(by_rate.values())
         self.optimizer = torch.optim.AdamW(
-            parameters,
+            [{"params": parameters} for parameters in groups],
             lr=config.learning_rate,
             betas=config.betas,
             weight_decay=config.weight_decay,
-            fused=on_cuda(parameters[0]),
+            fused=on_cuda(groups[0][0]),
         )
         self.step = 0
 
@@ -57,8 +71,8 @@ class State:
         Returns:
             The norm of the gradients before clipping, a scalar.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.config)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = learning_rate(self.step, self.config) * rate
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.ranks.sum_gradients(parameters)
         grad_norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)

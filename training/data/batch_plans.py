@@ -80,7 +80,7 @@ def cut(sizes: np.ndarray, batch_size: int, max_tokens: int) -> list[int]:
     ends = np.minimum(np.searchsorted(sums, sums[:-1] + max_tokens, side="right") - 1, first + batch_size)
     ends = np.maximum(ends, first + 1)
     starts, end_of = [0], memoryview(ends)
-    while (end := end_of[starts[-1]]) < len(sizes):
+    while len(sizes) and (end := end_of[starts[-1]]) < len(sizes):
         starts.append(end)
     return starts
 
@@ -111,9 +111,43 @@ def say_left_out(tokens: np.ndarray, max_tokens: int, what: str) -> None:
         )
 
 
-def plan_shapes(num_items: int, batch_size: int, seed: int) -> BatchPlan:
-    """Plan batches of items of equal size."""
+def plan_shapes(num_items: int, batch_size: int, seed: int, weights: np.ndarray | None = None) -> BatchPlan:
+    """Plan batches of items of equal size; each comes once an epoch, or `weights` (num_items,) times on average."""
+    if weights is not None:
+        return WeightedPlan(weights, batch_size, seed)
     return BatchPlan(np.ones(num_items, dtype=np.int64), batch_size, batch_size, seed)
+
+
+def plan_views(
+    num_shapes: int, batch_size: int, views_per_shape: int, seed: int, weights: np.ndarray | None = None
+) -> BatchPlan:
+    """Plan batches of shapes and their mirror images, `2 * shape + mirrored`, several views of each side by side.
+
+    `weights` (num_shapes,) say how often a shape is drawn, in proportion; None: all equally often.
+    """
+    weights = None if weights is None else weights.repeat(2)
+    return plan_shapes(2 * num_shapes, shapes_per_batch(batch_size, views_per_shape), seed, weights)
+
+
+class WeightedPlan(BatchPlan):
+    """A plan of items of equal size, in which item i comes `weights[i]` times an epoch on average: weights (n,) >= 0.
+
+    An item comes floor(weight) times or once more, drawn for each epoch. `kept` are the items of weight above 0.
+
+    Raises:
+        ValueError: a weight is negative, or all are 0.
+    """
+
+    def __init__(self, weights: np.ndarray, batch_size: int, seed: int):
+        if weights.min() < 0 or weights.max() == 0:
+            raise ValueError(f"expected weights of at least 0, some above, got {weights.min()} to {weights.max()}")
+        self.weights = weights
+        super().__init__(np.ones(len(weights), dtype=np.int64), batch_size, batch_size, seed)
+        self.kept = self.kept[weights > 0]
+
+    def _items(self, rng: np.random.Generator) -> np.ndarray:
+        times = np.floor(self.weights + rng.random(len(self.weights))).astype(np.int64)
+        return rng.permutation(np.arange(len(times)).repeat(times))
 
 
 def shapes_per_batch(batch_size: int, views_per_shape: int) -> int:

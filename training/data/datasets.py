@@ -28,7 +28,15 @@ from torch.utils.data import DataLoader, Dataset
 from d3ds2.geometry.voxels import BLOCK, Voxels
 from d3ds2.kernels.devices import copies_in_background
 from training.data.array_files import DamagedFileError
-from training.data.batch_plans import BatchPlan, ResolutionPlan, draw, plan_shapes, say_left_out, shapes_per_batch
+from training.data.batch_plans import (
+    BatchPlan,
+    ResolutionPlan,
+    draw,
+    plan_shapes,
+    plan_views,
+    say_left_out,
+    shapes_per_batch,
+)
 from training.data.crops import draw_crop
 from training.data.damaged_files import READ_ERRORS, DamagedFiles, TooManyDamagedError, read_or_replace
 from training.data.held import hold
@@ -221,6 +229,7 @@ class StructureViews(ViewSteps):
     Args:
         structures: those of `views.names`; None: the batches have no shapes with them, and no file is checked.
         with_grids: send the occupancy grids with the batches; else only replace shapes that are known to be damaged.
+        weights: how often each shape of `views.names` is drawn, in proportion, (n,); None: all equally often.
     """
 
     def __init__(
@@ -231,8 +240,9 @@ class StructureViews(ViewSteps):
         seed: int,
         structures: Structures | None = None,
         with_grids: bool = False,
+        weights: np.ndarray | None = None,
     ):
-        plan = plan_shapes(2 * len(views.names), shapes_per_batch(batch_size, views_per_shape), seed)
+        plan = plan_views(len(views.names), batch_size, views_per_shape, seed, weights)
         super().__init__(views, plan, views_per_shape, seed)
         self.structures, self.with_grids = structures, with_grids
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from d3ds2.images.foreground import MARGIN, SIZE, preprocess
-from training.data.batch_plans import plan_shapes, shapes_per_batch
+from training.data.batch_plans import plan_views
 from training.data.damaged_files import READ_ERRORS, first_readable
 from training.data.datasets import Structures, grid_of, load_batches
 from training.data.png_files import read_png
@@ -136,8 +136,9 @@ class PictureChoices(ViewSteps):
         seed: int,
         structures: Structures | None = None,
         with_grids: bool = False,
+        weights: np.ndarray | None = None,
     ):
-        plan = plan_shapes(2 * len(views.names), shapes_per_batch(batch_size, views_per_shape), seed)
+        plan = plan_views(len(views.names), batch_size, views_per_shape, seed, weights)
         super().__init__(views, plan, views_per_shape, seed)
         self.structures, self.with_grids = structures, with_grids
 

@@ -185,3 +185,15 @@ def list_shapes_at(
 
 def _no_shapes(data_dir: str | Path, split: str, resolution: int) -> ValueError:
     return ValueError(f"expected shapes of split {split!r} at resolution {resolution} in {data_dir}, got none")
+
+
+def shape_weights(data_dir: str | Path, names: list[str], by_source: dict[str, float]) -> np.ndarray:
+    """Return the weight of each named shape (n,) float64: that of its source, 1 if `by_source` does not list it.
+
+    Raises:
+        ValueError: no shape of the folder has one of these sources.
+    """
+    source_of = dict(read_index(data_dir, lambda record: (record["name"], record["source"])))
+    if unknown := by_source.keys() - source_of.values():
+        raise ValueError(f"expected sources of {data_dir} in source_weights, got {sorted(unknown)}")
+    return np.array([by_source.get(source_of[name], 1.0) for name in names])
