@@ -26,10 +26,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from d3ds2.kernels.devices import sums_between
+from d3ds2.kernels.devices import find_device, sums_between
 from d3ds2.storage.one_line import one_line
 from training.command import split_debug
 from training.config import load_config
+from training.folder_lock import FolderInUseError
 
 BUCKET = 1 << 25  # gradient values that are summed at once, 128 MiB
 PATIENCE = timedelta(hours=2)  # for a rank that is behind; the death of one is noticed at once
@@ -37,10 +38,6 @@ PATIENCE = timedelta(hours=2)  # for a rank that is behind; the death of one is 
 
 class LostRankError(RuntimeError):
     """Another rank has ended."""
-
-
-class FolderInUseError(RuntimeError):
-    """Another process writes to a folder."""
 
 
 @dataclass(frozen=True)
@@ -153,22 +150,20 @@ def join() -> None:
         dist.init_process_group("gloo", timeout=PATIENCE)
 
 
-def ranks_on(device: torch.device) -> Ranks:
+def ranks_on(name: str) -> Ranks:
     """Return the ranks that have joined, or this process alone.
 
     Args:
-        device: of a process alone. Several ranks take the CPU, or the CUDA device of their number on their machine.
+        name: the kind of device, such as "auto". Each of several ranks takes the GPU of its number on its machine.
 
     Raises:
-        ValueError: the device is of a kind on which several ranks cannot compute.
+        ValueError: the device is not there, or is of a kind on which several ranks cannot compute.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return Ranks(device)
-    group, backend = None, sums_between(device)
-    if backend != dist.get_backend():
-        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        group = dist.new_group(backend=backend)
+        return Ranks(find_device(name))
+    device = find_device(name, int(os.environ["LOCAL_RANK"]))
+    backend = sums_between(device)
+    group = None if backend == dist.get_backend() else dist.new_group(backend=backend, timeout=PATIENCE)
     return Ranks(device, dist.get_rank(), dist.get_world_size(), group)
 
 

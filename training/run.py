@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from d3ds2.kernels.devices import find_device, trains_in_bf16
+from d3ds2.kernels.devices import trains_in_bf16
 from d3ds2.storage.atomic_file import replacing
 from training.distributed import Ranks, ranks_on
-from training.run_folder import check_run, clear_leftovers, exporting, locked, write_settings
+from training.folder_lock import locked
+from training.run_folder import check_run, clear_leftovers, exporting, write_settings
 
 ALONE = Ranks(torch.device("cpu"))  # where only the number of ranks counts
 
@@ -73,7 +74,7 @@ def start(config: RunConfig, whole_config) -> Generator[Ranks]:
         ValueError: the run folder belongs to another model, see `check_run`.
         FolderInUseError: another process writes to it.
     """
-    ranks = ranks_on(find_device(config.device))
+    ranks = ranks_on(config.device)
     out_dir, model_dir = Path(config.out_dir), Path(whole_config.model_dir)
     with ExitStack() as held:
         if ranks.is_first:

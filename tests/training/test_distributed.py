@@ -25,9 +25,10 @@ from training.data.parts import Parts, split
 from training.data.shape_files import list_shapes, read_arrays
 from training.data.views import Views
 from training.distributed import Ranks, run_ranks
+from training.folder_lock import locked
 from training.losses import SDF_TERMS, SDFLossConfig, count_sdf, sdf_loss
 from training.run import read_metrics
-from training.run_folder import locked, newest_checkpoint
+from training.run_folder import newest_checkpoint
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

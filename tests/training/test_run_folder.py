@@ -14,15 +14,15 @@ import pytest
 import torch
 from torch import nn
 
-from training.distributed import FolderInUseError
+from training.folder_lock import LOCK, FolderInUseError, locked
 from training.run import RunConfig, read_metrics, start
-from training.run_folder import LOCK, changed, check_run, exporting, locked
+from training.run_folder import changed, check_run, exporting
 from training.state import State
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys, time
-from training.run_folder import locked
+from training.folder_lock import locked
 with locked(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
