@@ -14,10 +14,11 @@ gradients and losses go through the devices (nccl on CUDA). A rank that dies clo
 others at their next agreement.
 """
 
+import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -49,12 +50,14 @@ class Ranks:
         rank: the number of this one, from 0.
         size: how many there are.
         group: for sums on the devices; None: the same as on the CPU.
+        background: for agreements on the CPU between threads that write checkpoints; None for one process.
     """
 
     device: torch.device
     rank: int = 0
     size: int = 1
     group: Any = None
+    background: Any = None
 
     @property
     def is_first(self) -> bool:
@@ -84,14 +87,14 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list = [None] * self.size
-        with _Connected():
+        with connected():
             dist.all_gather_object(values, value)
         return values
 
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors of the device, of any shape, by those of the first rank."""
         if self.size > 1:
-            with torch.no_grad(), _Connected():
+            with torch.no_grad(), connected():
                 for tensor in tensors:
                     whole = tensor.detach().contiguous()
                     dist.broadcast(whole, 0, group=self.group)
@@ -125,20 +128,23 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _reduced(tensor: Tensor, operation, group=None) -> Tensor:
-    with _Connected():
+    with connected():
         dist.all_reduce(tensor, operation, group=group)
     return tensor
 
 
-class _Connected:
-    """Turns an error of the connection into a LostRankError."""
+@contextlib.contextmanager
+def connected() -> Generator[None]:
+    """Turn an error of the connection into a LostRankError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRankError("another rank has ended") from error
 
-    def __enter__(self) -> None:
-        pass
 
-    def __exit__(self, _kind, error, _trace) -> None:
-        if isinstance(error, RuntimeError):
-            raise LostRankError("another rank has ended") from error
+def own_part(tensor: Tensor) -> Tensor:
+    """Return the shard of a tensor that this rank holds, in place; a tensor that is not sharded is whole."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 # --- start and end
@@ -164,7 +170,7 @@ def ranks_on(name: str) -> Ranks:
     device = find_device(name, int(os.environ["LOCAL_RANK"]))
     backend = sums_between(device)
     group = None if backend == dist.get_backend() else dist.new_group(backend=backend, timeout=PATIENCE)
-    return Ranks(device, dist.get_rank(), dist.get_world_size(), group)
+    return Ranks(device, dist.get_rank(), dist.get_world_size(), group, dist.new_group(backend="gloo"))
 
 
 def run_script(work: Callable[[Any], Any], config_class: type, arguments: list[str]) -> None:

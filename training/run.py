@@ -38,6 +38,7 @@ class RunConfig:
     out_dir: str = "runs/run"
     seed: int = 0
     steps: int = 1000
+    sharded: bool = False  # several ranks share the weights (FSDP2) instead of copying them: less memory, more traffic
     accumulate: int = 1  # parts of a batch that a rank computes one after the other: less memory, the same step
     learning_rate: float = 1e-4  # [A]
     final_learning_rate: float = 1.0  # at the last step, as a fraction, along a cosine; 1: constant [D]

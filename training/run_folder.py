@@ -5,6 +5,9 @@ run writes to it. Exports to a model folder, which several stages share, wait fo
 """
 
 import json
+import re
+import shutil
+import uuid
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +25,28 @@ LEFTOVERS = (
 
 
 def checkpoints(out_dir: str | Path) -> list[Path]:
-    """The checkpoints in a run folder, newest first."""
-    return sorted(Path(out_dir).glob("step_*.pt"), reverse=True)
+    """The checkpoints in a run folder, newest first: folders, and files of earlier versions."""
+    found = [path for path in Path(out_dir).glob("step_*") if re.fullmatch(r"step_\d+(\.pt)?", path.name)]
+    return sorted(found, key=lambda path: (step_of(path), path.suffix == ""), reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, from its name."""
+    return int(checkpoint.stem.removeprefix("step_"))
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint. A process that is killed meanwhile leaves a part under another name."""
+    aside = checkpoint.with_name(f".{checkpoint.name}.{uuid.uuid4().hex[:8]}")
+    checkpoint.rename(aside)
+    _delete(aside)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def newest_checkpoint(out_dir: str | Path) -> Path | None:
@@ -34,7 +57,7 @@ def newest_checkpoint(out_dir: str | Path) -> Path | None:
 def last_step(out_dir: str | Path) -> int:
     """The step of a run's newest checkpoint, 0 without one."""
     newest = newest_checkpoint(out_dir)
-    return 0 if newest is None else int(newest.stem.removeprefix("step_"))
+    return 0 if newest is None else step_of(newest)
 
 
 def check_run(out_dir: str | Path, model_dir: str | Path) -> None:
@@ -101,8 +124,8 @@ def exporting(model_dir: str | Path) -> Generator[None]:
 
 
 def clear_leftovers(folder: str | Path) -> None:
-    """Delete the unfinished files of killed processes. Hold the folder's lock meanwhile."""
+    """Delete the unfinished files and checkpoints of killed processes. Hold the folder's lock meanwhile."""
     for pattern in LEFTOVERS:
         for path in Path(folder).glob(pattern):
-            if path.is_file():
-                path.unlink(missing_ok=True)
+            if path.is_file() or path.name.startswith(".step_"):
+                _delete(path)

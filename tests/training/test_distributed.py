@@ -19,6 +19,7 @@ import torch
 from tests.support.training_chain import Chain, copy_model
 from tests.support.training_data import R, prepared, write_toml
 from training import encode_latents, train_dit, train_structure_dit, train_structure_vae, train_vae
+from training.checkpoints import fault_of, open_checkpoint, read_into
 from training.data.datasets import LatentViews, Shapes, Structures, StructureViews, load_batches
 from training.data.latent_moments import moments_path
 from training.data.parts import Parts, split
@@ -119,10 +120,19 @@ def train_all(chain: Chain, folder: Path, ranks: int, **run) -> None:
 
 def difference(folder: Path, other: Path, part: str) -> float:
     """The relative difference of all weights in the newest checkpoints of two runs."""
-    one, two = (torch.load(newest_checkpoint(f), weights_only=True) for f in (folder, other))
-    assert one["step"] == two["step"]
-    a, b = (torch.cat([tensor.flatten().double() for tensor in values[part].values()]) for values in (one, two))
+    one, two = (newest_checkpoint(f) for f in (folder, other))
+    assert one.name == two.name
+    a, b = (torch.cat([t.flatten().double() for t in read_part(path, part).values()]) for path in (one, two))
     return ((a - b).norm() / a.norm()).item()
+
+
+def read_part(path: Path, part: str) -> dict[str, torch.Tensor]:
+    """The tensors of a part of a checkpoint, such as "model"."""
+    assert fault_of(path) == ""
+    shapes = open_checkpoint(path, []).shapes
+    tensors = {name: torch.full(shapes[name], torch.nan) for name in sorted(shapes) if name.startswith(f"{part}.")}
+    read_into(path, tensors)
+    return tensors
 
 
 def assert_equal_runs(folder: Path, other: Path) -> None:
@@ -138,14 +148,25 @@ def assert_equal_runs(folder: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_ranks_and_parts_train_as_one_process(chain, tmp_path, steps):
-    """1 rank × 4 parts, 2 × 2, 4 × 1 and 2 → 1 → 4 ranks end with the weights of one rank with whole batches."""
+    """Any ranks, parts and shards end with the weights of one rank with whole batches.
+
+    1 rank × 4 parts, 2 × 2, 4 × 1, 2 sharded, 2 → 1 → 4 ranks, and 2 sharded → 1 → 2 → 4 sharded.
+    """
     train_all(chain, tmp_path / "whole", 1, steps=steps)
     train_all(chain, tmp_path / "1x4", 1, steps=steps, accumulate=4)
     train_all(chain, tmp_path / "2x2", 2, steps=steps, accumulate=2)
     train_all(chain, tmp_path / "4x1", 4, steps=steps)
+    train_all(chain, tmp_path / "sharded", 2, steps=steps, sharded=True)
     for ranks, until in ((2, steps // 4), (1, steps // 2), (4, steps)):
         train_all(chain, tmp_path / "resumed", ranks, steps=until)
-    for name in ("1x4", "2x2", "4x1", "resumed"):
+    for ranks, until, sharded in (
+        (2, steps // 4, True),
+        (1, steps // 2, True),
+        (2, steps * 3 // 4, False),
+        (4, steps, True),
+    ):
+        train_all(chain, tmp_path / "resharded", ranks, steps=until, sharded=sharded)
+    for name in ("1x4", "2x2", "4x1", "sharded", "resumed", "resharded"):
         assert_equal_runs(tmp_path / "whole", tmp_path / name)
 
 
@@ -159,7 +180,7 @@ def test_death_of_a_rank_ends_all_and_the_run_goes_on(chain, tmp_path):
     assert errors.count("error: ") == 1
     assert "error: another rank has ended; the same command continues from the newest checkpoint\n" in errors
     run = Path(parts.run.out_dir)
-    assert [path.name for path in run.glob("*step*")] == ["step_00000002.pt"]
+    assert [path.name for path in run.glob("*step*")] == ["step_00000002"]
     assert not (run / "training.lock").exists()
 
     on_ranks(2, lambda: train_vae.train(parts))
@@ -194,7 +215,7 @@ def test_signal_to_one_rank_stops_all(chain, tmp_path):
         train_structure_vae.train(config)
 
     on_ranks(2, signalled)
-    assert [path.name for path in Path(config.run.out_dir).glob("*step*")] == ["step_00000003.pt"]
+    assert [path.name for path in Path(config.run.out_dir).glob("*step*")] == ["step_00000003"]
     assert read_metrics(config.run.out_dir)[-1]["step"] == 3
 
 
