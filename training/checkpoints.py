@@ -64,7 +64,7 @@ def save_in_background(out_dir: Path, step: int, tensors: dict[str, Tensor], ran
     unfinished = Path(ranks.from_first(str(out_dir / f".{path.name}.{uuid.uuid4().hex[:8]}")))
     files = {name: 1 + PARTS.index(name.partition(".")[0]) for name in tensors}
     writer = dcp.HuggingFaceStorageWriter(str(unfinished), files, save_distributed=True)
-    saved = dcp.async_save(tensors, storage_writer=writer, process_group=ranks.background, no_dist=ranks.size == 1)
+    saved = dcp.async_save(tensors, storage_writer=writer, process_group=ranks.background, no_dist=not ranks.is_joined)
     thread = ThreadPoolExecutor(1, "checkpoint")
     finished = thread.submit(_finish, saved, unfinished, path, step, ranks)
     thread.shutdown(wait=False)

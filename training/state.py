@@ -38,7 +38,7 @@ class State:
         ranks.copy_from_first(_tensors(model))
         self.ema = copy.deepcopy(model).requires_grad_(False)
         self._unsharded = None
-        if config.sharded and ranks.size > 1:
+        if config.sharded and ranks.is_joined:
             self._unsharded = copy.deepcopy(self.ema).cpu()
             for part in (self.model, self.ema):
                 shard(part, ranks)
