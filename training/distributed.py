@@ -57,8 +57,8 @@ class Ranks:
         rank: the number of this one, from 0.
         size: how many there are.
         group: for sums on the devices; None: the same as on the CPU.
-        background: for agreements on the CPU between threads that write checkpoints; None for a process that torchrun has not
-            started.
+        background: for agreements on the CPU between threads that write checkpoints; None where torchrun has started no
+            ranks.
     """
 
     device: torch.device
