@@ -25,7 +25,6 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from d3ds2.kernels.devices import find_device
 from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE
 from d3ds2.storage.atomic_file import replacing
@@ -229,7 +228,7 @@ def main(config: EncodeLatentsConfig) -> dict:
         ValueError: too many shapes are damaged.
         OSError: the disk is full or cannot be written. Finished files stay.
     """
-    ranks = ranks_on(find_device(config.device))
+    ranks = ranks_on(config.device)
     vae = load_network(config.model_dir, config.network, ranks.device)
     shard = Shard.parse(config.shard) if ranks.size == 1 else Shard(ranks.rank, ranks.size)
     summary_file = moments_path(config.data_dir, config.resolution)

@@ -194,7 +194,7 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
 
     validate = make_validation(config, ranks, state.ema, encoder, vae)
 
-    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks, token_weights(model)) as log:
+    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks, token_weights(model)) as log, state:
         for parts in load_parts(dataset, state.step, run, ranks, ("tokens",), count_tokens):
             for part in parts:
                 batch: LatentBatch = part.batch
@@ -205,18 +205,19 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
                     image_tokens = encode_images(encoder, batch.images, config.model.sparse_context)
                     loss = flow_loss(model, image_tokens, x_0, voxels, config.loss, generator, part)
                 loss.backward()
-                log.add({"loss": loss, "tokens": len(voxels)})
+                log.add({"loss": loss, "tokens": part.own(len(voxels))})
             grad_norm = state.update()
 
             validate(state.step, log)
             log(state.step, {"grad_norm": grad_norm})
             if is_save_step(state.step, stop, run):
                 state.save()
+                averaged = state.averaged()
                 if ranks.is_first:
-                    export(config, state.ema)
+                    export(config, averaged)
                 if stop:
                     break
-    return state.ema
+    return state.averaged()
 
 
 def export(config: TrainDiTConfig, ema: nn.Module) -> None:

@@ -280,7 +280,7 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
     validate = make_validation(config, ranks, state.ema, vae)
 
     weights, tokens = token_weights(model["structure_dit"]), config.model.resolution**3
-    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks, weights) as log:
+    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks, weights) as log, state:
         for parts in load_parts(dataset, state.step, run, ranks, ("samples",), count_samples):
             if config.image_encoder_steps and state.step >= config.image_encoder_steps:
                 freeze_image_encoder(model, state.ema)
@@ -298,13 +298,14 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
             log(state.step, {"grad_norm": grad_norm})
             if is_save_step(state.step, stop, run):
                 state.save()
+                averaged = state.averaged()
                 if ranks.is_first:
                     with exporting(config.model_dir):
-                        for name, network in state.ema.items():
+                        for name, network in averaged.items():
                             save_network(config.model_dir, name, merged(network), torch.float16)
                 if stop:
                     break
-    return state.ema
+    return state.averaged()
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def train_on(ranks: Ranks, config: TrainStructureVAEConfig) -> nn.Module:
 
     validate = make_validation(config, ranks, state.ema)
 
-    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks) as log:
+    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks) as log, state:
         for parts in load_parts(structures, state.step, run, ranks, ("samples",), count_samples):
             for part in parts:
                 seed_step(generator, run.seed, state.step)
@@ -136,13 +136,14 @@ def train_on(ranks: Ranks, config: TrainStructureVAEConfig) -> nn.Module:
             log(state.step, {"grad_norm": grad_norm})
             if is_save_step(state.step, stop, run):
                 state.save()
+                averaged = state.averaged()
                 if ranks.is_first:
-                    set_latent_scale(state.ema, measure_latents(state.ema, structures, device))
+                    set_latent_scale(averaged, measure_latents(averaged, structures, device))
                     with exporting(config.model_dir):
-                        save_network(config.model_dir, "structure_vae", state.ema, torch.float16)
+                        save_network(config.model_dir, "structure_vae", averaged, torch.float16)
                 if stop:
                     break
-    return state.ema
+    return state.averaged()
 
 
 if __name__ == "__main__":

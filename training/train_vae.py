@@ -154,26 +154,27 @@ def train_on(ranks: Ranks, config: TrainVAEConfig) -> nn.Module:
 
     validate = make_validation(config, ranks, state.ema)
 
-    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks) as log:
+    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks) as log, state:
         for parts in load_parts(shapes, state.step, run, ranks, SDF_TERMS, count_terms):
             for part in parts:
                 seed_step(generator, run.seed, state.step)
                 with autocast(run, device):
                     terms = vae_loss(model, part.batch, config.loss, generator, part)
                 terms["loss"].backward()
-                log.add({**terms, "tokens": len(part.batch.block_coords)})
+                log.add({**terms, "tokens": part.own(len(part.batch.block_coords))})
             grad_norm = state.update()
 
             validate(state.step, log)
             log(state.step, {"grad_norm": grad_norm})
             if is_save_step(state.step, stop, run):
                 state.save()
+                averaged = state.averaged()
                 if ranks.is_first:
                     with exporting(config.model_dir):
-                        save_network(config.model_dir, config.network, state.ema, torch.float16)
+                        save_network(config.model_dir, config.network, averaged, torch.float16)
                 if stop:
                     break
-    return state.ema
+    return state.averaged()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from training.data.shape_batches import active_voxels
 from training.data.shape_files import latent_path, list_shapes, load_shape, read_arrays, shape_path
 from training.data.views import Views
 from training.run import read_metrics
+from training.run_folder import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +295,6 @@ def test_time_limit_saves_and_exports(chain, tmp_path):
     run = dataclasses.replace(chain.structure_vae.run, out_dir=str(tmp_path / "run"), max_minutes=1e-6)
     config = dataclasses.replace(chain.structure_vae, model_dir=str(tmp_path / "model"), run=run)
     stopped = train_structure_vae.train(config)
-    assert [path.name for path in (tmp_path / "run").glob("*.pt")] == ["step_00000001.pt"]
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_00000001"]
     exported = load_network(tmp_path / "model", "structure_vae")
     assert torch.equal(next(exported.parameters()), next(stopped.parameters()).half().float())

@@ -8,17 +8,17 @@ them, so tasks never write to the same file. Each file is a list of records:
 `meshes` is the folder that the mesh came from. Records of other folders stay when a folder is prepared again.
 """
 
-import contextlib
 import json
 import re
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from d3ds2.storage.atomic_file import replacing
 from training.data.packs import open_data
 from training.data.shards import Shard
+from training.folder_lock import locked
 
 MARK, END = re.compile(r"\s*([\[,])\s*"), re.compile(r"\s*\]\s*")  # between the records of a file, and after them
 
@@ -117,7 +117,7 @@ def update_index(
     """
     data_dir, own = Path(data_dir), shard.file(Path(data_dir) / "index.json")
     new = {record["name"]: record for record in records}
-    with _locked(data_dir):
+    with locked(data_dir, wait=True, name=".index.lock"):
         known = {record["name"]: record for record in _records_or_none(own)}
         _write(own, [r for name, r in (known | new).items() if name in new or not is_gone(r)])
         for other in index_files(data_dir) if in_others else []:
@@ -143,20 +143,3 @@ def _records_or_none(file: Path) -> list[dict]:
 def _write(file: Path, records: list[dict]) -> None:
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(sorted(records, key=lambda record: record["name"]), indent=1))
-
-
-@contextlib.contextmanager
-def _locked(data_dir: Path) -> Generator[None]:
-    """Keep other tasks from changing the index meanwhile, where the system and its files can.
-
-    Where they cannot, tasks of one array still keep apart, since each has its own file.
-    """
-    try:
-        import fcntl  # not on Windows
-    except ImportError:
-        yield
-        return
-    with open(data_dir / ".index.lock", "w") as file:
-        with contextlib.suppress(OSError):  # a network folder without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
