@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .images.foreground import METHODS, ImageError, cut_out, load_image
+from .images.foreground import METHODS, cut_out
+from .images.image_file import ImageError, load_image
 from .kernels.devices import PRECISIONS, find_device, find_dtype
 from .meshes.mesh import Mesh
 from .meshes.mesh_file import FORMATS, MeshFileError, check_mesh_path, check_writable, save_mesh

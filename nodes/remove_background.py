@@ -74,7 +74,8 @@ class RemoveBackground(io.ComfyNode):
         cls, image, method, invert_mask, foreground_ratio, mask=None, background_removal: Any = None
     ) -> io.NodeOutput:
         """Cut the object out of each picture. Raises ValueError, with advice, if none is found."""
-        from ..d3ds2.images.foreground import ImageError, centre_object, cut_out
+        from ..d3ds2.images.foreground import centre_object, cut_out
+        from ..d3ds2.images.image_file import ImageError
         from .comfy.pictures import to_images, to_masks, to_pictures
         from .comfy.progress import Progress, run_cancellable
         from .comfy.samples import sample
@@ -134,7 +135,8 @@ def _masks_for(image: torch.Tensor, mask: torch.Tensor | None, invert: bool, met
 
 def _choose(method: str, picture: Image.Image, has_mask: bool, has_model: bool) -> str:
     """Return the method for a picture. Raises ValueError if a method needs an input that is not connected."""
-    from ..d3ds2.images.foreground import alpha_range, rembg_is_ready
+    from ..d3ds2.images.alpha import tells_object
+    from ..d3ds2.images.foreground import rembg_is_ready
 
     if method == "mask" and not has_mask:
         raise ValueError("method is `mask`, but no mask is connected: connect one, or choose `auto`.")
@@ -147,7 +149,7 @@ def _choose(method: str, picture: Image.Image, has_mask: bool, has_model: bool) 
         return method
     if has_mask:
         return "mask"
-    if picture.mode == "RGBA" and alpha_range(picture)[0] < 255:
+    if picture.mode == "RGBA" and tells_object(picture):
         return "alpha"
     if has_model:
         return "model"
