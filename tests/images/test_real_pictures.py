@@ -102,10 +102,8 @@ def test_a_wide_object_is_no_bar():
 def test_greys_of_any_depth(tmp_path, bits):
     values = np.asarray(on_white().convert("L"), np.float64) / 255 * (2**bits - 1)
     Image.fromarray(values.astype(np.uint16)).save(tmp_path / "deep.png")
-    assert (
-        np.abs(np.asarray(load_image(tmp_path / "deep.png").convert("L"), int) - values * 255 // (2**bits - 1)).max()
-        <= 1
-    )
+    loaded = np.asarray(load_image(tmp_path / "deep.png").convert("L"), int)
+    assert np.abs(loaded - values * 255 // (2**bits - 1)).max() <= 1
 
 
 def test_not_a_number_in_a_tiff_is_black(tmp_path):
