@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from d3ds2.images.foreground import load_image
+from d3ds2.images.image_file import load_image
 from d3ds2.pipeline import TINY, load_pipeline
 from d3ds2.rectified_flow import euler_sample, guided_velocity, noise_for, time_schedule
 from training.data.shape_files import BLOCK, list_records, list_shapes, load_shape, shape_path
