@@ -1,4 +1,4 @@
-"""What a glTF file says of itself, checked before a loader believes it.
+"""Check what a glTF file says of itself, before a loader believes it.
 
 A loader takes memory for as many numbers as a file claims, and passes over extensions that it does not know: of a mesh
 compressed in another way it would read zeros.
