@@ -40,7 +40,8 @@ class MeshExport(io.ComfyNode):
                     default=0,
                     min=0,
                     max=100_000_000,
-                    tooltip="Simplify the mesh to about this many faces; 0 keeps all of them.",
+                    tooltip="Simplify the mesh to about this many faces, or to as few as keep its volume within 5 %; "
+                    "0 keeps all of them.",
                 ),
                 io.Combo.Input(
                     "up_axis",
@@ -100,7 +101,9 @@ class MeshExport(io.ComfyNode):
                 data = run_cancellable(mesh_bytes, f".{format}", own, metadata)
                 files.append(_write(folder, name, counter, format, data))
             progress.update(index + 1)
-        progress.status(f"{len(own.faces):,} faces in {files[-1]}")
+        more = target_faces and len(own.faces) > 1.1 * target_faces
+        why = f"; fewer, such as {target_faces:,}, would change its shape too much" if more else ""
+        progress.status(f"{len(own.faces):,} faces in {files[-1]}{why}")
         paths = [f"{subfolder}/{file}" if subfolder else file for file in files]
         results = [{"filename": file, "subfolder": subfolder, "type": "output"} for file in files]
         return io.NodeOutput(paths, [Types.File3D(str(folder / file), format) for file in files], ui={"3d": results})

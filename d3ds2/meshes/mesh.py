@@ -11,6 +11,9 @@ import numpy as np
 from .manifold_mesh import separate_sheets
 from .numba_kernel import kernel
 
+MAX_VOLUME_CHANGE = 0.05  # of the volume, by simplifying
+AGGRESSIVENESS = (7, 8, 9, 10)  # of fast-simplification, whose own default is the first
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -104,8 +107,8 @@ def drop_parts(mesh: Mesh, min_component: float = 0.0, keep_largest: bool = Fals
 def decimate(mesh: Mesh, target_faces: int) -> Mesh:
     """Simplify a mesh to about `target_faces` faces by quadric errors; return it unchanged if it has no more.
 
-    A closed mesh stays closed. A mesh with many handles may keep more faces than asked for, because each handle needs
-    some.
+    A closed mesh stays closed. The result has more faces than asked for if each handle of the mesh needs some, or if
+    fewer would change the volume by more than MAX_VOLUME_CHANGE.
 
     Raises:
         ValueError: target_faces is below 4.
@@ -113,14 +116,35 @@ def decimate(mesh: Mesh, target_faces: int) -> Mesh:
     """
     if target_faces < 4:
         raise ValueError(f"expected target_faces of at least 4, got {target_faces}")
-    if len(mesh.faces) <= target_faces:
-        return mesh
+    before = volume(mesh.vertices, mesh.faces)
+    while target_faces < len(mesh.faces):
+        vertices, faces = separate_sheets(*_simplify(mesh, target_faces))
+        if abs(volume(vertices, faces) - before) <= MAX_VOLUME_CHANGE * abs(before):
+            return Mesh(vertices, faces, area_weighted_normals(vertices, faces))
+        target_faces *= 2
+    return mesh
+
+
+def volume(vertices: np.ndarray, faces: np.ndarray) -> float:
+    """Return the volume inside vertices (V,3) and faces (F,3), negative where they are wound inward.
+
+    Of an open mesh, the volume below its faces as seen from its centre.
+    """
+    if len(faces) == 0:
+        return 0.0
+    a, b, c = (vertices[faces[:, corner]].astype(np.float64) - vertices.mean(0) for corner in range(3))
+    return float(np.einsum("nk,nk->", a, np.cross(b, c)) / 6)
+
+
+def _simplify(mesh: Mesh, target_faces: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return vertices (V,3) and faces (F,3), simplified ever more boldly until there are as few as asked for."""
     try:
         import fast_simplification  # optional: making a mesh does not need it
     except ImportError as error:
         raise ImportError("decimate needs fast-simplification: pip install fast-simplification") from error
-    vertices, faces = fast_simplification.simplify(
-        mesh.vertices, mesh.faces.astype(np.int32), target_count=target_faces
-    )
-    vertices, faces = separate_sheets(vertices, faces)
-    return Mesh(vertices, faces, area_weighted_normals(vertices, faces))
+    vertices, faces = mesh.vertices, mesh.faces.astype(np.int32)
+    for aggressiveness in AGGRESSIVENESS:
+        vertices, faces = fast_simplification.simplify(vertices, faces, target_count=target_faces, agg=aggressiveness)
+        if len(faces) <= target_faces:
+            break
+    return vertices, faces

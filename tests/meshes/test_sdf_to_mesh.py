@@ -327,10 +327,10 @@ def test_decimated_mesh_stays_closed(name, target):
     small = decimate(mesh, target)
     plain = assert_closed(small)
     assert 0.9 * target < len(small.faces) < len(mesh.faces)
-    if target >= 8000:
+    if target >= 8000 or name == "sphere":
         assert len(small.faces) < 1.1 * target
-        volume = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False).volume
-        assert plain.volume == pytest.approx(volume, rel=0.03)
+    volume = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False).volume
+    assert plain.volume == pytest.approx(volume, rel=0.03 if target >= 8000 else 0.05)
     assert decimate(small, len(small.faces)) is small
 
 
