@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 POLL = 0.1  # seconds between two checks of the Cancel button
 PREVIEW_SIZE = 512  # pixels: the longest side of a live picture
+NO_TAGS = str.maketrans("<>", "‹›")
 PREVIEW_SHARE = 0.2  # of the time, at most, goes into drawing pictures
 
 Result = TypeVar("Result")
@@ -36,12 +37,15 @@ class Progress:
         self.picture: Image.Image | None = None
 
     def status(self, text: str) -> None:
-        """Show a line of text on the node."""
+        """Show a line of text on the node, in the browser tab whose prompt runs.
+
+        Old front ends show the text as HTML, so a file named like a tag must not become one.
+        """
         from server import PromptServer
 
         server = getattr(PromptServer, "instance", None)  # none when nodes run without a server
         if server is not None and self.node_id is not None:
-            server.send_progress_text(text, self.node_id)
+            server.send_progress_text(text.translate(NO_TAGS), self.node_id, getattr(server, "client_id", None))
 
     def update(self, done: int, picture: Callable[[], Image.Image] | None = None) -> None:
         """Report that `done` of `total` are done. This is a cancel point.

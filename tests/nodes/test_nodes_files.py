@@ -219,6 +219,14 @@ def test_a_batch_is_numbered_and_nothing_is_overwritten(comfy):
     assert comfy.run("D3DS2MeshExport", mesh=ball(), filename_prefix="flat")[0] == ["flat_00001_.glb"]
 
 
+def test_status_goes_to_one_tab_and_holds_no_tags(comfy):
+    comfy.texts.clear()
+    comfy.run("D3DS2MeshExport", mesh=ball(), filename_prefix="tags/<img src=x onerror=alert(1)>")
+    text, node = comfy.texts[-1]
+    assert "‹img src=x onerror=alert(1)›_00001_.glb" in text and "<" not in text and node == "7"
+    assert set(comfy.clients) == {"tab"}
+
+
 def test_prompts_at_once_get_a_file_each(comfy):
     def export(index):
         return comfy.run("D3DS2MeshExport", mesh=ball(), filename_prefix="at_once/a", format="stl")[0][0]

@@ -270,7 +270,8 @@ class ComfyUI:
             get_output_directory=lambda: str(self.folder / "output"),
             get_save_image_path=self._save_path,
         )
-        server = SimpleNamespace(send_progress_text=lambda text, node: self.texts.append((text, node)))
+        self.clients = []
+        server = SimpleNamespace(client_id="tab", send_progress_text=self._progress_text)
         comfy = module("comfy", model_management=management, model_patcher=patcher, utils=utils, cli_args=cli_args)
         return {
             "comfy_api": module("comfy_api", latest=latest),
@@ -289,6 +290,10 @@ class ComfyUI:
         for patcher in patchers:
             patcher.model.to(patcher.load_device)
         self.loads.append(([type(patcher.model).__name__ for patcher in patchers], memory_required))
+
+    def _progress_text(self, text, node_id, sid=None) -> None:
+        self.texts.append((text, node_id))
+        self.clients.append(sid)
 
     def _progress_bar(self, total, node_id=None):
         def update_absolute(value, total=total, preview=None):
