@@ -49,7 +49,7 @@ BAND = 3.0  # voxels
 
 @dataclass(frozen=True)
 class Work:
-    """What the ranks do.
+    """A measurement.
 
     Attributes:
         case: a key of CASES.

@@ -127,7 +127,7 @@ def checksum(file: Path) -> str:
 
 
 class Stored(NamedTuple):
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Attributes:
         step: its step.
