@@ -5,7 +5,7 @@ needs no random state: all random numbers of a step come from (seed, step).
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -26,14 +26,23 @@ class State:
         with state:  # its end waits for the checkpoint that is being written
             ...
 
+    Args:
+        rate_of: the factor of a parameter's learning rate, by the parameter's name; default: 1 for all.
+
     Attributes:
         model: the network that is trained, on its device; sharded over the ranks if `run.sharded`.
         ema: its moving average, sharded likewise; `averaged` is what to export or evaluate.
-        optimizer: AdamW over the parameters that require gradients.
+        optimizer: AdamW over the parameters that require gradients, in a group for each of `rates`.
         step: number of updates so far.
     """
 
-    def __init__(self, model: nn.Module, config: RunConfig, ranks: Ranks = ALONE):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: RunConfig,
+        ranks: Ranks = ALONE,
+        rate_of: Callable[[str], float] = lambda name: 1.0,
+    ):
         self.config, self.model, self.ranks = config, model, ranks
         ranks.copy_from_first(_tensors(model))
         self.ema = copy.deepcopy(model).requires_grad_(False)
@@ -42,14 +51,17 @@ class State:
             self._unsharded = copy.deepcopy(self.ema).cpu()
             for part in (self.model, self.ema):
                 shard(part, ranks)
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._trained = list(trained)
+        groups: dict[float, dict[str, nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault(rate_of(name), {})[name] = parameter
+        self.rates, self._trained = list(groups), [name for group in groups.values() for name in group]
         self.optimizer = torch.optim.AdamW(
-            trained.values(),
+            [{"params": list(group.values())} for group in groups.values()],
             lr=config.learning_rate,
             betas=config.betas,
             weight_decay=config.weight_decay,
-            fused=on_cuda(next(iter(trained.values()))),
+            fused=on_cuda(next(model.parameters())),
         )
         self.step = 0
         self._saving: Future | None = None
@@ -62,8 +74,8 @@ class State:
         Returns:
             The norm of the gradients before clipping, a scalar.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.config)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = learning_rate(self.step, self.config) * rate
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if self._unsharded is None:
             self.ranks.sum_gradients(parameters)

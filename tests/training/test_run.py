@@ -68,6 +68,20 @@ def test_gradients_are_clipped(tmp_path):
     assert moved.item() == pytest.approx(0.5, rel=1e-3) and model.weight.grad is None
 
 
+def test_parameters_of_another_rate_move_less(tmp_path):
+    model = nn.ModuleDict({"fast": nn.Linear(1, 1), "slow": nn.Linear(1, 1)})
+    config = make_config(tmp_path, learning_rate=0.01, warmup_steps=1)
+    state = State(model, config, rate_of=lambda name: 0.25 if name.startswith("slow") else 1.0)
+    assert state.rates == [1.0, 0.25]
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    state.update()  # the first step of Adam moves every parameter by its learning rate
+    moved = {name: (before[name] - parameter).item() for name, parameter in model.named_parameters()}
+    rate = learning_rate(0, state.config)
+    assert moved["fast.weight"] == pytest.approx(rate, rel=1e-3)
+    assert moved["slow.bias"] == pytest.approx(0.25 * rate, rel=1e-3)
+
+
 def test_ema_warms_up_then_follows_slowly(tmp_path):
     model = nn.BatchNorm1d(2)
     state = State(model, make_config(tmp_path, ema_decay=0.75))

@@ -37,7 +37,7 @@ class Part(NamedTuple):
 
     Attributes:
         batch: what the dataset returns for these samples; None if there are none.
-        cut: None for a whole batch.
+        cut: None for a whole batch in which no smaller shape stands for a damaged one.
         shares: the share of the whole batch's values that this part has, each a scalar float32, by the name of what is
             counted; None for a whole batch.
         is_stand_in: whether the samples are also those of another part, so that this one counts for nothing.
@@ -121,16 +121,20 @@ class Parts(Dataset):
             return Part()
         chosen = np.argsort(sizes, kind="stable")[:1] if is_empty else chosen
         batch = self.steps.load(step, chosen)
-        starts, loaded = np.cumsum(sizes) - sizes, _sizes_of(batch)
-        rows = []
-        for sample, size in zip(chosen.tolist(), sizes[chosen] if loaded is None else loaded, strict=True):
-            if size > sizes[sample]:  # a smaller one may stand for a shape that cannot be read
-                raise ValueError(
-                    f"sample {sample} of step {step} has {size} tokens, but the index says {sizes[sample]}: "
-                    "prepare the data again"
-                )
-            rows.append(np.arange(starts[sample], starts[sample] + size))
-        cut = Cut(torch.from_numpy(chosen), len(sizes), torch.from_numpy(np.concatenate(rows)), int(sizes.sum()))
+        loaded = _sizes_of(batch)
+        loaded = sizes[chosen] if loaded is None else np.array(loaded)
+        if too_large := np.flatnonzero(loaded > sizes[chosen]).tolist():
+            sample = chosen[too_large[0]]
+            raise ValueError(
+                f"sample {sample} of step {step} has {loaded[too_large[0]]} tokens, but the index says "
+                f"{sizes[sample]}: prepare the data again"
+            )
+        if self.number == 1 and (loaded == sizes).all():
+            return Part(batch)
+        # a smaller shape may stand for one that cannot be read: its rows are the first of those of the other
+        starts = (np.cumsum(sizes) - sizes)[chosen]
+        rows = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, loaded, strict=True)])
+        cut = Cut(torch.from_numpy(chosen), len(sizes), torch.from_numpy(rows), int(sizes.sum()))
         return Part(batch, cut, is_stand_in=is_empty)
 
 
@@ -157,12 +161,12 @@ def load_parts(
         counted: names of the K things over which the loss takes means, such as "tokens".
         count: returns how many of each a batch has, (K,) int64. It is not called for a whole batch.
     """
-    if ranks.size * run.accumulate == 1:
-        for batch in load_batches(steps, first_step, run.steps, run.workers, ranks.device):
-            yield [Part(batch)]
-        return
     items = first_step * run.accumulate, run.steps * run.accumulate
     loaded = load_batches(Parts(steps, ranks, run.accumulate, run.sharded), *items, run.workers, ranks.device)
+    if ranks.size * run.accumulate == 1:
+        for part in loaded:
+            yield [part]
+        return
     while own := list(islice(loaded, run.accumulate)):
         own = [part for part in own if part.batch is not None]
         counts = [count(part.batch).to(ranks.device) * (not part.is_stand_in) for part in own]
