@@ -229,11 +229,11 @@ def run_ranks(work: Callable[[], Any], debug: bool = False) -> None:
     A known kind of error becomes one line, which only the first rank to fail prints. If a rank has been killed, each
     of the others prints a line.
     """
-    code = 0
     try:
         end = join()
-        work()
-        end()
+        code = _exit_code(work)
+        if code == 0:
+            end()
     except KeyboardInterrupt:
         code = 130
     except (ValueError, OSError, ArithmeticError, FolderInUseError, LostRankError, torch.OutOfMemoryError) as error:
@@ -249,6 +249,18 @@ def run_ranks(work: Callable[[], Any], debug: bool = False) -> None:
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _exit_code(work: Callable[[], Any]) -> int:
+    """Work; return the exit code that it asks for by `sys.exit`, else 0."""
+    try:
+        work()
+    except SystemExit as asked:
+        if isinstance(asked.code, str):
+            print(asked.code, file=sys.stderr, flush=True)
+            return 1
+        return asked.code or 0
+    return 0
 
 
 def _say(error: Exception, silent: bool = False) -> None:
