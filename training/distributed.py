@@ -156,7 +156,7 @@ def connected() -> Generator[None]:
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """Return the shard of a tensor that this rank holds, in place; a tensor that is not sharded is whole."""
+    """Return the shard of a tensor, of any shape, that this rank holds, in place; one that is not sharded is whole."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 

@@ -85,7 +85,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_to_shard(values: Tensor, tensor: Tensor) -> None:
-    """Copy whole values, which every rank has, into a tensor of the same shape or this rank's shard of it."""
+    """Copy whole values, of any shape, which every rank has, into a tensor of that shape or this rank's shard of it."""
     if hasattr(tensor, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
 
