@@ -49,7 +49,7 @@ BAND = 3.0  # voxels
 
 @dataclass(frozen=True)
 class Work:
-    """What the ranks do.
+    """A measurement.
 
     Attributes:
         case: a key of CASES.
@@ -108,17 +108,19 @@ class Surfaces(Steps):
         return np.array([len(self.pool[i]) for i in self._choices(step)])
 
     def load(self, step: int, chosen: np.ndarray | slice) -> Any:
+        """The batch of the chosen samples (b,) of a step."""
         return self.make([self.pool[i] for i in self._choices(step)[chosen]], draw(0, step, 3))
 
 
 def make_latents(surfaces: list[np.ndarray], rng: np.random.Generator, channels: int) -> LatentBatch:
+    """Draw latents for the tokens of surfaces, each (m, 3)."""
     coords = join_coords(surfaces)
     mean = torch.from_numpy(rng.standard_normal((len(coords), channels), dtype=np.float32)).half()
     return LatentBatch(coords, mean, torch.zeros_like(mean), torch.zeros((len(surfaces), 4, 1, 1), dtype=torch.uint8))
 
 
 def make_shapes(surfaces: list[np.ndarray], _rng: np.random.Generator, resolution: int) -> ShapeBatch:
-    """Put the band of a plane into each block of the surfaces: an SDF's values, in about the right numbers."""
+    """Put the band of a plane into each block of surfaces (m, 3): an SDF's values, in about the right numbers."""
     place = (np.arange(BLOCK, dtype=np.float32) - 3.5) / BAND
     block = np.broadcast_to(place[:, None, None].clip(-1, 1), (BLOCK,) * 3).astype(np.float16)
     stored = []
@@ -144,6 +146,7 @@ class Structures(Steps):
         return np.full(self.batch, self.shape[1] ** 3)
 
     def load(self, step: int, chosen: np.ndarray | slice) -> Latents:
+        """The latents of the chosen samples (b,) of a step."""
         number = len(np.arange(self.batch)[chosen])
         return Latents(torch.from_numpy(draw(0, step, 3).standard_normal((number, *self.shape), dtype=np.float32)))
 

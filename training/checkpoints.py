@@ -127,7 +127,7 @@ def checksum(file: Path) -> str:
 
 
 class Stored(NamedTuple):
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Attributes:
         step: its step.
@@ -145,6 +145,9 @@ def open_checkpoint(path: Path, trained: list[str]) -> Stored:
 
     Args:
         trained: the names of the weights that the optimiser moves, in its order; earlier versions numbered them.
+
+    Raises:
+        ValueError: it belongs to a network with fewer weights.
     """
     if path.suffix == ".pt":
         values = torch.load(path, weights_only=True, map_location="cpu", mmap=True)

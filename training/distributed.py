@@ -156,7 +156,7 @@ def connected() -> Generator[None]:
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """Return the shard of a tensor that this rank holds, in place; a tensor that is not sharded is whole."""
+    """Return the shard of a tensor, of any shape, that this rank holds, in place; one that is not sharded is whole."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -229,11 +229,11 @@ def run_ranks(work: Callable[[], Any], debug: bool = False) -> None:
     A known kind of error becomes one line, which only the first rank to fail prints. If a rank has been killed, each
     of the others prints a line.
     """
-    code = 0
     try:
         end = join()
-        work()
-        end()
+        code = _exit_code(work)
+        if code == 0:
+            end()
     except KeyboardInterrupt:
         code = 130
     except (ValueError, OSError, ArithmeticError, FolderInUseError, LostRankError, torch.OutOfMemoryError) as error:
@@ -249,6 +249,18 @@ def run_ranks(work: Callable[[], Any], debug: bool = False) -> None:
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _exit_code(work: Callable[[], Any]) -> int:
+    """Work; return the exit code that it asks for by `sys.exit`, else 0."""
+    try:
+        work()
+    except SystemExit as asked:
+        if isinstance(asked.code, str):
+            print(asked.code, file=sys.stderr, flush=True)
+            return 1
+        return asked.code or 0
+    return 0
 
 
 def _say(error: Exception, silent: bool = False) -> None:

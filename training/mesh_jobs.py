@@ -169,7 +169,8 @@ class _Worker:
 def _work(connection: Connection, function: Callable, config: Any) -> None:
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C, and ends its workers
-    connection.send("ready")
+    with contextlib.suppress(BrokenPipeError):  # the parent has been killed: nothing can be received either
+        connection.send("ready")
     while True:
         try:
             entry = connection.recv()
@@ -181,7 +182,8 @@ def _work(connection: Connection, function: Callable, config: Any) -> None:
             os._exit(OUT_OF_MEMORY)  # what is left of the memory is in pieces; another process has all of it
         except Exception as error:  # one bad mesh in thousands must not end the run; it is reported
             result = failure_of(error)
-        connection.send(result)
+        with contextlib.suppress(BrokenPipeError):
+            connection.send(result)
 
 
 def end_with_parent() -> None:

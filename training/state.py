@@ -17,7 +17,7 @@ from d3ds2.networks.model_files import load_network
 from training.checkpoints import PARTS, find_intact, is_finite, open_checkpoint, read_into, save_in_background
 from training.distributed import LostRankError, Ranks, own_part
 from training.run import ALONE, RunConfig, learning_rate
-from training.sharding import copy_to_shard, copy_whole, shard, whole
+from training.sharding import copy_to_shard, copy_whole, reshard, shard, whole
 
 
 class State:
@@ -76,6 +76,7 @@ class State:
         """
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = learning_rate(self.step, self.config) * rate
+        reshard(self.model)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if self._unsharded is None:
             self.ranks.sum_gradients(parameters)

@@ -24,6 +24,7 @@ from d3ds2.storage.one_line import one_line
 from training.data.datasets import to_device
 from training.distributed import Ranks
 from training.run import Log, RunConfig, autocast, seed_step
+from training.sharding import gathered
 
 SALT = 0x7A11DA7E  # so that validation and training draw different numbers
 
@@ -65,7 +66,8 @@ class Validation:
         since, device = time.perf_counter(), self.ranks.device
         was_training = self.network.training
         self.network.eval()
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        keep_random = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with keep_random, torch.no_grad(), gathered(self.network):
             losses = self._losses()
             if losses and self.ranks.is_first and self.run.validate_pictures:
                 self._show(step, log)

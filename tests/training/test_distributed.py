@@ -173,6 +173,24 @@ def test_ranks_and_parts_train_as_one_process(chain, tmp_path, steps):
         assert_equal_runs(tmp_path / "whole", tmp_path / name)
 
 
+def test_shards_are_validated_and_frozen_as_whole_weights(chain, tmp_path):
+    """The first rank alone draws pictures in a validation. An image encoder is frozen on the way."""
+
+    def train_both(folder: Path, **run) -> None:
+        train_vae.train(configs_in(chain, folder, steps=4, validate_every=2, validate_pictures=1, **run)["vae"])
+        config = configs_in(chain, folder, steps=4, validate_every=0, **run)["structure_dit"]
+        train_structure_dit.train(dataclasses.replace(config, image_encoder_steps=2))
+
+    train_both(tmp_path / "whole")
+    on_ranks(2, lambda: train_both(tmp_path / "sharded", sharded=True))
+    for name in ("structure_dit", "vae"):
+        one, two = (tmp_path / folder / name / "run" for folder in ("whole", "sharded"))
+        assert difference(one, two, "model") < 1e-5 and difference(one, two, "ema") < 1e-5
+        for a, b in zip(read_metrics(one), read_metrics(two), strict=True):
+            assert ("val_loss" in a) == ("val_loss" in b) == (name == "vae" and a["step"] % 2 == 0)
+            assert a.get("val_loss") == pytest.approx(b.get("val_loss"), rel=1e-4)
+
+
 def test_death_of_a_rank_ends_all_and_the_run_goes_on(chain, tmp_path):
     whole, parts = (configs_in(chain, tmp_path / n, steps=6, save_every=2)["vae"] for n in ("whole", "parts"))
     on_ranks(2, lambda: train_vae.train(whole))
