@@ -100,6 +100,10 @@ class Shapes(Steps):
         R, index = self.resolution_of_step[step]
         return self.plans[R].sizes(index)
 
+    def has_damage(self) -> bool:
+        """Whether files are known to be damaged, so that other shapes stand for theirs."""
+        return any(damaged.count() for damaged in self.damaged.values())
+
     def load(self, step: int, chosen: np.ndarray | slice) -> ShapeBatch:
         """The batch of the chosen samples (b,) of a step."""
         R, index = self.resolution_of_step[step]
@@ -172,6 +176,10 @@ class Structures(Steps):
     def sizes(self, step: int) -> np.ndarray:
         """The tokens of each sample of a step, (B,) int64."""
         return self.plan.sizes(step)
+
+    def has_damage(self) -> bool:
+        """Whether files are known to be damaged, so that other shapes stand for theirs."""
+        return self.damaged.count() > 0
 
     def load(self, step: int, chosen: np.ndarray | slice) -> Tensor:
         """The batch of the chosen samples (b,) of a step."""
