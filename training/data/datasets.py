@@ -290,6 +290,10 @@ class LatentViews(ViewSteps):
             files = np.flatnonzero(wanted)
             self.held = hold(files.tolist(), len(files), self._num_bytes(wanted, tokens), memory_gib, self._latents)
 
+    def has_damage(self) -> bool:
+        """Whether files are known to be damaged, so that other shapes stand for theirs."""
+        return super().has_damage() or self.damaged.count() > 0
+
     def _check(self, wanted: np.ndarray) -> None:
         """Look whether files are there: all of a small corpus, some of a large one."""
         files = np.flatnonzero(wanted)

@@ -14,7 +14,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from training.data.batch_plans import BatchPlan, draw
-from training.data.damaged_files import DamagedFiles, read_or_replace
+from training.data.damaged_files import read_or_replace
 from training.data.views import Drawn, Views
 
 EVERY = slice(None)  # all samples of a step
@@ -47,7 +47,6 @@ class ViewSteps(Steps):
     """
 
     augment = True
-    damaged: DamagedFiles | None = None
 
     def __init__(self, views: Views, plan: BatchPlan, views_per_shape: int, seed: int):
         self.views, self.plan, self.views_per_shape, self.seed = views, plan, views_per_shape, seed
@@ -58,7 +57,7 @@ class ViewSteps(Steps):
 
     def has_damage(self) -> bool:
         """Whether files are known to be damaged, so that other shapes stand for theirs."""
-        return self.views.damaged.count() > 0 or (self.damaged is not None and self.damaged.count() > 0)
+        return self.views.damaged.count() > 0
 
     def each(self, step: int, chosen: np.ndarray | slice, read: Callable[[Drawn], Any]) -> list[Any]:
         """Return `read` of the view drawn for each of the chosen samples (b,) of a step.
