@@ -55,7 +55,7 @@ $(VENV)/.demo: requirements.txt constraints.txt pyproject.toml | $(BIN)/python
 
 $(VENV)/.test: $(VENV)/.demo Makefile
 	$(INSTALL) --constraint constraints.txt \
-		pytest pytest-xdist ruff codespell pyrefly tensorboard onnx onnxruntime rembg triton websocket-client
+		pytest pytest-xdist ruff codespell pyrefly tensorboard "fsspec[http]" onnx onnxruntime rembg triton websocket-client
 	touch $@
 
 # the oldest Triton whose interpreter the kernels support; its interpreter was built for NumPy 1

@@ -11,6 +11,7 @@ Sizes: M blocks = tokens of a batch, B samples, G = R/8 blocks per edge, C laten
 
 import contextlib
 import itertools
+import math
 import os
 import signal
 import sys
@@ -315,7 +316,7 @@ class LatentViews(ViewSteps):
             with contextlib.suppress(*READ_ERRORS):
                 latents = self._latents(file)
                 return int(wanted.sum(1) @ tokens) * sum(a.nbytes for a in latents) / max(1, len(latents[0]))
-        return 0.0
+        return math.inf
 
     def _path(self, file: int) -> Path:
         shape, symmetry = divmod(file, NUM_SYMMETRIES)
