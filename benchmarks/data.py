@@ -171,7 +171,7 @@ def file_table(work: Path) -> list[str]:
         "Size of the files without and with zlib-1, and the speed at which a process reads them to arrays with their "
         "checksums, in MB of arrays per second, in turn on the same shapes.",
         "",
-        "| shapes | arrays, KB each | file, of that | raw, MB/s | zlib-1, MB/s | loose files, ms each | packed, ms each |",
+        "| shapes | arrays, KB each | file, of that | raw, MB/s | zlib-1, MB/s | loose, ms each | packed, ms each |",
         "|---|---|---|---|---|---|---|",
     ]
     for R in (64, 256):
@@ -220,10 +220,10 @@ def wait_table(work: Path) -> list[str]:
     lines = [
         "## The wait of a step for its data",
         "",
-        f"{WORKERS} workers; the step is a sleep, so the workers have both cores. Pictures of 1024² are decoded, cropped and "
-        "scaled to 518². Latents have 16 channels, drawn at random; those of 512³ have the paper's number of tokens. "
-        "`busy` is the processor time of one worker for a batch; with enough idle cores, w workers make a batch in "
-        "busy / w.",
+        f"{WORKERS} workers; the step is a sleep, so the workers have both cores. Pictures of 1024² are decoded, "
+        "cropped and scaled to 518². Latents have 16 channels, drawn at random; those of 512³ have the paper's number "
+        "of tokens. `busy` is the processor time of one worker for a batch; with enough idle cores, w workers make a "
+        "batch in busy / w.",
         "",
         "| batch | tokens | from | busy, s | wait at a step of | share |",
         "|---|---|---|---|---|---|",

@@ -29,7 +29,7 @@ def prepare(meshes: str, work: Path) -> None:
     for R, limit in ((64, 2000), (256, 240)):
         if not (work / f"real{R}" / "index.json").is_file():
             prepare_shapes(PrepareShapesConfig(meshes, str(work / f"real{R}"), (R,), limit=limit))
-    config = RenderViewsConfig(meshes, str(work / "real256"), views=2, size=1024, supersample=1, limit=100)
+    config = RenderViewsConfig(meshes, str(work / "real256"), views=2, size=1024, supersample=1, limit=24)
     render_views(config)
 
 
