@@ -11,12 +11,14 @@ continues where it was. `shard=i/n` encodes the i-th of n parts, as a task of an
 to finish writes the scale. Under torchrun, each rank encodes a part.
 """
 
+import contextlib
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -28,6 +30,8 @@ from tqdm import tqdm
 from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE
 from d3ds2.storage.atomic_file import replacing
+from training.data.array_files import write_arrays
+from training.data.batch_plans import cut
 from training.data.damaged_files import READ_ERRORS, DamagedFiles
 from training.data.datasets import load_batches, to_device
 from training.data.latent_moments import (
@@ -37,14 +41,15 @@ from training.data.latent_moments import (
     read_moments,
     set_latent_scale,
 )
+from training.data.packs import open_data
 from training.data.shape_batches import ShapeBatch, active_voxels, pack_shapes
-from training.data.shape_files import latent_path, list_records, load_shape, read_summary, shape_path, write_arrays
+from training.data.shape_files import latent_path, list_records, load_shape, read_summary, shape_path
 from training.data.shards import Shard
 from training.distributed import ranks_on, run_script
 from training.run import RunConfig, autocast
 from training.run_folder import exporting
 
-FILES_CHECKED_AT_ONCE = 4096
+BATCHES_AT_ONCE = 4096  # whose files are checked before the missing ones are encoded
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ class EncodeLatentsConfig:
 class Item(NamedTuple):
     """A shape in one symmetry, and the checksum of its file, or its number of tokens if it has none."""
 
+    shape: int  # its number in the split
     name: str
     symmetry: int
     checksum: str
@@ -88,39 +94,38 @@ class Loaded(NamedTuple):
 
 
 class AllShapes(Dataset):
-    """Every shape of a split in every symmetry, in order: item i is the `Loaded` of the items in `batches[i]`.
+    """Every shape of a split in every symmetry, in order, cut into batches: item i is the `Loaded` of batch i.
 
     The batches are the same for any number of tasks and after any stop, so the latents are, too.
     """
 
     def __init__(self, config: EncodeLatentsConfig, split: str):
-        self.config, self.batches = config, [[]]
-        R, size = str(config.resolution), 0
+        self.config, self.folder = config, open_data(config.data_dir)
+        R = str(config.resolution)
         records = list_records(config.data_dir, split, config.resolution)
         self.shapes = [(r["name"], r["num_tokens"][R], r.get("checksums", {}).get(R)) for r in records]
-        self.place = {name: place for place, (name, *_) in enumerate(self.shapes)}
         self.damaged = DamagedFiles(len(self.shapes), "prepare_shapes")
-        for name, tokens, checksum in self.shapes:
-            for symmetry in config.symmetries:
-                if self.batches[-1] and size + tokens > config.max_tokens:
-                    self.batches.append([])
-                    size = 0
-                self.batches[-1].append(Item(name, symmetry, checksum or f"{tokens} tokens"))
-                size += tokens
+        tokens = np.array([tokens for _, tokens, _ in self.shapes]).repeat(len(config.symmetries))
+        self.ends = [*cut(tokens, len(tokens), config.max_tokens), len(tokens)]
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.ends) - 1
+
+    def items(self, index: int) -> list[Item]:
+        """The items of a batch."""
+        items = []
+        for number in range(self.ends[index], self.ends[index + 1]):
+            shape, place = divmod(number, len(self.config.symmetries))
+            name, tokens, checksum = self.shapes[shape]
+            items.append(Item(shape, name, self.config.symmetries[place], checksum or f"{tokens} tokens"))
+        return items
 
     def __getitem__(self, index: int) -> Loaded:
         R, items, shapes = self.config.resolution, [], []
-        for item in self.batches[index]:
-            if self.damaged.has(self.place[item.name]):
-                continue
-            try:
-                shapes.append(load_shape(shape_path(self.config.data_dir, R, item.name), item.symmetry))
-            except READ_ERRORS as error:
-                self.damaged.add(self.place[item.name], error)
-            else:
+        for item in self.items(index):
+            path = shape_path(self.folder, R, item.name)
+            with contextlib.suppress(*READ_ERRORS):
+                shapes.append(self.damaged.read(item.shape, partial(load_shape, path, item.symmetry)))
                 items.append(item)
         return Loaded(items, pack_shapes(shapes, R) if shapes else None)
 
@@ -136,10 +141,10 @@ class LatentFiles:
     """The files of a config's latents, and what each must be made of."""
 
     def __init__(self, config: EncodeLatentsConfig, encoder: str):
-        self.config, self.encoder = config, encoder
+        self.config, self.encoder, self.folder = config, encoder, open_data(config.data_dir)
 
     def path(self, item: Item) -> Path:
-        return latent_path(self.config.data_dir, self.config.resolution, item.name, item.symmetry)
+        return latent_path(self.folder, self.config.resolution, item.name, item.symmetry)
 
     def made_of(self, item: Item) -> str:
         return f"{self.encoder[:32]} {self.config.precision} {item.checksum}"
@@ -180,34 +185,53 @@ def encode(vae: SDFVAE, batch: ShapeBatch) -> list[tuple[dict[str, np.ndarray], 
     return [({name: part[i].numpy() for name, part in parts.items()}, sums[i]) for i in range(batch.batch_size)]
 
 
-def encode_missing(vae: SDFVAE, shapes: AllShapes, numbers: Sequence[int], files: LatentFiles) -> dict[Item, dict]:
-    """Encode those of these batches that miss a file; return the sums of every file that is there then."""
-    sums, missing = {}, []
-    with ThreadPoolExecutor() as pool:
-        for first in range(0, len(numbers), FILES_CHECKED_AT_ONCE):
-            part = numbers[first : first + FILES_CHECKED_AT_ONCE]
-            items = [item for number in part for item in shapes.batches[number]]
-            sums |= {item: found for item, found in zip(items, pool.map(files.sums, items), strict=True) if found}
-            missing += [number for number in part if not all(item in sums for item in shapes.batches[number])]
-    if kept := len(sums):
-        print(f"{kept} latents are up to date")
-    device = next(vae.parameters()).device
+def encode_missing(
+    vae: SDFVAE, shapes: AllShapes, numbers: Sequence[int], files: LatentFiles, moments: LatentMoments
+) -> None:
+    """Encode those of these batches that miss a file; add what all their latents sum up to to `moments`, in order."""
+    kept, device = 0, next(vae.parameters()).device
     run = RunConfig(precision=files.config.precision)
-    loaded = load_batches(Chosen(shapes, missing), 0, len(missing), files.config.workers, device)
-    written = []
-    with ThreadPoolExecutor() as pool:  # files of one batch are written while the next is encoded
-        for items, batch in tqdm(loaded, total=len(missing), unit="batch"):
-            encoded = []
-            if batch is not None:
-                with autocast(run, device):
-                    encoded = encode(vae, to_device(batch, device))
+    with ThreadPoolExecutor() as pool, tqdm(total=len(numbers), unit="batch") as progress:
+        for first in range(0, len(numbers), BATCHES_AT_ONCE):
+            part = numbers[first : first + BATCHES_AT_ONCE]
+            items = {number: shapes.items(number) for number in part}
+            every = [item for number in part for item in items[number]]
+            sums = {item: found for item, found in zip(every, pool.map(files.sums, every), strict=True) if found}
+            missing = [number for number in part if not all(item in sums for item in items[number])]
+            kept += len(sums)
+            progress.update(len(part) - len(missing))
+            chosen = Chosen(shapes, missing), 0, len(missing), files.config.workers, device
+            loaded = load_batches(*chosen) if missing else ()
+            written = []  # files of one batch are written while the next is encoded
+            for loaded_items, batch in loaded:
+                encoded = []
+                if batch is not None:
+                    with autocast(run, device):
+                        encoded = encode(vae, to_device(batch, device))
+                for file in written:
+                    file.result()
+                pairs = list(zip(loaded_items, encoded, strict=True))
+                sums |= {item: sum_ for item, (_, sum_) in pairs}
+                written = [pool.submit(files.write, item, *latents) for item, latents in pairs]
+                progress.update()
             for file in written:
                 file.result()
-            sums |= {item: sum_ for item, (_, sum_) in zip(items, encoded, strict=True)}
-            written = [pool.submit(files.write, item, *latents) for item, latents in zip(items, encoded, strict=True)]
-        for file in written:
-            file.result()
-    return sums
+            for item in every:
+                if item in sums:  # else its shape is damaged
+                    moments.add_sums(sums[item])
+    if kept:
+        print(f"{kept} latents are up to date")
+
+
+def remove_leftovers(files: LatentFiles, items: Iterable[Item]) -> None:
+    """Remove what killed runs left of the files of these items, which no other task writes."""
+    folder = moments_path(files.folder, files.config.resolution).parent
+    leftovers: dict[str, list[Path]] = {}
+    for path in folder.glob(".*.safetensors"):
+        leftovers.setdefault(path.stem[1:].rpartition(".")[0], []).append(path)
+    for item in items if leftovers else ():
+        for path in leftovers.get(files.path(item).stem, []):
+            path.unlink(missing_ok=True)
 
 
 class Chosen(Dataset):
@@ -238,20 +262,23 @@ def main(config: EncodeLatentsConfig) -> dict:
     made_of, files = fingerprint(encoder, splits), LatentFiles(config, encoder)
     own_file = shard.file(summary_file)
     own = read_moments(own_file)
-    numbers = [shard.of(range(len(shapes))) for shapes in splits]
-    items = [item for s, chosen in zip(splits, numbers, strict=True) for n in chosen for item in s.batches[n]]
+    own_numbers = [shard.of(range(len(shapes))) for shapes in splits]
+
+    def own_items() -> Iterator[Item]:
+        pairs = zip(splits, own_numbers, strict=True)
+        return (item for shapes, numbers in pairs for number in numbers for item in shapes.items(number))
+
     if read_moments(summary_file).get("made_of") != made_of:
         summary_file.unlink(missing_ok=True)  # missing until all files are of this VAE
-    if not config.verify and own.get("made_of") == made_of and all(files.path(item).is_file() for item in items):
+    if not config.verify and own.get("made_of") == made_of and all(files.path(item).is_file() for item in own_items()):
         print(f"the latents in {summary_file.parent} are up to date")
     else:
         own_file.unlink(missing_ok=True)
-        sums = [encode_missing(vae, *part, files) for part in zip(splits, numbers, strict=True)]
-        moments = LatentMoments(vae.config.latent_channels, torch.device("cpu"))
-        for item in items:
-            if item in sums[0]:
-                moments.add_sums(sums[0][item])
-        own = moments.sums() | {"made_of": made_of, "encoder": encoder}
+        remove_leftovers(files, own_items())
+        moments, *others = (LatentMoments(vae.config.latent_channels, torch.device("cpu")) for _ in splits)
+        for shapes, numbers, measured in zip(splits, own_numbers, [moments, *others], strict=True):
+            encode_missing(vae, shapes, numbers, files, measured)
+        own = moments.sums() | {"made_of": made_of, "encoder": encoder}  # of the first split
         write_json(own_file, own)
     ranks.wait()
     if not ranks.is_first:

@@ -4,8 +4,13 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import trimesh
 
+from training.data.array_files import write_arrays
+from training.data.latent_moments import moments_path
+from training.data.shape_files import latent_path, load_shape, shape_path
+from training.data.symmetry import NUM_SYMMETRIES
 from training.prepare_shapes import PrepareShapesConfig
 from training.prepare_shapes import main as prepare_shapes
 from training.render_views import RenderViewsConfig
@@ -44,6 +49,19 @@ def prepared(tmp_path_factory) -> str:
         prepare_shapes(PrepareShapesConfig(meshes=meshes, data_dir=data_dir, resolutions=(R, COARSE), workers=1))
         render_views(RenderViewsConfig(meshes=meshes, data_dir=data_dir, views=2, size=64, supersample=1, workers=1))
     return str(root / "data")
+
+
+def write_latents(data_dir: Path) -> None:
+    """Write latents of all shapes at R in all symmetries, drawn at random, as if encode_latents had made them."""
+    rng = np.random.default_rng(0)
+    moments_path(data_dir, R).parent.mkdir(parents=True)
+    for name in SPLITS:
+        for symmetry in range(NUM_SYMMETRIES):
+            coords, _, _ = load_shape(shape_path(data_dir, R, name), symmetry)
+            mean, logvar = rng.normal(size=(2, len(coords), 4)).astype(np.float16)
+            path = latent_path(data_dir, R, name, symmetry)
+            write_arrays(path, {"coords": coords, "mean": mean, "logvar": logvar})
+    moments_path(data_dir, R).write_text(json.dumps({"latents_scale": 2.0}))
 
 
 def write_toml(path: Path, config) -> None:

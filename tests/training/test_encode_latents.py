@@ -120,11 +120,17 @@ def test_a_stopped_encoding_goes_on_and_ends_with_the_same_files(own_latents, mo
     with pytest.raises(OSError, match="No space left on device"):
         encode_latents.main(own_latents)
     kept = files_of(own_latents.data_dir)
+    own, other = (latent_path(own_latents.data_dir, R, f".{name}", 3) for name in ("box", "none"))
+    leftovers = [path.with_name(f"{path.stem}.q1w2e3r4.safetensors") for path in (own, other)]
+    for leftover in leftovers:
+        leftover.touch()
     assert 0 < len(kept) < len(expected) and all(expected[name] == content for name, content in kept.items())
     assert not moments_path(own_latents.data_dir, R).exists()
     stopped_after = len(batches)
     monkeypatch.setattr(encode_latents, "write_arrays", write)
     assert encode_latents.main(own_latents) == moments
+    assert [leftover.exists() for leftover in leftovers] == [False, True]
+    leftovers[1].unlink()
     assert files_of(own_latents.data_dir) == expected
     assert stopped_after > 2 and len(batches) < stopped_after + 27 - len(kept) // 3  # of 27 batches of 1 to 3 shapes
 

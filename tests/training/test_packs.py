@@ -1,26 +1,24 @@
-"""Packed data gives the batches of its folder, from disk and from URLs; packing goes on, and names what is bad."""
+"""Packed data gives the batches of its folder, from disk and from URLs; packing goes on, and names what is damaged."""
 
 import dataclasses
 import errno
-import json
 import shutil
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from d3ds2.geometry.voxels import Voxels
 from tests.support.range_server import serve
-from tests.support.training_data import R, prepared, write_meshes
+from tests.support.training_data import R, prepared, write_latents, write_meshes
 from training import pack
-from training.data.array_files import DamagedFileError, write_arrays
+from training.data.array_files import DamagedFileError
 from training.data.damaged_files import TooManyDamagedError
 from training.data.datasets import LatentViews, Shapes, Structures, StructureViews, load_batches
 from training.data.latent_moments import moments_path
 from training.data.packs import open_data
-from training.data.shape_files import latent_path, list_shapes, load_shape, read_structure, shape_path
+from training.data.shape_files import list_shapes, load_shape, read_structure, shape_path
 from training.data.views import Views
 from training.pack import PackConfig
 from training.prepare_shapes import PrepareShapesConfig
@@ -34,15 +32,7 @@ def folder(tmp_path_factory) -> Path:
     """The data of five shapes, with latents drawn at random."""
     root = tmp_path_factory.mktemp("packs") / "data"
     shutil.copytree(prepared(tmp_path_factory), root)
-    rng = np.random.default_rng(0)
-    for name in ("ball", "box", "torus", "can", "pill"):
-        for symmetry in range(8):
-            path = latent_path(root, R, name, symmetry)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            coords, _, _ = load_shape(shape_path(root, R, name), symmetry)
-            mean, logvar = rng.normal(size=(2, len(coords), 4)).astype(np.float16)
-            write_arrays(path, {"coords": coords, "mean": mean, "logvar": logvar})
-    moments_path(root, R).write_text(json.dumps({"latents_scale": 2.0}))
+    write_latents(root)
     return root
 
 

@@ -79,7 +79,7 @@ def cut(sizes: np.ndarray, batch_size: int, max_tokens: int) -> list[int]:
     # a batch that begins at an item ends before the first one that would be too much
     ends = np.minimum(np.searchsorted(sums, sums[:-1] + max_tokens, side="right") - 1, first + batch_size)
     ends = np.maximum(ends, first + 1)
-    starts, end_of = [0], memoryview(ends)
+    starts, end_of = [0], ends.data
     while len(sizes) and (end := end_of[starts[-1]]) < len(sizes):
         starts.append(end)
     return starts

@@ -10,7 +10,7 @@ Sizes: n shapes, P pictures of all of them.
 import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -61,7 +61,8 @@ class Table(NamedTuple):
         names = [self.names[row] for row in rows.tolist()]
         return Table(names, self.lists, self.list_of[rows], first, self.turns[pictures], self.stamps[rows])
 
-    def __add__(self, other: "Table") -> "Table":
+    def extended(self, other: "Table") -> "Table":
+        """The table with the rows of another below its own."""
         return Table(
             self.names + other.names,
             self.lists + other.lists,
@@ -90,7 +91,7 @@ class Table(NamedTuple):
             return cls.of([])
 
 
-class Turns(Sequence):
+class Turns:
     """The quarter turns of each picture of each shape: `turns[shape]` is a list of them."""
 
     def __init__(self, turns: np.ndarray, first: np.ndarray):
@@ -100,7 +101,10 @@ class Turns(Sequence):
         return len(self.first) - 1
 
     def __getitem__(self, shape: int) -> list[int]:
-        return self.turns[self.first[range(len(self))[shape]] : self.first[range(len(self))[shape] + 1]].tolist()
+        return self.turns[self.first[shape] : self.first[shape + 1]].tolist()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (self[shape] for shape in range(len(self)))
 
     def symmetries(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Whether the pictures of shapes [start, stop) show each symmetry, flipped ones included: (number, 8) bool."""
@@ -111,7 +115,7 @@ class Turns(Sequence):
         return seen
 
 
-class PictureFiles(Sequence):
+class PictureFiles:
     """The picture files of each shape: `files[shape]` is a list of paths."""
 
     def __init__(self, folder: Path, table: Table):
@@ -122,6 +126,9 @@ class PictureFiles(Sequence):
 
     def __getitem__(self, shape: int) -> list[Path]:
         return [self.folder / self.names[shape] / file for file in self.lists[self.list_of[shape]]]
+
+    def __iter__(self) -> Iterator[list[Path]]:
+        return (self[shape] for shape in range(len(self)))
 
 
 class Cameras(NamedTuple):
@@ -184,7 +191,7 @@ def _brought_up_to_date(table: Table, folder: Path, names: list[str]) -> Table:
         return table
     kept = np.ones(len(table.names), dtype=bool)
     kept[rows[rows >= 0]] = is_known[rows >= 0]
-    table = table.select(np.flatnonzero(kept)) + Table.of(new)
+    table = table.select(np.flatnonzero(kept)).extended(Table.of(new))
     if len(table.names) >= MANY:
         with contextlib.suppress(OSError):  # a folder that cannot be written to: the next start reads them again
             table.write(folder / TABLE)
@@ -205,7 +212,7 @@ def _stamps(files: list[str]) -> list[tuple[int, int]]:
 
 def _read_all(files: list[str]) -> list[tuple[list[str], list[int]] | DamagedFileError]:
     """Read cameras.json files: the names of the pictures and their turns, or the error of a damaged file."""
-    found = []
+    found: list[tuple[list[str], list[int]] | DamagedFileError] = []
     for file in files:
         try:
             views = json.loads(Path(file).read_bytes())["views"]

@@ -11,6 +11,7 @@ Sizes: M blocks = tokens of a batch, B samples, G = R/8 blocks per edge, C laten
 
 import contextlib
 import itertools
+import math
 import os
 import signal
 import sys
@@ -113,6 +114,10 @@ class Shapes(Steps):
         R, index = self.resolution_of_step[step]
         return self.plans[R].sizes(index)
 
+    def has_damage(self) -> bool:
+        """Whether files are known to be damaged, so that other shapes stand for theirs."""
+        return any(damaged.count() for damaged in self.damaged.values())
+
     def load(self, step: int, chosen: np.ndarray | slice) -> ShapeBatch:
         """The batch of the chosen samples (b,) of a step."""
         R, index = self.resolution_of_step[step]
@@ -191,6 +196,10 @@ class Structures(Steps):
     def sizes(self, step: int) -> np.ndarray:
         """The tokens of each sample of a step, (B,) int64."""
         return self.plan.sizes(step)
+
+    def has_damage(self) -> bool:
+        """Whether files are known to be damaged, so that other shapes stand for theirs."""
+        return self.damaged.count() > 0
 
     def load(self, step: int, chosen: np.ndarray | slice) -> Tensor:
         """The batch of the chosen samples (b,) of a step."""
@@ -303,6 +312,10 @@ class LatentViews(ViewSteps):
             files = np.flatnonzero(wanted)
             self.held = hold(files.tolist(), len(files), self._num_bytes(wanted, tokens), memory_gib, self._latents)
 
+    def has_damage(self) -> bool:
+        """Whether files are known to be damaged, so that other shapes stand for theirs."""
+        return super().has_damage() or self.damaged.count() > 0
+
     def _check(self, wanted: np.ndarray) -> None:
         """Look whether files are there: all of a small corpus, some of a large one."""
         files = np.flatnonzero(wanted)
@@ -324,7 +337,7 @@ class LatentViews(ViewSteps):
             with contextlib.suppress(*READ_ERRORS):
                 latents = self._latents(file)
                 return int(wanted.sum(1) @ tokens) * sum(a.nbytes for a in latents) / max(1, len(latents[0]))
-        return 0.0
+        return math.inf
 
     def _path(self, file: int) -> Path:
         shape, symmetry = divmod(file, NUM_SYMMETRIES)

@@ -98,6 +98,10 @@ class Steps(Protocol):
         """The batch of the chosen samples (b,) of a step."""
         ...
 
+    def has_damage(self) -> bool:
+        """Whether files are known to be damaged, so that other shapes stand for theirs."""
+        ...
+
 
 class Parts(Dataset):
     """The parts of one rank: item `step · accumulate + i` is its part i of a step.
@@ -123,7 +127,8 @@ class Parts(Dataset):
         batch = self.steps.load(step, chosen)
         loaded = _sizes_of(batch)
         loaded = sizes[chosen] if loaded is None else np.array(loaded)
-        if too_large := np.flatnonzero(loaded > sizes[chosen]).tolist():
+        too_large = np.flatnonzero(loaded > sizes[chosen]).tolist()
+        if too_large and not self.steps.has_damage():
             sample = chosen[too_large[0]]
             raise ValueError(
                 f"sample {sample} of step {step} has {loaded[too_large[0]]} tokens, but the index says "
@@ -131,9 +136,10 @@ class Parts(Dataset):
             )
         if self.number == 1 and (loaded == sizes).all():
             return Part(batch)
-        # a smaller shape may stand for one that cannot be read: its rows are the first of those of the other
-        starts = (np.cumsum(sizes) - sizes)[chosen]
-        rows = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, loaded, strict=True)])
+        # A smaller shape may stand for one that cannot be read: its rows are the first of those of the other. Where no
+        # smaller one can be read, a larger one repeats them.
+        spans = zip((np.cumsum(sizes) - sizes)[chosen], sizes[chosen], loaded, strict=True)
+        rows = np.concatenate([start + np.arange(number) % planned for start, planned, number in spans])
         cut = Cut(torch.from_numpy(chosen), len(sizes), torch.from_numpy(rows), int(sizes.sum()))
         return Part(batch, cut, is_stand_in=is_empty)
 

@@ -31,6 +31,10 @@ class Steps(Dataset, abc.ABC):
         """The tokens of each sample of a step, (B,) int64."""
 
     @abc.abstractmethod
+    def has_damage(self) -> bool:
+        """Whether files are known to be damaged, so that other shapes stand for theirs."""
+
+    @abc.abstractmethod
     def load(self, step: int, chosen: np.ndarray | slice) -> Any:
         """The batch of the chosen samples (b,) of a step."""
 
@@ -50,6 +54,10 @@ class ViewSteps(Steps):
     def sizes(self, step: int) -> np.ndarray:
         """The tokens of each sample of a step, (B,) int64."""
         return self.plan.sizes(step).repeat(self.views_per_shape)
+
+    def has_damage(self) -> bool:
+        """Whether files are known to be damaged, so that other shapes stand for theirs."""
+        return self.views.damaged.count() > 0
 
     def each(self, step: int, chosen: np.ndarray | slice, read: Callable[[Drawn], Any]) -> list[Any]:
         """Return `read` of the view drawn for each of the chosen samples (b,) of a step.

@@ -129,7 +129,7 @@ class Views:
         number = int(self.first[shape + 1] - self.first[shape])
         return ((view + i) % number for i in range(number))
 
-    def _picture(self, shape: int, view: int, flip: bool, change: "Change | None") -> Tensor:
+    def _picture(self, shape: int, view: int, flip: int, change: "Change | None") -> Tensor:
         cached = self.cache[shape][view] if shape in self.cache else None
         image = read_png(self.files[shape][view]) if cached is None else Image.fromarray(cached)
         if flip:
