@@ -6,15 +6,21 @@ A mesh is taken if it fulfils all conditions of the config. A condition compares
 or a text: a score ("closed >= 0.9"), `tokens_256` and so on ("tokens_256 <= 60000"), `source`, `split`, or what is
 known about the mesh ("licence = CC0-1.0"; `title`, `author`, `category`, `url`). "in" takes one of several texts,
 separated by commas. A mesh without the value is left out. How many meshes each condition leaves out is printed.
+
+After prepare_shapes, `out=DATA/chosen` makes a data_dir of the chosen shapes for the trainers, without a copy: an index
+of its own, and links to the folders of shapes and views. Its latents are its own.
 """
 
+import json
 import operator
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from d3ds2.storage.atomic_file import replacing
 from training.command import run_command
 from training.data.index_files import read_index
 from training.data.name_lists import write_names
@@ -69,6 +75,7 @@ class Condition(NamedTuple):
 class SelectMeshesConfig:
     data_dir: str = "data"
     names: str = "names.txt"  # the file to write
+    out: str = ""  # folder to write too: a data_dir for the trainers that has the chosen shapes alone; "": none
     conditions: tuple[str, ...] = field(default_factory=tuple)  # all of which a mesh must fulfil
 
     def __post_init__(self):
@@ -82,13 +89,37 @@ def values_of(record: dict) -> dict[str, Any]:
     return record.get("about", {}) | record.get("scores", {}) | tokens | {k: record[k] for k in ("source", "split")}
 
 
+def link_chosen(data_dir: Path, out: Path, names: set[str]) -> None:
+    """Make a data_dir of these shapes alone, whose shapes and views are links to those of `data_dir`.
+
+    Raises:
+        ValueError: none of them is prepared, or `out` is a data_dir with files of its own.
+        OSError: `out` cannot be written to.
+    """
+    chosen = [r for r in read_index(data_dir) if r["name"] in names and r["num_tokens"]]
+    if not chosen:
+        raise ValueError(f"expected prepared shapes among the chosen ones in {data_dir}, got none: run prepare_shapes")
+    out.mkdir(parents=True, exist_ok=True)
+    for part in ("shapes", "views"):
+        link, target = out / part, (data_dir / part).resolve()
+        if link.resolve() == target:
+            continue
+        if link.exists():
+            raise ValueError(f"expected no folder or a link to {target} at {link}, got another one")
+        if target.is_dir():
+            link.unlink(missing_ok=True)
+            link.symlink_to(target, target_is_directory=True)
+    with replacing(out / "index.json") as temporary:
+        temporary.write_text(json.dumps(chosen, indent=1))
+
+
 def main(config: SelectMeshesConfig) -> list[str]:
-    """Write the list of names; return the names.
+    """Write the list of names, and the folder `out`; return the names.
 
     Raises:
         FileNotFoundError: `data_dir` has no index.
         ValueError: the index is damaged, or no mesh fulfils the conditions; then the list stays as it is.
-        OSError: the list cannot be written.
+        OSError: the list or the folder cannot be written.
     """
     records = {record["name"]: values_of(record) for record in read_index(config.data_dir)}
     conditions = [Condition.parse(text) for text in config.conditions]
@@ -101,6 +132,8 @@ def main(config: SelectMeshesConfig) -> list[str]:
     if not names:
         raise ValueError(f"expected meshes that fulfil all conditions in {config.data_dir}, got none of {len(records)}")
     write_names(config.names, names)
+    if config.out:
+        link_chosen(Path(config.data_dir), Path(config.out), set(names))
     print(f"{len(names)} of {len(records)} names written to {config.names}")
     return names
 

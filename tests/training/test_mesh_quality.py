@@ -9,9 +9,11 @@ import trimesh
 from PIL import Image
 
 from d3ds2.images.surface_colors import SurfaceColors
+from training import prepare_shapes
 from training import score_meshes as script
 from training.data.index_files import read_index, update_index
 from training.data.name_lists import read_names
+from training.data.shape_files import list_shapes, load_shape, shape_path
 from training.data.shards import Shard
 from training.mesh_jobs import AllFailedError, Failure
 from training.mesh_quality import score_mesh
@@ -147,13 +149,33 @@ def test_a_list_of_names_is_chosen_by_conditions(config, tmp_path, capsys):
     config, _ = config
     script.main(config)
     names = tmp_path / "names.txt"
-    choose = SelectMeshesConfig(str(tmp_path / "data"), str(names), ("main >= 0.9", "source in other, meshes"))
+    choose = SelectMeshesConfig(str(tmp_path / "data"), str(names), "", ("main >= 0.9", "source in other, meshes"))
     assert select_meshes(choose) == ["box"] and read_names(names) == {"box"}
     assert "main >= 0.9: leaves out 1 of 2\n" in capsys.readouterr().err
     with pytest.raises(ValueError, match="got none of 2"):
         select_meshes(dataclasses.replace(choose, conditions=("licence = CC0-1.0",)))
     assert "leaves out 2 of 2, 2 of them without licence" in capsys.readouterr().err
     assert read_names(names) == {"box"}
+
+
+def test_a_data_folder_of_the_chosen_shapes_has_links_and_an_index(config, tmp_path, monkeypatch):
+    config, _ = config
+    script.main(config)
+    data, out = tmp_path / "data", tmp_path / "chosen"
+    choose = SelectMeshesConfig(str(data), str(tmp_path / "names.txt"), str(out), ("main >= 0.9",))
+    with pytest.raises(ValueError, match="run prepare_shapes"):
+        select_meshes(choose)
+    monkeypatch.setattr(prepare_shapes, "run_engine", script.run_engine)
+    prepare_shapes.main(prepare_shapes.PrepareShapesConfig(config.meshes, str(data), (16,)))
+    for _ in range(2):
+        assert select_meshes(choose) == ["box"]
+    assert list_shapes(data, "train", 16)[0] == ["box", "pair"] and list_shapes(out, "train", 16)[0] == ["box"]
+    assert len(load_shape(shape_path(out, 16, "box")).block_coords) == list_shapes(out, "train", 16)[1][0]
+    assert not (out / "views").exists()  # not rendered yet
+    (out / "views").mkdir()
+    (data / "views").mkdir()
+    with pytest.raises(ValueError, match=r"expected no folder or a link to .*views, got another one"):
+        select_meshes(choose)
 
 
 def test_conditions():

@@ -93,7 +93,8 @@ def update_index(
         listed = {file: _records_or_none(file) for file in others}
         older = {r["name"]: r for records in listed.values() for r in records if r["name"] in new}
         for name, record in new.items():
-            new[name] = {"num_tokens": {}} | older.get(name, {}) | known.get(name, {}) | record
+            before = {"num_tokens": {}} | older.get(name, {}) | known.get(name, {})
+            new[name] = record | {key: value for key, value in before.items() if key not in record}
         _write(own, [r for name, r in (known | new).items() if name in new or not is_gone(r)])
         for file, records in listed.items():
             kept = [r for r in records if r["name"] not in new and not is_gone(r)]
