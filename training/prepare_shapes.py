@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from d3ds2.meshes.mesh_to_sdf import mesh_to_sdf, normalize_mesh
 from training.command import run_command
 from training.data.index_files import update_index
-from training.data.meshes import MeshEntry, list_meshes, read_mesh
+from training.data.meshes import MeshEntry, check_source, choose_meshes, read_mesh
 from training.data.shape_files import read_summary, save_shape, shape_path
 from training.data.shards import Shard
 from training.mesh_jobs import AllFailedError, Failure, check_engine, finished, run_engine
@@ -43,6 +43,8 @@ class PrepareShapesConfig:
     scale: float = 0.95  # of the cube's edge: leaves room for the band [B]
     shell: float = 0.55  # half thickness of open sheets, voxels [D]
     sharp_angle: float = 30.0  # degrees between the faces of a sharp edge [D]
+    source: str = ""  # corpus, folder, objaverse, objaverse-xl or shapenet; "": seen from the files in `meshes`
+    names: str = ""  # file with the names of the meshes to take, one on each line; "": all
     engine: str = "processes"  # of this machine; or "ray": a running Ray cluster (docs/cluster.md)
     workers: int = 0  # processes of this machine; 0: one per core
     limit: int = 0  # only the first meshes; 0: all
@@ -52,6 +54,7 @@ class PrepareShapesConfig:
     def __post_init__(self):
         Shard.parse(self.shard)
         check_engine(self.engine)
+        check_source(self.source)
 
     def settings(self, resolution: int) -> dict[str, Any]:
         """The settings that a file of this resolution depends on."""
@@ -130,12 +133,12 @@ def main(config: PrepareShapesConfig) -> list[dict]:
 
     Raises:
         FileNotFoundError: there is no such folder, or it has no mesh.
+        ValueError: no mesh has one of the names.
         AllFailedError: no mesh could be converted.
         MachineError: the disk is full or cannot be written. Finished files and all records stay.
     """
     data_dir, shard = Path(config.data_dir), Shard.parse(config.shard)
-    listed = list_meshes(config.meshes)
-    entries = [entry for entry in listed[: config.limit or None] if shard.has(entry.name)]
+    listed, entries = choose_meshes(config)
     for R in config.resolutions:
         folder = shape_path(data_dir, R, "").parent
         folder.mkdir(parents=True, exist_ok=True)

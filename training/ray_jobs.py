@@ -54,7 +54,12 @@ def run_on_ray(
 
 
 def connect():
-    """Connect to the running cluster, and return the module `ray`. Raises as `run_on_ray`."""
+    """Connect to the running cluster, and return the module `ray`.
+
+    Raises:
+        ValueError: Ray is not installed.
+        OSError: there is no cluster.
+    """
     try:
         import ray
     except ImportError as error:

@@ -193,7 +193,7 @@ def check_recipe(jobs: list[Job]) -> None:
     if "prepare_shapes" in made:
         from training.data.meshes import list_meshes  # imports trimesh, which training itself does not need
 
-        list_meshes(made["prepare_shapes"].meshes)
+        list_meshes(made["prepare_shapes"].meshes, made["prepare_shapes"].source)
     elif "train_dit" in made:
         config = made["train_dit"]
         names, _ = list_shapes(config.data_dir, config.split, config.resolution)

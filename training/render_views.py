@@ -34,7 +34,7 @@ from d3ds2.images.render import Camera, Light, MeshRenderer
 from d3ds2.images.surface_colors import SurfaceColors
 from d3ds2.meshes.mesh_to_sdf import normalize_mesh
 from training.command import run_command
-from training.data.meshes import SPLITS, MeshEntry, list_meshes, read_mesh, read_textured_mesh
+from training.data.meshes import SPLITS, MeshEntry, check_source, choose_meshes, read_mesh, read_textured_mesh
 from training.data.png_files import is_whole
 from training.data.shape_files import view_folder
 from training.data.shards import Shard
@@ -70,6 +70,8 @@ class RenderViewsConfig:
     supersample: int = 2  # rays per pixel edge, at contours
     scale: float = 0.95  # as in prepare_shapes
     seed: int = 0
+    source: str = ""  # corpus, folder, objaverse, objaverse-xl or shapenet; "": seen from the files in `meshes`
+    names: str = ""  # file with the names of the meshes to take, one on each line; "": all
     engine: str = "processes"  # of this machine; or "ray": a running Ray cluster (docs/cluster.md)
     workers: int = 0  # processes of this machine; 0: one per core
     limit: int = 0  # only the first meshes; 0: all
@@ -79,6 +81,7 @@ class RenderViewsConfig:
     def __post_init__(self):
         Shard.parse(self.shard)
         check_engine(self.engine)
+        check_source(self.source)
         if self.views < 1 or self.size < 8:
             raise ValueError(f"expected views >= 1 and size >= 8, got {self.views} and {self.size}")
         if not set(self.splits) <= set(SPLITS):
@@ -94,7 +97,7 @@ class RenderViewsConfig:
     @property
     def settings(self) -> dict:
         """The settings that the pictures depend on, as in cameras.json."""
-        elsewhere = ("meshes", "data_dir", "splits", "engine", "workers", "limit", "shard", "verify")
+        elsewhere = ("meshes", "source", "names", "data_dir", "splits", "engine", "workers", "limit", "shard", "verify")
         return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(self).items() if k not in elsewhere}))
 
 
@@ -246,11 +249,8 @@ def main(config: RenderViewsConfig) -> list[dict]:
         AllFailedError: no mesh could be rendered.
         MachineError: the disk is full or cannot be written. Finished pictures stay.
     """
-    entries = [entry for entry in list_meshes(config.meshes) if entry.split in config.splits][: config.limit or None]
-    if not entries:
-        raise ValueError(f"expected meshes of the splits {config.splits} in {config.meshes}, got none")
     shard = Shard.parse(config.shard)
-    entries = [entry for entry in entries if shard.has(entry.name)]
+    _, entries = choose_meshes(config, config.splits)
     views = Path(config.data_dir) / "views"
     views.mkdir(parents=True, exist_ok=True)
     names = {entry.name for entry in entries}

@@ -6,6 +6,7 @@ them, so tasks never write to the same file. Each file is a list of records:
     {"name", "source", "split", "num_tokens": {"256": 2034}, "checksums": {"256": "8a1f..."}, "meshes": FOLDER}
 
 `meshes` is the folder that the mesh came from. Records of other folders stay when a folder is prepared again.
+score_meshes adds "scores" and "about"; each script keeps the keys of the other.
 """
 
 import json
@@ -107,7 +108,8 @@ def update_index(
 ) -> None:
     """Put records into this task's index file; take records that are gone out of every index file.
 
-    Without `in_others`, only this task's file is read and written, as a running task does now and then.
+    A record keeps those keys of an older one of its name that it does not have itself. Without `in_others`, only this
+    task's file is read and written, as a running task does now and then.
 
     All other records stay. A name is listed in one file: its record leaves the others after it has been written
     here. An index file that is damaged is renamed to *.damaged, and its name is printed.
@@ -119,12 +121,17 @@ def update_index(
     new = {record["name"]: record for record in records}
     with locked(data_dir, wait=True, name=".index.lock"):
         known = {record["name"]: record for record in _records_or_none(own)}
+        others = [file for file in index_files(data_dir) if file != own] if in_others else []
+        listed = {file: _records_or_none(file) for file in others}
+        older = {r["name"]: r for records in listed.values() for r in records if r["name"] in new}
+        for name, record in new.items():
+            before = {"num_tokens": {}} | older.get(name, {}) | known.get(name, {})
+            new[name] = record | {key: value for key, value in before.items() if key not in record}
         _write(own, [r for name, r in (known | new).items() if name in new or not is_gone(r)])
-        for other in index_files(data_dir) if in_others else []:
-            listed = _records_or_none(other) if other != own else []
-            kept = [r for r in listed if r["name"] not in new and not is_gone(r)]
-            if len(kept) < len(listed):
-                _write(other, kept)
+        for file, records in listed.items():
+            kept = [r for r in records if r["name"] not in new and not is_gone(r)]
+            if len(kept) < len(records):
+                _write(file, kept)
 
 
 def _records_or_none(file: Path) -> list[dict]:

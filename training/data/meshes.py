@@ -1,21 +1,21 @@
 """Training meshes: the entries of a folder, and the triangles of an entry.
 
-Two kinds of folder are read:
-- a corpus: `index.json` (a list of records with `file`, `source`, `split`, ...) beside its meshes;
-- any folder of mesh files (`SUFFIXES`, searched recursively), split 90/5/5 by the sha1 of the name.
+These folders are read (`SOURCES`):
+- corpus: `index.json` (a list of records with `file`, `source`, `split`, ...) beside its meshes;
+- folder: any folder of mesh files (`SUFFIXES`, searched recursively), split 90/5/5 by the sha1 of the name;
+- objaverse, objaverse-xl, shapenet: see `mesh_collections`.
 
-Meshes are expected with Y up and the front toward +Z, as in glTF; they are not turned.
+Meshes are expected with Y up and the front toward +Z, as in glTF; only ShapeNet's are turned.
 """
 
 import dataclasses
 import errno
-import hashlib
 import json
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import trimesh
@@ -23,53 +23,90 @@ import trimesh
 from d3ds2.images.surface_colors import SurfaceColors
 from d3ds2.meshes.mesh_parts import read_parts
 from d3ds2.meshes.triangles import used_vertices
+from training.data.mesh_collections import (
+    OBJAVERSE,
+    OBJAVERSE_XL,
+    SHAPENET,
+    collection_of,
+    list_objaverse,
+    list_objaverse_xl,
+    list_shapenet,
+)
 from training.data.mesh_colors import face_colors, surface_colors
+from training.data.mesh_entry import SPLITS, SUFFIXES, MeshEntry, split_of
+from training.data.name_lists import read_names
+from training.data.shards import Shard
 
-SUFFIXES = (".npz", ".glb", ".gltf", ".obj", ".ply", ".stl", ".off")
-SPLITS = ("train", "val", "test")
+CORPUS, FOLDER = "corpus", "folder"
+SOURCES = (CORPUS, FOLDER, OBJAVERSE, OBJAVERSE_XL, SHAPENET)
+KNOWN_ABOUT = {"name": "title", "licence": "licence", "attribution": "author", "url": "url", "category": "category"}
+
 LOST_STORAGE = {  # errors of a disk or a network drive, whatever the file
     getattr(errno, name) for name in ("EIO", "ESTALE", "ENOTCONN", "EMFILE", "ENFILE") if hasattr(errno, name)
 }
 
 
-@dataclass(frozen=True)
-class MeshEntry:
-    """One mesh of a folder. The last four fields come from the index of a corpus; None if it lacks them."""
-
-    name: str  # unique in its folder and fit for a file name
-    path: Path
-    split: str  # train, val or test
-    source: str  # who made it, in a corpus; else the name of the folder
-    has_color: bool | None = None
-    boundary_edges: int | None = None
-    nonmanifold_edges: int | None = None
-    components: int | None = None
-
-
-def split_of(name: str) -> str:
-    """Choose train (90 %), val (5 %) or test (5 %) by the name alone, so that a growing folder keeps its splits."""
-    percent = int(hashlib.sha1(name.encode()).hexdigest()[:8], 16) % 100
-    return "train" if percent < 90 else "val" if percent < 95 else "test"
-
-
-def list_meshes(folder: str | Path) -> list[MeshEntry]:
+def list_meshes(folder: str | Path, source: str = "", about: bool = False) -> list[MeshEntry]:
     """List all meshes of a folder, sorted by name.
 
     Files that differ by their suffix alone are named with it: chair.glb beside chair.obj. Where two names are still the
     same, the second file is skipped and printed.
 
+    Args:
+        source: how the folder is laid out, one of SOURCES; "" to see it from the files.
+        about: read what is known of each mesh, which takes longer.
+
     Raises:
         FileNotFoundError: the folder does not exist, or has no mesh.
-        ValueError: `index.json` is not a list of records with file, source and split.
+        ValueError: the source is unknown, or `index.json` is not a list of records with file, source and split.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"expected a folder of meshes, got {folder}, which does not exist or is a file")
+    check_source(source)
     index = folder / "index.json"
-    entries = _read_index(index) if index.is_file() else _scan(folder)
+    if not source:
+        source = CORPUS if index.is_file() else collection_of(folder) or FOLDER
+    if source == CORPUS:
+        entries = _read_index(index)
+    elif source == FOLDER:
+        entries = _scan(folder)
+    else:
+        list_collection = {OBJAVERSE: list_objaverse, OBJAVERSE_XL: list_objaverse_xl, SHAPENET: list_shapenet}[source]
+        entries = list_collection(folder, about)
     if not entries:
-        raise FileNotFoundError(f"expected meshes ({', '.join(SUFFIXES)}) in {folder}, found none")
+        raise FileNotFoundError(f"expected meshes ({', '.join(SUFFIXES)}) in {folder}, found none of source {source}")
     return _with_own_names(entries)
+
+
+def check_source(source: str) -> None:
+    """Raise ValueError for a source that is neither "" nor one of SOURCES."""
+    if source and source not in SOURCES:
+        raise ValueError(f"expected source of {', '.join(SOURCES)}, got {source!r}")
+
+
+def choose_meshes(
+    config: Any, splits: tuple[str, ...] = SPLITS, about: bool = False
+) -> tuple[list[MeshEntry], list[MeshEntry]]:
+    """List the meshes of a config with the keys meshes, source, names, limit and shard.
+
+    Returns:
+        All meshes of the folder, and those of the splits that this task works on.
+
+    Raises:
+        OSError: the folder or the list of names cannot be read.
+        ValueError: as `list_meshes`; or no mesh has one of the names and belongs to one of the splits.
+    """
+    listed = list_meshes(config.meshes, config.source, about)
+    chosen = [entry for entry in listed if entry.split in splits]
+    if config.names:
+        names = read_names(config.names)
+        chosen = [entry for entry in chosen if entry.name in names]
+    if not chosen:
+        named = f" with names of {config.names}" if config.names else ""
+        raise ValueError(f"expected meshes of the splits {splits}{named} in {config.meshes}, got none")
+    shard = Shard.parse(config.shard)
+    return listed, [entry for entry in chosen[: config.limit or None] if shard.has(entry.name)]
 
 
 def _with_own_names(entries: list[MeshEntry]) -> list[MeshEntry]:
@@ -95,13 +132,16 @@ def _read_index(index: Path) -> list[MeshEntry]:
 def _entry_of_record(folder: Path, record: dict) -> MeshEntry:
     if record["split"] not in SPLITS:
         raise ValueError(f"expected a split of {SPLITS} for {record['file']}, got {record['split']!r}")
-    known = ("has_color", "boundary_edges", "nonmanifold_edges", "components")
     return MeshEntry(
         name=Path(record["file"]).stem,
         path=folder / record["file"],
         split=record["split"],
         source=record["source"],
-        **{key: record.get(key) for key in known},
+        about={to: str(record[key]) for key, to in KNOWN_ABOUT.items() if record.get(key)},
+        has_color=record.get("has_color"),
+        boundary_edges=record.get("boundary_edges"),
+        nonmanifold_edges=record.get("nonmanifold_edges"),
+        components=record.get("components"),
     )
 
 
@@ -161,6 +201,8 @@ def _read(entry: MeshEntry, colors_of: Callable) -> tuple:
         raise ValueError(f"expected finite vertices in {path}, got NaN or infinity")
     if faces.min() < 0 or faces.max() >= len(vertices):
         raise ValueError(f"expected face indices in [0, {len(vertices)}) in {path}, got {faces.min()}..{faces.max()}")
+    if entry.turned:
+        vertices = vertices * np.array([-1, 1, -1], np.float32)
     return *used_vertices(vertices, faces), None if entry.has_color is False else colors
 
 
