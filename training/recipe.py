@@ -11,6 +11,7 @@ apply to that stage or to all stages of the script: `train_dit_384.run.steps=500
 
 import dataclasses
 import importlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,15 +125,15 @@ def _stage_of(file: Path) -> Stage:
     return Stage(name, scripts[0], file, name.removeprefix("train_"))
 
 
-def read_recipe(recipe: str, overrides: list[str]) -> list[Job]:
-    """List the stages with their settings.
+def read_recipe(recipe: str, overrides: list[str], scripts: Collection[str] = tuple(SCRIPTS)) -> list[Job]:
+    """List the stages of these scripts with their settings.
 
     Raises:
         ValueError: no stage knows an override, or its type is wrong.
         FileNotFoundError: config files are missing.
     """
     jobs, unknown = [], set(overrides)
-    for stage in stages_of(recipe):
+    for stage in [stage for stage in stages_of(recipe) if stage.script in scripts]:
         as_written = stage.load([])
         own = {o: o.removeprefix(f"{stage.name}.").removeprefix(f"{stage.script}.") for o in overrides}
         own = {override: o for override, o in own.items() if has_key(as_written, o.partition("=")[0])}
