@@ -11,6 +11,7 @@ seconds of a step, steps and days, and what the stage adds to the disk.
 """
 
 import dataclasses
+import functools
 import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -87,6 +88,7 @@ def size_at(resolution: int) -> ShapeSize:
     return ShapeSize(TOKENS[nearest] * (resolution / nearest) ** 2, *SIZES[nearest])
 
 
+@functools.cache
 def build(network: type[nn.Module], config: Any) -> int:
     """The number of parameters of a network, which is built without memory for its weights."""
     with torch.device("meta"):

@@ -103,13 +103,14 @@ def test_errors_are_one_line(capsys, arguments, message):
 
 
 def test_nothing_is_built_in_memory(monkeypatch):
-    devices = set()
-    init = torch.nn.Linear.__init__
-    monkeypatch.setattr(
-        torch.nn.Linear,
-        "__init__",
-        lambda self, *a, **k: (init(self, *a, **k), devices.add(self.weight.device.type))[0],
-    )
+    devices, init = set(), torch.nn.Linear.__init__
+
+    def record(self, *arguments, **options):
+        init(self, *arguments, **options)
+        devices.add(self.weight.device.type)
+
+    monkeypatch.setattr(torch.nn.Linear, "__init__", record)
+    plan.build.cache_clear()
     plan.table([job for job in read_recipe(PAPER, []) if "dit" in job.stage.name], Machine.parse("1xH200", 10))
     assert devices == {"meta"}
     assert plan.build(StructureDiT, StructureDiTConfig()) > 5e8
