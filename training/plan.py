@@ -191,7 +191,7 @@ def latent_dit(config: Any, machine: Machine, known: dict) -> Cost:
     work += flops.image_encoder(encoder).forward
     activations = batch * size.tokens * dit_bytes(model, config.gradient_checkpointing) / parts_of(config, machine)
     least = DIT_SECONDS * model.depth / 24 * config.run.accumulate
-    frozen = build(ImageEncoder, encoder) + build(SDFVAE, known["sdf_vae"]) if "sdf_vae" in known else 0
+    frozen = build(ImageEncoder, encoder) + (build(SDFVAE, known["sdf_vae"]) if "sdf_vae" in known else 0)
     trained = build(LatentDiT, model)
     return Cost(trained, frozen, batch * size.tokens, activations, dense=batch * work, least_seconds=least)
 
