@@ -43,7 +43,7 @@ SIZES = {
     1024: ((281, 39.1, 5.97), {4: 0.0423, 8: 0.0088}, 140),
 }
 # shares of the peak in bf16 that one H200 reached: 24 blocks of 1024 at 84,820 tokens; decoding to 43 M voxels
-UTILISATION = {"transformer": 0.3, "sparse": 0.03, "convolution": 0.15}  # that of dense convolutions is a guess [D]
+UTILISATION = {"transformer": 0.27, "sparse": 0.03, "convolution": 0.15}  # that of dense convolutions is a guess [D]
 DIT_SECONDS = 0.3  # the fastest step of 24 blocks, which the host decides below some 16,000 tokens
 PICTURE_BYTES = 300_000  # PNG of 1024²
 SHAPE_BYTES = 8**3 * 2 + 8**2 + 6  # of a token: SDF, sharp bits and coordinates, not compressed

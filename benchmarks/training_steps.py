@@ -1,6 +1,6 @@
 """Time the first steps of every stage of the paper's recipe on one GPU, at the paper's sizes.
 
-    python benchmarks/training.py --out OUT
+    python benchmarks/training_steps.py --out OUT
 
 Trains every network of training/configs/paper on four made shapes of about Table 1's numbers of tokens, with the batch
 of one of eight GPUs and random weights. Each stage runs `--steps` steps, or as many as fit into its share of
@@ -179,7 +179,7 @@ def report(results: list[dict], estimates: dict[str, tuple[float, float]], devic
         cells = ["" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" for value in values]
         rows.append(f"| {result['stage']} | {result['steps'] or ''} | {' | '.join(cells)} |")
     text = f"# The first steps of the paper's recipe\n\n{datetime.date.today()}, {device}, torch {torch.__version__}. "
-    text += f"`python benchmarks/training.py`\n\nOne GPU with its share of the batch, 1/{GPUS_OF_THE_PAPER}; "
+    text += f"`python benchmarks/training_steps.py`\n\nOne GPU with its share of the batch, 1/{GPUS_OF_THE_PAPER}; "
     text += "made shapes, random weights. Seconds are the median of the steps after the first five.\n\n"
     return text + "\n".join(rows) + "\n"
 
