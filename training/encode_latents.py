@@ -25,7 +25,6 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from d3ds2.kernels.devices import find_device
 from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE
 from d3ds2.storage.atomic_file import replacing
@@ -60,9 +59,9 @@ class EncodeLatentsConfig:
     device: str = "auto"
     workers: int = 0
     shard: str = "0/1"  # the part i/n of the shapes that this task encodes
+    keep_scale: bool = False  # leave the VAE's scale: that of another resolution, or of a latent DiT to fine-tune
     verify: bool = False  # read existing files and compare them with their checksums
     fine: bool = False  # with the second stage's VAE, `fine_sdf_vae`
-    keep_scale: bool = False  # leave the VAE's shift and scale, which are those of its latents at another resolution
 
     def __post_init__(self):
         Shard.parse(self.shard)
@@ -229,7 +228,7 @@ def main(config: EncodeLatentsConfig) -> dict:
         ValueError: too many shapes are damaged.
         OSError: the disk is full or cannot be written. Finished files stay.
     """
-    ranks = ranks_on(find_device(config.device))
+    ranks = ranks_on(config.device)
     vae = load_network(config.model_dir, config.network, ranks.device)
     shard = Shard.parse(config.shard) if ranks.size == 1 else Shard(ranks.rank, ranks.size)
     summary_file = moments_path(config.data_dir, config.resolution)
@@ -265,8 +264,9 @@ def main(config: EncodeLatentsConfig) -> dict:
     for part in parts:
         moments.add_sums(part)
     summary = moments.summary() | moments.sums() | {"made_of": made_of, "encoder": encoder}
-    known = vae.config.latents_shift, vae.config.latents_scale
-    if not config.keep_scale and known != (summary["latents_shift"], summary["latents_scale"]):
+    if config.keep_scale:
+        summary |= {"latents_shift": vae.config.latents_shift, "latents_scale": vae.config.latents_scale}
+    if (vae.config.latents_shift, vae.config.latents_scale) != (summary["latents_shift"], summary["latents_scale"]):
         set_latent_scale(vae, moments)
         with exporting(config.model_dir):
             save_network(config.model_dir, config.network, vae, torch.float16)

@@ -26,7 +26,9 @@ from training.distributed import Ranks, run_script
 from training.losses import SDF_TERMS, SDFLossConfig, count_sdf, draw_noise, sdf_loss
 from training.run import Log, RunConfig, Stop, autocast, is_save_step, seed_step, start
 from training.run_folder import exporting
+from training.sample_pictures import SDF_LABELS, reconstructions
 from training.state import State, load_start
+from training.validation import Validation, batches_of
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,28 @@ def keep_encoder(model: SDFVAE, folder: str, name: str) -> None:
     )
 
 
+def make_validation(config: TrainVAEConfig, ranks: Ranks, vae: SDFVAE) -> Validation:
+    """Validate on eq. 2-3, and show reconstructions."""
+    run = config.run
+
+    def load() -> tuple[Shapes, int]:
+        shapes = Shapes(
+            config.data_dir, run.validate_split, config.resolutions, config.batch_size, config.max_tokens, run.seed
+        )
+        number = sum(batches_of(len(names), config.batch_size) for names in shapes.names.values())
+        return shapes, number
+
+    return Validation(
+        run,
+        ranks,
+        vae,
+        load,
+        lambda batch, generator: vae_loss(vae, batch, config.loss, generator),
+        lambda batch, number: reconstructions(vae, batch, number),
+        SDF_LABELS,
+    )
+
+
 def train(config: TrainVAEConfig) -> nn.Module:
     """Run the training; return the averaged (EMA) model."""
     with start(config.run, config) as ranks:
@@ -128,25 +152,29 @@ def train_on(ranks: Ranks, config: TrainVAEConfig) -> nn.Module:
         (config.crop, config.crop_margin) if config.crop else None,
     )
 
-    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks) as log:
+    validate = make_validation(config, ranks, state.ema)
+
+    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks) as log, state:
         for parts in load_parts(shapes, state.step, run, ranks, SDF_TERMS, count_terms):
             for part in parts:
                 seed_step(generator, run.seed, state.step)
                 with autocast(run, device):
                     terms = vae_loss(model, part.batch, config.loss, generator, part)
                 terms["loss"].backward()
-                log.add({**terms, "tokens": len(part.batch.block_coords)})
+                log.add({**terms, "tokens": part.own(len(part.batch.block_coords))})
             grad_norm = state.update()
 
+            validate(state.step, log)
             log(state.step, {"grad_norm": grad_norm})
             if is_save_step(state.step, stop, run):
                 state.save()
+                averaged = state.averaged()
                 if ranks.is_first:
                     with exporting(config.model_dir):
-                        save_network(config.model_dir, config.network, state.ema, torch.float16)
+                        save_network(config.model_dir, config.network, averaged, torch.float16)
                 if stop:
                     break
-    return state.ema
+    return state.averaged()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from training.encode_latents import EncodeLatentsConfig
 from training.help_text import help_text
 from training.prepare_shapes import PrepareShapesConfig
 from training.recipe import has_key
+from training.render_views import RenderViewsConfig
 from training.run import RunConfig
 from training.train_dit import TrainDiTConfig
 from training.train_structure_dit import TrainStructureDiTConfig
@@ -119,7 +120,10 @@ def test_every_key_of_the_help_is_one_of_the_config(config):
         ("tiny_latents", EncodeLatentsConfig),
         ("tiny_structure_dit", TrainStructureDiTConfig),
         ("tiny_dit", TrainDiTConfig),
+        ("small_shapes", PrepareShapesConfig),
+        ("small_views", RenderViewsConfig),
+        ("small_structure_dit", TrainStructureDiTConfig),
     ],
 )
-def test_configs_of_the_tiny_model_load(name, cls):
+def test_configs_of_the_models_load(name, cls):
     assert isinstance(load_config(cls, [str(CONFIGS / f"{name}.toml")]), cls)
