@@ -51,7 +51,7 @@ LOADED = 2  # checkpoints kept, each with weights, moving average and two moment
 
 
 class Cost(NamedTuple):
-    """What a stage takes."""
+    """The cost of a stage."""
 
     trained: int = 0  # parameters
     frozen: int = 0

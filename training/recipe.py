@@ -73,7 +73,7 @@ class Job:
 
     @property
     def prefix(self) -> str:
-        """What the names of its networks begin with."""
+        """The prefix of its networks' names."""
         return "fine_" if getattr(self.config, "fine", False) else ""
 
     @property

@@ -66,6 +66,11 @@ class TrainVAEConfig:
         """The name of the network of `run.start_from`."""
         return self.start_network or self.network
 
+    @property
+    def cube(self) -> tuple[int, int] | None:
+        """The edge of the cube of a shape that is upsampled, and its margin; None: the whole shape."""
+        return (self.crop, self.crop_margin) if self.crop else None
+
 
 def vae_loss(
     model: SDFVAE, batch: ShapeBatch, loss: SDFLossConfig, generator: torch.Generator, part: Part = WHOLE
@@ -107,9 +112,8 @@ def make_validation(config: TrainVAEConfig, ranks: Ranks, vae: SDFVAE) -> Valida
     run = config.run
 
     def load() -> tuple[Shapes, int]:
-        shapes = Shapes(
-            config.data_dir, run.validate_split, config.resolutions, config.batch_size, config.max_tokens, run.seed
-        )
+        data = config.data_dir, run.validate_split, config.resolutions
+        shapes = Shapes(*data, config.batch_size, config.max_tokens, run.seed, crop=config.cube)
         number = sum(batches_of(len(names), config.batch_size) for names in shapes.names.values())
         return shapes, number
 
@@ -149,7 +153,7 @@ def train_on(ranks: Ranks, config: TrainVAEConfig) -> nn.Module:
         config.max_tokens,
         run.seed,
         config.symmetries,
-        (config.crop, config.crop_margin) if config.crop else None,
+        config.cube,
     )
 
     validate = make_validation(config, ranks, state.ema)

@@ -1,4 +1,4 @@
-"""What a recipe takes: parameters as built, the measured steps of one H200, and totals that follow from the table."""
+"""The plan of a recipe: parameters as built, the measured steps of one H200, and totals that follow from the table."""
 
 import re
 from pathlib import Path
