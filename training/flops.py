@@ -98,7 +98,7 @@ def structure_dit(config: StructureDiTConfig, image_tokens: float) -> Flops:
 
 
 def image_encoder(config: ImageEncoderConfig) -> Flops:
-    """Count one picture."""
+    """Count one picture; a convolutional backbone in front is not counted."""
     patches, C = (config.image_size // config.patch_size) ** 2, config.hidden_size
     N = patches + 1 + config.num_registers
     block = Flops(2 * N * 4 * C * C + _feed_forward(N, config), 4 * N * C * N)

@@ -77,10 +77,8 @@ class Job:
         return "fine_" if getattr(self.config, "fine", False) else ""
 
     @property
-    def writes(self) -> Path | None:
-        """The network that it trains, as a path without suffix: the model folder and its name."""
-        if self.run is None:
-            return None
+    def writes(self) -> Path:
+        """The network that a training script trains, as a path without suffix: the model folder and its name."""
         name = self.stage.script.removeprefix("train_")
         name = {"vae": f"{self.prefix}sdf_vae", "dit": f"{self.prefix}latent_dit"}.get(name, name)
         return Path(getattr(self.config, "export_dir", "") or self.config.model_dir, name)
@@ -148,7 +146,7 @@ def read_recipe(recipe: str, overrides: list[str], scripts: Collection[str] = tu
 
 def _moved_paths(stage: Stage, as_written: Any, config: Any) -> list[str]:
     """Return overrides for what follows from a `model_dir` that is not as written; given ones come later and count."""
-    before, after = getattr(as_written, "model_dir", None), getattr(config, "model_dir", None)
+    before, after = getattr(as_written, "model_dir", ""), getattr(config, "model_dir", "")
     if before == after:
         return []
     moved, after = [], after.rstrip("/")

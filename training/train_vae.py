@@ -80,7 +80,8 @@ def vae_loss(
     mean, logvar, latent_voxels = model.encode(sdf, voxels)  # (M, C)
     noise = draw_noise(mean, generator, part.draw_tokens)
     latents, crop = mean + (0.5 * logvar).exp() * noise, batch.crop
-    decoded, _ = model.decode(latents, latent_voxels, part=crop and (crop.rows, crop.voxels))  # (512 P, 1), as blocks
+    upsampled = None if crop is None else (crop.rows, crop.voxels)
+    decoded, _ = model.decode(latents, latent_voxels, part=upsampled)  # (512 P, 1), in the blocks' order
     if crop is not None:
         decoded = decoded.unflatten(0, (-1, BLOCK**3))[crop.decoded].flatten(0, 1)
     return sdf_loss(decoded, *targets_of(batch), mean, logvar, loss, part.shares)
