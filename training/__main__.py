@@ -81,7 +81,7 @@ def train(jobs: list[Job], ranks: Ranks, options: list[str]) -> int:
         if code != 0:
             say(f"{name} failed with exit code {code}, see above; fix the cause and run the same command to continue")
             return code if code > 0 else 128 - code
-        if job.writes is not None:
+        if job.run is not None:
             changed[job.writes] = name
     if trained := [job for job in jobs if job.run is not None]:
         model_dir = trained[-1].config.model_dir
@@ -129,7 +129,9 @@ def main(arguments: list[str]) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
-    run_ranks(lambda: sys.exit(train(jobs, ranks_on(torch.device("cpu")), ["--debug"] if debug else [])), debug)
+    options = ["--debug"] if debug else []
+    run_ranks(lambda: sys.exit(train(jobs, ranks_on(torch.device("cpu")), options)), debug)
+    return 0
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ TAPS, CHILD_TAPS = 27, 64  # of a convolution for each voxel; of one to the eigh
 
 
 class ShapeSize(NamedTuple):
-    """What the cost of a shape depends on. All but the first are ratios to the number of its tokens."""
+    """The size of a shape, on which its cost depends. All but the first are ratios to the number of its tokens."""
 
     tokens: float  # N, occupied latent voxels at R/8
     voxels: tuple[float, float, float]  # active SDF voxels at R, and those at R/2 and R/4 that hold one
@@ -61,24 +61,34 @@ class Flops(NamedTuple):
 
 
 def latent_dit(config: LatentDiTConfig, size: ShapeSize, image_tokens: float) -> Flops:
-    """One shape, of which the image tokens L are those that the network sees."""
+    """Count one shape; L image tokens are those that the network sees.
+
+    Raises:
+        ValueError: the form of attention is not counted here.
+    """
+    if config.attention == "sequence" or config.packing_channels:
+        raise ValueError("expected a latent DiT with spatial or full attention and without packing")
     N, C, L = size.tokens, config.hidden_size, image_tokens
     kv = C // config.num_heads * config.num_kv_heads  # channels of keys, and of values
     cells, blocks = N * size.cells[config.compression_block], N * size.cells[8]
+    every, branches = config.top_k >= blocks, config.branches if config.attention == "spatial" else ()
     compression = 2 * 2 * kv**2 * (cells * 2 * TAPS if config.pooled_conv else N)  # of keys and of values
-    selected = N if config.top_k >= blocks else min(N, config.top_k * size.neighbours)
+    selected = N if every else min(N, config.top_k * size.neighbours)
     context = C if config.sparse_context else config.context_size
-    dense = 2 * N * (2 * C * C + 2 * C * kv + 3 * C) + compression + _cross(N, C, L, context) + _feed_forward(N, config)
+    dense = 2 * N * (2 * C * C + 2 * C * kv + len(branches) * C) + _cross(N, C, L, context) + _feed_forward(N, config)
+    dense += compression if "compression" in branches else 0
     modulation = 0 if config.share_modulation else 2 * C * 6 * C
-    attention = 4 * N * C * (cells + selected + size.neighbours + L)
-    block = Flops(dense + modulation, attention, 0 if config.top_k >= blocks else 2 * N * C * cells)
+    keys = {"compression": cells, "selection": selected, "window": size.neighbours}
+    attended = L + (sum(keys[branch] for branch in branches) if branches else N)
+    scores = 0 if every or "selection" not in branches else 2 * N * C * cells
+    block = Flops(dense + modulation, 4 * N * C * attended, scores)
     outer = 2 * N * 2 * config.latent_channels * C + _time(C, config.share_modulation)
     outer += 2 * L * config.context_size * C if config.sparse_context else 0
     return block.times(config.depth) + Flops(outer)
 
 
 def structure_dit(config: StructureDiTConfig, image_tokens: float) -> Flops:
-    """One sample; it sees all image tokens."""
+    """Count one sample, which sees all image tokens."""
     N, C = config.resolution**3, config.hidden_size
     dense = 2 * N * 4 * C * C + _cross(N, C, image_tokens, config.context_size) + _feed_forward(N, config)
     modulation = 0 if config.share_modulation else 2 * C * 6 * C
@@ -88,7 +98,7 @@ def structure_dit(config: StructureDiTConfig, image_tokens: float) -> Flops:
 
 
 def image_encoder(config: ImageEncoderConfig) -> Flops:
-    """One picture."""
+    """Count one picture; a convolutional backbone in front is not counted."""
     patches, C = (config.image_size // config.patch_size) ** 2, config.hidden_size
     N = patches + 1 + config.num_registers
     block = Flops(2 * N * 4 * C * C + _feed_forward(N, config), 4 * N * C * N)
@@ -96,7 +106,7 @@ def image_encoder(config: ImageEncoderConfig) -> Flops:
 
 
 def sdf_encoder(config: SDFVAEConfig, size: ShapeSize) -> Flops:
-    """One shape: all active voxels to the posterior of its latents."""
+    """Count one shape: all active voxels to the posterior of its latents."""
     N, C, widths = size.tokens, config.hidden_size, config.widths
     counts = [N * ratio for ratio in (*size.voxels, 1.0)]  # at R, R/2, R/4 and R/8
     dense = 2 * counts[0] * widths[0] + 2 * N * C * (C + 2 * config.latent_channels)
@@ -107,7 +117,7 @@ def sdf_encoder(config: SDFVAEConfig, size: ShapeSize) -> Flops:
 
 
 def sdf_decoder(config: SDFVAEConfig, size: ShapeSize, share: float = 1.0) -> Flops:
-    """One shape, of whose latents a share is upsampled."""
+    """Count one shape; a share of its latents is upsampled."""
     N, C, widths = size.tokens, config.hidden_size, config.widths
     dense = 2 * N * config.latent_channels * C
     for level, i in enumerate(reversed(range(3))):
@@ -117,7 +127,7 @@ def sdf_decoder(config: SDFVAEConfig, size: ShapeSize, share: float = 1.0) -> Fl
 
 
 def structure_vae(config: StructureVAEConfig, edge: int) -> Flops:
-    """One grid of edge³ voxels, encoded and decoded."""
+    """Count one grid of edge³ voxels, encoded and decoded."""
     dense = 2.0 * TAPS * edge**3 * (config.encoder_widths[0] + config.decoder_widths[-1])
     inner, latents = (edge // config.factor) ** 3, config.latent_channels
     dense += 2 * TAPS * inner * latents * (2 * config.encoder_widths[-1] + config.decoder_widths[0])

@@ -11,6 +11,7 @@ seconds of a step, steps and days, and what the stage adds to the disk.
 """
 
 import dataclasses
+import functools
 import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from torch import nn
 
 from d3ds2.geometry.voxels import BLOCK
 from d3ds2.networks.image_encoder import ImageEncoder, ImageEncoderConfig
-from d3ds2.networks.latent_dit import LatentDiT
+from d3ds2.networks.latent_dit import LatentDiT, LatentDiTConfig
 from d3ds2.networks.sdf_vae import SDFVAE
 from d3ds2.networks.structure_dit import StructureDiT
 from d3ds2.networks.structure_vae import StructureVAE
@@ -37,12 +38,12 @@ TOKENS = {256: 2058, 384: 5510, 512: 10655, 1024: 45904}  # of a shape, Table 1 
 # ratios to the number of tokens, measured on 12 meshes of the tiny model's training set, weighted by their tokens
 SIZES = {
     256: ((184, 29.3, 4.99), {4: 0.0453, 8: 0.0119}, 123),
-    384: ((184, 29.3, 4.99), {4: 0.0453, 8: 0.0119}, 123),
-    512: ((184, 29.3, 4.99), {4: 0.0453, 8: 0.0119}, 123),
-    1024: ((184, 29.3, 4.99), {4: 0.0453, 8: 0.0119}, 123),
+    384: ((222, 32.1, 5.19), {4: 0.0423, 8: 0.0094}, 143),
+    512: ((281, 39.1, 5.97), {4: 0.0423, 8: 0.0088}, 140),
+    1024: ((281, 39.1, 5.97), {4: 0.0423, 8: 0.0088}, 140),
 }
 # shares of the peak in bf16 that one H200 reached: 24 blocks of 1024 at 84,820 tokens; decoding to 43 M voxels
-UTILISATION = {"transformer": 0.3, "sparse": 0.03}
+UTILISATION = {"transformer": 0.27, "sparse": 0.03, "convolution": 0.15}  # that of dense convolutions is a guess [D]
 DIT_SECONDS = 0.3  # the fastest step of 24 blocks, which the host decides below some 16,000 tokens
 PICTURE_BYTES = 300_000  # PNG of 1024²
 SHAPE_BYTES = 8**3 * 2 + 8**2 + 6  # of a token: SDF, sharp bits and coordinates, not compressed
@@ -50,14 +51,15 @@ LOADED = 2  # checkpoints kept, each with weights, moving average and two moment
 
 
 class Cost(NamedTuple):
-    """What a stage takes."""
+    """The cost of a stage."""
 
     trained: int = 0  # parameters
     frozen: int = 0
     amount: float = 0.0  # tokens, voxels or pictures of a batch
     activations: float = 0.0  # bytes on each GPU
     dense: float = 0.0  # operations of a step in transformers, on all GPUs
-    sparse: float = 0.0  # operations of a step in convolutions
+    convolutions: float = 0.0  # operations of a step in dense convolutions
+    sparse: float = 0.0  # operations of a step in the SDF VAE
     least_seconds: float = 0.0  # of a step
     steps: int = 0
     disk: float = 0.0  # bytes
@@ -86,6 +88,7 @@ def size_at(resolution: int) -> ShapeSize:
     return ShapeSize(TOKENS[nearest] * (resolution / nearest) ** 2, *SIZES[nearest])
 
 
+@functools.cache
 def build(network: type[nn.Module], config: Any) -> int:
     """The number of parameters of a network, which is built without memory for its weights."""
     with torch.device("meta"):
@@ -145,13 +148,12 @@ def structure_vae(config: Any, machine: Machine, _known: dict) -> Cost:
     """The structure VAE on dense grids."""
     edge, model = config.resolution // BLOCK, config.model
     work = config.batch_size * flops.structure_vae(model, edge).step(config.gradient_checkpointing)
-    levels = enumerate(zip(model.encoder_widths, model.decoder_widths[::-1], strict=True))
-    values = sum(
-        (edge // 2**i) ** 3 * (a * model.encoder_res_blocks + b * model.decoder_res_blocks) for i, (a, b) in levels
-    )
+    values = 0
+    for level, (narrow, wide) in enumerate(zip(model.encoder_widths, model.decoder_widths[::-1], strict=True)):
+        values += (edge // 2**level) ** 3 * (narrow * model.encoder_res_blocks + wide * model.decoder_res_blocks)
     kept = (4 if config.gradient_checkpointing else 20) * values
     activations = config.batch_size * kept / parts_of(config, machine)
-    return Cost(build(StructureVAE, model), 0, config.batch_size * edge**3, activations, sparse=work)
+    return Cost(build(StructureVAE, model), 0, config.batch_size * edge**3, activations, convolutions=work)
 
 
 def structure_dit(config: Any, machine: Machine, known: dict) -> Cost:
@@ -172,19 +174,24 @@ def structure_dit(config: Any, machine: Machine, known: dict) -> Cost:
     return Cost(trained, pictures, tokens, activations, dense=config.batch_size * work)
 
 
+def dit_bytes(model: LatentDiTConfig, recompute: bool) -> float:
+    """The bytes of a token in a step of the latent DiT; measured only with recomputed blocks."""
+    inputs, block, kept = 4, 67, 54  # of a channel: a block's input, a block at work, and what it keeps otherwise
+    per_channel = inputs * model.depth + block if recompute else kept * model.depth + block - kept
+    return per_channel * model.hidden_size
+
+
 def latent_dit(config: Any, machine: Machine, known: dict) -> Cost:
-    """The latent DiT: bytes of a token as measured with recomputed blocks, 98 kB of inputs and 69 kB for a block."""
+    """The latent DiT, behind the image encoder."""
     size, model = size_at(config.resolution), config.model
     encoder = known.get("image_encoder", ImageEncoderConfig())
     batch = min(config.batch_size, config.max_tokens / size.tokens)
     context = tokens_of_picture(encoder, model.sparse_context)
     work = flops.latent_dit(model, size, context).step(config.gradient_checkpointing)
     work += flops.image_encoder(encoder).forward
-    inputs, block = 4, 67  # bytes of a channel
-    per_channel = inputs * model.depth + block if config.gradient_checkpointing else (block - 13) * model.depth + 13
-    activations = batch * size.tokens * per_channel * model.hidden_size / parts_of(config, machine)
+    activations = batch * size.tokens * dit_bytes(model, config.gradient_checkpointing) / parts_of(config, machine)
     least = DIT_SECONDS * model.depth / 24 * config.run.accumulate
-    frozen = build(ImageEncoder, encoder) + build(SDFVAE, known["sdf_vae"]) if "sdf_vae" in known else 0
+    frozen = build(ImageEncoder, encoder) + (build(SDFVAE, known["sdf_vae"]) if "sdf_vae" in known else 0)
     trained = build(LatentDiT, model)
     return Cost(trained, frozen, batch * size.tokens, activations, dense=batch * work, least_seconds=least)
 
@@ -199,7 +206,15 @@ def encoding(config: Any, machine: Machine, vae: Any) -> Cost:
     disk = items * size.tokens * (2 * 2 * vae.latent_channels + 6)
     values = size.voxels[0] * vae.widths[0] * 2 * 4
     activations = max(config.max_tokens, size.tokens) * values
-    return Cost(0, build(SDFVAE, vae), batch * size.tokens, activations, 0, operations, 0, round(items / batch), disk)
+    return Cost(
+        0,
+        build(SDFVAE, vae),
+        batch * size.tokens,
+        activations,
+        sparse=operations,
+        steps=round(items / batch),
+        disk=disk,
+    )
 
 
 TRAINERS = {
@@ -228,6 +243,7 @@ def seconds_of(cost: Cost, machine: Machine) -> float:
     """The time of a step."""
     peak = machine.number * machine.gpu.bf16_tflops * 1e12
     busy = cost.dense / (peak * UTILISATION["transformer"]) + cost.sparse / (peak * UTILISATION["sparse"])
+    busy += cost.convolutions / (peak * UTILISATION["convolution"])
     return max(busy, cost.least_seconds)
 
 
@@ -240,7 +256,7 @@ def table(jobs: list[Job], machine: Machine) -> str:
         cost = cost_of(job, machine, known)
         gib, seconds = gib_of(cost), seconds_of(cost, machine)
         days, disk = days + cost.steps * seconds / DAY, disk + cost.disk / GIB
-        operations = (cost.dense + cost.sparse) / 1e12
+        operations = (cost.dense + cost.convolutions + cost.sparse) / 1e12
         on_gpu = cost.steps > 0
         rows.append(
             (

@@ -11,6 +11,7 @@ apply to that stage or to all stages of the script: `train_dit_384.run.steps=500
 
 import dataclasses
 import importlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,14 +73,12 @@ class Job:
 
     @property
     def prefix(self) -> str:
-        """What the names of its networks begin with."""
+        """The prefix of its networks' names."""
         return "fine_" if getattr(self.config, "fine", False) else ""
 
     @property
-    def writes(self) -> Path | None:
-        """The network that it trains, as a path without suffix: the model folder and its name."""
-        if self.run is None:
-            return None
+    def writes(self) -> Path:
+        """The network that a training script trains, as a path without suffix: the model folder and its name."""
         name = self.stage.script.removeprefix("train_")
         name = {"vae": f"{self.prefix}sdf_vae", "dit": f"{self.prefix}latent_dit"}.get(name, name)
         return Path(getattr(self.config, "export_dir", "") or self.config.model_dir, name)
@@ -124,15 +123,15 @@ def _stage_of(file: Path) -> Stage:
     return Stage(name, scripts[0], file, name.removeprefix("train_"))
 
 
-def read_recipe(recipe: str, overrides: list[str]) -> list[Job]:
-    """List the stages with their settings.
+def read_recipe(recipe: str, overrides: list[str], scripts: Collection[str] = tuple(SCRIPTS)) -> list[Job]:
+    """List the stages of these scripts with their settings.
 
     Raises:
         ValueError: no stage knows an override, or its type is wrong.
         FileNotFoundError: config files are missing.
     """
     jobs, unknown = [], set(overrides)
-    for stage in stages_of(recipe):
+    for stage in [stage for stage in stages_of(recipe) if stage.script in scripts]:
         as_written = stage.load([])
         own = {o: o.removeprefix(f"{stage.name}.").removeprefix(f"{stage.script}.") for o in overrides}
         own = {override: o for override, o in own.items() if has_key(as_written, o.partition("=")[0])}
@@ -147,7 +146,7 @@ def read_recipe(recipe: str, overrides: list[str]) -> list[Job]:
 
 def _moved_paths(stage: Stage, as_written: Any, config: Any) -> list[str]:
     """Return overrides for what follows from a `model_dir` that is not as written; given ones come later and count."""
-    before, after = getattr(as_written, "model_dir", None), getattr(config, "model_dir", None)
+    before, after = getattr(as_written, "model_dir", ""), getattr(config, "model_dir", "")
     if before == after:
         return []
     moved, after = [], after.rstrip("/")

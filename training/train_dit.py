@@ -77,7 +77,7 @@ class TrainDiTConfig:
 
     @property
     def prefix(self) -> str:
-        """What the names of this stage's networks begin with in a model folder."""
+        """The prefix of this stage's networks in a model folder."""
         return "fine_" if self.fine else ""
 
 

@@ -66,6 +66,11 @@ class TrainVAEConfig:
         """The name of the network of `run.start_from`."""
         return self.start_network or self.network
 
+    @property
+    def cube(self) -> tuple[int, int] | None:
+        """The edge of the cube of a shape that is upsampled, and its margin; None: the whole shape."""
+        return (self.crop, self.crop_margin) if self.crop else None
+
 
 def vae_loss(
     model: SDFVAE, batch: ShapeBatch, loss: SDFLossConfig, generator: torch.Generator, part: Part = WHOLE
@@ -75,7 +80,8 @@ def vae_loss(
     mean, logvar, latent_voxels = model.encode(sdf, voxels)  # (M, C)
     noise = draw_noise(mean, generator, part.draw_tokens)
     latents, crop = mean + (0.5 * logvar).exp() * noise, batch.crop
-    decoded, _ = model.decode(latents, latent_voxels, part=crop and (crop.rows, crop.voxels))  # (512 P, 1), as blocks
+    upsampled = None if crop is None else (crop.rows, crop.voxels)
+    decoded, _ = model.decode(latents, latent_voxels, part=upsampled)  # (512 P, 1), in the blocks' order
     if crop is not None:
         decoded = decoded.unflatten(0, (-1, BLOCK**3))[crop.decoded].flatten(0, 1)
     return sdf_loss(decoded, *targets_of(batch), mean, logvar, loss, part.shares)
@@ -107,9 +113,8 @@ def make_validation(config: TrainVAEConfig, ranks: Ranks, vae: SDFVAE) -> Valida
     run = config.run
 
     def load() -> tuple[Shapes, int]:
-        shapes = Shapes(
-            config.data_dir, run.validate_split, config.resolutions, config.batch_size, config.max_tokens, run.seed
-        )
+        data = config.data_dir, run.validate_split, config.resolutions
+        shapes = Shapes(*data, config.batch_size, config.max_tokens, run.seed, crop=config.cube)
         number = sum(batches_of(len(names), config.batch_size) for names in shapes.names.values())
         return shapes, number
 
@@ -149,7 +154,7 @@ def train_on(ranks: Ranks, config: TrainVAEConfig) -> nn.Module:
         config.max_tokens,
         run.seed,
         config.symmetries,
-        (config.crop, config.crop_margin) if config.crop else None,
+        config.cube,
     )
 
     validate = make_validation(config, ranks, state.ema)

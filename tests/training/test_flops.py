@@ -25,6 +25,8 @@ FORMS = {
     "v1.0": {},
     "v1.1": {"compression_block": 8, "pooled_conv": False, "sparse_context": False},
     "shared": {"share_modulation": True, "top_k": 1000},
+    "windows": {"branches": ("window",)},
+    "full": {"attention": "full"},
 }
 
 
@@ -123,7 +125,7 @@ def test_structure_vae():
 
 @pytest.mark.parametrize("place", [False, True])
 def test_sdf_vae(voxels, place):
-    """What doubles the resolution is counted by definition: eight taps for each child."""
+    """Convolutions that double the resolution are counted by definition: eight taps for each child."""
     config = SDFVAEConfig(4, 32, 2, 1, 1, group_norm_groups=2, voxel_place=place)
     model = SDFVAE(config)
     fine = voxels.subdivide()[0].subdivide()[0].subdivide()[0]

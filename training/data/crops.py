@@ -60,4 +60,4 @@ def _corner(coords: np.ndarray, edge: int, grid: int, rng: np.random.Generator) 
 def _inside(coords: np.ndarray, low: np.ndarray, edge: int) -> np.ndarray:
     """Whether each of the coordinates (M, 4) lies in the cube of its shape, whose lowest corners are `low` (B, 3)."""
     place = coords[:, 1:] - low[coords[:, 0]]
-    return ((place >= 0) & (place < edge)).all(1)
+    return np.all((place >= 0) & (place < edge), axis=1)
