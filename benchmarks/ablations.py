@@ -280,7 +280,7 @@ def make_blocks(
 def compare_blocks(
     coords: np.ndarray, values: np.ndarray, name: str, symmetry: int, scoring: ScoreConfig
 ) -> dict[str, float]:
-    """Compare a decoded SDF with the prepared shape, in a process of the pool."""
+    """Compare a decoded SDF (M, 3), (M, 8, 8, 8) with the prepared shape, in a process of the pool."""
     result = Shape.of_blocks(coords, values, scoring, decoded=True)
     return compare(result, Shape.of_file(name, symmetry, scoring), scoring)
 

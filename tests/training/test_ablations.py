@@ -10,9 +10,8 @@ import pytest
 from benchmarks import ablations
 from benchmarks.ablations import AblationsConfig
 from d3ds2.networks.latent_dit import LatentDiT
-from tests.support.training_chain import Chain
+from tests.support.training_chain import Chain, save_untrained
 from tests.support.training_data import prepared, write_toml
-from training import encode_latents, train_structure_dit, train_structure_vae, train_vae
 from training.config import load_config
 from training.run_folder import last_step
 from training.train_dit import TrainDiTConfig
@@ -23,17 +22,10 @@ FORMS = {path.stem for path in (CONFIGS / "ablations").glob("*.toml")} - {"base"
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory) -> AblationsConfig:
-    """Two of the forms over a small base, one step of each, with a model that is hardly trained."""
+    """Two of the forms over a small base, one step of each, with a model of random weights."""
     folder = tmp_path_factory.mktemp("ablations")
     chain = Chain(prepared(tmp_path_factory), folder)
-    for stage, module in (
-        ("structure_vae", train_structure_vae),
-        ("structure_dit", train_structure_dit),
-        ("vae", train_vae),
-    ):
-        config = getattr(chain, stage)
-        module.train(dataclasses.replace(config, run=dataclasses.replace(config.run, steps=1)))
-    encode_latents.main(chain.latents)
+    save_untrained(chain)
     model = dataclasses.replace(chain.dit.model, compression_block=8, pooled_conv=False)
     write_toml(folder / "base.toml", dataclasses.replace(chain.dit, model=model))
     for form in ("ssa", "sequence"):
