@@ -26,7 +26,7 @@ def comparison(tmp_path_factory) -> AblationsConfig:
     folder = tmp_path_factory.mktemp("ablations")
     chain = Chain(prepared(tmp_path_factory), folder)
     save_untrained(chain)
-    model = dataclasses.replace(chain.dit.model, compression_block=8, pooled_conv=False)
+    model = dataclasses.replace(chain.dit.model, pooled_conv=False)
     write_toml(folder / "base.toml", dataclasses.replace(chain.dit, model=model))
     for form in ("ssa", "sequence"):
         shutil.copy(CONFIGS / "ablations" / f"{form}.toml", folder)
