@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .block_scores import select_blocks
 from .devices import on_triton, triton_works
+from .kept import Kept
 from .packed_attention import packed_attention, packed_attention_with_lse
 from .ragged import AttentionPlan, Ragged
 from .selection_attention import selection_attention
@@ -24,7 +25,7 @@ from .sliding_window import SlidingWindow, sliding_window_attention
 
 def spatial_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, compressed_k: Tensor | None, compressed_v: Tensor | None, gates: Tensor,
-    plan: AttentionPlan, top_k: int,
+    plan: AttentionPlan, top_k: int, kept: Kept | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the gated sum of the branches (eq. 6).
 
@@ -36,6 +37,7 @@ def spatial_sparse_attention(
         gates: gates of compression, selection and window, in [0, 1], (N, 3); a branch left out has no column.
         plan: the rows that each branch pairs; its windows may be None.
         top_k: number of blocks selected for each query and key/value head; 0 without selection.
+        kept: where the kernel of all three branches keeps its results, if attention is computed twice.
 
     Returns:
         (N, H, D). Differentiable in all tensors.
@@ -49,7 +51,7 @@ def spatial_sparse_attention(
         from .uncompiled import spatial_sparse_attention_triton
     else:
         from .spatial_sparse_attention_triton import spatial_sparse_attention_triton
-    return spatial_sparse_attention_triton(*inputs, q.shape[2] ** -0.5)
+    return spatial_sparse_attention_triton(*inputs, q.shape[2] ** -0.5, kept)
 
 
 def workspace_bytes(device: torch.device) -> int:

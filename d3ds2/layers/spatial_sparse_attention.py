@@ -18,8 +18,10 @@ from ..geometry.token_runs import sliding_plan, token_runs
 from ..geometry.voxels import BLOCK, Voxels
 from ..kernels.compression import compresses_together, pooled_conv_compression, pooled_silu
 from ..kernels.devices import autocast_dtype
+from ..kernels.kept import Kept
 from ..kernels.segment_sum import take_segments
 from ..kernels.spatial_sparse_attention import spatial_sparse_attention
+from .linear import Linear, project
 from .sparse_conv import PackedGroupNorm, SubmanifoldConv3d, mean_pool
 
 MAX_NORM_GROUPS = 32
@@ -131,22 +133,22 @@ class SpatialSparseAttention(nn.Module):
         self.has_compression, self.in_sequence = "compression" in branches, in_sequence
 
         query_size, kv_size = num_heads * self.head_dim, num_kv_heads * self.head_dim
-        self.to_q = nn.Linear(hidden_size, query_size, bias=False)
-        self.to_k = nn.Linear(hidden_size, kv_size, bias=False)
-        self.to_v = nn.Linear(hidden_size, kv_size, bias=False)
-        self.to_out = nn.Linear(query_size, hidden_size, bias=False)
-        self.gate = nn.Linear(hidden_size, len(branches), bias=False)
+        self.to_q = Linear(hidden_size, query_size, bias=False)
+        self.to_k = Linear(hidden_size, kv_size, bias=False)
+        self.to_v = Linear(hidden_size, kv_size, bias=False)
+        self.to_out = Linear(query_size, hidden_size, bias=False)
+        self.gate = Linear(hidden_size, len(branches), bias=False)
         if self.has_compression:
             self.block_position = nn.Parameter(torch.zeros(compression_block**3, kv_size))  # PE of eq. 7
             compression = PooledConvCompression if pooled_conv else PointwiseCompression
             self.compress_k = compression(kv_size)
             self.compress_v = compression(kv_size)
 
-    def forward(self, x: Tensor, voxels: Voxels) -> Tensor:
-        """x (N, C) -> (N, C)."""
+    def forward(self, x: Tensor, voxels: Voxels, kept: Kept | None = None) -> Tensor:
+        """x (N, C) -> (N, C); `kept` keeps the results of attention, if it is computed twice."""
         heads, kv_heads = (self.num_heads, self.head_dim), (self.num_kv_heads, self.head_dim)
-        q = self.to_q(x).unflatten(-1, heads)  # (N, H, D)
-        k, v = self.to_k(x), self.to_v(x)  # (N, Hk D)
+        q, k, v, gates = project(x, [self.to_q, self.to_k, self.to_v, self.gate])  # k and v (N, Hk D)
+        q, gates = q.unflatten(-1, heads), gates.sigmoid()  # (N, H, D), and (N, 3) or a column for each branch
         if self.in_sequence:
             voxels = token_runs(voxels)
         compressed_k = compressed_v = None
@@ -154,12 +156,11 @@ class SpatialSparseAttention(nn.Module):
             compressed_k, compressed_v = self.compress(k, v, voxels)  # (Nc, Hk, D)
         k, v = k.unflatten(-1, kv_heads), v.unflatten(-1, kv_heads)  # (N, Hk, D)
 
-        gates = self.gate(x).sigmoid()  # (N, 3), or a column for each branch
         if self.in_sequence:
             plan = sliding_plan(voxels, self.compression_block, self.window**2 // 2)
         else:
             plan = attention_plan(voxels, self.compression_block, self.window, self.shift)
-        out = spatial_sparse_attention(q, k, v, compressed_k, compressed_v, gates, plan, self.top_k)
+        out = spatial_sparse_attention(q, k, v, compressed_k, compressed_v, gates, plan, self.top_k, kept)
         return self.to_out(out.flatten(1))
 
     def compress(self, k: Tensor, v: Tensor, voxels: Voxels) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..geometry.position_embedding import absolute_position_embedding
 from ..geometry.segments import samples_of
 from ..geometry.voxels import BLOCK, Voxels
+from ..kernels.kept import Kept
 from ..kernels.modulation import gated_sum
 from ..layers.attention import CrossAttention
 from ..layers.full_attention import FullAttention
@@ -117,30 +118,43 @@ class LatentBlock(nn.Module):
         self.feed_forward = FeedForward(C, config.mlp_ratio)
 
     def forward(
-        self, h: Tensor, embedding: Tensor, voxels: Voxels, context: Tensor, context_cu: Tensor, context_lengths: list
+        self,
+        h: Tensor,
+        embedding: Tensor,
+        voxels: Voxels,
+        context: Tensor,
+        context_cu: Tensor,
+        context_lengths: list,
+        kept: Kept | None = None,
     ) -> Tensor:
-        """h (N, C), embedding (B, C) (or (B, 6 C), with a shared modulation), context (L, ·) -> (N, C)."""
+        """h (N, C), embedding (B, C) (or (B, 6 C), with a shared modulation), context (L, ·) -> (N, C).
+
+        `kept` keeps the results of attention and feed-forward, if the block is computed twice.
+        """
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(embedding)
         samples = samples_of(voxels)
-        attended = self.self_attention(self.norm1(h, shift_1, scale_1, samples), voxels)
-        h = gated_sum(h, gate_1, attended, samples)
-        h = h + self.cross_attention(
-            self.norm2(h), context, voxels.cu_seqlens, context_cu, voxels.counts, context_lengths
-        )
-        forwarded = self.feed_forward(self.norm3(h, shift_2, scale_2, samples))
-        return gated_sum(h, gate_2, forwarded, samples)
+        h, normed = self.norm1(h, None, None, shift_1, scale_1, samples)
+        attended = self.self_attention(normed, voxels, kept)
+        h, normed = self.norm2.of_sum(h, gate_1, attended, samples)
+        lengths = voxels.counts, context_lengths
+        attended = self.cross_attention(normed, context, voxels.cu_seqlens, context_cu, *lengths, kept)
+        h, normed = self.norm3(h, None, attended, shift_2, scale_2, samples)
+        return gated_sum(h, gate_2, self.feed_forward(normed, kept), samples)
 
 
 class LatentDiT(nn.Module):
     """Velocity of the rectified flow on the latents of a sparse structure.
 
-    `gradient_checkpointing = True` recomputes every block in the backward pass.
+    `gradient_checkpointing = True` recomputes every block in the backward pass, but for the results of attention and
+    feed-forward, which Triton's kernels keep: 13 kB a token and block at the paper's sizes. `recompute_all = True`
+    recomputes those too.
     """
 
     def __init__(self, config: LatentDiTConfig):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.recompute_all = False
         C = config.hidden_size
         self.time_embedder = TimestepEmbedder(C)
         self.shared_modulation = modulation_projection(C) if config.share_modulation else nn.Identity()
@@ -207,10 +221,15 @@ class LatentDiT(nn.Module):
         embedding = self.shared_modulation(time)
         arguments = embedding, tokens, context, image_tokens.cu_seqlens, image_tokens.counts
         for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, *arguments, use_reentrant=False)
-            else:
-                h = block(h, *arguments)
+            h = self._run(block, h, arguments)
         if self.packing is not None and made is not None:
             h = self.packing.unpack(h, made, voxels, time)
         return self.output_layer(self.norm_out(h))
+
+    def _run(self, block: LatentBlock, h: Tensor, arguments: tuple) -> Tensor:
+        if not self.gradient_checkpointing or not torch.is_grad_enabled():
+            return block(h, *arguments)
+        if self.recompute_all:
+            return checkpoint(block, h, *arguments, use_reentrant=False)
+        kept = Kept()
+        return checkpoint(block, h, *arguments, kept, use_reentrant=False, context_fn=kept.contexts)
