@@ -55,7 +55,7 @@ $(VENV)/.demo: requirements.txt constraints.txt pyproject.toml | $(BIN)/python
 
 $(VENV)/.test: $(VENV)/.demo Makefile
 	$(INSTALL) --constraint constraints.txt \
-		pytest pytest-xdist ruff codespell pyrefly tensorboard peft onnx onnxruntime rembg triton websocket-client
+		pytest pytest-xdist ruff codespell pyrefly tensorboard peft onnx onnxruntime rembg pillow-heif DracoPy triton websocket-client
 	touch $@
 
 $(VENV)/.test-long: $(VENV)/.test

@@ -33,7 +33,7 @@ def clean_alpha(image: Image.Image) -> tuple[Image.Image, int]:
     areas[0] = 0
     near = ndimage.maximum_filter((areas >= SPECK_SHARE * areas.max())[labels] & (labels > 0), 2 * EDGE_PIXELS + 1)
     left_out = (alpha > 0) & ~near
-    if not left_out.any() or _box(near & (alpha > 0)) == _box(alpha > 0):
+    if not left_out.any() or _box(np.asarray(near & (alpha > 0))) == _box(alpha > 0):
         return image, 0
     cleaned = image.copy()
     cleaned.putalpha(Image.fromarray(np.where(left_out, 0, alpha)))
@@ -41,7 +41,7 @@ def clean_alpha(image: Image.Image) -> tuple[Image.Image, int]:
 
 
 def fill_transparent(image: Image.Image) -> Image.Image:
-    """Return an RGB image: what is transparent gets the median colour of the opaque pixels along the picture's border.
+    """Return an RGB image, in which what is transparent has the median colour of the opaque pixels along the picture's border.
 
     A screenshot with rounded corners gets its corners back. An RGB image is returned as it is.
     """

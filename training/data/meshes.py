@@ -21,6 +21,8 @@ import numpy as np
 import trimesh
 
 from d3ds2.images.surface_colors import SurfaceColors
+from d3ds2.meshes.mesh_parts import read_parts
+from d3ds2.meshes.triangles import used_vertices
 from training.data.mesh_colors import face_colors, surface_colors
 
 SUFFIXES = (".npz", ".glb", ".gltf", ".obj", ".ply", ".stl", ".off")
@@ -159,7 +161,7 @@ def _read(entry: MeshEntry, colors_of: Callable) -> tuple:
         raise ValueError(f"expected finite vertices in {path}, got NaN or infinity")
     if faces.min() < 0 or faces.max() >= len(vertices):
         raise ValueError(f"expected face indices in [0, {len(vertices)}) in {path}, got {faces.min()}..{faces.max()}")
-    return vertices, faces, None if entry.has_color is False else colors
+    return *used_vertices(vertices, faces), None if entry.has_color is False else colors
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -176,7 +178,7 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
 
 
 def _read_parts(path: Path, colors_of: Callable) -> tuple:
-    parts = [part for part in trimesh.load_scene(path).dump() if isinstance(part, trimesh.Trimesh) and len(part.faces)]
+    parts = read_parts(path, path.suffix.lower())
     if not parts:
         raise ValueError("no triangles")
     offsets = np.cumsum([0] + [len(part.vertices) for part in parts])
