@@ -150,7 +150,7 @@ def training_config(config: AblationsConfig, form: str, seed: int, minutes: floa
 
 
 def settings_of(config: AblationsConfig, training: TrainDiTConfig) -> dict:
-    """All that a result depends on, as JSON has it."""
+    """Return all that a result depends on, in the types of JSON."""
     run = dataclasses.replace(training.run, max_minutes=0.0)
     scoring = dataclasses.replace(config, forms=(), seeds=(0,), max_minutes=0.0, workers=0)
     both = dataclasses.replace(training, run=run), scoring
