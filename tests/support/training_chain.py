@@ -113,6 +113,9 @@ def save_untrained(chain: Chain) -> None:
         ("latent_dit", LatentDiT(chain.dit.model)),
         ("sdf_vae", SDFVAE(chain.vae.model)),
     ):
+        if name.endswith("dit"):  # a new transformer returns zero
+            for parameter in network.requires_grad_(False).parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
         save_network(chain.model_dir, name, network, torch.float16)
     encode_latents.main(chain.latents)
 
