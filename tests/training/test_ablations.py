@@ -72,6 +72,7 @@ def test_a_config_may_build_on_another(tmp_path):
         load_config(TrainDiTConfig, [str(tmp_path / "deep/above.toml")])
 
 
+@pytest.mark.long
 def test_forms_are_trained_scored_and_compared(comparison, monkeypatch):
     assert ablations.run(comparison, "sequence", 0, 1e-9, pool=None) is None
     assert last_step(Path(comparison.out_dir) / "sequence_0/run") == 1  # of 2

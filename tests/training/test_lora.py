@@ -82,7 +82,7 @@ def test_only_adapters_learn_and_the_start_is_the_network_itself():
     assert merged(same) is same and all(parameter.requires_grad for parameter in same.parameters())
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [pytest.param("structure_dit", marks=pytest.mark.long), "dit"])
 def test_adapters_train_resume_and_are_exported(chain, tmp_path, stage):
     copy_model(chain, tmp_path, "structure_vae", "sdf_vae", "image_encoder")
     network = {"dit": "latent_dit", "structure_dit": "structure_dit"}[stage]
