@@ -150,7 +150,7 @@ def training_config(config: AblationsConfig, form: str, seed: int, minutes: floa
 
 
 def settings_of(config: AblationsConfig, training: TrainDiTConfig) -> dict:
-    """All that a result depends on, as JSON has it."""
+    """Return all that a result depends on, in the types of JSON."""
     run = dataclasses.replace(training.run, max_minutes=0.0)
     scoring = dataclasses.replace(config, forms=(), seeds=(0,), max_minutes=0.0, workers=0)
     both = dataclasses.replace(training, run=run), scoring
@@ -280,7 +280,7 @@ def make_blocks(
 def compare_blocks(
     coords: np.ndarray, values: np.ndarray, name: str, symmetry: int, scoring: ScoreConfig
 ) -> dict[str, float]:
-    """Compare a decoded SDF with the prepared shape, in a process of the pool."""
+    """Compare a decoded SDF (M, 3), (M, 8, 8, 8) with the prepared shape, in a process of the pool."""
     result = Shape.of_blocks(coords, values, scoring, decoded=True)
     return compare(result, Shape.of_file(name, symmetry, scoring), scoring)
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 
+from d3ds2.networks.image_encoder import ImageEncoderConfig
 from d3ds2.networks.latent_dit import LatentDiTConfig
 from d3ds2.networks.structure_dit import StructureDiTConfig
 from d3ds2.storage.atomic_file import replacing
@@ -94,8 +95,11 @@ def copy_model(start_from: str, model_dir: str) -> None:
 
 def structure_dit_config(config: FinetuneConfig, resolution: int) -> TrainStructureDiTConfig:
     """The settings of train_structure_dit, with the sizes of the model."""
-    model = read_config(config.start_from, "structure_dit", StructureDiTConfig)
-    return dataclasses.replace(config.structure_dit, model=model, **_of_stage(config, "structure_dit", resolution))
+    sizes = {
+        "model": read_config(config.start_from, "structure_dit", StructureDiTConfig),
+        "image_encoder": read_config(config.start_from, "image_encoder", ImageEncoderConfig),
+    }
+    return dataclasses.replace(config.structure_dit, **sizes, **_of_stage(config, "structure_dit", resolution))
 
 
 def dit_config(config: FinetuneConfig, resolution: int) -> TrainDiTConfig:

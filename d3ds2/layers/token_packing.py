@@ -37,7 +37,7 @@ class ModulatedResBlock(nn.Module):
         """x (N, in_channels), time embedding (B, C) -> (N, out_channels)."""
         scale, shift = self.modulation(embedding).chunk(2, dim=-1)
         h = self.conv_in(F.silu(self.norm_in(x)), voxels)
-        h = self.conv_out(F.silu(self.norm_out(h, shift, scale, samples_of(voxels))), voxels)
+        h = self.conv_out(F.silu(self.norm_out(h, None, None, shift, scale, samples_of(voxels))[1]), voxels)
         return h + self.skip(x)
 
 

@@ -79,7 +79,7 @@ def test_branches_are_their_definition(c, branches, in_sequence):
         if in_sequence:
             tokens = {4: 16, 8: 64}[c]
             cell, place, block = n // tokens, n % tokens, n // 64
-            if c == 8:  # the table has 8³ rows, of which 64 are in use
+            if c == 8:  # 64 of the 8³ rows of the table are in use
                 place = place // 32 * 256 + place // 4 % 8 * 8 + place % 4
             visible = (n[:, None] - n).abs() <= 8
         else:

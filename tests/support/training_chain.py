@@ -4,12 +4,16 @@ import dataclasses
 import json
 from pathlib import Path
 
-from d3ds2.networks.image_encoder import ImageEncoderConfig
-from d3ds2.networks.latent_dit import LatentDiTConfig
-from d3ds2.networks.sdf_vae import SDFVAEConfig
-from d3ds2.networks.structure_dit import StructureDiTConfig
-from d3ds2.networks.structure_vae import StructureVAEConfig
+import torch
+
+from d3ds2.networks.image_encoder import ImageEncoder, ImageEncoderConfig
+from d3ds2.networks.latent_dit import LatentDiT, LatentDiTConfig
+from d3ds2.networks.model_files import save_network
+from d3ds2.networks.sdf_vae import SDFVAE, SDFVAEConfig
+from d3ds2.networks.structure_dit import StructureDiT, StructureDiTConfig
+from d3ds2.networks.structure_vae import StructureVAE, StructureVAEConfig
 from tests.support.training_data import R
+from training import encode_latents
 from training.encode_latents import EncodeLatentsConfig
 from training.losses import FlowLossConfig
 from training.run import RunConfig
@@ -97,6 +101,23 @@ class Chain:
         return TrainDiTConfig(
             self.data_dir, self.model_dir, resolution=R, batch_size=8, views_per_shape=2, model=model, run=run
         )
+
+
+def save_untrained(chain: Chain) -> None:
+    """Write all networks with random weights to the model folder, and encode the latents: a start within seconds."""
+    torch.manual_seed(0)
+    for name, network in (
+        ("image_encoder", ImageEncoder(ENCODER)),
+        ("structure_vae", StructureVAE(chain.structure_vae.model)),
+        ("structure_dit", StructureDiT(chain.structure_dit.model)),
+        ("latent_dit", LatentDiT(chain.dit.model)),
+        ("sdf_vae", SDFVAE(chain.vae.model)),
+    ):
+        if name.endswith("dit"):  # a new transformer returns zero
+            for parameter in network.requires_grad_(False).parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        save_network(chain.model_dir, name, network, torch.float16)
+    encode_latents.main(chain.latents)
 
 
 def copy_model(chain: Chain, folder: Path, *names: str) -> None:
