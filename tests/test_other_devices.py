@@ -16,7 +16,7 @@ from d3ds2.kernels.block_scores import select_blocks
 from d3ds2.kernels.compression import pooled_conv_compression, pooled_silu
 from d3ds2.kernels.gather_conv import children_weight, gather_conv, permute_rows, submanifold_conv, take_rows
 from d3ds2.kernels.group_norm import packed_group_norm
-from d3ds2.kernels.modulation import affine_norm, gated_sum, modulated_norm
+from d3ds2.kernels.modulation import affine_norm, gated_sum, sum_and_norm
 from d3ds2.kernels.packed_attention import packed_attention, packed_attention_with_lse
 from d3ds2.kernels.segment_sum import per_token, sample_means, segment_sum, take_segments
 from d3ds2.kernels.selection_attention import selection_attention
@@ -194,8 +194,10 @@ KERNELS = {
         torch.randn(8),
         torch.randn(8),
     ),
-    "modulated norm": (
-        on_voxels(samples_of, lambda samples, h, shift, scale: modulated_norm(h, shift, scale, samples, 1e-6)),
+    "sum and norm": (
+        on_voxels(samples_of, lambda samples, h, *given: sum_and_norm(h, *given, samples, 1e-6)[1]),
+        torch.randn(N, 8),
+        torch.randn(3, 8),
         torch.randn(N, 8),
         torch.randn(3, 8),
         torch.randn(3, 8),

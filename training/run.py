@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from d3ds2.kernels.devices import find_device, trains_in_bf16
+from d3ds2.kernels.devices import trains_in_bf16
 from d3ds2.storage.atomic_file import replacing
 from training.boards import open_boards
 from training.distributed import Ranks, ranks_on
-from training.run_folder import check_run, clear_leftovers, exporting, locked, write_settings
+from training.folder_lock import locked
+from training.run_folder import check_run, clear_leftovers, exporting, write_settings
 from training.speed import peak_flops, speeds
 
 ALONE = Ranks(torch.device("cpu"))  # where only the number of ranks counts
@@ -39,6 +40,7 @@ class RunConfig:
     out_dir: str = "runs/run"
     seed: int = 0
     steps: int = 1000
+    sharded: bool = False  # several ranks share the weights (FSDP2) instead of copying them: less memory, more traffic
     accumulate: int = 1  # parts of a batch that a rank computes one after the other: less memory, the same step
     learning_rate: float = 1e-4  # [A]
     final_learning_rate: float = 1.0  # at the last step, as a fraction, along a cosine; 1: constant [D]
@@ -83,7 +85,7 @@ def start(config: RunConfig, whole_config) -> Generator[Ranks]:
         ValueError: the run folder belongs to another model, see `check_run`.
         FolderInUseError: another process writes to it.
     """
-    ranks = ranks_on(find_device(config.device))
+    ranks = ranks_on(config.device)
     out_dir, model_dir = Path(config.out_dir), Path(whole_config.model_dir)
     with ExitStack() as held:
         if ranks.is_first:

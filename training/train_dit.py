@@ -25,13 +25,14 @@ from d3ds2.networks.latent_dit import LatentDiT, LatentDiTConfig
 from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE
 from d3ds2.rectified_flow import interpolate
-from d3ds2.storage.model_folder import SamplingConfig, save_settings
-from training.data.datasets import LatentBatch, LatentViews
+from d3ds2.storage.model_folder import SamplingConfig, load_settings, save_settings
+from training.data.datasets import MEMORY_GIB, LatentBatch, LatentViews
 from training.data.latent_moments import check_latents
 from training.data.parts import WHOLE, Part, load_parts
 from training.data.shape_files import list_shapes
 from training.data.views import Views
 from training.distributed import Ranks, run_script
+from training.lora import LoRAConfig, add_adapters, merged
 from training.losses import FlowLossConfig, draw_noise, keep_context, training_times, velocity_loss
 from training.run import Log, RunConfig, Stop, autocast, is_save_step, seed_step, start
 from training.run_folder import exporting
@@ -52,18 +53,32 @@ class TrainDiTConfig:
     max_tokens: int = 65536  # in a batch; larger shapes are left out
     turn_to_camera: bool = True  # the front is the side that the camera sees, see symmetry.py [D]
     cache_views: bool = False  # keep all decoded pictures in memory
-    cache_latents: bool = True  # keep all latents in memory
+    cache_latents: bool = True  # keep all latents in memory up to the size of memory_gib
+    memory_gib: float = MEMORY_GIB  # of each process
     gradient_checkpointing: bool = False
     run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/dit"))
     model: LatentDiTConfig = field(default_factory=LatentDiTConfig)
     loss: FlowLossConfig = field(default_factory=FlowLossConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)  # train adapters on the network of run.start_from
     sampling: SamplingConfig | None = None  # steps and guidance for the config.json of the exported model
+    fine: bool = False  # the second stage: `fine_latent_dit`, on the latents of `fine_sdf_vae`
+    start_network: str = ""  # of run.start_from; "": that of the same name
+    export_dir: str = ""  # where the network is written; "": to model_dir
 
     def __post_init__(self):
-        if self.sampling is not None and self.sampling.sdf_resolution != self.resolution:
+        if self.sampling is None:
+            return
+        own = self.sampling.fine if self.fine else self.sampling
+        key = "sampling.fine.sdf_resolution" if self.fine else "sampling.sdf_resolution"
+        if own is None or own.sdf_resolution != self.resolution:
             raise ValueError(
-                f"expected sampling.sdf_resolution {self.resolution} as trained, got {self.sampling.sdf_resolution}"
+                f"expected {key} {self.resolution} as trained, got {own.sdf_resolution if own else 'no sampling.fine'}"
             )
+
+    @property
+    def prefix(self) -> str:
+        """What the names of this stage's networks begin with in a model folder."""
+        return "fine_" if self.fine else ""
 
 
 def draw_latents(
@@ -151,13 +166,14 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
     run, device = config.run, ranks.device
     model = LatentDiT(config.model).to(device)
     model.gradient_checkpointing = config.gradient_checkpointing
-    load_start(run, latent_dit=model)
+    load_start(run, **{config.start_network or f"{config.prefix}latent_dit": model})
+    add_adapters(model, config.lora)
     state = State(model, run, ranks)
     state.load()
     generator = make_generator(device)
 
     encoder = load_network(config.model_dir, "image_encoder", device)
-    vae = load_network(config.model_dir, "sdf_vae", device)  # for the scale of its latents
+    vae = load_network(config.model_dir, f"{config.prefix}sdf_vae", device)  # for the scale of its latents
     check_latents(config.data_dir, config.resolution, vae, config.model_dir)
     tokens_of = dict(zip(*list_shapes(config.data_dir, config.split, config.resolution), strict=True))
     views = Views(
@@ -173,11 +189,12 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
         config.max_tokens,
         run.seed,
         config.cache_latents,
+        config.memory_gib,
     )
 
     validate = make_validation(config, ranks, state.ema, encoder, vae)
 
-    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks, token_weights(model)) as log:
+    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks, token_weights(model)) as log, state:
         for parts in load_parts(dataset, state.step, run, ranks, ("tokens",), count_tokens):
             for part in parts:
                 batch: LatentBatch = part.batch
@@ -188,26 +205,33 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
                     image_tokens = encode_images(encoder, batch.images, config.model.sparse_context)
                     loss = flow_loss(model, image_tokens, x_0, voxels, config.loss, generator, part)
                 loss.backward()
-                log.add({"loss": loss, "tokens": len(voxels)})
+                log.add({"loss": loss, "tokens": part.own(len(voxels))})
             grad_norm = state.update()
 
             validate(state.step, log)
             log(state.step, {"grad_norm": grad_norm})
             if is_save_step(state.step, stop, run):
                 state.save()
+                averaged = state.averaged()
                 if ranks.is_first:
-                    export(config, state.ema)
+                    export(config, averaged)
                 if stop:
                     break
-    return state.ema
+    return state.averaged()
 
 
 def export(config: TrainDiTConfig, ema: nn.Module) -> None:
     """Write the averaged model, and how to sample it, to the model folder."""
-    with exporting(config.model_dir):
-        save_network(config.model_dir, "latent_dit", ema, torch.float16)
+    folder = config.export_dir or config.model_dir
+    with exporting(folder):
+        save_network(folder, f"{config.prefix}latent_dit", merged(ema), torch.float16)
         if config.sampling is not None:
-            save_settings(config.model_dir, Path(config.model_dir).name, config.sampling)
+            sampling, known = config.sampling, load_settings(folder)[1]
+            if config.fine:
+                sampling = dataclasses.replace(known, fine=sampling.fine)
+            elif known.fine and not sampling.fine:
+                sampling = dataclasses.replace(sampling, fine=known.fine)
+            save_settings(folder, Path(folder).name, sampling)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Layer norm with adaptive modulation and the gated residual, around the blocks of a diffusion transformer.
+"""The gated residual and its layer norm with adaptive modulation, between the layers of a diffusion transformer.
 
 On CUDA each is one pass over the tokens, forward and backward, by the kernels of modulation_triton.py. Elsewhere, and
 in float64, the definitions run.
@@ -7,35 +7,66 @@ Sizes named in this file:
     N  tokens, all samples packed      B  samples      C  hidden size
 """
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .devices import half_on_triton
+from .devices import autocast_dtype, half_on_triton
 from .ragged import Ragged
 from .segment_sum import per_token
 
 
-def modulated_norm(h: Tensor, shift: Tensor, scale: Tensor, samples: Ragged, eps: float) -> Tensor:
-    """norm(h) (1 + scale) + shift: h (N, C), the rows of `samples`, shift and scale (B, C) -> (N, C).
+def sum_and_norm(
+    h: Tensor, gate: Tensor | None, x: Tensor | None, shift: Tensor, scale: Tensor, samples: Ragged, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Add x to the residual h, and norm the sum: the two steps between two layers of a block.
 
-    Under autocast the result is float32, as that of torch's layer norm is.
+    Args:
+        h: the residual (N, C), the rows of `samples`.
+        gate: factor on x in each sample (B, C); None is 1.
+        x: what is added (N, C); None adds nothing.
+        shift, scale: modulation of the norm in each sample, (B, C) each.
+        samples: the rows of each sample.
+        eps: number added to the variances.
+
+    Returns:
+        h + gate x (N, C), in the widest dtype of the three, and norm(h + gate x) (1 + scale) + shift (N, C). Under
+        autocast the kernel gives the norm in the dtype of autocast, which is what linear layers take. Take both, also
+        where nothing is added: then the backward pass adds the two gradients of h on the way.
     """
     if not half_on_triton(h) or torch.compiler.is_compiling():  # the compiler fuses its own
-        return modulated_norm_reference(h, shift, scale, samples, eps)
-    from .modulation_triton import modulated_norm_triton
+        return sum_and_norm_reference(h, gate, x, shift, scale, samples, eps)
+    from .modulation_triton import sum_and_norm_triton
 
-    dtype = torch.promote_types(_norm_dtype(h), torch.promote_types(shift.dtype, scale.dtype))
-    return modulated_norm_triton(h, shift, scale, samples, eps, dtype)
+    total_dtype = _widest(h, gate, x)
+    dtype = autocast_dtype(h.device) or torch.promote_types(total_dtype, _widest(shift, scale))
+    return sum_and_norm_triton(h, gate, x, shift, scale, samples, eps, total_dtype, dtype)
+
+
+def sum_and_affine_norm(
+    h: Tensor, gate: Tensor | None, x: Tensor | None, weight: Tensor, bias: Tensor, samples: Ragged, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`sum_and_norm`, but the norm of the sum is multiplied by `weight` (C,), and `bias` (C,) is added to it."""
+    if not half_on_triton(h) or torch.compiler.is_compiling():
+        return sum_and_affine_norm_reference(h, gate, x, weight, bias, samples, eps)
+    from .modulation_triton import sum_and_norm_triton
+
+    total_dtype, every = _widest(h, gate, x), (len(samples), -1)
+    dtype = autocast_dtype(h.device) or total_dtype
+    return sum_and_norm_triton(
+        h, gate, x, bias.expand(every), weight.expand(every), samples, eps, total_dtype, dtype, affine=True
+    )
 
 
 def affine_norm(h: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """norm(h) weight + bias: h (..., C), weight and bias (C,) -> the shape of h."""
+    """norm(h) weight + bias: h (..., C), weight and bias (C,) -> the shape of h; dtypes as in `sum_and_norm`."""
     if not half_on_triton(h) or torch.compiler.is_compiling():
         return affine_norm_reference(h, weight, bias, eps)
     from .modulation_triton import affine_norm_triton
 
-    return affine_norm_triton(h, weight, bias, eps, _norm_dtype(h))
+    return affine_norm_triton(h, weight, bias, eps, autocast_dtype(h.device) or h.dtype)
 
 
 def gated_sum(h: Tensor, gate: Tensor, x: Tensor, samples: Ragged) -> Tensor:
@@ -44,12 +75,27 @@ def gated_sum(h: Tensor, gate: Tensor, x: Tensor, samples: Ragged) -> Tensor:
         return gated_sum_reference(h, gate, x, samples)
     from .modulation_triton import gated_sum_triton
 
-    dtype = torch.promote_types(h.dtype, torch.promote_types(gate.dtype, x.dtype))
-    return gated_sum_triton(h, gate, x, samples, dtype)
+    return gated_sum_triton(h, gate, x, samples, _widest(h, gate, x))
+
+
+def sum_and_norm_reference(
+    h: Tensor, gate: Tensor | None, x: Tensor | None, shift: Tensor, scale: Tensor, samples: Ragged, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Definition of `sum_and_norm`; torch's layer norm gives float32 under autocast."""
+    total = _sum(h, gate, x, samples)
+    return total, modulated_norm_reference(total, shift, scale, samples, eps)
+
+
+def sum_and_affine_norm_reference(
+    h: Tensor, gate: Tensor | None, x: Tensor | None, weight: Tensor, bias: Tensor, samples: Ragged, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Definition of `sum_and_affine_norm`."""
+    total = _sum(h, gate, x, samples)
+    return total, affine_norm_reference(total, weight, bias, eps)
 
 
 def modulated_norm_reference(h: Tensor, shift: Tensor, scale: Tensor, samples: Ragged, eps: float) -> Tensor:
-    """Definition of `modulated_norm`."""
+    """norm(h) (1 + scale) + shift: h (N, C), the rows of `samples`, shift and scale (B, C) -> (N, C)."""
     normed = F.layer_norm(h, h.shape[-1:], eps=eps)  # statistics in float32
     if _expands(samples):
         return torch.addcmul(per_token(shift, samples), normed, 1 + per_token(scale, samples))
@@ -85,5 +131,11 @@ def _expands(samples: Ragged) -> bool:
     return len(samples) == 1 or torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
-def _norm_dtype(h: Tensor) -> torch.dtype:
-    return torch.float32 if torch.is_autocast_enabled("cuda") else h.dtype
+def _sum(h: Tensor, gate: Tensor | None, x: Tensor | None, samples: Ragged) -> Tensor:
+    if x is None:
+        return h
+    return h + x if gate is None else gated_sum_reference(h, gate, x, samples)
+
+
+def _widest(*tensors: Tensor | None) -> torch.dtype:
+    return reduce(torch.promote_types, (x.dtype for x in tensors if x is not None))

@@ -1,4 +1,4 @@
-"""Triton kernels of layer norm with modulation and of the gated residual; the definitions are in modulation.py.
+"""Triton kernels of the gated residual and of its layer norm with modulation; the definitions are in modulation.py.
 
 A program takes a tile: up to `rows` rows of one sample, whose parameters it reads once. In the backward pass it also
 sums the gradients of the parameters over its rows; another kernel adds up the tiles of each sample, in a fixed order.
@@ -29,6 +29,7 @@ class RowTile(NamedTuple):
 
 NORM = RowTile(4, 4096, 4)
 NORM_BACKWARD = RowTile(32, 4096, 4)
+SUM_BACKWARD = RowTile(32, 2048, 4)  # of the norm of a sum: it holds two more tensors
 GATE = RowTile(4, 4096, 4)
 GATE_BACKWARD = RowTile(32, 4096, 4)
 
@@ -65,35 +66,52 @@ def _normed(b_h, is_c, C: tl.constexpr, EPS: tl.constexpr):
 
 @triton.jit
 def _norm_kernel(
-    h, shift, scale, out, offsets, tile_offsets, tile_samples, N, B, SHIFT_STRIDE, SCALE_STRIDE,
+    h, gate, x, shift, scale, total, out, offsets, tile_offsets, tile_samples, N, B,
+    GATE_STRIDE, SHIFT_STRIDE, SCALE_STRIDE,
     C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr,
-    EPS: tl.constexpr, ONE: tl.constexpr,
+    EPS: tl.constexpr, ONE: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """One program: norm(h) (ONE + scale) + shift in a tile."""
+    """One program: norm(h) (ONE + scale) + shift in a tile. ADDED: h + x is normed, GATED: h + gate x."""
     sample, first, last = _rows_of_tile(offsets, tile_offsets, tile_samples, N, B, ROWS, RAGGED)
     offs_c = tl.arange(0, CP)
     b_shift = _parameters(shift, sample, SHIFT_STRIDE, C, CP)
     b_factor = _parameters(scale, sample, SCALE_STRIDE, C, CP) + ONE
+    if GATED:
+        b_gate = _parameters(gate, sample, GATE_STRIDE, C, CP)
     for i in range(first, last, BLOCK_N):
         row = i + tl.arange(0, BLOCK_N)
         at = row.to(tl.int64)[:, None] * C + offs_c
         mask = (row < last)[:, None] & (offs_c < C)
         b_h = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
+        if ADDED:
+            b_x = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+            if GATED:
+                b_x *= b_gate
+            rounded = (b_h + b_x).to(total.dtype.element_ty)
+            tl.store(total + at, rounded, mask=mask)
+            b_h = rounded.to(tl.float32)
         normed, _ = _normed(b_h, offs_c < C, C, EPS)
         tl.store(out + at, normed * b_factor + b_shift, mask=mask)
 
 
 @triton.jit
 def _norm_backward_kernel(
-    h, scale, dout, dh, partial, offsets, tile_offsets, tile_samples, N, B, SCALE_STRIDE,
+    h, gate, x, scale, dtotal, dout, dh, dx, partial, offsets, tile_offsets, tile_samples, N, B,
+    GATE_STRIDE, SCALE_STRIDE,
     C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr,
-    EPS: tl.constexpr, ONE: tl.constexpr,
+    EPS: tl.constexpr, ONE: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr, PASSED: tl.constexpr,
 ):  # fmt: skip
-    """One program: dh in a tile, and the parts of dshift and dscale from its rows -> partial (tiles, 2, C)."""
+    """One program: dh in a tile, and the parts of dshift, dscale and dgate from its rows -> partial (tiles, 2 or 3, C).
+
+    h is what was normed. PASSED: it has another gradient, dtotal. ADDED: dx gets the gradient of what was added to h.
+    """
     sample, first, last = _rows_of_tile(offsets, tile_offsets, tile_samples, N, B, ROWS, RAGGED)
     offs_c = tl.arange(0, CP)
     b_factor = _parameters(scale, sample, SCALE_STRIDE, C, CP) + ONE
     b_dshift, b_dscale = tl.zeros([CP], dtype=tl.float32), tl.zeros([CP], dtype=tl.float32)
+    if GATED:
+        b_gate = _parameters(gate, sample, GATE_STRIDE, C, CP)
+        b_dgate = tl.zeros([CP], dtype=tl.float32)
     for i in range(first, last, BLOCK_N):
         row = i + tl.arange(0, BLOCK_N)
         at = row.to(tl.int64)[:, None] * C + offs_c
@@ -105,10 +123,22 @@ def _norm_backward_kernel(
         b_dscale += tl.sum(b_dout * normed, 0)
         dnormed = b_dout * b_factor
         mean, along = tl.sum(dnormed, 1) / C, tl.sum(dnormed * normed, 1) / C
-        tl.store(dh + at, rstd * (dnormed - mean[:, None] - normed * along[:, None]), mask=mask)
-    to = partial + tl.program_id(0).to(tl.int64) * (2 * C) + offs_c
+        b_dh = rstd * (dnormed - mean[:, None] - normed * along[:, None])
+        if PASSED:
+            b_dh += tl.load(dtotal + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dh + at, b_dh, mask=mask)
+        if ADDED:
+            if GATED:
+                b_x = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+                b_dgate += tl.sum(b_dh * b_x, 0)
+                b_dh *= b_gate
+            tl.store(dx + at, b_dh, mask=mask)
+    parts = 3 if GATED else 2
+    to = partial + tl.program_id(0).to(tl.int64) * (parts * C) + offs_c
     tl.store(to, b_dshift, mask=offs_c < C)
     tl.store(to + C, b_dscale, mask=offs_c < C)
+    if GATED:
+        tl.store(to + 2 * C, b_dgate, mask=offs_c < C)
 
 
 @triton.jit
@@ -150,29 +180,47 @@ def _gate_backward_kernel(
     tl.store(partial + tl.program_id(0).to(tl.int64) * C + offs_c, b_dgate, mask=offs_c < C)
 
 
-class _ModulatedNorm(torch.autograd.Function):
+class _SumAndNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, shift, scale, samples, eps, one, dtype):
-        ctx.save_for_backward(h, shift, scale)
-        ctx.samples, ctx.constants = samples, {"EPS": eps, "ONE": one}
+    def forward(ctx, h, gate, x, shift, scale, samples, eps, one, total_dtype, dtype):
+        ctx.samples, ctx.dtypes = samples, (h.dtype, shift.dtype, scale.dtype)
+        ctx.constants = {"EPS": eps, "ONE": one, "ADDED": x is not None, "GATED": gate is not None}
+        total = h if x is None else torch.empty_like(h, dtype=total_dtype)
         out = torch.empty_like(h, dtype=dtype)
         grid, tiles, sizes = _launch(h, samples, NORM)
+        some = h if x is None else x  # stands for tensors that the kernel leaves alone
         if grid[0]:
-            strides = shift.stride(0), scale.stride(0)
-            _norm_kernel[grid](h, shift, scale, out, *tiles, *strides, **sizes, **ctx.constants)
-        return out
+            strides = 0 if gate is None else gate.stride(0), shift.stride(0), scale.stride(0)
+            _norm_kernel[grid](
+                h, some if gate is None else gate, some, shift, scale, total, out, *tiles, *strides,
+                **sizes, **ctx.constants,
+            )  # fmt: skip
+        ctx.save_for_backward(total, gate, None if gate is None else x, scale)
+        ctx.x_dtype = None if x is None else x.dtype
+        ctx.set_materialize_grads(False)
+        return total.view_as(total) if x is None else total, out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout):
-        h, shift, scale = ctx.saved_tensors
-        dout, dh, C = dout.contiguous(), torch.empty_like(h), h.shape[1]
-        grid, tiles, sizes = _launch(h, ctx.samples, NORM_BACKWARD)
-        partial = torch.empty(*grid, 2 * C, dtype=torch.float32, device=h.device)
+    def backward(ctx, dtotal, dout):
+        total, gate, x, scale = ctx.saved_tensors
+        C, gated, added = total.shape[1], gate is not None, ctx.x_dtype is not None
+        dout = torch.zeros_like(total) if dout is None else dout.contiguous()
+        dtotal = None if dtotal is None else dtotal.contiguous()
+        dh = torch.empty_like(total, dtype=ctx.dtypes[0])
+        dx = torch.empty_like(total, dtype=ctx.x_dtype) if added else None
+        tile = NORM_BACKWARD if not added else SUM_BACKWARD
+        grid, tiles, sizes = _launch(total, ctx.samples, tile)
+        partial = torch.empty(*grid, (3 if gated else 2) * C, dtype=torch.float32, device=total.device)
         if grid[0]:
-            _norm_backward_kernel[grid](h, scale, dout, dh, partial, *tiles, scale.stride(0), **sizes, **ctx.constants)
-        dshift, dscale = _sum_tiles(partial, ctx.samples, NORM_BACKWARD).split(C, dim=1)
-        return dh, dshift.to(shift.dtype), dscale.to(scale.dtype), None, None, None, None
+            _norm_backward_kernel[grid](
+                total, gate if gated else scale, x if gated else total, scale, total if dtotal is None else dtotal,
+                dout, dh, dh if dx is None else dx, partial, *tiles, gate.stride(0) if gated else 0, scale.stride(0),
+                **sizes, **ctx.constants, PASSED=dtotal is not None,
+            )  # fmt: skip
+        dshift, dscale, *dgate = _sum_tiles(partial, ctx.samples, tile).split(C, dim=1)
+        dgate = dgate[0].to(gate.dtype) if gated else None
+        return dh, dgate, dx, dshift.to(ctx.dtypes[1]), dscale.to(ctx.dtypes[2]), None, None, None, None, None
 
 
 class _GatedSum(torch.autograd.Function):
@@ -199,17 +247,26 @@ class _GatedSum(torch.autograd.Function):
         return dout.to(ctx.dtype), dgate.to(gate.dtype), dx, None, None
 
 
-def modulated_norm_triton(
-    h: Tensor, shift: Tensor, scale: Tensor, samples: Ragged, eps: float, dtype: torch.dtype
-) -> Tensor:
-    """`modulated_norm` of h (N, C) with a result of `dtype`: (N, C)."""
-    return _ModulatedNorm.apply(h.contiguous(), _packed(shift), _packed(scale), _several(samples), eps, 1.0, dtype)
+def sum_and_norm_triton(
+    h: Tensor, gate: Tensor | None, x: Tensor | None, shift: Tensor, scale: Tensor, samples: Ragged, eps: float,
+    total_dtype: torch.dtype, dtype: torch.dtype, affine: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`sum_and_norm` of h (N, C), with the sum in `total_dtype` and its norm in `dtype`: (N, C) each.
+
+    If `affine`, the factor of the norm is `scale` itself, without 1.
+    """
+    gate, x = None if gate is None else _packed(gate), None if x is None else x.contiguous()
+    one = 0.0 if affine else 1.0
+    return _SumAndNorm.apply(
+        h.contiguous(), gate, x, _packed(shift), _packed(scale), _several(samples), eps, one, total_dtype, dtype
+    )
 
 
 def affine_norm_triton(h: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """`affine_norm` of h (..., C) with a result of `dtype`: (..., C)."""
     rows = h.reshape(-1, h.shape[-1]).contiguous()
-    return _ModulatedNorm.apply(rows, _packed(bias[None]), _packed(weight[None]), None, eps, 0.0, dtype).view(h.shape)
+    parameters = _packed(bias[None]), _packed(weight[None])
+    return _SumAndNorm.apply(rows, None, None, *parameters, None, eps, 0.0, rows.dtype, dtype)[1].view(h.shape)
 
 
 def gated_sum_triton(h: Tensor, gate: Tensor, x: Tensor, samples: Ragged, dtype: torch.dtype) -> Tensor:

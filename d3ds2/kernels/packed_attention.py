@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .devices import flash_takes, is_half, on_triton
+from .kept import Kept
 from .packed_attention_batched import packed_attention_batched
 
 NARROW, WIDEST = 32, 128  # channels per head
@@ -29,6 +30,7 @@ def packed_attention(
     lengths_q: list[int],
     lengths_k: list[int],
     scale: float | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """Compute softmax(q kᵀ · scale) v within each segment (eq. 4-5).
 
@@ -38,6 +40,7 @@ def packed_attention(
         cu_seqlens_q, cu_seqlens_k: first row of each segment and, last, Tq or Tk, (S + 1,) int32.
         lengths_q, lengths_k: rows of each segment, on the host; zero is allowed.
         scale: factor on the scores. Default: 1 / sqrt(D).
+        kept: where our kernel keeps its results, if attention is computed twice.
 
     Returns:
         (Tq, H, D). Half precision on a GPU takes one kernel for all segments, all else a few products.
@@ -50,7 +53,7 @@ def packed_attention(
         from .packed_attention_triton import packed_attention_triton
 
         scale = q.shape[2] ** -0.5 if scale is None else scale
-        return packed_attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
+        return packed_attention_triton(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, kept)
     if flash_takes(q):
         return _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, lengths_q, lengths_k, scale)[0]
     if _is_ragged(lengths_q, lengths_k):

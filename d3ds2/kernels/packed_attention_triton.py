@@ -10,7 +10,9 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .attention_stats_triton import attention_stats
 from .attention_tiles import AttentionTiles, Tile
+from .kept import Kept, computed
 from .ragged import AttentionSegments, Ragged
 from .ragged_attention_triton import ragged_attention_dkdv, ragged_attention_dq, ragged_attention_forward
 
@@ -33,10 +35,11 @@ def _tiles(D: int) -> AttentionTiles:
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, scale):
+    def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, scale, kept):
         ctx.segments = AttentionSegments(Ragged(cu_seqlens_q, len(q)), Ragged(cu_seqlens_k, len(k)))
         ctx.scale = scale
-        out, lse = ragged_attention_forward(q, k, v, ctx.segments, scale, _tiles(q.shape[2]).forward)
+        tile = _tiles(q.shape[2]).forward
+        out, lse = computed(kept, lambda: ragged_attention_forward(q, k, v, ctx.segments, scale, tile))
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
@@ -45,19 +48,20 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx, dout):
         q, k, v, out, lse = ctx.saved_tensors
         dout = dout.contiguous()
-        stats = torch.stack([lse, (out.float() * dout.float()).sum(-1)], dim=-1)  # (Tq, H, 2)
+        stats = attention_stats(lse, out, dout)  # (Tq, H, 2)
         tiles = _tiles(q.shape[2])
         dq = ragged_attention_dq(q, k, v, ctx.segments, stats, dout, ctx.scale, tiles.dq)
         programs = triton.cdiv(len(k), tiles.dkdv.keys) * k.shape[1]
         tile = replace(tiles.dkdv, splits=min(MAX_SPLITS, max(1, ENOUGH_PROGRAMS // max(1, programs))))
         dk, dv = ragged_attention_dkdv(q, k, v, ctx.segments, stats, dout, ctx.scale, tile)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 
 
 def packed_attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float, kept: Kept | None = None
 ) -> Tensor:
     """`packed_attention` of q (Tq, H, D), k and v (Tk, Hk, D): (Tq, H, D). Differentiable in q, k and v."""
     if len(q) == 0:
         return torch.zeros_like(q)
-    return _PackedAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens_q, cu_seqlens_k, scale)
+    inputs = (x.contiguous() for x in (q, k, v))
+    return _PackedAttention.apply(*inputs, cu_seqlens_q, cu_seqlens_k, scale, kept)

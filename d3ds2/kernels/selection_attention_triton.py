@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .attention_stats_triton import attention_stats
 from .attention_tiles import AttentionTiles, Tile
 from .pair_gradients_triton import pair_dkdv
 from .pair_order_triton import pairs_by_block_triton
@@ -221,7 +222,7 @@ class _SelectionAttention(torch.autograd.Function):
     def backward(ctx, dout):
         q, k, v, block_indices, out, lse, *pairs = ctx.saved_tensors
         dout = dout.contiguous()
-        stats = torch.stack([lse, (out.float() * dout.float()).sum(-1)], dim=-1)  # (T, H, 2)
+        stats = attention_stats(lse, out, dout)  # (T, H, 2)
         dq, dk, dv = select_backward(q, k, v, ctx.blocks, block_indices, pairs, stats, dout, ctx.scale)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
 

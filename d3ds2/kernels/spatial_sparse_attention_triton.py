@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from .attention_tiles import AttentionTiles, Tile
 from .block_scores_triton import select_blocks_triton
-from .ragged import AttentionPlan, AttentionSegments
+from .kept import Kept, computed
+from .ragged import AttentionPlan, AttentionSegments, Ragged
 from .ragged_attention_triton import key_norms, ragged_attention_dkdv, ragged_attention_dq, ragged_attention_forward
 from .selection_attention_triton import select_backward, select_forward
 
@@ -75,26 +76,34 @@ def _tiles(q: Tensor) -> tuple[AttentionTiles, AttentionTiles]:
 
 def _segments(plan: AttentionPlan) -> tuple[AttentionSegments, AttentionSegments]:
     """The segments of the compression branch and of the window branch."""
+    assert isinstance(plan.windows, Ragged)  # other windows do not come here
     return AttentionSegments(plan.samples, plan.compressed), AttentionSegments(plan.windows, plan.windows)
+
+
+def _attend(q, k, v, compressed_k, compressed_v, gates, plan, top_k, scale, keep) -> list[Tensor]:
+    """Return the gated sum and, to `keep`, outputs and lse of the three branches, the selected blocks and the pairs."""
+    over_samples, over_windows = _segments(plan)
+    compression_tiles, window_tiles = _tiles(q)
+    compression, compression_lse = ragged_attention_forward(
+        q, compressed_k, compressed_v, over_samples, scale, compression_tiles.forward
+    )
+    block_indices = select_blocks_triton(q, compressed_k, compression_lse, plan, top_k, scale)
+    norms = key_norms(k)
+    window, window_lse = ragged_attention_forward(q, k, v, over_windows, scale, window_tiles.forward, norms)
+    selection, selection_lse, pairs, out = select_forward(
+        q, k, v, plan.blocks, block_indices, scale, (compression, window, gates), keep, norms
+    )
+    outputs, lses = (compression, selection, window), (compression_lse, selection_lse, window_lse)
+    return [out, *outputs, *lses, block_indices, *pairs] if keep else [out]
 
 
 class _SpatialSparseAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, compressed_k, compressed_v, gates, plan, top_k, scale, keep):
-        over_samples, over_windows = _segments(plan)
-        compression_tiles, window_tiles = _tiles(q)
-        compression, compression_lse = ragged_attention_forward(
-            q, compressed_k, compressed_v, over_samples, scale, compression_tiles.forward
-        )
-        block_indices = select_blocks_triton(q, compressed_k, compression_lse, plan, top_k, scale)
-        norms = key_norms(k)
-        window, window_lse = ragged_attention_forward(q, k, v, over_windows, scale, window_tiles.forward, norms)
-        selection, selection_lse, pairs, out = select_forward(
-            q, k, v, plan.blocks, block_indices, scale, (compression, window, gates), keep, norms
-        )
+    def forward(ctx, q, k, v, compressed_k, compressed_v, gates, plan, top_k, scale, keep, kept):
+        inputs = q, k, v, compressed_k, compressed_v, gates
+        out, *saved = computed(kept, lambda: _attend(*inputs, plan, top_k, scale, keep))
         if keep:
-            outputs, lses = (compression, selection, window), (compression_lse, selection_lse, window_lse)
-            ctx.save_for_backward(q, k, v, compressed_k, compressed_v, gates, *outputs, *lses, block_indices, *pairs)
+            ctx.save_for_backward(*inputs, *saved)
             ctx.plan, ctx.scale = plan, scale
         return out
 
@@ -127,16 +136,16 @@ class _SpatialSparseAttention(torch.autograd.Function):
         dk, dv = dk.add_(dk_window).to(k.dtype), dv.add_(dv_window).to(v.dtype)
         dcompressed_k, dcompressed_v = dcompressed_k.to(k.dtype), dcompressed_v.to(v.dtype)
         dgates = stats[..., 1].sum(-1).t().to(gates.dtype)  # (T, 3)
-        return dq, dk, dv, dcompressed_k, dcompressed_v, dgates, None, None, None, None
+        return dq, dk, dv, dcompressed_k, dcompressed_v, dgates, None, None, None, None, None
 
 
 def spatial_sparse_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, compressed_k: Tensor, compressed_v: Tensor, gates: Tensor, plan: AttentionPlan,
-    top_k: int, scale: float,
+    top_k: int, scale: float, kept: Kept | None = None,
 ) -> Tensor:  # fmt: skip
     """`spatial_sparse_attention` with a factor `scale` on the scores: (N, H, D). Differentiable in all tensors."""
     if len(q) == 0:
         return torch.zeros_like(q)
     inputs = (x.contiguous() for x in (q, k, v, compressed_k, compressed_v))
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, compressed_k, compressed_v, gates))
-    return _SpatialSparseAttention.apply(*inputs, gates.float().contiguous(), plan, top_k, scale, keep)
+    return _SpatialSparseAttention.apply(*inputs, gates.float().contiguous(), plan, top_k, scale, keep, kept)

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..geometry.voxels import Windows
+from ..kernels.kept import Kept
 from ..kernels.packed_attention import packed_attention
+from .linear import Linear
 
 
 class WindowAttention(nn.Module):
@@ -23,8 +25,8 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = hidden_size // num_heads
-        self.to_qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.to_out = nn.Linear(hidden_size, hidden_size)
+        self.to_qkv = Linear(hidden_size, 3 * hidden_size)
+        self.to_out = Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:
         """x (N, C) -> (N, C)."""
@@ -43,9 +45,9 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = hidden_size // num_heads
-        self.to_q = nn.Linear(hidden_size, hidden_size)
-        self.to_kv = nn.Linear(context_size, 2 * hidden_size)
-        self.to_out = nn.Linear(hidden_size, hidden_size)
+        self.to_q = Linear(hidden_size, hidden_size)
+        self.to_kv = Linear(context_size, 2 * hidden_size)
+        self.to_out = Linear(hidden_size, hidden_size)
 
     def forward(
         self,
@@ -55,11 +57,15 @@ class CrossAttention(nn.Module):
         context_cu_seqlens: Tensor,
         lengths: list[int],
         context_lengths: list[int],
+        kept: Kept | None = None,
     ) -> Tensor:
-        """x (N, C), context (L, context_size) -> (N, C); L counts the context of all samples."""
+        """x (N, C), context (L, context_size) -> (N, C); L counts the context of all samples.
+
+        `kept` keeps the results of attention, if it is computed twice.
+        """
         q = self.to_q(x).unflatten(-1, (self.num_heads, self.head_dim))  # (N, H, D)
         k, v = self.to_kv(context).unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(1)  # (L, H, D) each
-        out = packed_attention(q, k, v, cu_seqlens, context_cu_seqlens, lengths, context_lengths)
+        out = packed_attention(q, k, v, cu_seqlens, context_cu_seqlens, lengths, context_lengths, kept=kept)
         return self.to_out(out.flatten(1))
 
 
@@ -81,8 +87,8 @@ class SelfAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, qk_rms_norm: bool):
         super().__init__()
         self.num_heads = num_heads
-        self.to_qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.to_out = nn.Linear(hidden_size, hidden_size)
+        self.to_qkv = Linear(hidden_size, 3 * hidden_size)
+        self.to_out = Linear(hidden_size, hidden_size)
         head_dim = hidden_size // num_heads
         self.q_norm = HeadRMSNorm(num_heads, head_dim) if qk_rms_norm else nn.Identity()
         self.k_norm = HeadRMSNorm(num_heads, head_dim) if qk_rms_norm else nn.Identity()

@@ -11,8 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.devices import autocast_dtype
-from ..kernels.modulation import affine_norm, modulated_norm
+from ..kernels.feed_forward import feed_forward
+from ..kernels.kept import Kept
+from ..kernels.linear import trains_by_hand
+from ..kernels.modulation import affine_norm, sum_and_affine_norm, sum_and_norm
 from ..kernels.ragged import Ragged
+from .linear import Linear, are_plain
 
 NUM_FREQUENCIES = 128  # of the time embedding
 SLICE_ROWS = 8192  # tokens at a time in a feed-forward without gradients, whose hidden layer is the widest tensor
@@ -29,16 +33,22 @@ class LayerNorm32(nn.LayerNorm):
             return F.layer_norm(x, self.normalized_shape, eps=self.eps)
         return affine_norm(x, self.weight, self.bias, self.eps)
 
+    def of_sum(self, h: Tensor, gate: Tensor | None, x: Tensor | None, samples: Ragged) -> tuple[Tensor, Tensor]:
+        """h + gate x and its affine norm, (N, C) each; the arguments are those of `sum_and_norm`."""
+        return sum_and_affine_norm(h, gate, x, self.weight, self.bias, samples, self.eps)
+
 
 class ModulatedNorm(nn.LayerNorm):
-    """Layer norm with eps 1e-6 and without affine, then x (1 + scale) + shift."""
+    """A sum, and its layer norm with eps 1e-6 and without affine, times 1 + scale, plus shift."""
 
     def __init__(self, hidden_size: int):
         super().__init__(hidden_size, eps=1e-6, elementwise_affine=False)
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, samples: Ragged) -> Tensor:
-        """x (N, C), the rows of `samples`, with shift and scale (B, C) of each sample -> (N, C)."""
-        return modulated_norm(x, shift, scale, samples, self.eps)
+    def forward(
+        self, h: Tensor, gate: Tensor | None, x: Tensor | None, shift: Tensor, scale: Tensor, samples: Ragged
+    ) -> tuple[Tensor, Tensor]:
+        """h + gate x and its modulated norm, (N, C) each; the arguments are those of `sum_and_norm`."""
+        return sum_and_norm(h, gate, x, shift, scale, samples, self.eps)
 
 
 class FeedForward(nn.Module):
@@ -46,12 +56,15 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, mlp_ratio: float = 4.0):
         super().__init__()
-        self.up = nn.Linear(hidden_size, int(hidden_size * mlp_ratio))
-        self.down = nn.Linear(int(hidden_size * mlp_ratio), hidden_size)
+        self.up = Linear(hidden_size, int(hidden_size * mlp_ratio))
+        self.down = Linear(int(hidden_size * mlp_ratio), hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kept: Kept | None = None) -> Tensor:
+        """(..., C) -> (..., C); `kept` keeps the result, if it is computed twice."""
         if not torch.is_grad_enabled() and x.ndim == 2 and len(x) > SLICE_ROWS:
             return self._in_slices(x)
+        if trains_by_hand(x) and are_plain([self.up, self.down]):
+            return feed_forward(x, self.up.weight, self.up.bias, self.down.weight, self.down.bias, kept)
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
     def _in_slices(self, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..storage.atomic_file import replacing
+from ..storage.atomic_file import check_creatable, replacing
 from ..storage.one_line import one_line
 from .mesh import Mesh, area_weighted_normals
 
@@ -38,15 +38,12 @@ def check_writable(path: str | Path) -> None:
         MeshFileError: the folder is missing, it cannot be written to, or `path` is itself a folder.
     """
     path = Path(path)
-    if path.is_dir():
-        raise MeshFileError(f"cannot write {path}: it is a folder")
-    if not path.parent.is_dir():
-        raise MeshFileError(f"cannot write {path}: no folder {path.parent}")
-    trial = path.with_name(f".{path.stem}.trial")
     try:
-        with replacing(trial):
-            pass
-        trial.unlink()
+        if path.is_dir():
+            raise MeshFileError(f"cannot write {path}: it is a folder")
+        if not path.parent.is_dir():
+            raise MeshFileError(f"cannot write {path}: no folder {path.parent}")
+        check_creatable(path)
     except OSError as error:
         raise MeshFileError(f"cannot write {path}: {error.strerror}") from None
 

@@ -11,8 +11,11 @@ from d3ds2.kernels.modulation import (
     affine_norm_reference,
     gated_sum,
     gated_sum_reference,
-    modulated_norm,
     modulated_norm_reference,
+    sum_and_affine_norm,
+    sum_and_affine_norm_reference,
+    sum_and_norm,
+    sum_and_norm_reference,
 )
 from d3ds2.networks.latent_dit import LatentBlock, LatentDiTConfig
 from tests.support.random_voxels import random_voxels
@@ -35,7 +38,7 @@ def poisoned(monkeypatch):
     """Fill new tensors with NaN, for what a kernel leaves unwritten; programs take their rows in several steps."""
     from d3ds2.kernels import modulation_triton
 
-    for name in ("NORM", "NORM_BACKWARD", "GATE", "GATE_BACKWARD"):
+    for name in ("NORM", "NORM_BACKWARD", "SUM_BACKWARD", "GATE", "GATE_BACKWARD"):
         monkeypatch.setattr(modulation_triton, name, modulation_triton.RowTile(32, 512, 4))
 
     def poison(make):
@@ -77,26 +80,54 @@ def check(kernel, definition, inputs, dout, dtype):
     expected = outputs_and_gradients(definition, rounded, dout.to(dtype).double(), torch.float64)
     usual = outputs_and_gradients(definition, rounded, dout, dtype)
     actual = outputs_and_gradients(kernel, rounded, dout, dtype)
-    for name, a, u, e in zip(("out", "first", "second", "third"), actual, usual, expected, strict=False):
+    for name, a, u, e in zip(("out", "first", "second", "third", "fourth"), actual, usual, expected, strict=False):
         allowed = 2 * (u - e).norm() + roundings * torch.finfo(dtype).eps * e.norm()
         assert (a - e).norm() <= allowed, f"{name}: {(a - e).norm():.3g}, allowed {allowed:.3g}"
         assert a.shape == e.shape
 
 
+def joined(pair):
+    """Both results with weights of their own, so that one gradient reaches both."""
+    return pair[0] + 2 * pair[1]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("counts", "C"), CASES)
-def test_modulated_norm(counts, C, dtype, poisoned):
-    from d3ds2.kernels.modulation_triton import modulated_norm_triton
+@pytest.mark.parametrize("added", ["nothing", "x", "gated x"])
+def test_sum_and_norm(counts, C, added, dtype, poisoned):
+    from d3ds2.kernels.modulation_triton import sum_and_norm_triton
 
-    samples, h, parameters, _, dout = problem(counts, C)
-    definition = on_chunk(lambda h, shift, scale: modulated_norm_reference(h, shift, scale, samples, EPS))
-    kernel = on_chunk(lambda h, *p: modulated_norm_triton(h, *p, samples, EPS, dtype))
-    check(kernel, definition, (h, parameters), dout, dtype)
+    samples, h, parameters, x, dout = problem(counts, C)
+
+    def inputs(h, parameters, x):
+        gate, _, _, shift, scale, _ = parameters.chunk(6, dim=-1)
+        return h, gate if added == "gated x" else None, x if added != "nothing" else None, shift, scale, samples, EPS
+
+    definition = lambda *tensors: joined(sum_and_norm_reference(*inputs(*tensors)))  # noqa: E731
+    kernel = lambda *tensors: joined(sum_and_norm_triton(*inputs(*tensors), dtype, dtype))  # noqa: E731
+    if added == "nothing":
+        definition, kernel = ((lambda h, p, f=f: f(h, p, None)) for f in (definition, kernel))
+        check(kernel, definition, (h, parameters), dout, dtype)
+    else:
+        check(kernel, definition, (h, parameters, x), dout, dtype)
 
 
-def on_chunk(function):
-    """shift and scale are chunks of one tensor, as a block's are: their rows lie apart."""
-    return lambda h, parameters: function(h, *parameters.chunk(6, dim=-1)[3:5])
+@pytest.mark.parametrize("unused", [0, 1])
+def test_a_result_that_nothing_uses_has_no_gradient(unused, poisoned):
+    from d3ds2.kernels.modulation_triton import sum_and_norm_triton
+
+    samples, h, parameters, x, dout = problem([9, 20], 24)
+    inputs = [t.to(DEVICE, torch.float32).requires_grad_() for t in (h, *parameters.chunk(6, dim=-1)[:3], x)]
+    h, gate, shift, scale, x = inputs
+    actual = sum_and_norm_triton(h, gate, x, shift, scale, samples, EPS, h.dtype, h.dtype)[1 - unused]
+    wanted = sum_and_norm_reference(h, gate, x, shift, scale, samples, EPS)[1 - unused]
+    dout = dout.to(DEVICE, torch.float32)
+    gradients = torch.autograd.grad(actual, inputs, dout)
+    for gradient, of_definition in zip(
+        gradients, torch.autograd.grad(wanted, inputs, dout, allow_unused=True), strict=True
+    ):
+        of_definition = torch.zeros_like(gradient) if of_definition is None else of_definition
+        torch.testing.assert_close(gradient, of_definition, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -122,6 +153,22 @@ def test_affine_norm(shape, dtype, poisoned):
     check(kernel, definition, (3 * h + 1, weight, bias), dout, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("counts", "C"), CASES)
+def test_sum_and_affine_norm(counts, C, dtype, poisoned):
+    from d3ds2.kernels.modulation_triton import sum_and_norm_triton
+
+    samples, h, _, x, dout = problem(counts, C)
+    weight, bias = torch.randn(2, C, dtype=torch.float64)
+
+    def kernel(h, x, weight, bias):
+        rows = [vector.expand(len(samples), -1) for vector in (bias, weight)]
+        return joined(sum_and_norm_triton(h, None, x, *rows, samples, EPS, dtype, dtype, affine=True))
+
+    definition = lambda h, x, *p: joined(sum_and_affine_norm_reference(h, None, x, *p, samples, EPS))  # noqa: E731
+    check(kernel, definition, (h, x, weight, bias), dout, dtype)
+
+
 def test_a_large_mean_does_not_cancel():
     """Statistics from sums and sums of squares would."""
     from d3ds2.kernels.modulation_triton import affine_norm_triton
@@ -135,27 +182,29 @@ def test_a_large_mean_does_not_cancel():
 
 def test_mixed_dtypes():
     """As in training: h is float32, the parameters and x are bfloat16; every gradient has its input's dtype."""
-    from d3ds2.kernels.modulation_triton import gated_sum_triton, modulated_norm_triton
+    from d3ds2.kernels.modulation_triton import gated_sum_triton, sum_and_norm_triton
 
     samples, h, parameters, x, dout = problem([30, 0, 12], 40)
     h, dout = h.to(DEVICE, torch.float32).requires_grad_(), dout.to(DEVICE, torch.float32)
     shift, scale, gate = (p.to(DEVICE, torch.bfloat16).requires_grad_() for p in parameters.chunk(6, dim=-1)[:3])
     x = x.to(DEVICE, torch.bfloat16).requires_grad_()
-    normed = modulated_norm_triton(h, shift, scale, samples, EPS, torch.float32)
+    total, normed = sum_and_norm_triton(h, gate, x, shift, scale, samples, EPS, torch.float32, torch.bfloat16)
     summed = gated_sum_triton(h, gate, x, samples, torch.float32)
-    expected = (
-        modulated_norm_reference(h, shift.float(), scale.float(), samples, EPS),
-        gated_sum_reference(h, gate, x, samples),
-    )
-    for actual, wanted, inputs in zip((normed, summed), expected, ((h, shift, scale), (h, gate, x)), strict=True):
-        torch.testing.assert_close(actual, wanted)
-        gradients = torch.autograd.grad(actual, inputs, dout)
-        for gradient, of_definition, of in zip(
-            gradients, torch.autograd.grad(wanted, inputs, dout), inputs, strict=True
-        ):
+    exact = sum_and_norm_reference(h, gate, x, shift.float(), scale.float(), samples, EPS)
+    of_norm = (h, gate, x, shift, scale), torch.bfloat16
+    for actual, wanted, (inputs, dtype) in (
+        (total, exact[0], ((h, gate, x), torch.float32)),
+        (normed, exact[1], of_norm),
+        (summed, gated_sum_reference(h, gate, x, samples), ((h, gate, x), torch.float32)),
+    ):
+        assert actual.dtype == dtype
+        loose, tight = {"atol": 0.05, "rtol": 0.02}, {"atol": 1e-5, "rtol": 1e-5}
+        torch.testing.assert_close(actual.float(), wanted, **(tight if dtype == torch.float32 else loose))
+        gradients = torch.autograd.grad(actual, inputs, dout.to(dtype), retain_graph=True)
+        expected = torch.autograd.grad(wanted, inputs, dout.to(dtype).float(), retain_graph=True)
+        for gradient, of_definition, of in zip(gradients, expected, inputs, strict=True):
             assert gradient.dtype == of.dtype
-            tolerance = {"atol": 1e-5, "rtol": 1e-5} if of.dtype == torch.float32 else {"atol": 0.05, "rtol": 0.02}
-            torch.testing.assert_close(gradient, of_definition, **tolerance)
+            torch.testing.assert_close(gradient, of_definition, **(tight if of.dtype == torch.float32 else loose))
 
 
 @pytest.mark.parametrize("counts", [[20], [12, 0, 9]])
@@ -206,10 +255,12 @@ def on_gpu(counts, C, dtype):
 @pytest.mark.parametrize(("counts", "C"), [([3000, 0, 500, 37], 1024), ([2500], 1024), ([700, 1], 1536), ([300], 3000)])
 def test_on_the_gpu_by_its_public_names(counts, C, dtype):
     samples, h, parameters, x, dout = problem(counts, C)
-    norm = on_chunk(lambda h, shift, scale: modulated_norm(h, shift, scale, samples, EPS))
-    reference = on_chunk(lambda h, shift, scale: modulated_norm_reference(h, shift, scale, samples, EPS))
-    check(norm, reference, (h, parameters), dout, dtype)
     gate = parameters[:, :C]
+    norm, reference = (
+        lambda h, gate, x, shift, scale, f=f: joined(f(h, gate, x, shift, scale, samples, EPS))
+        for f in (sum_and_norm, sum_and_norm_reference)
+    )
+    check(norm, reference, (h, gate, x, parameters[:, C : 2 * C], parameters[:, 2 * C : 3 * C]), dout, dtype)
     summed, reference = (lambda h, gate, x, f=f: f(h, gate, x, samples) for f in (gated_sum, gated_sum_reference))
     check(summed, reference, (h, gate, x), dout, dtype)
     affine, reference = (lambda h, w, b, f=f: f(h, w, b, EPS) for f in (affine_norm, affine_norm_reference))
@@ -219,7 +270,10 @@ def test_on_the_gpu_by_its_public_names(counts, C, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16, None])
 def test_dtypes_are_those_of_torch(autocast):
-    """With and without autocast, for every pair of dtypes of tokens and parameters that autocast takes."""
+    """With and without autocast, for every pair of dtypes of tokens and parameters that autocast takes.
+
+    Under autocast a norm has its dtype, and torch's is float32.
+    """
     samples, *tensors = on_gpu([40, 3], 64, torch.float32)
     half = autocast or torch.bfloat16
     for first in (torch.float32, half):
@@ -227,16 +281,22 @@ def test_dtypes_are_those_of_torch(autocast):
             h, (shift, scale, gate, x) = tensors[0].to(first), (t.to(second) for t in tensors[1:5])
             with torch.autocast("cuda", dtype=autocast, enabled=autocast is not None):
                 pairs = (
-                    (
-                        modulated_norm(h, shift, scale, samples, EPS),
-                        modulated_norm_reference(h, shift, scale, samples, EPS),
+                    *zip(
+                        sum_and_norm(h, gate, x, shift, scale, samples, EPS),
+                        sum_and_norm_reference(h, gate, x, shift, scale, samples, EPS),
+                        strict=True,
+                    ),
+                    *zip(
+                        sum_and_affine_norm(h, None, x, shift[0], scale[0], samples, EPS),
+                        sum_and_affine_norm_reference(h, None, x, shift[0], scale[0], samples, EPS),
+                        strict=True,
                     ),
                     (gated_sum(h, gate, x, samples), gated_sum_reference(h, gate, x, samples)),
                     (affine_norm(h, shift[0], scale[0], EPS), affine_norm_reference(h, shift[0], scale[0], EPS)),
                 )
-            for actual, wanted in pairs:
-                assert actual.dtype == wanted.dtype
-                torch.testing.assert_close(actual, wanted, atol=0.1, rtol=0.02)
+            for number, (actual, wanted) in enumerate(pairs):
+                assert actual.dtype == (autocast if autocast and number in (1, 3, 5) else wanted.dtype)
+                torch.testing.assert_close(actual.float(), wanted.float(), atol=0.1, rtol=0.02)
 
 
 @pytest.mark.gpu
@@ -248,7 +308,8 @@ def test_equal_bits_again_and_from_a_graph(counts):
         h, shift, scale, gate, x = inputs
 
         def step():
-            out = gated_sum(modulated_norm(h, shift, scale, samples, EPS), gate, x, samples)
+            total, normed = sum_and_norm(h, gate, x, shift, scale, samples, EPS)
+            out = gated_sum(normed, gate, total, samples)
             return out.detach(), *torch.autograd.grad(out, inputs, dout)
 
         expected = step()

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from torch.nn import functional as F
 
-from d3ds2.kernels import devices, packed_attention
+from d3ds2.kernels import devices, feed_forward, linear, packed_attention
 from d3ds2.kernels.devices import Abilities
 
 os.environ.pop("TRITON_INTERPRET", None)  # a kernel of the interpreter has no types to record
@@ -135,6 +135,10 @@ def _bmm(bias, x, weight):
     return torch.bmm(x, weight) + bias if torch.is_grad_enabled() else x.new_empty(*x.shape[:2], weight.shape[2])
 
 
+def _product(a, b, dtype=None, added=None):
+    return a.new_empty(len(a), b.shape[1], dtype=dtype)
+
+
 @contextmanager
 def recording(card: Abilities, recorder: Recorder) -> Iterator[None]:
     """Within the block, tensors say that they are on `card`, and launches go to the recorder."""
@@ -162,6 +166,8 @@ def recording(card: Abilities, recorder: Recorder) -> Iterator[None]:
             (torch.nn.init, "xavier_uniform_", zero_),
             (torch.nn.init, "normal_", zero_),
             (torch, "baddbmm", _bmm),
+            *((module, "product", _product) for module in (linear, feed_forward)),
+            (feed_forward, "gelu_of_product", _product),
         ):
             stack.enter_context(patch.object(target, name, new))
         stack.enter_context(patch.dict(devices._ABILITIES, {cpu: card}))
