@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from d3ds2.kernels.devices import abilities, trains_in_bf16
+from d3ds2.networks.latent_dit import LatentDiT
 from training.gpus import find_gpu
 
 # parts of the two DiTs that see samples or image tokens, not tokens
@@ -18,7 +19,7 @@ NOT_OF_TOKENS = ("time_embedder", "modulation", "context_layer", "cross_attentio
 
 def token_weights(dit: nn.Module) -> int:
     """Count the weights of a DiT's matrices that multiply every token; 0 if its blocks see packed tokens."""
-    if getattr(dit.config, "packing_channels", 0):
+    if isinstance(dit, LatentDiT) and dit.config.packing_channels:
         return 0
     return sum(
         module.weight.numel()

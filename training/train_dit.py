@@ -11,6 +11,7 @@ Marks such as [A] say how certain a value is: see docs/paper.md.
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -124,7 +125,7 @@ def count_tokens(batch: LatentBatch) -> Tensor:
 
 
 def make_validation(
-    config: TrainDiTConfig, ranks: Ranks, dit: LatentDiT, encoder: ImageEncoder, vae: SDFVAE
+    config: TrainDiTConfig, ranks: Ranks, averaged: Callable[[], nn.Module], encoder: ImageEncoder, vae: SDFVAE
 ) -> Validation:
     """Validate on eq. 11 with every image and the means of the latents, and show samples on the true structures."""
     run, R = config.run, config.resolution
@@ -140,19 +141,19 @@ def make_validation(
         )
         return data, batches_of(len(views.names), config.batch_size)
 
-    def loss(batch: LatentBatch, generator: torch.Generator) -> dict[str, Tensor]:
+    def loss(dit: LatentDiT, batch: LatentBatch, generator: torch.Generator) -> dict[str, Tensor]:
         voxels = Voxels(batch.coords, R // BLOCK, len(batch.images))
         x_0 = draw_latents(vae, batch, False, generator)
         image_tokens = encode_images(encoder, batch.images, config.model.sparse_context)
         return {"loss": flow_loss(dit, image_tokens, x_0, voxels, flow, generator)}
 
-    def draw(batch: LatentBatch, number: int) -> list:
+    def draw(dit: LatentDiT, batch: LatentBatch, number: int) -> list:
         image_tokens = encode_images(encoder, batch.images[:number], config.model.sparse_context)
         return latent_samples(
             dit, vae, image_tokens, batch, number, R, config.sampling or sampling_of(config.model_dir)
         )
 
-    return Validation(run, ranks, dit, load, loss, draw, SAMPLE_LABELS)
+    return Validation(run, ranks, averaged, load, loss, draw, SAMPLE_LABELS)
 
 
 def train(config: TrainDiTConfig) -> nn.Module:
@@ -192,7 +193,7 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
         config.memory_gib,
     )
 
-    validate = make_validation(config, ranks, state.ema, encoder, vae)
+    validate = make_validation(config, ranks, state.averaged, encoder, vae)
 
     with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks, token_weights(model)) as log, state:
         for parts in load_parts(dataset, state.step, run, ranks, ("tokens",), count_tokens):

@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -225,29 +225,35 @@ class StructurePictures(Dataset):
 
 
 def make_validation(
-    config: TrainStructureDiTConfig, ranks: Ranks, networks: nn.ModuleDict, vae: StructureVAE
+    config: TrainStructureDiTConfig,
+    ranks: Ranks,
+    averaged: Callable[[], nn.Module],
+    vae: StructureVAE,
+    image_size: int,
 ) -> Validation:
     """Validate on eq. 11 with every image and the means of the latents, and show samples."""
-    run, encoder, dit = config.run, networks["image_encoder"], networks["structure_dit"]
+    run = config.run
     flow = dataclasses.replace(config.loss, context_dropout=0.0, noise_alone=0.0, sample_posterior=False)
 
     def load() -> tuple[StructurePictures, int]:
         names, _ = list_shapes(config.data_dir, run.validate_split, config.resolution)
         structures = Structures(config.data_dir, names, config.resolution, 1, run.seed)
-        size = encoder.config.image_size
-        views = Views(config.data_dir, structures.names, size, config.turn_to_camera, augment=False)
+        views = Views(config.data_dir, structures.names, image_size, config.turn_to_camera, augment=False)
         pictures = StructurePictures(views, structures, config.batch_size, run.seed)
         return pictures, batches_of(len(views.names), config.batch_size)
 
-    def loss(batch: StructurePicture, generator: torch.Generator) -> dict[str, Tensor]:
+    def loss(networks: nn.ModuleDict, batch: StructurePicture, generator: torch.Generator) -> dict[str, Tensor]:
         x_0 = vae.normalize_latents(vae.encode(batch.occupancy)[0])
-        return {"loss": flow_loss(dit, encoder(batch.images.float() / 255), x_0, flow, generator)}
+        image_tokens = networks["image_encoder"](batch.images.float() / 255)
+        return {"loss": flow_loss(networks["structure_dit"], image_tokens, x_0, flow, generator)}
 
-    def draw(batch: StructurePicture, number: int) -> list:
+    def draw(networks: nn.ModuleDict, batch: StructurePicture, number: int) -> list:
         images, occupancy = batch.images[:number].float() / 255, batch.occupancy[:number]
-        return structure_samples(dit, vae, encoder(images), images, occupancy, sampling_of(config.model_dir))
+        image_tokens = networks["image_encoder"](images)
+        sampling = sampling_of(config.model_dir)
+        return structure_samples(networks["structure_dit"], vae, image_tokens, images, occupancy, sampling)
 
-    return Validation(run, ranks, networks, load, loss, draw, STRUCTURE_SAMPLE_LABELS)
+    return Validation(run, ranks, averaged, load, loss, draw, STRUCTURE_SAMPLE_LABELS)
 
 
 def train(config: TrainStructureDiTConfig) -> nn.ModuleDict:
@@ -277,7 +283,7 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
     latents = StructureLatents(vae, structures, views.turns.symmetries(), device, config.device_gib)
     images_of, dataset = load_pictures(config, views, structures, not latents.are_held, device)
 
-    validate = make_validation(config, ranks, state.ema, vae)
+    validate = make_validation(config, ranks, state.averaged, vae, encoder.config.image_size)
 
     weights, tokens = token_weights(model["structure_dit"]), config.model.resolution**3
     with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks, weights) as log, state:

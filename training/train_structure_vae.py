@@ -9,6 +9,7 @@ Marks such as [A] say how certain a value is: see docs/paper.md.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -73,7 +74,7 @@ def count_samples(occupancy: Tensor) -> Tensor:
     return torch.tensor([len(occupancy)])
 
 
-def make_validation(config: TrainStructureVAEConfig, ranks: Ranks, vae: StructureVAE) -> Validation:
+def make_validation(config: TrainStructureVAEConfig, ranks: Ranks, averaged: Callable[[], nn.Module]) -> Validation:
     """Validate on the loss of the occupancy, and show reconstructions."""
     run = config.run
 
@@ -85,10 +86,10 @@ def make_validation(config: TrainStructureVAEConfig, ranks: Ranks, vae: Structur
     return Validation(
         run,
         ranks,
-        vae,
+        averaged,
         load,
-        lambda occupancy, generator: vae_loss(vae, occupancy, config.loss, generator),
-        lambda occupancy, number: structure_reconstructions(vae, occupancy, number),
+        lambda vae, occupancy, generator: vae_loss(vae, occupancy, config.loss, generator),
+        structure_reconstructions,
         STRUCTURE_LABELS,
     )
 
@@ -120,7 +121,7 @@ def train_on(ranks: Ranks, config: TrainStructureVAEConfig) -> nn.Module:
         config.memory_gib,
     )
 
-    validate = make_validation(config, ranks, state.ema)
+    validate = make_validation(config, ranks, state.averaged)
 
     with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks) as log, state:
         for parts in load_parts(structures, state.step, run, ranks, ("samples",), count_samples):

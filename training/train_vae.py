@@ -10,6 +10,7 @@ Marks such as [A] say how certain a value is: see docs/paper.md.
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -108,7 +109,7 @@ def keep_encoder(model: SDFVAE, folder: str, name: str) -> None:
     )
 
 
-def make_validation(config: TrainVAEConfig, ranks: Ranks, vae: SDFVAE) -> Validation:
+def make_validation(config: TrainVAEConfig, ranks: Ranks, averaged: Callable[[], nn.Module]) -> Validation:
     """Validate on eq. 2-3, and show reconstructions."""
     run = config.run
 
@@ -121,10 +122,10 @@ def make_validation(config: TrainVAEConfig, ranks: Ranks, vae: SDFVAE) -> Valida
     return Validation(
         run,
         ranks,
-        vae,
+        averaged,
         load,
-        lambda batch, generator: vae_loss(vae, batch, config.loss, generator),
-        lambda batch, number: reconstructions(vae, batch, number),
+        lambda vae, batch, generator: vae_loss(vae, batch, config.loss, generator),
+        reconstructions,
         SDF_LABELS,
     )
 
@@ -157,7 +158,7 @@ def train_on(ranks: Ranks, config: TrainVAEConfig) -> nn.Module:
         config.cube,
     )
 
-    validate = make_validation(config, ranks, state.ema)
+    validate = make_validation(config, ranks, state.averaged)
 
     with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks) as log, state:
         for parts in load_parts(shapes, state.step, run, ranks, SDF_TERMS, count_terms):

@@ -28,17 +28,18 @@ from training.sharding import gathered
 
 SALT = 0x7A11DA7E  # so that validation and training draw different numbers
 
-Loss = Callable[[Any, torch.Generator], dict[str, Tensor]]  # batch, generator -> scalars, "loss" among them
-Draw = Callable[[Any, int], list]  # batch, number of shapes -> a row of pictures of each shape
+Loss = Callable[[Any, Any, torch.Generator], dict[str, Tensor]]  # network, batch, generator -> scalars
+Draw = Callable[[Any, Any, int], list]  # network, batch, number of shapes -> a row of pictures of each shape
 
 
 class Validation:
-    """Validates `network`, the average of the one that is trained, when the step has come.
+    """Validates the average of the network that is trained when the step has come.
 
     Args:
+        averaged: returns that network with whole weights, as `State.averaged`.
         load: returns the batches of `run.validate_split`, and how many of them show every shape once. It is called
             before the first validation, not before.
-        loss: computes the losses of a batch on the device. Its random numbers come from the generator, which is seeded.
+        loss: computes "loss" and others of a batch on the device. The generator is seeded for the batch.
         draw: makes pictures of the first shapes of a batch; the first rank alone calls it.
         labels: headings of the pictures of a row.
     """
@@ -47,13 +48,13 @@ class Validation:
         self,
         run: RunConfig,
         ranks: Ranks,
-        network: nn.Module,
+        averaged: Callable[[], nn.Module],
         load: Callable[[], tuple[Dataset, int]],
         loss: Loss,
         draw: Draw,
         labels: Sequence[str],
     ):
-        self.run, self.ranks, self.network = run, ranks, network
+        self.run, self.ranks, self.averaged = run, ranks, averaged
         self.load, self.loss, self.draw, self.labels = load, loss, draw, labels
         self.generator = make_generator(ranks.device)
         self.data: tuple[Dataset, int] | None = None
@@ -64,22 +65,22 @@ class Validation:
         if not self.run.validate_every or step % self.run.validate_every or self.fault:
             return
         since, device = time.perf_counter(), self.ranks.device
-        was_training = self.network.training
-        self.network.eval()
-        keep_random = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        with keep_random, torch.no_grad(), gathered(self.network):
-            losses = self._losses()
+        network = self.averaged()
+        was_training = network.training
+        network.eval()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            losses = self._losses(network)
             if losses and self.ranks.is_first and self.run.validate_pictures:
-                self._show(step, log)
-        self.network.train(was_training)
+                self._show(network, step, log)
+        network.train(was_training)
         log.note(losses, time.perf_counter() - since)
 
-    def _losses(self) -> dict[str, float]:
+    def _losses(self, network: nn.Module) -> dict[str, float]:
         """Return the mean of each loss over the batches, by names such as "val_loss"; nothing after an error."""
         try:
             self.data = self.data or self.load()
             number = min(self.data[1], self.run.validate_batches)
-            own: Any = [(n, self._loss_of(n)) for n in range(self.ranks.rank, number, self.ranks.size)]
+            own: Any = [(n, self._loss_of(network, n)) for n in range(self.ranks.rank, number, self.ranks.size)]
         except (ValueError, OSError, torch.OutOfMemoryError) as error:
             own = one_line(error) or type(error).__name__
         every = self.ranks.all(own)
@@ -96,18 +97,18 @@ class Validation:
         assert self.data is not None  # `_losses` reads it
         return to_device(self.data[0][number], self.ranks.device)
 
-    def _loss_of(self, number: int) -> dict[str, float]:
+    def _loss_of(self, network: nn.Module, number: int) -> dict[str, float]:
         batch = self._batch(number)
         seed_step(self.generator, self.run.seed ^ SALT, number)
         with autocast(self.run, self.ranks.device):
-            losses = self.loss(batch, self.generator)
+            losses = self.loss(network, batch, self.generator)
         return {name: float(value) for name, value in losses.items()}
 
-    def _show(self, step: int, log: Log) -> None:
+    def _show(self, network: nn.Module, step: int, log: Log) -> None:
         """Draw the first shapes of the first batch."""
         try:
             with autocast(self.run, self.ranks.device):
-                rows = self.draw(self._batch(0), self.run.validate_pictures)
+                rows = self.draw(network, self._batch(0), self.run.validate_pictures)
             log.picture("validation", np.asarray(contact_sheet(rows, self.labels, cell=192)), step)
         except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
             tqdm.write(f"no pictures of the validation at step {step}: {one_line(error)}")

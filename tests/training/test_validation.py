@@ -83,7 +83,7 @@ class Numbers(torch.utils.data.Dataset):
         return torch.tensor([float(step)])
 
 
-def noisy(batch, generator):
+def noisy(_network, batch, generator):
     """A loss that depends on the batch, and on random numbers of the generator and of torch."""
     noise = torch.randn(3, generator=generator).sum() + torch.randn(3).sum()
     return {"loss": batch.sum() + 1e-3 * noise, "other": batch.sum()}
@@ -93,7 +93,7 @@ def validated(tmp_path: Path, ranks=None, steps=(4,), **changes) -> list[dict]:
     tmp_path.mkdir(exist_ok=True)
     run = RunConfig(out_dir=str(tmp_path), device="cpu", tensorboard=False, steps=100, log_every=100, **changes)
     ranks = ranks or Ranks(torch.device("cpu"))
-    validate = Validation(run, ranks, torch.nn.Identity(), lambda: (Numbers(), 5), noisy, lambda *_: [], ())
+    validate = Validation(run, ranks, torch.nn.Identity, lambda: (Numbers(), 5), noisy, lambda *_: [], ())
     with Log(run, 0, ranks) as log:
         for step in range(1, max(steps) + 1):
             if step in steps:
@@ -139,7 +139,7 @@ def test_ranks_share_the_batches_and_get_the_same_loss():
     run, notes = RunConfig(device="cpu", validate_every=1, validate_pictures=0), Notes()
 
     def validate(ranks) -> dict:
-        Validation(run, ranks, torch.nn.Identity(), lambda: (Numbers(), 5), noisy, lambda *_: [], ())(1, notes)
+        Validation(run, ranks, torch.nn.Identity, lambda: (Numbers(), 5), noisy, lambda *_: [], ())(1, notes)
         return notes.values
 
     second = OneOfTwo(1, [])
