@@ -49,7 +49,8 @@ class TrainDiTConfig:
     turn_to_camera: bool = True  # the front is the side that the camera sees, see symmetry.py [D]
     cache_views: bool = False  # keep all decoded pictures in memory
     cache_latents: bool = True  # keep all latents in memory
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # compute blocks again in the backward pass, to hold less memory
+    recompute_all: bool = False  # then attention and feed-forward too: 13 kB less a token and block, but slower
     run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/dit"))
     model: LatentDiTConfig = field(default_factory=LatentDiTConfig)
     loss: FlowLossConfig = field(default_factory=FlowLossConfig)
@@ -114,7 +115,7 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
     """Run the training on each of the ranks."""
     run, device = config.run, ranks.device
     model = LatentDiT(config.model).to(device)
-    model.gradient_checkpointing = config.gradient_checkpointing
+    model.gradient_checkpointing, model.recompute_all = config.gradient_checkpointing, config.recompute_all
     load_start(run, latent_dit=model)
     state = State(model, run, ranks)
     state.load()
