@@ -20,8 +20,8 @@ test:
 	$(MAKE) --jobs 3 $(VENV)/.test $(OLD_TRITON)/.done comfyui
 	$(BIN)/python -m pytest tests $(IN_TWO_PROCESSES)
 
-# the tests that take minutes: 20 steps of every trainer on 1, 2 and 4 ranks
-test-long: $(VENV)/.test
+# the tests that take minutes: 20 steps of every trainer on 1, 2 and 4 ranks, and a Ray cluster
+test-long: $(VENV)/.test-long
 	$(BIN)/python -m pytest tests -m long
 
 lint: $(VENV)/.test
@@ -55,7 +55,11 @@ $(VENV)/.demo: requirements.txt constraints.txt pyproject.toml | $(BIN)/python
 
 $(VENV)/.test: $(VENV)/.demo Makefile
 	$(INSTALL) --constraint constraints.txt \
-		pytest pytest-xdist ruff codespell pyrefly tensorboard onnx onnxruntime rembg triton websocket-client
+		pytest pytest-xdist ruff codespell pyrefly tensorboard peft onnx onnxruntime rembg pillow-heif DracoPy triton websocket-client
+	touch $@
+
+$(VENV)/.test-long: $(VENV)/.test
+	$(INSTALL) --constraint constraints.txt ray pyarrow
 	touch $@
 
 # the oldest Triton whose interpreter the kernels support; its interpreter was built for NumPy 1

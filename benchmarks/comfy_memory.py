@@ -56,7 +56,8 @@ def import_comfyui(folder: Path, dynamic: bool):
 
 def read_picture(path: Path) -> torch.Tensor:
     """Return an image file, cut out, as IMAGE (1, H, W, 4)."""
-    from d3ds2.images.foreground import cut_out, load_image
+    from d3ds2.images.foreground import cut_out
+    from d3ds2.images.image_file import load_image
 
     return torch.from_numpy(np.array(cut_out(load_image(path)))).float()[None] / 255
 

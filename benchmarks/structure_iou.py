@@ -8,14 +8,15 @@ structure averages the unturned shapes of another split, and is cut at the level
 
 import argparse
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from d3ds2.images.foreground import load_image
+from d3ds2.images.image_file import load_image
 from d3ds2.pipeline import TINY, load_pipeline
 from d3ds2.rectified_flow import euler_sample, guided_velocity, noise_for, time_schedule
-from training.data.shape_files import BLOCK, list_shapes, load_shape, shape_path
+from training.data.shape_files import BLOCK, list_records, list_shapes, load_shape, shape_path
 from training.data.symmetry import facing
 from training.data.views import Views
 
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("model_dir", nargs="?", default=str(TINY))
     parser.add_argument("--split", default="val")
     parser.add_argument("--mean-split", default="test", help="split whose structures are averaged")
+    parser.add_argument("--meshes", help="only shapes of the mesh folder of this name, where several were prepared")
     parser.add_argument("--every", type=int, default=4)
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0])
     parser.add_argument("--steps", type=int, default=12)
@@ -55,7 +57,9 @@ def main() -> None:
 
     pipeline = load_pipeline(arguments.model_dir, torch.device(arguments.device))
     R, sampling = pipeline.sampling.sdf_resolution, pipeline.sampling
-    names = list_shapes(arguments.data_dir, arguments.split, R)[0][:: arguments.every]
+    records = list_records(arguments.data_dir, arguments.split, R)
+    names = [r["name"] for r in records if arguments.meshes in (None, Path(r.get("meshes", "")).name)]
+    names = names[:: arguments.every]
     views = Views(arguments.data_dir, names, pipeline.image_encoder.config.image_size, augment=False)
     truth = []
     for name, files in zip(views.names, views.files, strict=True):

@@ -14,7 +14,7 @@ _MODULES = {
     "build_pipeline": "pipeline",
     "Pipeline": "pipeline",
     "Stage": "stage",
-    "load_image": "images.foreground",
+    "load_image": "images.image_file",
     "cut_out": "images.foreground",
     "Mesh": "meshes.mesh",
     "read_mesh": "meshes.mesh_file",

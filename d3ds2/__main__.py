@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .images.foreground import METHODS, ImageError, cut_out, load_image
+from .images.foreground import METHODS, cut_out
+from .images.image_file import ImageError, load_image
 from .kernels.devices import PRECISIONS, find_device, find_dtype
 from .meshes.mesh import Mesh
 from .meshes.mesh_file import FORMATS, MeshFileError, check_mesh_path, check_writable, save_mesh
@@ -104,9 +105,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def check_outputs(output: Path, preview: Path | None) -> None:
+def check_outputs(output: Path, preview: Path | None, inputs: list[Path]) -> None:
     """See that all that is to be written can be, before any work. Raises MeshFileError, UsageError."""
     check_mesh_path(output)
+    taken = {path.resolve() for path in inputs}
+    for path in (output, preview):
+        if path is not None and path.resolve() in taken:
+            raise UsageError(f"expected a new file for each result, got {path}, which another argument names")
+        taken |= set() if path is None else {path.resolve()}
     if preview is not None:
         if preview.suffix.lower() != ".png":
             raise UsageError(f"expected a preview that ends in .png, got {preview}")
@@ -128,7 +134,8 @@ def save_preview(path: Path, image: Image.Image, mesh: Mesh) -> None:
 
 def run(argv: list[str] | None) -> None:
     arguments = parse_arguments(argv)
-    check_outputs(arguments.output, arguments.preview)
+    inputs = [path for path in (arguments.image, arguments.mask) if path is not None]
+    check_outputs(arguments.output, arguments.preview, inputs)
     load_settings(arguments.model)  # a wrong folder is said before the slower steps
     image = load_image(arguments.image)
     mask = None if arguments.mask is None else load_image(arguments.mask).convert("L")

@@ -69,6 +69,15 @@ class MeshExport(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, filename_prefix: str) -> bool | str:
+        """Refuse a prefix that cannot work before anything is sampled."""
+        try:
+            _check_prefix(filename_prefix)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
     def execute(cls, mesh, filename_prefix, format, target_faces, up_axis, embed_workflow) -> io.NodeOutput:
         from ..d3ds2.meshes.decimation_process import decimate_in_process
         from ..d3ds2.meshes.mesh_file import mesh_bytes, turn_z_up
@@ -87,11 +96,9 @@ class MeshExport(io.ComfyNode):
                     own = decimate_in_process(own, target_faces, check_cancelled)
                 if up_axis == "Z":
                     own = turn_z_up(own)
-                file = f"{name}_{counter + index:05}_.{format}"
-                progress.status(f"writing {file}: {len(own.faces):,} faces")
+                progress.status(f"writing {len(own.faces):,} faces")
                 data = run_cancellable(mesh_bytes, f".{format}", own, metadata)
-                _write(folder / file, data)
-            files.append(file)
+                files.append(_write(folder, name, counter, format, data))
             progress.update(index + 1)
         progress.status(f"{len(own.faces):,} faces in {files[-1]}")
         paths = [f"{subfolder}/{file}" if subfolder else file for file in files]
@@ -99,23 +106,39 @@ class MeshExport(io.ComfyNode):
         return io.NodeOutput(paths, [Types.File3D(str(folder / file), format) for file in files], ui={"3d": results})
 
 
-def _save_path(prefix: str) -> tuple[Path, str, int, str]:
-    """Return the folder, the start of the file name, the first free number, and the folder relative to output/.
+def _check_prefix(prefix: str) -> str:
+    """Return the absolute path that a prefix stands for.
 
-    Raises ValueError if the prefix has no file name or points outside the output folder, or if the folder cannot be
-    created.
+    Raises ValueError if it has no file name, begins a hidden file, or points outside the output folder.
     """
     import folder_paths
 
     output = folder_paths.get_output_directory()
     prefix = prefix.replace("\\", "/")
+    if "\0" in prefix:
+        raise ValueError("filename_prefix contains a NUL character: use a prefix such as 3d/name.")
     target = os.path.abspath(os.path.join(output, prefix))
     if os.path.commonpath((os.path.abspath(output), os.path.dirname(target))) != os.path.abspath(output):
         raise ValueError(
             f"filename_prefix {prefix!r} points outside the output folder {output}: use one inside it, such as 3d/name."
         )
-    if prefix.rsplit("/", 1)[-1].strip() in ("", ".", ".."):
+    file = prefix.rsplit("/", 1)[-1].strip()
+    if file in ("", ".", ".."):
         raise ValueError(f"filename_prefix {prefix!r} has no file name: use a prefix such as 3d/name.")
+    if file.startswith("."):
+        raise ValueError(f"filename_prefix {prefix!r} makes a hidden file: use a prefix such as 3d/name.")
+    return target
+
+
+def _save_path(prefix: str) -> tuple[Path, str, int, str]:
+    """Return the folder, the start of the file name, a free number, and the folder relative to output/.
+
+    Raises ValueError as `_check_prefix`, or if the folder cannot be created.
+    """
+    import folder_paths
+
+    target = _check_prefix(prefix)
+    output, prefix = folder_paths.get_output_directory(), prefix.replace("\\", "/")
     try:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, output)
     except OSError as error:
@@ -123,15 +146,25 @@ def _save_path(prefix: str) -> tuple[Path, str, int, str]:
     return Path(folder), name, counter, subfolder.replace("\\", "/")
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Write a whole file or none. Raises ValueError, with advice, if it cannot be written."""
-    from ..d3ds2.storage.atomic_file import replacing
+def _write(folder: Path, name: str, number: int, format: str, data: bytes) -> str:
+    """Write a whole file or none, under the first free number; return its name.
 
+    Two prompts that write at once get a number each. Raises ValueError, with advice, if the file cannot be written.
+    """
+    from ..d3ds2.storage.atomic_file import create_numbered, replacing
+
+    path = folder / f"{name}_{number:05}_.{format}"
     try:
-        with replacing(path) as temporary:
-            temporary.write_bytes(data)
+        path = create_numbered(folder, f"{name}_", f"_.{format}", number)
+        try:
+            with replacing(path) as temporary:
+                temporary.write_bytes(data)
+        except BaseException:
+            path.unlink()
+            raise
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}. {_WRITE_ADVICE}") from None
+    return path.name
 
 
 _WRITE_ADVICE = "Make the folder writable, free up disk space, or start ComfyUI with another --output-directory."

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from comfy_api.latest import io
+from PIL import Image, ImageChops
 
 from .comfy.sockets import CATEGORY, BackgroundRemovalSocket
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
 METHODS = ("auto", "mask", "alpha", "model", "rembg", "plain")
+INVERT_MASK = ("auto", "no", "yes")
+BORDER_SHARE = 0.5  # of the border: a mask that covers more of it is 1 around the object
 
 
 class RemoveBackground(io.ComfyNode):
@@ -31,8 +34,7 @@ class RemoveBackground(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="1 on the object, 0 around it. The MASK from Load Image is the other way round; turn on "
-                    "invert_mask for it.",
+                    tooltip="1 on the object and 0 around it, or the other way round, as Load Image gives it.",
                 ),
                 BackgroundRemovalSocket.Input(
                     "background_removal",
@@ -47,10 +49,12 @@ class RemoveBackground(io.ComfyNode):
                     "nothing is downloaded. `plain` removes a plain background, starting from the border of the "
                     "picture.",
                 ),
-                io.Boolean.Input(
+                io.Combo.Input(
                     "invert_mask",
-                    default=False,
-                    tooltip="Turn this on for the MASK from Load Image, which is 1 where the picture is transparent.",
+                    options=list(INVERT_MASK),
+                    default="auto",
+                    tooltip="Whether the mask is 1 around the object. `auto` takes the border of the picture for "
+                    "background; the status line says which way the mask was read.",
                 ),
                 io.Float.Input(
                     "foreground_ratio",
@@ -70,31 +74,46 @@ class RemoveBackground(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, invert_mask: str | bool) -> bool | str:
+        """Accept the booleans of workflows that were saved when this was a switch."""
+        if isinstance(invert_mask, bool) or invert_mask in INVERT_MASK:
+            return True
+        return f"expected invert_mask of {', '.join(INVERT_MASK)}, got {invert_mask!r}"
+
+    @classmethod
     def execute(
         cls, image, method, invert_mask, foreground_ratio, mask=None, background_removal: Any = None
     ) -> io.NodeOutput:
         """Cut the object out of each picture. Raises ValueError, with advice, if none is found."""
-        from ..d3ds2.images.foreground import ImageError, centre_object, cut_out
+        from ..d3ds2.images.foreground import centre_object, cut_out
+        from ..d3ds2.images.image_file import ImageError
         from .comfy.pictures import to_images, to_masks, to_pictures
         from .comfy.progress import Progress, run_cancellable
         from .comfy.samples import sample
 
         pictures = to_pictures(image)
-        masks = _masks_for(image, mask, invert_mask, method)
+        masks, turned = _masks_for(image, mask, invert_mask, method)
         progress = Progress(cls.hidden.unique_id, len(pictures))
         objects = []
         for index, picture in enumerate(pictures):
             used = _choose(method, picture, bool(masks), background_removal is not None)
-            progress.status(f"picture {index + 1}/{len(pictures)}: {used}")
+            which = f"picture {index + 1}/{len(pictures)}: {used}"
+            if used == "mask" and turned[index % len(masks)]:
+                which += ", inverted: it was 1 around the object"
+            progress.status(which)
+
+            def notify(line: str, which: str = which) -> None:
+                progress.status(f"{which}; {line}")
+
             with sample(index, len(pictures)):
                 try:
                     if used == "mask":
-                        cut = cut_out(picture, masks[index % len(masks)].resize(picture.size))
+                        cut = cut_out(picture, masks[index % len(masks)].resize(picture.size), notify=notify)
                     elif used == "model":
                         found = to_masks(background_removal.encode_image(image[index : index + 1, ..., :3]))[0]
-                        cut = cut_out(picture, found.resize(picture.size))
+                        cut = cut_out(picture, found.resize(picture.size), notify=notify)
                     else:
-                        cut = run_cancellable(cut_out, picture, method=used)
+                        cut = run_cancellable(cut_out, picture, method=used, notify=notify)
                 except ImageError as error:
                     raise ValueError(f"{error}. {_ADVICE[used]}") from None
             if foreground_ratio:
@@ -106,7 +125,7 @@ class RemoveBackground(io.ComfyNode):
 
 
 _ADVICE = {
-    "mask": "Connect a mask that is 1 on the object; for the MASK from Load Image, turn on invert_mask.",
+    "mask": "Connect a mask that is 1 on the object, or one that is 1 around it with invert_mask `auto` or `yes`.",
     "alpha": "Connect an IMAGE with four channels, or choose another method.",
     "model": "Use a picture of a single object, or connect a mask.",
     "rembg": "Connect a mask, or ComfyUI's Load Background Removal Model.",
@@ -114,27 +133,44 @@ _ADVICE = {
 }
 
 
-def _masks_for(image: torch.Tensor, mask: torch.Tensor | None, invert: bool, method: str) -> list[Image.Image]:
-    """Return masks as pictures of mode L, white on the object: one, or one for each image; none if no mask is used.
+def _masks_for(
+    image: torch.Tensor, mask: torch.Tensor | None, invert: str | bool, method: str
+) -> tuple[list[Image.Image], list[bool]]:
+    """Return masks as pictures of mode L, white on the object, and whether each was inverted.
 
-    Raises ValueError for any other number of masks.
+    There is one, or one for each image; none if no mask is used. Raises ValueError for any other number of masks.
     """
     from .comfy.pictures import to_masks
 
     if mask is None or method not in ("auto", "mask"):
-        return []
+        return [], []
     masks = mask[None] if mask.ndim == 2 else mask
     # what Load Image gives for a picture without alpha: it marks no object
     if method == "auto" and masks.shape[1:] == (64, 64) != image.shape[1:3] and not masks.any():
-        return []
+        return [], []
     if len(masks) not in (1, len(image)):
         raise ValueError(f"expected 1 mask or {len(image)}, one for each image, got {len(masks)}")
-    return to_masks(1 - masks if invert else masks)
+    pictures = to_masks(masks)
+    if invert == "auto":
+        turned = [_covers_border(picture) for picture in pictures]
+    else:
+        turned = [invert in ("yes", True)] * len(pictures)
+    return [
+        ImageChops.invert(picture) if turn else picture for picture, turn in zip(pictures, turned, strict=True)
+    ], turned
+
+
+def _covers_border(mask: Image.Image) -> bool:
+    """Whether a mask covers most of the picture's border, so that it marks the background."""
+    samples = np.asarray(mask)
+    edges = np.concatenate([samples[0], samples[-1], samples[:, 0], samples[:, -1]])
+    return bool((edges > 127).mean() > BORDER_SHARE and samples.min() < 128)
 
 
 def _choose(method: str, picture: Image.Image, has_mask: bool, has_model: bool) -> str:
     """Return the method for a picture. Raises ValueError if a method needs an input that is not connected."""
-    from ..d3ds2.images.foreground import alpha_range, rembg_is_ready
+    from ..d3ds2.images.alpha import tells_object
+    from ..d3ds2.images.foreground import rembg_is_ready
 
     if method == "mask" and not has_mask:
         raise ValueError("method is `mask`, but no mask is connected: connect one, or choose `auto`.")
@@ -147,7 +183,7 @@ def _choose(method: str, picture: Image.Image, has_mask: bool, has_model: bool) 
         return method
     if has_mask:
         return "mask"
-    if picture.mode == "RGBA" and alpha_range(picture)[0] < 255:
+    if picture.mode == "RGBA" and tells_object(picture):
         return "alpha"
     if has_model:
         return "model"

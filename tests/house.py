@@ -24,7 +24,7 @@ MAY_IMPORT = {  # wing -> the other wings it may import; d3ds2 stands for the mo
     "d3ds2/networks": (*NETWORKS, "storage"),
     "d3ds2/storage": (),
     "d3ds2/meshes": ("storage",),
-    "d3ds2/images": (),
+    "d3ds2/images": ("storage",),
     "d3ds2/official": (*NETWORKS, "storage"),
     "d3ds2": (*NETWORKS, "storage", "meshes", "images", "official"),
     "nodes": (*NETWORKS, "storage", "meshes", "images", "d3ds2"),

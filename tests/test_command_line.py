@@ -215,6 +215,18 @@ def test_unusable_arguments(tmp_path, image, model, capsys, more, message):
     assert message in error_of(capsys, command(image, tmp_path / "a.glb", model, *more))
 
 
+def test_a_result_never_replaces_an_input_or_another_result(tmp_path, image, model, capsys):
+    mask = tmp_path / "mask.png"
+    Image.open(image).getchannel("A").save(mask)
+    before = image.read_bytes(), mask.read_bytes()
+    link = tmp_path / "link.png"
+    link.symlink_to(image)
+    for preview in (image, link, mask):
+        arguments = command(image, tmp_path / "a.glb", model, "--mask", mask, "--preview", preview)
+        assert "expected a new file for each result, got" in error_of(capsys, arguments)
+    assert (image.read_bytes(), mask.read_bytes()) == before and not (tmp_path / "a.glb").exists()
+
+
 def test_missing_output_is_an_error(image, capsys):
     assert "the following arguments are required: -o/--output" in error_of(capsys, [image])
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from d3ds2.geometry.voxels import Voxels
-from d3ds2.images.foreground import ImageError
+from d3ds2.images.image_file import ImageError
 from d3ds2.pipeline import STAGES, EmptyResultError, GenerationError, build_pipeline, load_pipeline
 from d3ds2.storage.model_folder import ModelFolderError, SamplingConfig
 from tests.support.tiny_model import SAMPLING, draw_object, make_networks, write_model

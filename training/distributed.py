@@ -10,14 +10,21 @@ The sum is taken after the last backward pass, not during it as in DistributedDa
 number of parts, even for a rank that has none in a step, and one sum of at most 2.2 GB costs little beside a step.
 
 Small agreements, such as whether to stop, go through the CPU (gloo), so that no rank waits for its device; sums of
-gradients and losses go through the devices (nccl on CUDA). A rank that dies closes its connections, which ends the
-others at their next agreement.
+gradients and losses go through the devices (nccl on CUDA). With `run.sharded`, FSDP2 sums them instead
+(`training.sharding`).
+
+A rank that dies closes its connections, which ends the others at their next agreement. A rank may wait for its device
+instead, which waits for the dead rank. So a thread of each rank waits for a word of the rank before it, which comes at
+the end of its work; if that rank dies, the thread ends this one, and so on around the ring.
 """
 
+import contextlib
 import os
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -26,21 +33,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from d3ds2.kernels.devices import sums_between
+from d3ds2.kernels.devices import find_device, sums_between
 from d3ds2.storage.one_line import one_line
 from training.command import split_debug
 from training.config import load_config
+from training.folder_lock import FolderInUseError
 
 BUCKET = 1 << 25  # gradient values that are summed at once, 128 MiB
 PATIENCE = timedelta(hours=2)  # for a rank that is behind; the death of one is noticed at once
+GRACE_SECONDS = 10.0  # for a rank to notice the death of another by itself
 
 
 class LostRankError(RuntimeError):
     """Another rank has ended."""
-
-
-class FolderInUseError(RuntimeError):
-    """Another process writes to a folder."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,20 @@ class Ranks:
         rank: the number of this one, from 0.
         size: how many there are.
         group: for sums on the devices; None: the same as on the CPU.
+        background: for agreements on the CPU between threads that write checkpoints; None where torchrun has started no
+            ranks.
     """
 
     device: torch.device
     rank: int = 0
     size: int = 1
     group: Any = None
+    background: Any = None
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether torchrun has started this rank; it may be the only one."""
+        return self.background is not None
 
     @property
     def is_first(self) -> bool:
@@ -87,14 +100,14 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list = [None] * self.size
-        with _Connected():
+        with connected():
             dist.all_gather_object(values, value)
         return values
 
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors of the device, of any shape, by those of the first rank."""
         if self.size > 1:
-            with torch.no_grad(), _Connected():
+            with torch.no_grad(), connected():
                 for tensor in tensors:
                     whole = tensor.detach().contiguous()
                     dist.broadcast(whole, 0, group=self.group)
@@ -128,48 +141,80 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _reduced(tensor: Tensor, operation, group=None) -> Tensor:
-    with _Connected():
+    with connected():
         dist.all_reduce(tensor, operation, group=group)
     return tensor
 
 
-class _Connected:
-    """Turns an error of the connection into a LostRankError."""
+@contextlib.contextmanager
+def connected() -> Generator[None]:
+    """Turn an error of the connection into a LostRankError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRankError("another rank has ended") from error
 
-    def __enter__(self) -> None:
-        pass
 
-    def __exit__(self, _kind, error, _trace) -> None:
-        if isinstance(error, RuntimeError):
-            raise LostRankError("another rank has ended") from error
+def own_part(tensor: Tensor) -> Tensor:
+    """Return the shard of a tensor that this rank holds, in place; a tensor that is not sharded is whole."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 # --- start and end
 
 
-def join() -> None:
-    """Connect with the other ranks if torchrun has started several; agreements then go through the CPU."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=PATIENCE)
+def join() -> Callable[[], None]:
+    """Connect with the other ranks if torchrun has started this one; agreements then go through the CPU.
+
+    Returns:
+        A function to call at the end of the work.
+    """
+    if not dist.is_torchelastic_launched() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return lambda: None
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    return _watch() if dist.get_world_size() > 1 else dist.destroy_process_group
 
 
-def ranks_on(device: torch.device) -> Ranks:
+def _watch() -> Callable[[], None]:
+    """Start the thread that waits for the rank before this one; return the function that lets the next one end."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+    rank, size = dist.get_rank(), dist.get_world_size()
+
+    def wait_for_word() -> None:
+        try:
+            dist.recv(torch.zeros(1), (rank - 1) % size, group)
+        except RuntimeError:
+            time.sleep(GRACE_SECONDS)
+            _say(LostRankError())
+            os._exit(1)
+
+    watching = threading.Thread(target=wait_for_word, daemon=True)
+    watching.start()
+
+    def end() -> None:
+        with connected():
+            dist.send(torch.zeros(1), (rank + 1) % size, group)
+        watching.join()
+        dist.destroy_process_group()
+
+    return end
+
+
+def ranks_on(name: str) -> Ranks:
     """Return the ranks that have joined, or this process alone.
 
     Args:
-        device: of a process alone. Several ranks take the CPU, or the CUDA device of their number on their machine.
+        name: the kind of device, such as "auto". Each of several ranks takes the GPU of its number on its machine.
 
     Raises:
-        ValueError: the device is of a kind on which several ranks cannot compute.
+        ValueError: the device is not there, or is of a kind on which several ranks cannot compute.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return Ranks(device)
-    group, backend = None, sums_between(device)
-    if backend != dist.get_backend():
-        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        group = dist.new_group(backend=backend)
-    return Ranks(device, dist.get_rank(), dist.get_world_size(), group)
+    if not dist.is_initialized():
+        return Ranks(find_device(name))
+    device = find_device(name, int(os.environ["LOCAL_RANK"]))
+    backend = sums_between(device)
+    group = None if backend == dist.get_backend() else dist.new_group(backend=backend, timeout=PATIENCE)
+    return Ranks(device, dist.get_rank(), dist.get_world_size(), group, dist.new_group(backend="gloo"))
 
 
 def run_script(work: Callable[[Any], Any], config_class: type, arguments: list[str]) -> None:
@@ -181,47 +226,62 @@ def run_script(work: Callable[[Any], Any], config_class: type, arguments: list[s
 def run_ranks(work: Callable[[], Any], debug: bool = False) -> None:
     """Join the other ranks, work, and exit.
 
-    A known kind of error becomes one line, which only the first rank to fail prints.
+    A known kind of error becomes one line, which only the first rank to fail prints. If a rank has been killed, each
+    of the others prints a line.
     """
     code = 0
     try:
-        join()
+        end = join()
         work()
+        end()
     except KeyboardInterrupt:
         code = 130
     except (ValueError, OSError, ArithmeticError, FolderInUseError, LostRankError, torch.OutOfMemoryError) as error:
-        is_first, code = _is_first_to_fail(), 1
+        code = 1
         if debug:
             traceback.print_exc()
-        elif is_first:
-            print(f"error: {_line(error)}", file=sys.stderr, flush=True)
-    except Exception:
-        _is_first_to_fail()  # the others then end in silence
+        _say(error, silent=debug)
+    except Exception as error:
         code = 1
         traceback.print_exc()
-    if dist.is_initialized():
-        if code:  # nccl may wait for a rank that has ended
-            sys.stdout.flush()
-            os._exit(code)
-        dist.destroy_process_group()
+        _say(error, silent=True)
+    if code and dist.is_initialized():  # nccl may wait for a rank that has ended
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
 
 
-def _line(error: BaseException) -> str:
+def _say(error: Exception, silent: bool = False) -> None:
+    """Print the line of an error, unless another rank has said why the run ends; the ranks count who has.
+
+    The death of another rank is no reason but what follows from one.
+    """
+    is_lost = isinstance(error, LostRankError)
+    if (number := _count_reasons(0 if is_lost else 1)) is None:
+        is_told = not is_lost and int(os.environ.get("RANK", "0")) > 0
+    else:
+        is_told = number > (0 if is_lost else 1)
+    if not silent and not is_told:
+        print(f"error: {_line(error)}", file=sys.stderr, flush=True)
+
+
+def _count_reasons(more: int) -> int | None:
+    """Add to the number of ranks that have said why the run ends; None where the ranks are not connected."""
+    if not dist.is_initialized():
+        return None
+    try:
+        return dist.distributed_c10d._get_default_store().add("reasons", more)
+    except RuntimeError:  # the store has ended too
+        return None
+
+
+def _line(error: Exception) -> str:
     """The message of an error, in one line."""
     if isinstance(error, LostRankError):
-        return "another rank has ended; the same command continues from the newest checkpoint"
+        return (
+            f"rank {dist.get_rank()} ends, because another has; the same command continues from the newest checkpoint"
+        )
     message = one_line(error) or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):
         message += "; lower batch_size or max_tokens, or raise run.accumulate"
     return message
-
-
-def _is_first_to_fail() -> bool:
-    """Whether this rank is the first to fail; all ranks count in the store that connected them."""
-    if not dist.is_initialized():
-        return int(os.environ.get("RANK", "0")) == 0
-    try:
-        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
-    except RuntimeError:  # the store has ended too
-        return True

@@ -25,7 +25,6 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from d3ds2.kernels.devices import find_device
 from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE
 from d3ds2.storage.atomic_file import replacing
@@ -60,10 +59,17 @@ class EncodeLatentsConfig:
     device: str = "auto"
     workers: int = 0
     shard: str = "0/1"  # the part i/n of the shapes that this task encodes
+    keep_scale: bool = False  # leave the VAE's scale: that of another resolution, or of a latent DiT to fine-tune
     verify: bool = False  # read existing files and compare them with their checksums
+    fine: bool = False  # with the second stage's VAE, `fine_sdf_vae`
 
     def __post_init__(self):
         Shard.parse(self.shard)
+
+    @property
+    def network(self) -> str:
+        """The name of the VAE in the model folder."""
+        return "fine_sdf_vae" if self.fine else "sdf_vae"
 
 
 class Item(NamedTuple):
@@ -222,8 +228,8 @@ def main(config: EncodeLatentsConfig) -> dict:
         ValueError: too many shapes are damaged.
         OSError: the disk is full or cannot be written. Finished files stay.
     """
-    ranks = ranks_on(find_device(config.device))
-    vae = load_network(config.model_dir, "sdf_vae", ranks.device)
+    ranks = ranks_on(config.device)
+    vae = load_network(config.model_dir, config.network, ranks.device)
     shard = Shard.parse(config.shard) if ranks.size == 1 else Shard(ranks.rank, ranks.size)
     summary_file = moments_path(config.data_dir, config.resolution)
     summary_file.parent.mkdir(parents=True, exist_ok=True)
@@ -258,10 +264,12 @@ def main(config: EncodeLatentsConfig) -> dict:
     for part in parts:
         moments.add_sums(part)
     summary = moments.summary() | moments.sums() | {"made_of": made_of, "encoder": encoder}
+    if config.keep_scale:
+        summary |= {"latents_shift": vae.config.latents_shift, "latents_scale": vae.config.latents_scale}
     if (vae.config.latents_shift, vae.config.latents_scale) != (summary["latents_shift"], summary["latents_scale"]):
         set_latent_scale(vae, moments)
         with exporting(config.model_dir):
-            save_network(config.model_dir, "sdf_vae", vae, torch.float16)
+            save_network(config.model_dir, config.network, vae, torch.float16)
     if read_moments(summary_file) != summary:
         write_json(summary_file, summary)
     return summary

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from training.data.meshes import MeshEntry
 
+ENGINES = ("processes", "ray")
 START_TRIES = 3  # workers that may die one after another before they are ready
 OUT_OF_MEMORY = 77  # exit code of a worker
 MACHINE_ERRORS = {  # errors of the disk, its permissions or its network: no other mesh would do better
@@ -49,6 +50,23 @@ def failure_of(error: Exception) -> Failure:
     """Describe an error in one line, and say whose it is."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return Failure(text, isinstance(error, OSError) and error.errno in MACHINE_ERRORS)
+
+
+def check_engine(engine: str) -> None:
+    """Raise ValueError for an unknown engine."""
+    if engine not in ENGINES:
+        raise ValueError(f"expected engine of {', '.join(ENGINES)}, got {engine!r}")
+
+
+def run_engine(
+    function: Callable[[MeshEntry, Any], Any], entries: list[MeshEntry], config: Any
+) -> Generator[tuple[MeshEntry, Any]]:
+    """Yield as `run_jobs`, by the engine and with the number of workers that the config says."""
+    if config.engine == "ray":
+        from training.ray_jobs import run_on_ray  # it imports this module
+
+        return run_on_ray(function, entries, config)
+    return run_jobs(function, entries, config, config.workers or os.cpu_count() or 1)
 
 
 def run_jobs(

@@ -17,7 +17,6 @@ Marks such as [A] say how certain a value is: see docs/paper.md.
 """
 
 import contextlib
-import os
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from training.data.index_files import update_index
 from training.data.meshes import MeshEntry, list_meshes, read_mesh
 from training.data.shape_files import read_summary, save_shape, shape_path
 from training.data.shards import Shard
-from training.mesh_jobs import AllFailedError, Failure, finished, run_jobs
+from training.mesh_jobs import AllFailedError, Failure, check_engine, finished, run_engine
 
 SECONDS_BETWEEN_INDEXES = 120
 
@@ -44,13 +43,15 @@ class PrepareShapesConfig:
     scale: float = 0.95  # of the cube's edge: leaves room for the band [B]
     shell: float = 0.55  # half thickness of open sheets, voxels [D]
     sharp_angle: float = 30.0  # degrees between the faces of a sharp edge [D]
-    workers: int = 0  # 0: one per core
+    engine: str = "processes"  # of this machine; or "ray": a running Ray cluster (docs/cluster.md)
+    workers: int = 0  # processes of this machine; 0: one per core
     limit: int = 0  # only the first meshes; 0: all
     shard: str = "0/1"  # the part i/n of the meshes that this task prepares
     verify: bool = False  # read existing files and compare them with their checksums
 
     def __post_init__(self):
         Shard.parse(self.shard)
+        check_engine(self.engine)
 
     def settings(self, resolution: int) -> dict[str, Any]:
         """The settings that a file of this resolution depends on."""
@@ -121,7 +122,7 @@ def prepare_all(
     entries: list[MeshEntry], config: PrepareShapesConfig
 ) -> Generator[tuple[MeshEntry, Prepared | Failure]]:
     """Yield each mesh with its files, or with the reason why it has none."""
-    return run_jobs(prepare, entries, config, config.workers or os.cpu_count() or 1)
+    return run_engine(prepare, entries, config)
 
 
 def main(config: PrepareShapesConfig) -> list[dict]:

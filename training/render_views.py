@@ -31,16 +31,20 @@ import numpy as np
 from PIL import Image
 
 from d3ds2.images.render import Camera, Light, MeshRenderer
+from d3ds2.images.surface_colors import SurfaceColors
 from d3ds2.meshes.mesh_to_sdf import normalize_mesh
 from training.command import run_command
-from training.data.meshes import SPLITS, MeshEntry, list_meshes, read_mesh
+from training.data.meshes import SPLITS, MeshEntry, list_meshes, read_mesh, read_textured_mesh
 from training.data.png_files import is_whole
 from training.data.shape_files import view_folder
 from training.data.shards import Shard
-from training.mesh_jobs import AllFailedError, finished, run_jobs
+from training.mesh_jobs import AllFailedError, check_engine, finished, run_engine
 
 MIN_COVERAGE = 2e-3  # share of the pixels; a sheet seen edge-on has less, and gets another camera
 TRIES = 20  # cameras for a view
+GAMMA = 2.2  # of sRGB, nearly: the linear gain of a relative change
+Colors = SurfaceColors | np.ndarray | None  # of all points, of the faces, or none
+RANGE = tuple[float, float]  # the least and the largest value of a random draw
 
 
 @dataclass(frozen=True)
@@ -49,35 +53,48 @@ class RenderViewsConfig:
     data_dir: str = "data"
     views: int = 45  # per mesh [A]
     size: int = 1024  # pixels per edge [A]
-    elevation: tuple[float, float] = (10.0, 40.0)  # degrees [A]
-    azimuth: tuple[float, float] = (-90.0, 90.0)  # degrees from the front; the paper: 0-180 in its own axes [C]
+    elevation: RANGE = (10.0, 40.0)  # degrees [A]
+    azimuth: RANGE = (-90.0, 90.0)  # degrees from the front; the paper: 0-180 in its own axes [C]
     splits: tuple[str, ...] = SPLITS  # whose meshes are rendered
-    focal_mm: tuple[float, float] = (30.0, 100.0)  # for a sensor of 36 mm [A]
+    focal_mm: RANGE = (30.0, 100.0)  # for a sensor of 36 mm [A]
+    light_elevation: RANGE = (20.0, 80.0)  # degrees, of the key light [D]
+    light_azimuth: RANGE = (-75.0, 75.0)  # degrees from the camera's [D]
+    light_key: RANGE = (0.5, 0.95)  # intensity of the key light; 1: a white face toward it is white [D]
+    light_fill: RANGE = (0.05, 0.2)  # of the light at the camera [D]
+    light_sky: RANGE = (0.25, 0.45)  # of the ambient light from above [D]
+    light_ground: RANGE = (0.08, 0.2)  # of the ambient light from below [D]
+    light_tint: float = 0.0  # largest relative change of a colour channel of the key light, and of all other light [D]
     shadows: float = 0.5  # probability that the key light casts shadows [D]
+    textures: bool = False  # draw textures and colours of vertices; else each face has one colour
     color_jitter: float = 0.1  # largest relative change of a colour channel [D]
     supersample: int = 2  # rays per pixel edge, at contours
     scale: float = 0.95  # as in prepare_shapes
     seed: int = 0
-    workers: int = 0  # 0: one per core
+    engine: str = "processes"  # of this machine; or "ray": a running Ray cluster (docs/cluster.md)
+    workers: int = 0  # processes of this machine; 0: one per core
     limit: int = 0  # only the first meshes; 0: all
     shard: str = "0/1"  # the part i/n of the meshes that this task renders
     verify: bool = False  # read existing pictures and compare them with their checksums
 
     def __post_init__(self):
         Shard.parse(self.shard)
+        check_engine(self.engine)
         if self.views < 1 or self.size < 8:
             raise ValueError(f"expected views >= 1 and size >= 8, got {self.views} and {self.size}")
         if not set(self.splits) <= set(SPLITS):
             raise ValueError(f"expected splits out of {SPLITS}, got {self.splits}")
-        for name in ("elevation", "azimuth", "focal_mm"):
-            low, high = getattr(self, name)
-            if not low <= high:
-                raise ValueError(f"expected {name} as [low, high], got {[low, high]}")
+        for field in dataclasses.fields(self):
+            if field.type == RANGE:
+                low, high = getattr(self, field.name)
+                if not low <= high:
+                    raise ValueError(f"expected {field.name} as [low, high], got {[low, high]}")
+        if not 0 <= self.light_tint < 1:
+            raise ValueError(f"expected light_tint in [0, 1), got {self.light_tint}")
 
     @property
     def settings(self) -> dict:
         """The settings that the pictures depend on, as in cameras.json."""
-        elsewhere = ("meshes", "data_dir", "splits", "workers", "limit", "shard", "verify")
+        elsewhere = ("meshes", "data_dir", "splits", "engine", "workers", "limit", "shard", "verify")
         return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(self).items() if k not in elsewhere}))
 
 
@@ -93,16 +110,21 @@ def random_camera(config: RenderViewsConfig, rng: np.random.Generator) -> Camera
 
 
 def random_light(config: RenderViewsConfig, camera: Camera, rng: np.random.Generator) -> Light:
-    """Draw a key light from above, on the camera's side of the object."""
-    return Light(
-        elevation=rng.uniform(20, 80),
-        azimuth=camera.azimuth + rng.uniform(-75, 75),
-        key=rng.uniform(0.5, 0.95),
-        fill=rng.uniform(0.05, 0.2),
-        sky=rng.uniform(0.25, 0.45),
-        ground=rng.uniform(0.08, 0.2),
+    """Draw a key light and the other light within the ranges of the config."""
+    light = Light(
+        elevation=rng.uniform(*config.light_elevation),
+        azimuth=camera.azimuth + rng.uniform(*config.light_azimuth),
+        key=rng.uniform(*config.light_key),
+        fill=rng.uniform(*config.light_fill),
+        sky=rng.uniform(*config.light_sky),
+        ground=rng.uniform(*config.light_ground),
         shadows=rng.uniform() < config.shadows,
     )
+    if not config.light_tint:
+        return light  # and draw nothing more: older pictures stay the same
+    tint = config.light_tint
+    key, ambient = (tuple(rng.uniform(1 - tint, 1 + tint, size=3).tolist()) for _ in range(2))
+    return dataclasses.replace(light, key_color=key, ambient_color=ambient)
 
 
 def random_colors(colors: np.ndarray | None, jitter: float, rng: np.random.Generator) -> np.ndarray:
@@ -117,8 +139,16 @@ def random_colors(colors: np.ndarray | None, jitter: float, rng: np.random.Gener
     return np.round(np.array([color]) * 255).astype(np.uint8)
 
 
+def paint(renderer: MeshRenderer, colors: Colors, jitter: float, rng: np.random.Generator) -> None:
+    """Give the mesh of a renderer its own colours, slightly shifted, or one random colour if it has none."""
+    if isinstance(colors, SurfaceColors):
+        renderer.set_surface(colors, rng.uniform(1 - jitter, 1 + jitter, size=3) ** GAMMA)
+    else:
+        renderer.set_colors(random_colors(colors, jitter, rng))
+
+
 def render_view(
-    renderer: MeshRenderer, colors: np.ndarray | None, config: RenderViewsConfig, rng: np.random.Generator
+    renderer: MeshRenderer, colors: Colors, config: RenderViewsConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, Camera, Light]:
     """Render a random view; return the picture (size, size, 4) uint8, its camera and its light.
 
@@ -128,7 +158,7 @@ def render_view(
     for _ in range(TRIES):
         camera = random_camera(config, rng)
         light = random_light(config, camera, rng)
-        renderer.set_colors(random_colors(colors, config.color_jitter, rng))
+        paint(renderer, colors, config.color_jitter, rng)
         picture = renderer.render(camera, config.size, light, config.supersample)
         if (picture[..., 3] > 0).mean() >= MIN_COVERAGE:
             return picture, camera, light
@@ -146,7 +176,7 @@ def render_mesh(entry: MeshEntry, config: RenderViewsConfig) -> int:
     size = entry.path.stat().st_size if entry.path.is_file() else None
     if is_complete(folder, config, size):
         return 0
-    vertices, faces, colors = read_mesh(entry)
+    vertices, faces, colors = (read_textured_mesh if config.textures else read_mesh)(entry)
     renderer = MeshRenderer(normalize_mesh(vertices, config.scale), faces)
     partial = folder.with_name(f".{entry.name}.{secrets.token_hex(4)}")
     partial.mkdir(parents=True)
@@ -181,11 +211,13 @@ def _write(path: Path, content: bytes) -> None:
 def is_complete(folder: Path, config: RenderViewsConfig, mesh_bytes: int | None = None) -> bool:
     """Whether the folder holds all views, made with these settings from a mesh file of this size.
 
-    Pictures are compared with their sizes in cameras.json, and with their own checksums if the config says `verify`.
+    A setting that an older version did not have counts as its default, which changes no picture. Pictures are compared
+    with their sizes in cameras.json, and with their own checksums if the config says `verify`.
     """
     try:
         cameras = json.loads((folder / "cameras.json").read_text())
-        if cameras["settings"] != config.settings or mesh_bytes not in (None, cameras.get("mesh_bytes", mesh_bytes)):
+        settings = type(config)().settings | cameras["settings"]
+        if settings != config.settings or mesh_bytes not in (None, cameras.get("mesh_bytes", mesh_bytes)):
             return False
         for view in cameras["views"]:
             file = folder / view["file"]
@@ -224,7 +256,7 @@ def main(config: RenderViewsConfig) -> list[dict]:
     names = {entry.name for entry in entries}
     clear_unfinished(views, names)  # of a killed run
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the workers: each core has its own mesh
-    jobs = run_jobs(render_mesh, entries, config, config.workers or os.cpu_count() or 1)
+    jobs = run_engine(render_mesh, entries, config)
     log = shard.file(Path(config.data_dir) / "view_failures.jsonl")
     failed = []
     rendered = sum(number for _, number in finished(jobs, len(entries), log, failed))

@@ -22,10 +22,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from d3ds2.kernels.devices import find_device, trains_in_bf16
+from d3ds2.kernels.devices import trains_in_bf16
 from d3ds2.storage.atomic_file import replacing
+from training.boards import open_boards
 from training.distributed import Ranks, ranks_on
-from training.run_folder import check_run, clear_leftovers, exporting, locked, write_settings
+from training.folder_lock import locked
+from training.run_folder import check_run, clear_leftovers, exporting, write_settings
+from training.speed import peak_flops, speeds
 
 ALONE = Ranks(torch.device("cpu"))  # where only the number of ranks counts
 
@@ -37,6 +40,7 @@ class RunConfig:
     out_dir: str = "runs/run"
     seed: int = 0
     steps: int = 1000
+    sharded: bool = False  # several ranks share the weights (FSDP2) instead of copying them: less memory, more traffic
     accumulate: int = 1  # parts of a batch that a rank computes one after the other: less memory, the same step
     learning_rate: float = 1e-4  # [A]
     final_learning_rate: float = 1.0  # at the last step, as a fraction, along a cosine; 1: constant [D]
@@ -54,11 +58,19 @@ class RunConfig:
     start_from: str = ""  # model folder from whose weights a new run starts; "": random weights
     max_minutes: float = 0.0  # after which to save, export and stop; 0: no limit
     tensorboard: bool = True
+    wandb: str = ""  # project of Weights & Biases; "": none
+    validate_every: int = 1000  # steps from one validation to the next, see validation.py; 0: none
+    validate_split: str = "val"
+    validate_batches: int = 8  # of which the loss is the mean
+    validate_pictures: int = 4  # shapes shown at each validation
 
     def __post_init__(self):
-        for name in ("steps", "accumulate", "log_every", "save_every"):
+        for name in ("steps", "accumulate", "log_every", "save_every", "validate_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected run.{name} >= 1, got {getattr(self, name)}")
+        for name in ("validate_every", "validate_pictures"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"expected run.{name} >= 0, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"expected run.ema_decay in [0, 1), got {self.ema_decay}")
 
@@ -73,7 +85,7 @@ def start(config: RunConfig, whole_config) -> Generator[Ranks]:
         ValueError: the run folder belongs to another model, see `check_run`.
         FolderInUseError: another process writes to it.
     """
-    ranks = ranks_on(find_device(config.device))
+    ranks = ranks_on(config.device)
     out_dir, model_dir = Path(config.out_dir), Path(whole_config.model_dir)
     with ExitStack() as held:
         if ranks.is_first:
@@ -125,16 +137,18 @@ def learning_rate(step: int, config: RunConfig) -> float:
 
 
 class Log:
-    """Writes the means of the metrics over `log_every` steps to metrics.jsonl, TensorBoard and a progress bar.
+    """Writes the means of the metrics over `log_every` steps to metrics.jsonl, the boards and a progress bar.
 
     Metrics stay on the device until they are written. If a run was killed after its last checkpoint, metrics.jsonl has
-    lines beyond `first_step`; these are dropped. Only the first rank writes.
+    lines beyond `first_step`; these are dropped. Only the first rank writes. `token_weights` is that of
+    `training.speed`, for MFU.
     """
 
-    def __init__(self, config: RunConfig, first_step: int, ranks: Ranks = ALONE):
+    def __init__(self, config: RunConfig, first_step: int, ranks: Ranks = ALONE, token_weights: int = 0):
         self.config, self.out_dir, self.ranks = config, Path(config.out_dir), ranks
-        self._sums, self._count, self._since = {}, 0, time.perf_counter()
-        self._file = self._board = None
+        self._sums, self._count, self._since, self._notes = {}, 0, time.perf_counter(), {}
+        self._file, self._boards = None, []
+        self._weights, self._peak = token_weights, peak_flops(ranks.device, config.precision)
         if ranks.is_first:
             path = self.out_dir / "metrics.jsonl"
             records = read_metrics(self.out_dir) if path.exists() else []
@@ -142,7 +156,7 @@ class Log:
             with replacing(path) as temporary:
                 temporary.write_text("".join(kept))
             self._file = open(path, "a")  # noqa: SIM115, closed in __exit__
-            self._board = _tensorboard(self.out_dir, first_step) if config.tensorboard else None
+            self._boards = open_boards(self.out_dir, first_step, config.tensorboard, config.wandb)
         self._progress = tqdm(
             initial=first_step, total=config.steps, unit="step", desc=self.out_dir.name, disable=not ranks.is_first
         )
@@ -152,6 +166,19 @@ class Log:
         for name, value in metrics.items():
             value = value.detach() if isinstance(value, Tensor) else value
             self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def note(self, values: dict[str, float], seconds: float = 0.0) -> None:
+        """Add values, the same on all ranks, to the record of the step that ends next, which is then written.
+
+        The seconds that it took to find them do not count as time of training.
+        """
+        self._notes |= values
+        self._since += seconds
+
+    def picture(self, name: str, picture: np.ndarray, step: int) -> None:
+        """Show a picture (H, W, 3) uint8 on the boards."""
+        for board in self._boards:
+            board.picture(name, picture, step)
 
     def __call__(self, step: int, metrics: dict[str, Tensor | float]) -> None:
         """Finish a step, given metrics that are the same on all ranks; "loss" must be among all of its metrics.
@@ -163,7 +190,7 @@ class Log:
             self.add(metrics)
         self._count += 1
         self._progress.update()
-        if step % self.config.log_every == 0 or step == self.config.steps:
+        if step % self.config.log_every == 0 or step == self.config.steps or self._notes:
             self._write(step)
 
     def _write(self, step: int) -> None:
@@ -171,13 +198,13 @@ class Log:
         seconds = time.perf_counter() - self._since
         record = {"step": step, **means, "learning_rate": learning_rate(step - 1, self.config)}
         record["seconds_per_step"] = seconds / self._count
-        self._sums, self._count, self._since = {}, 0, time.perf_counter()
+        record |= speeds(means, record["seconds_per_step"], self._weights, self._peak, self.ranks.size) | self._notes
+        self._sums, self._count, self._since, self._notes = {}, 0, time.perf_counter(), {}
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
-        for name, value in record.items():
-            if self._board is not None and name != "step":
-                self._board.add_scalar(name, value, step)
+        for board in self._boards:
+            board.scalars({name: value for name, value in record.items() if name != "step"}, step)
         self._progress.set_postfix({name: f"{value:.4g}" for name, value in means.items()}, refresh=False)
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(
@@ -201,17 +228,8 @@ class Log:
         if self._file is not None:
             self._file.close()
         self._progress.close()
-        if self._board is not None:
-            self._board.close()
-
-
-def _tensorboard(out_dir: Path, first_step: int):
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # imported here: it is slow, and may not be installed
-    except ImportError:
-        tqdm.write("TensorBoard is not installed (pip install tensorboard): metrics go to metrics.jsonl only")
-        return None
-    return SummaryWriter(str(out_dir), purge_step=first_step + 1)
+        for board in self._boards:
+            board.close()
 
 
 def read_metrics(out_dir: str | Path) -> list[dict]:

@@ -1,17 +1,12 @@
-"""The folder of a run and its lock.
+"""The folder of a run.
 
-A run folder holds config.json, metrics.jsonl, TensorBoard events and the two newest checkpoints `step_<n>.pt`. One
-process writes to it. Exports to a model folder, which several stages share, wait for each other.
-
-A lock is the file `training.lock`, with the host and the process that hold it. It works on every file system. The lock
-of a dead process is taken over: on the same host at once, on another one when it was not touched for minutes.
+A run folder holds config.json, metrics.jsonl, TensorBoard events and the two newest checkpoints `step_<n>`. One
+run writes to it. Exports to a model folder, which several stages share, wait for each other.
 """
 
 import json
-import os
-import socket
-import threading
-import time
+import re
+import shutil
 import uuid
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -21,11 +16,8 @@ from tqdm import tqdm
 
 from d3ds2.storage.atomic_file import replacing
 from d3ds2.storage.model_folder import ALL_NETWORKS
-from training.distributed import FolderInUseError
+from training.folder_lock import LOCK, locked
 
-LOCK = "training.lock"
-TOUCH_SECONDS, DEAD_SECONDS = 20.0, 300.0  # a live process touches its lock; one that was not touched so long is dead
-UNFINISHED_SECONDS = 10.0  # after which a lock without an owner is that of a process killed while it wrote the name
 LEFTOVERS = (
     *(".tmp*", ".config.*", ".metrics.*", ".step_*", "step_*.tmp", f".{LOCK}.*"),
     *(f".{name}.*" for name in ALL_NETWORKS),
@@ -33,8 +25,28 @@ LEFTOVERS = (
 
 
 def checkpoints(out_dir: str | Path) -> list[Path]:
-    """The checkpoints in a run folder, newest first."""
-    return sorted(Path(out_dir).glob("step_*.pt"), reverse=True)
+    """The checkpoints in a run folder, newest first: folders, and files of earlier versions."""
+    found = [path for path in Path(out_dir).glob("step_*") if re.fullmatch(r"step_\d+(\.pt)?", path.name)]
+    return sorted(found, key=lambda path: (step_of(path), path.suffix == ""), reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, from its name."""
+    return int(checkpoint.stem.removeprefix("step_"))
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint. A process that is killed meanwhile leaves a part under another name."""
+    aside = checkpoint.with_name(f".{checkpoint.name}.{uuid.uuid4().hex[:8]}")
+    checkpoint.rename(aside)
+    _delete(aside)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def newest_checkpoint(out_dir: str | Path) -> Path | None:
@@ -45,7 +57,7 @@ def newest_checkpoint(out_dir: str | Path) -> Path | None:
 def last_step(out_dir: str | Path) -> int:
     """The step of a run's newest checkpoint, 0 without one."""
     newest = newest_checkpoint(out_dir)
-    return 0 if newest is None else int(newest.stem.removeprefix("step_"))
+    return 0 if newest is None else step_of(newest)
 
 
 def check_run(out_dir: str | Path, model_dir: str | Path) -> None:
@@ -99,7 +111,7 @@ def _dotted(settings: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield prefix + key, value
 
 
-# --- locks
+# --- exports and leftovers
 
 
 @contextmanager
@@ -111,122 +123,9 @@ def exporting(model_dir: str | Path) -> Generator[None]:
         yield
 
 
-@contextmanager
-def locked(folder: str | Path, wait: bool = False) -> Generator[None]:
-    """Hold the lock of a folder.
-
-    Raises:
-        FolderInUseError: another process holds it, unless `wait`.
-        OSError: the folder is missing or cannot be written to.
-    """
-    path = Path(folder) / LOCK
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": _start_of(os.getpid())}
-    text = json.dumps(owner | {"key": uuid.uuid4().hex})
-    while not _create(path, text):
-        seen = _read(path)
-        if seen is None:
-            continue  # it has just been released
-        if _is_dead(path, seen):
-            _remove(path, seen)
-        elif wait:
-            time.sleep(0.2)
-        else:
-            raise FolderInUseError(f"{folder} is in use by {_name(seen)}; wait for it, or delete {path} if it is gone")
-    ended = threading.Event()
-    touching = threading.Thread(target=_touch, args=(path, ended), daemon=True)
-    touching.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        touching.join()
-        _remove(path, text)
-
-
 def clear_leftovers(folder: str | Path) -> None:
-    """Delete the unfinished files of killed processes. Hold the folder's lock meanwhile."""
+    """Delete the unfinished files and checkpoints of killed processes. Hold the folder's lock meanwhile."""
     for pattern in LEFTOVERS:
         for path in Path(folder).glob(pattern):
-            if path.is_file():
-                path.unlink(missing_ok=True)
-
-
-def _create(path: Path, text: str) -> bool:
-    try:
-        with open(path, "x") as file:
-            file.write(text)
-    except FileExistsError:
-        return False
-    return True
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text()
-    except FileNotFoundError:
-        return None
-
-
-def _remove(path: Path, text: str) -> None:
-    """Delete a lock if it has this text; another process may have taken it over meanwhile."""
-    aside = path.with_name(f".{LOCK}.{uuid.uuid4().hex}")
-    try:
-        path.rename(aside)
-    except FileNotFoundError:
-        return
-    if _read(aside) in (text, None):
-        aside.unlink(missing_ok=True)
-    else:
-        aside.replace(path)
-
-
-def _touch(path: Path, ended: threading.Event) -> None:
-    while not ended.wait(TOUCH_SECONDS):
-        try:
-            os.utime(path)
-        except OSError:
-            return
-
-
-def _is_dead(path: Path, text: str) -> bool:
-    """Whether the process that wrote a lock has ended."""
-    try:
-        age = time.time() - path.stat().st_mtime
-    except FileNotFoundError:
-        return False
-    owner = _owner(text)
-    if owner is None:
-        return age > UNFINISHED_SECONDS
-    if owner["host"] != socket.gethostname() or os.name == "nt":  # a process there cannot be asked
-        return age > DEAD_SECONDS
-    if owner["pid"] == os.getpid():  # from an earlier life of a container; a process locks a folder once
-        return True
-    try:
-        os.kill(owner["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return owner["started"] != _start_of(owner["pid"])  # the number may be that of a later process
-
-
-def _owner(text: str) -> dict | None:
-    try:
-        owner = json.loads(text)
-        return {"host": str(owner["host"]), "pid": int(owner["pid"]), "started": owner["started"]}
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def _name(text: str) -> str:
-    owner = _owner(text)
-    return "a process that starts" if owner is None else f"process {owner['pid']} on {owner['host']}"
-
-
-def _start_of(pid: int) -> str | None:
-    """The time at which a process started, where the system says so; None elsewhere and for one that has ended."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if state in "ZX" else fields[18]
-    except (OSError, ValueError, IndexError):
-        return None
+            if path.is_file() or path.name.startswith(".step_"):
+                _delete(path)

@@ -1,53 +1,70 @@
 """All that a training run changes from step to step, and its checkpoints.
 
-A checkpoint `step_<n>.pt` holds the weights, their moving average (EMA), the optimiser and the step. It needs no random
-state: all random numbers of a step come from (seed, step). All ranks hold the same state, so the first one writes a
-single file, which any number of ranks load; torch.distributed.checkpoint would be needed for sharded states alone.
+A checkpoint (`training.checkpoints`) holds the weights, their moving average (EMA), the optimiser and the step. It
+needs no random state: all random numbers of a step come from (seed, step).
 """
 
 import copy
-import os
-import zipfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from d3ds2.kernels.devices import on_cuda
 from d3ds2.networks.model_files import load_network
-from d3ds2.storage.atomic_file import replacing
-from training.distributed import Ranks
+from training.checkpoints import PARTS, find_intact, is_finite, open_checkpoint, read_into, save_in_background
+from training.distributed import LostRankError, Ranks, own_part
 from training.run import ALONE, RunConfig, learning_rate
-from training.run_folder import checkpoints
-
-KEEP_CHECKPOINTS = 2
+from training.sharding import copy_to_shard, copy_whole, shard, whole
 
 
 class State:
     """A model in training, at step 0 until `load` finds a checkpoint.
 
+        with state:  # its end waits for the checkpoint that is being written
+            ...
+
+    Args:
+        rate_of: the factor of a parameter's learning rate, by the parameter's name; default: 1 for all.
+
     Attributes:
-        model: the network that is trained, on its device.
-        ema: its moving average, which is exported.
-        optimizer: AdamW over the parameters that require gradients.
+        model: the network that is trained, on its device; sharded over the ranks if `run.sharded`.
+        ema: its moving average, sharded likewise; `averaged` is what to export or evaluate.
+        optimizer: AdamW over the parameters that require gradients, in a group for each of `rates`.
         step: number of updates so far.
     """
 
-    def __init__(self, model: nn.Module, config: RunConfig, ranks: Ranks = ALONE):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: RunConfig,
+        ranks: Ranks = ALONE,
+        rate_of: Callable[[str], float] = lambda name: 1.0,
+    ):
         self.config, self.model, self.ranks = config, model, ranks
         ranks.copy_from_first(_tensors(model))
         self.ema = copy.deepcopy(model).requires_grad_(False)
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        self._unsharded = None
+        if config.sharded and ranks.is_joined:
+            self._unsharded = copy.deepcopy(self.ema).cpu()
+            for part in (self.model, self.ema):
+                shard(part, ranks)
+        groups: dict[float, dict[str, nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault(rate_of(name), {})[name] = parameter
+        self.rates, self._trained = list(groups), [name for group in groups.values() for name in group]
         self.optimizer = torch.optim.AdamW(
-            parameters,
+            [{"params": list(group.values())} for group in groups.values()],
             lr=config.learning_rate,
             betas=config.betas,
             weight_decay=config.weight_decay,
-            fused=on_cuda(parameters[0]),
+            fused=on_cuda(next(model.parameters())),
         )
         self.step = 0
+        self._saving: Future | None = None
 
     def update(self) -> Tensor:
         """Finish a step, given the gradients of this rank's parts.
@@ -57,55 +74,93 @@ class State:
         Returns:
             The norm of the gradients before clipping, a scalar.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.config)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = learning_rate(self.step, self.config) * rate
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.ranks.sum_gradients(parameters)
-        grad_norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
+        if self._unsharded is None:
+            self.ranks.sum_gradients(parameters)
+        grad_norm = self._clip(parameters)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._update_ema()
         self.step += 1
         return grad_norm
 
+    def _clip(self, parameters: list[nn.Parameter]) -> Tensor:
+        for parameter in parameters:
+            if not parameter.requires_grad:  # FSDP2 sums the gradients also of weights that were frozen on the way
+                parameter.grad = None
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = whole(nn.utils.get_total_norm(gradients))
+        nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
+        return norm
+
     @torch.no_grad()
     def _update_ema(self) -> None:
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        average, current = ([own_part(p) for p in part.parameters()] for part in (self.ema, self.model))
+        torch._foreach_lerp_(average, current, 1 - decay)
         for average, current in zip(self.ema.buffers(), self.model.buffers(), strict=True):
             average.copy_(current)
 
+    def averaged(self) -> nn.Module:
+        """Return the moving average with whole weights, as exports need it: `ema`, or a copy of it if it is sharded.
+
+        All ranks must call it.
+        """
+        if self._unsharded is None:
+            return self.ema
+        copy_whole(self.ema, self._unsharded)
+        return copy.deepcopy(self._unsharded).to(self.ranks.device)
+
+    # --- checkpoints
+
     def save(self) -> None:
-        """Write step_<n>.pt to the run folder, whole or not at all, and delete all but the two newest.
+        """Begin to write a checkpoint, after the one before is written; the run goes on meanwhile.
 
         Raises:
             FloatingPointError: a value is not finite; nothing is written.
-            OSError: the file cannot be written.
+            OSError: the checkpoint before could not be written.
         """
-        out_dir = Path(self.config.out_dir)
-        values = {"step": self.step} | {name: part.state_dict() for name, part in self._parts.items()}
-        if not is_finite(values):
+        self.wait()
+        tensors, out_dir = self._named_tensors(), Path(self.config.out_dir)
+        if self.ranks.any(not is_finite(tensors)):
             raise FloatingPointError(
                 f"the weights are not finite at step {self.step}, so no checkpoint is written; lower run.learning_rate "
                 f"and start again: the run resumes from its newest checkpoint in {out_dir}"
             )
-        if not self.ranks.is_first:
-            return
-        path = out_dir / f"step_{self.step:08d}.pt"
-        try:
-            with replacing(path) as temporary, open(temporary, "wb") as file:
-                torch.save(values, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError where the disk is full
-            cause = error if isinstance(error, OSError) else error.__context__ or error
-            raise OSError(f"cannot write {path}: {cause}") from error
-        for old in sorted(out_dir.glob("step_*.pt"))[:-KEEP_CHECKPOINTS]:
-            old.unlink()
+        self._saving = save_in_background(out_dir, self.step, tensors, self.ranks)
 
-    @property
-    def _parts(self) -> dict:
-        return {"model": self.model, "ema": self.ema, "optimizer": self.optimizer}
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written.
+
+        Raises:
+            OSError: it could not be written. Nothing of it is left.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def __enter__(self) -> "State":
+        return self
+
+    def __exit__(self, _kind, error, _trace) -> None:
+        try:
+            self.wait()
+        except (OSError, LostRankError):
+            if error is None:
+                raise
+
+    def _named_tensors(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint, in place."""
+        model, ema, optimizer = (f"{part}." for part in PARTS)
+        named = {model + name: tensor for name, tensor in self.model.state_dict().items()}
+        named |= {ema + name: tensor for name, tensor in self.ema.state_dict().items()}
+        parameters = dict(self.model.named_parameters())
+        for name in self._trained:
+            moments = self.optimizer.state.get(parameters[name], {})
+            named |= {f"{optimizer}{name}.{moment}": tensor for moment, tensor in moments.items()}
+        return named
 
     def load(self) -> None:
         """Continue from the newest checkpoint in the run folder; without one, nothing changes.
@@ -115,73 +170,47 @@ class State:
         Raises:
             ValueError: the checkpoint belongs to a network of other sizes, or all checkpoints are damaged.
         """
-        device, values = next(self.model.parameters()).device, None
         path = self.ranks.from_first(find_intact(self.config.out_dir) if self.ranks.is_first else None)
         if path is None:
             return
-        values = torch.load(path, weights_only=True, map_location=device)
         try:
-            for name, part in self._parts.items():
-                part.load_state_dict(values[name])
-        except (RuntimeError, ValueError) as error:
+            stored = open_checkpoint(path, self._trained)
+            tensors = self._make_moments(stored.shapes)
+            for name in sorted(tensors.keys() | stored.shapes.keys()):
+                here, there = tensors[name].shape if name in tensors else None, stored.shapes.get(name)
+                if here != there:
+                    raise ValueError(f"{name} has the shape {_text(here)} here, {_text(there)} there")
+        except ValueError as error:
             raise ValueError(f"{path} belongs to another network; choose another run.out_dir: {error}") from error
-        self.step = values["step"]
+        if stored.tensors is None:
+            read_into(path, tensors)
+        else:
+            for name, values in stored.tensors.items():
+                copy_to_shard(values, tensors[name])
+        self.step = stored.step
+
+    def _make_moments(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Give the optimiser the moments among these names of a checkpoint; return the tensors of a checkpoint."""
+        self.optimizer.state.clear()
+        parameters = {name: p for name, p in self.model.named_parameters() if name in self._trained}
+        for name in names:
+            part, _, moment_of = name.partition(".")
+            weight, _, moment = moment_of.rpartition(".")
+            if part == PARTS[-1] and weight in parameters:
+                parameter = parameters[weight]
+                is_count = moment == "step"
+                device = parameter.device if self.optimizer.defaults["fused"] else torch.device("cpu")
+                made = torch.zeros((), device=device) if is_count else torch.zeros_like(parameter, requires_grad=False)
+                self.optimizer.state[parameter][moment] = made
+        return self._named_tensors()
 
 
-def find_intact(out_dir: str | Path) -> Path | None:
-    """Return the newest checkpoint that is whole and finite, and name those that are not; None if there is none at all.
-
-    Raises:
-        ValueError: all checkpoints are damaged.
-    """
-    damaged = []
-    for path in checkpoints(out_dir):
-        if fault := fault_of(path):
-            damaged.append(f"{path} ({fault})")
-            continue
-        if damaged:
-            tqdm.write(f"damaged checkpoint {', '.join(damaged)}: the run goes on from {path.name}")
-        return path
-    if damaged:
-        raise ValueError(f"damaged checkpoint {', '.join(damaged)}; delete it to start from step 0")
-    return None
-
-
-def fault_of(path: Path) -> str:
-    """Say what is wrong with a checkpoint file; "" if nothing is."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
-                return "wrong checksum"
-        values = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-        if missing := {"step", "model", "ema", "optimizer"} - values.keys():
-            return f"no {', '.join(sorted(missing))}"
-        return "" if is_finite(values) else "values that are not finite"
-    except (OSError, EOFError, RuntimeError, ValueError, AttributeError, UnpicklingError, zipfile.BadZipFile) as error:
-        return str(error).partition("\n")[0] or type(error).__name__
-
-
-def is_finite(values) -> bool:
-    """Whether all floating tensors in nested dicts and lists are finite. Waits for the device once."""
-    finite = [tensor.isfinite().all() for tensor in _tensors_in(values) if tensor.is_floating_point()]
-    return all(torch.stack(on_device).all().item() for on_device in _by_device(finite))
+def _text(shape: torch.Size | None) -> str:
+    return "none" if shape is None else str(tuple(shape))
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
-
-
-def _tensors_in(values):
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, dict | list | tuple):
-        for value in values.values() if isinstance(values, dict) else values:
-            yield from _tensors_in(value)
-
-
-def _by_device(flags: list[Tensor]) -> list[list[Tensor]]:
-    devices = {flag.device for flag in flags}  # AdamW keeps its steps on the CPU unless it is fused
-    return [[flag for flag in flags if flag.device == device] for device in devices]
 
 
 def load_start(config: RunConfig, **networks: nn.Module) -> None:

@@ -9,6 +9,7 @@ exported to `model_dir`.
 Marks such as [A] say how certain a value is: see docs/paper.md.
 """
 
+import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,17 +25,21 @@ from d3ds2.networks.latent_dit import LatentDiT, LatentDiTConfig
 from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE
 from d3ds2.rectified_flow import interpolate
-from d3ds2.storage.model_folder import SamplingConfig, save_settings
-from training.data.datasets import LatentBatch, LatentViews
+from d3ds2.storage.model_folder import SamplingConfig, load_settings, save_settings
+from training.data.datasets import MEMORY_GIB, LatentBatch, LatentViews
 from training.data.latent_moments import check_latents
 from training.data.parts import WHOLE, Part, load_parts
 from training.data.shape_files import list_shapes
 from training.data.views import Views
 from training.distributed import Ranks, run_script
+from training.lora import LoRAConfig, add_adapters, merged
 from training.losses import FlowLossConfig, draw_noise, keep_context, training_times, velocity_loss
 from training.run import Log, RunConfig, Stop, autocast, is_save_step, seed_step, start
 from training.run_folder import exporting
+from training.sample_pictures import SAMPLE_LABELS, latent_samples, sampling_of
+from training.speed import token_weights
 from training.state import State, load_start
+from training.validation import Validation, batches_of
 
 
 @dataclass(frozen=True)
@@ -48,19 +53,33 @@ class TrainDiTConfig:
     max_tokens: int = 65536  # in a batch; larger shapes are left out
     turn_to_camera: bool = True  # the front is the side that the camera sees, see symmetry.py [D]
     cache_views: bool = False  # keep all decoded pictures in memory
-    cache_latents: bool = True  # keep all latents in memory
+    cache_latents: bool = True  # keep all latents in memory up to the size of memory_gib
+    memory_gib: float = MEMORY_GIB  # of each process
     gradient_checkpointing: bool = False  # compute blocks again in the backward pass, to hold less memory
     recompute_all: bool = False  # then attention and feed-forward too: 13 kB less a token and block, but slower
     run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/dit"))
     model: LatentDiTConfig = field(default_factory=LatentDiTConfig)
     loss: FlowLossConfig = field(default_factory=FlowLossConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)  # train adapters on the network of run.start_from
     sampling: SamplingConfig | None = None  # steps and guidance for the config.json of the exported model
+    fine: bool = False  # the second stage: `fine_latent_dit`, on the latents of `fine_sdf_vae`
+    start_network: str = ""  # of run.start_from; "": that of the same name
+    export_dir: str = ""  # where the network is written; "": to model_dir
 
     def __post_init__(self):
-        if self.sampling is not None and self.sampling.sdf_resolution != self.resolution:
+        if self.sampling is None:
+            return
+        own = self.sampling.fine if self.fine else self.sampling
+        key = "sampling.fine.sdf_resolution" if self.fine else "sampling.sdf_resolution"
+        if own is None or own.sdf_resolution != self.resolution:
             raise ValueError(
-                f"expected sampling.sdf_resolution {self.resolution} as trained, got {self.sampling.sdf_resolution}"
+                f"expected {key} {self.resolution} as trained, got {own.sdf_resolution if own else 'no sampling.fine'}"
             )
+
+    @property
+    def prefix(self) -> str:
+        """What the names of this stage's networks begin with in a model folder."""
+        return "fine_" if self.fine else ""
 
 
 def draw_latents(
@@ -105,6 +124,38 @@ def count_tokens(batch: LatentBatch) -> Tensor:
     return torch.tensor([len(batch.coords)])
 
 
+def make_validation(
+    config: TrainDiTConfig, ranks: Ranks, dit: LatentDiT, encoder: ImageEncoder, vae: SDFVAE
+) -> Validation:
+    """Validate on eq. 11 with every image and the means of the latents, and show samples on the true structures."""
+    run, R = config.run, config.resolution
+    flow = dataclasses.replace(config.loss, context_dropout=0.0, noise_alone=0.0, sample_posterior=False)
+
+    def load() -> tuple[LatentViews, int]:
+        tokens_of = dict(zip(*list_shapes(config.data_dir, run.validate_split, R), strict=True))
+        size = encoder.config.image_size
+        views = Views(config.data_dir, list(tokens_of), size, config.turn_to_camera, augment=False)
+        tokens = np.array([tokens_of[name] for name in views.names])
+        data = LatentViews(
+            config.data_dir, R, views, tokens, config.batch_size, 1, config.max_tokens, run.seed, cache=False
+        )
+        return data, batches_of(len(views.names), config.batch_size)
+
+    def loss(batch: LatentBatch, generator: torch.Generator) -> dict[str, Tensor]:
+        voxels = Voxels(batch.coords, R // BLOCK, len(batch.images))
+        x_0 = draw_latents(vae, batch, False, generator)
+        image_tokens = encode_images(encoder, batch.images, config.model.sparse_context)
+        return {"loss": flow_loss(dit, image_tokens, x_0, voxels, flow, generator)}
+
+    def draw(batch: LatentBatch, number: int) -> list:
+        image_tokens = encode_images(encoder, batch.images[:number], config.model.sparse_context)
+        return latent_samples(
+            dit, vae, image_tokens, batch, number, R, config.sampling or sampling_of(config.model_dir)
+        )
+
+    return Validation(run, ranks, dit, load, loss, draw, SAMPLE_LABELS)
+
+
 def train(config: TrainDiTConfig) -> nn.Module:
     """Run the training; return the averaged (EMA) model."""
     with start(config.run, config) as ranks:
@@ -116,13 +167,14 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
     run, device = config.run, ranks.device
     model = LatentDiT(config.model).to(device)
     model.gradient_checkpointing, model.recompute_all = config.gradient_checkpointing, config.recompute_all
-    load_start(run, latent_dit=model)
+    load_start(run, **{config.start_network or f"{config.prefix}latent_dit": model})
+    add_adapters(model, config.lora)
     state = State(model, run, ranks)
     state.load()
     generator = make_generator(device)
 
     encoder = load_network(config.model_dir, "image_encoder", device)
-    vae = load_network(config.model_dir, "sdf_vae", device)  # for the scale of its latents
+    vae = load_network(config.model_dir, f"{config.prefix}sdf_vae", device)  # for the scale of its latents
     check_latents(config.data_dir, config.resolution, vae, config.model_dir)
     tokens_of = dict(zip(*list_shapes(config.data_dir, config.split, config.resolution), strict=True))
     views = Views(
@@ -138,9 +190,12 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
         config.max_tokens,
         run.seed,
         config.cache_latents,
+        config.memory_gib,
     )
 
-    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks) as log:
+    validate = make_validation(config, ranks, state.ema, encoder, vae)
+
+    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks, token_weights(model)) as log, state:
         for parts in load_parts(dataset, state.step, run, ranks, ("tokens",), count_tokens):
             for part in parts:
                 batch: LatentBatch = part.batch
@@ -151,25 +206,33 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
                     image_tokens = encode_images(encoder, batch.images, config.model.sparse_context)
                     loss = flow_loss(model, image_tokens, x_0, voxels, config.loss, generator, part)
                 loss.backward()
-                log.add({"loss": loss, "tokens": len(voxels)})
+                log.add({"loss": loss, "tokens": part.own(len(voxels))})
             grad_norm = state.update()
 
+            validate(state.step, log)
             log(state.step, {"grad_norm": grad_norm})
             if is_save_step(state.step, stop, run):
                 state.save()
+                averaged = state.averaged()
                 if ranks.is_first:
-                    export(config, state.ema)
+                    export(config, averaged)
                 if stop:
                     break
-    return state.ema
+    return state.averaged()
 
 
 def export(config: TrainDiTConfig, ema: nn.Module) -> None:
     """Write the averaged model, and how to sample it, to the model folder."""
-    with exporting(config.model_dir):
-        save_network(config.model_dir, "latent_dit", ema, torch.float16)
+    folder = config.export_dir or config.model_dir
+    with exporting(folder):
+        save_network(folder, f"{config.prefix}latent_dit", merged(ema), torch.float16)
         if config.sampling is not None:
-            save_settings(config.model_dir, Path(config.model_dir).name, config.sampling)
+            sampling, known = config.sampling, load_settings(folder)[1]
+            if config.fine:
+                sampling = dataclasses.replace(known, fine=sampling.fine)
+            elif known.fine and not sampling.fine:
+                sampling = dataclasses.replace(sampling, fine=known.fine)
+            save_settings(folder, Path(folder).name, sampling)
 
 
 if __name__ == "__main__":

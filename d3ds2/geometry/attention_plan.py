@@ -42,15 +42,22 @@ def places_of(voxels: Voxels, c: int) -> tuple[Ragged, Tensor]:
     return Ragged(offsets, len(place), order.int()), place
 
 
+def _windows(voxels: Voxels, window: int, shift: int) -> Ragged:
+    """The voxels of each window."""
+    windows = voxels.windows(shift, window)
+    order = None if windows.order is None else windows.order.int()
+    return Ragged(windows.cu_seqlens, len(voxels), order, known_lengths=windows.lengths)
+
+
 @per_grid
 def attention_plan(voxels: Voxels, c: int, window: int, shift: int) -> AttentionPlan:
     """Return the plan of the three branches; all layers and steps share it.
 
     Args:
         c: edge of a compression block, in voxels.
-        window, shift: edge of an attention window, and its displacement, in voxels.
+        window, shift: edge of an attention window, and its displacement, in voxels; a window of 0 makes none.
     """
-    N, coarse, windows = len(voxels), voxels.coarsen(c)[0], voxels.windows(shift, window)
+    N, coarse = len(voxels), voxels.coarsen(c)[0]
     blocks, order = block_of_compressed(voxels, c).sort(stable=True)
     edges = torch.arange(voxels.block_offsets.numel(), device=voxels.device)
     in_order = c == BLOCK and voxels.resolution <= BLOCK**2  # all coarse voxels in one block: lexicographic, as blocks
@@ -58,9 +65,7 @@ def attention_plan(voxels: Voxels, c: int, window: int, shift: int) -> Attention
         samples=samples_of(voxels),
         compressed=samples_of(coarse),
         blocks=Ragged(voxels.block_offsets, N, longest=max(voxels.windows(0).lengths, default=0)),
-        windows=Ragged(
-            windows.cu_seqlens, N, None if windows.order is None else windows.order.int(), known_lengths=windows.lengths
-        ),
+        windows=_windows(voxels, window, shift) if window else None,
         children=Ragged(
             torch.searchsorted(blocks, edges, out_int32=True), len(coarse), None if in_order else order.int()
         ),

@@ -1,18 +1,21 @@
-"""Image file -> the object cut out of its background -> the square picture on white that the encoder reads.
+"""Picture -> the object cut out of its background -> the square picture on white that the encoder reads.
 
 Nothing is downloaded: rembg runs only if it is installed and its model file is on this machine.
 """
 
-import struct
-import zlib
+import logging
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..storage.one_line import one_line
+from .alpha import clean_alpha, fill_transparent, tells_object
+from .image_file import ImageError
 from .plain_background import remove_plain_background
 
 METHODS = ("auto", "alpha", "plain", "rembg")
@@ -21,67 +24,25 @@ MIN_FOREGROUND = 1e-3  # share of the pixels; what covers less is no object
 REMBG_MODELS = ("birefnet-general", "isnet-general-use", "u2net", "u2netp", "silueta", "bria-rmbg")  # best first
 
 
-class ImageError(ValueError):
-    """An image that cannot be read, or shows no object that stands out from its background."""
-
-
-def load_image(path: str | Path) -> Image.Image:
-    """Read an image file of any kind that Pillow knows, and turn it upright as its EXIF data says.
-
-    Returns:
-        An 8-bit image, RGBA if the file has transparency, else RGB. 16-bit samples lose their low byte.
-
-    Raises:
-        ImageError: the file is missing, not an image, or damaged.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise ImageError(f"no such image: {path}")
-    if not path.is_file():
-        raise ImageError(f"expected an image file, got a folder: {path}")
-    try:
-        with Image.open(path) as file:
-            file.load()
-            image = ImageOps.exif_transpose(file)
-    except UnidentifiedImageError:
-        raise ImageError(f"not an image that can be read: {path}") from None
-    except Image.DecompressionBombError:
-        raise ImageError(f"the image has too many pixels: {path}") from None
-    except OSError as error:
-        if error.errno is not None:  # Pillow's own errors about the content have no errno
-            raise ImageError(f"cannot read {path}: {error.strerror}") from None
-        raise _damaged(path, error) from None
-    except (SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as error:
-        raise _damaged(path, error) from None
-    return _to_8_bit(image)
-
-
-def _damaged(path: Path, error: Exception) -> ImageError:
-    return ImageError(f"the image is truncated or damaged: {path} ({' '.join(str(error).split())})")
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Convert any Pillow mode to RGB, or to RGBA if there is transparency."""
-    if image.mode.startswith(("I", "F")):  # 16-bit, 32-bit and float samples, always one channel
-        samples = np.asarray(image).astype(np.float64)
-        white = 1.0 if image.mode == "F" and samples.max() <= 1 else 255.0 if samples.max() <= 255 else 65535.0
-        image = Image.fromarray((samples / white * 255).clip(0, 255).astype(np.uint8))
-    has_alpha = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
-    return image.convert("RGBA" if has_alpha else "RGB")
-
-
 def cut_out(
-    image: Image.Image, mask: Image.Image | None = None, method: str = "auto", rembg_model: str | None = None
+    image: Image.Image,
+    mask: Image.Image | None = None,
+    method: str = "auto",
+    rembg_model: str | None = None,
+    notify: Callable[[str], object] = logging.warning,
 ) -> Image.Image:
     """Give an image an alpha channel that covers only its object.
 
-    A given mask decides. Else "auto" takes the first that works: the image's own alpha, a plain background, rembg.
+    A given mask decides. Else "auto" takes the first that works: the image's own alpha, if it leaves out more than the
+    corners; a plain background; rembg. A faint haze and stray specks, which would make the object look small in its
+    frame, are removed from alpha and masks.
 
     Args:
         image: RGB or RGBA.
         mask: as large as the image, mode L or 1, 255 on the object; it overrides `method`.
         method: "auto", "alpha", "plain" or "rembg".
         rembg_model: name of the rembg model to use; default: the best one whose file is on this machine.
+        notify: called with one line for each decision that the user should know.
 
     Returns:
         An RGBA image of the same size. A plain background is also removed from the colours at soft edges.
@@ -98,22 +59,30 @@ def cut_out(
             raise ValueError(f"expected a mask of the image's size {image.size}, got {mask.size}")
         cut = image.convert("RGB")
         cut.putalpha(mask.convert("L"))
-        return _with_foreground(cut, "the mask is empty")
+        return _with_foreground(_cleaned(cut, notify), "the mask is empty")
     if method in ("auto", "alpha") and image.mode == "RGBA":
-        least, most = alpha_range(image)
-        if most == 0:
+        if alpha_range(image)[1] == 0:
             raise ImageError("the image is fully transparent")
-        if least < 255 or method == "alpha":
-            return _with_foreground(image, "the image is almost fully transparent")
+        if method == "alpha" or tells_object(image):
+            return _with_foreground(_cleaned(image, notify), "the image is almost fully transparent")
     if method == "alpha":
         raise ImageError("the image has no alpha channel; give a mask, or remove the background another way")
+    image = fill_transparent(image)
     if method in ("auto", "plain"):
-        cut = remove_plain_background(image.convert("RGB"))
+        cut = remove_plain_background(image)
         if cut is not None:
             return _with_foreground(cut, "nothing stands out from the plain background")
         if method == "plain":
             raise ImageError("the background is not plain; give an image with transparency, a mask, or use rembg")
-    return _with_foreground(_rembg(image.convert("RGB"), rembg_model), "rembg found nothing")
+    return _with_foreground(_rembg(image, rembg_model), "rembg found nothing")
+
+
+def _cleaned(image: Image.Image, notify: Callable[[str], object]) -> Image.Image:
+    """Return an RGBA image without a haze and specks in its alpha, and say so if there were any."""
+    cleaned, dropped = clean_alpha(image)
+    if dropped:
+        notify(f"left out of the object: {dropped} of {image.width * image.height} pixels, faint or far from it")
+    return cleaned
 
 
 def _with_foreground(cut: Image.Image, reason: str) -> Image.Image:
@@ -145,8 +114,7 @@ def _rembg(image: Image.Image, name: str | None) -> Image.Image:
     try:
         return remove(image, session=new_session(present[0])).convert("RGBA")
     except Exception as error:  # onnxruntime has its own error class for each kind of failure
-        reason = " ".join(str(error).split())
-        raise ImageError(f"rembg failed with the model {files[present[0]]}: {reason}") from error
+        raise ImageError(f"rembg failed with the model {files[present[0]]}: {one_line(error)}") from error
 
 
 def alpha_range(image: Image.Image) -> tuple[int, int]:

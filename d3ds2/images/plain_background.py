@@ -2,7 +2,8 @@
 
 A smooth colour surface is fitted to the border. Pixels of its colour that connect to the border are background, so
 parts of the object in the same colour stay. A cast shadow counts as part of the object, and so does background that
-the object fully encloses. The result is deterministic.
+the object fully encloses. A line around the picture, and bars above and below or at both sides of it, are looked
+through. The result is deterministic.
 """
 
 import numpy as np
@@ -13,6 +14,9 @@ WORKING_SIZE = 1024  # pixels of the longer side at which the mask is made; the 
 MIN_BORDER_SHARE = 0.6  # share of the border that is background: the object may touch or cross one side
 MAX_NOISE = 12.0  # of 255; more spread at the border means a scene, not a plain background
 EDGE_PIXELS = 3  # width of the soft edge
+MAX_FRAME = 0.04  # of the picture's shorter side: the width of a line around it
+MAX_BAR = 0.4  # of the picture's height or width: that of one of two bars
+ONE_COLOR = 24.0  # of 255: what differs by less is one colour
 # rows: red, green, blue; columns: luma and, weighed less because JPEG smears them, the two chromas
 LUMA_CHROMA = np.array([[0.299, -0.068, 0.2], [0.587, -0.132, -0.168], [0.114, 0.2, -0.032]], dtype=np.float32)
 
@@ -27,6 +31,13 @@ def remove_plain_background(image: Image.Image) -> Image.Image | None:
         An RGBA image of the same size, with the background removed from the colours at the soft edge; None if the
         border is not plain. Alpha is 0 everywhere if nothing stands out.
     """
+    page = _page(np.asarray(image))
+    if page is not None:
+        inside = remove_plain_background(image.crop(page))
+        if inside is not None and inside.getchannel("A").getbbox() is not None:
+            cut = Image.new("RGBA", image.size)
+            cut.paste(inside, page[:2])
+            return cut
     scale = min(1.0, WORKING_SIZE / max(image.size))
     width, height = (max(1, round(edge * scale)) for edge in image.size)
     small = image if scale == 1 else image.resize((width, height), Image.Resampling.BOX)
@@ -47,6 +58,43 @@ def remove_plain_background(image: Image.Image) -> Image.Image | None:
             axis=-1,
         )
     return _unmix(image, alpha, background)
+
+
+def _page(rgb: np.ndarray) -> tuple[int, int, int, int] | None:
+    """Return left, top, right and bottom of what a line or two bars frame in (H, W, 3); None if there is neither."""
+    H, W = rgb.shape[:2]
+    top, bottom, left, right = (
+        _stripe(lines) for lines in (rgb, rgb[::-1], rgb.swapaxes(0, 1), rgb.swapaxes(0, 1)[::-1])
+    )
+    if all(0 < stripe <= MAX_FRAME * min(H, W) for stripe in (top, bottom, left, right)):
+        return left, top, W - right, H - bottom
+    if 0 < top <= MAX_BAR * H and 0 < bottom <= MAX_BAR * H:
+        return 0, top, W, H - bottom
+    if 0 < left <= MAX_BAR * W and 0 < right <= MAX_BAR * W:
+        return left, 0, W - right, H
+    return None
+
+
+def _stripe(lines: np.ndarray) -> int:
+    """Count the lines (n, m, 3), from the first one on, that have its colour all along, if another colour follows.
+
+    0 if the first line has several colours, or if the next line has its colour anywhere but at the ends.
+    """
+    color = np.median(lines[0], axis=0)
+    count = 0
+    while count < len(lines) and _is_near(lines[count], color).all():
+        count += 1
+    if count in (0, len(lines)):
+        return 0
+    while count < len(lines) - 1 and not _is_near(lines[count], lines[count + 1]).mean() > 0.5:
+        count += 1  # a line that mixes both colours
+    ends = max(1, round(MAX_FRAME * lines.shape[1])) + 1
+    return 0 if _is_near(lines[count], color)[ends:-ends].any() else count
+
+
+def _is_near(line: np.ndarray, color: np.ndarray) -> np.ndarray:
+    """Whether the colours (m, 3) are one with the other, (3,) or (m, 3)."""
+    return np.abs(line.astype(np.float32) - color).max(-1) < ONE_COLOR
 
 
 def _fit_border(rgb: np.ndarray) -> tuple[np.ndarray, float] | None:

@@ -12,17 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .srgb import to_bytes, to_linear
+from .surface_colors import SurfaceColors
+
 SENSOR_MM = 36.0  # edge of the square sensor
 GREY = 200  # sRGB albedo of a mesh without colours
 SHADOW_OFFSET = 1e-4  # of the bounding sphere's radius
+WHITE = (1.0, 1.0, 1.0)
 EDGE_CONTRAST = 0.03  # pixels that differ from a neighbour by more, summed over linear RGBA, are sampled again
-
-# sRGB: linear values in 4096 steps to bytes, and bytes to linear values
-_LEVELS = np.arange(4096) / 4095
-_ENCODE = np.where(_LEVELS <= 0.0031308, 12.92 * _LEVELS, 1.055 * np.maximum(_LEVELS, 1e-9) ** (1 / 2.4) - 0.055)
-_ENCODE = np.round(_ENCODE * 255).astype(np.uint8)
-_BYTES = np.arange(256) / 255
-_DECODE = np.where(_BYTES <= 0.04045, _BYTES / 12.92, ((_BYTES + 0.055) / 1.055) ** 2.4).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -75,6 +72,8 @@ class Light:
     sky: float = 0.35
     ground: float = 0.15
     shadows: bool = False
+    key_color: tuple[float, float, float] = WHITE  # linear RGB, which the key light is multiplied by
+    ambient_color: tuple[float, float, float] = WHITE  # likewise for all other light
 
 
 def direction(elevation: float, azimuth: float) -> np.ndarray:
@@ -129,7 +128,20 @@ class MeshRenderer:
         colors = np.asarray(face_colors, dtype=np.uint8)
         if colors.shape not in (self.faces.shape, (1, 3)):
             raise ValueError(f"expected face_colors {self.faces.shape} or (1, 3), got {colors.shape}")
-        self.albedo = _DECODE[colors]  # (F,3) or (1,3), linear
+        self.albedo = to_linear(colors)  # (F,3) or (1,3)
+        self.surface = None
+
+    def set_surface(self, surface: SurfaceColors, gain=WHITE) -> None:
+        """Colour each point of the faces; a linear gain (3,) multiplies the channels.
+
+        Raises:
+            ValueError: the surface has another number of faces.
+        """
+        if len(surface.corners) != len(self.faces):
+            raise ValueError(f"expected colours of {len(self.faces)} faces, got {len(surface.corners)}")
+        if surface is not self.surface:
+            self.surface, self.texels = surface, surface.texels(self.vertices, self.faces)
+        self.gain = np.asarray(gain, dtype=np.float32)
 
     def render(self, camera: Camera, size: int, light: Light | None = None, supersample: int = 1) -> np.ndarray:
         """Render one view: (size, size, 4) uint8 sRGB with straight alpha, row 0 at the top.
@@ -203,12 +215,24 @@ class MeshRenderer:
         key = np.maximum(normal @ direction(light.elevation, light.azimuth), 0) * light.key
         if light.shadows:
             key *= self._lit(view, rays * hits["tfar"][hit, None], normal)
-        intensity = key + np.maximum(normal @ view.axes[2], 0) * light.fill
-        intensity += (light.sky + light.ground) / 2 + normal[:, 1] * ((light.sky - light.ground) / 2)
-        albedo = self.albedo[face] if len(self.albedo) > 1 else self.albedo
-        out[hit, :3] = albedo * intensity[:, None]
+        camera = np.maximum(normal @ view.axes[2], 0) * light.fill
+        ambient = (light.sky + light.ground) / 2 + normal[:, 1] * ((light.sky - light.ground) / 2)
+        if all(channel == 1 for channel in (*light.key_color, *light.ambient_color)):
+            intensity = (key + camera + ambient)[:, None]
+        else:
+            key_color, ambient_color = (np.array(c, np.float32) for c in (light.key_color, light.ambient_color))
+            intensity = key[:, None] * key_color + (camera + ambient)[:, None] * ambient_color
+        out[hit, :3] = self._albedo(view, hits, hit, face) * intensity
         out[hit, 3] = 1
         return out
+
+    def _albedo(self, view: "_View", hits: dict, hit: np.ndarray, face: np.ndarray) -> np.ndarray:
+        """Return the linear colours (n,3) or (1,3) of the points that were hit."""
+        if self.surface is None:
+            return self.albedo[face] if len(self.albedo) > 1 else self.albedo
+        pixel = hits["tfar"][hit] * (2 * view.half_width / view.size)  # its width at the point
+        colors = self.surface.linear(face, hits["u"][hit], hits["v"][hit], self.texels[face] * pixel)
+        return colors * self.gain
 
     def _lit(self, view: "_View", offsets: np.ndarray, normal: np.ndarray) -> np.ndarray:
         """Return 1 where the key light reaches the point at camera + offset (n,3), else 0; (n,) float32."""
@@ -293,6 +317,6 @@ def _encode(picture: np.ndarray) -> np.ndarray:
     covered = picture[..., 3] > 0
     pixels = picture[covered]
     linear = np.clip(pixels[:, :3] / pixels[:, 3:], 0, 1)
-    out[covered, :3] = _ENCODE[(linear * 4095 + 0.5).astype(np.int32)]
+    out[covered, :3] = to_bytes(linear)
     out[covered, 3] = np.round(pixels[:, 3] * 255)
     return out

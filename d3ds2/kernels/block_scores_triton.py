@@ -80,7 +80,7 @@ def _count(row, low, blocks, RANKED: tl.constexpr, LANES: tl.constexpr):
 @triton.jit
 def _select_kernel(
     q, keys, lse, block_key_offsets, block_order, tile_offsets, tile_samples, query_offsets, sample_blocks,
-    block_indices, scratch, scale_log2, B, num_tiles, STRIDE, K, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    block_indices, scratch, scale_log2, B, STRIDE, K, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     GP: tl.constexpr, DP: tl.constexpr, KP: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_B: tl.constexpr, RANKED: tl.constexpr, HAS_ORDER: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -92,12 +92,9 @@ def _select_kernel(
     else:
         in_tile, g = offs // GP, offs % GP
     rows_of_scratch = scratch + (tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64) * STRIDE
-    for work in range(tl.program_id(0), num_tiles * H, tl.num_programs(0)):
+    for work in range(tl.program_id(0), tl.load(tile_offsets + B) * H, tl.num_programs(0)):  # without spare tiles
         tile, h = work // H, work % H
-        # Spare tiles have sample B. They are taken as tiles of the last sample, but begin after its end: they have no
-        # queries and store nothing. An `if` would spare their work, but Triton 3.1 to 3.3 allow no calls in an `if`
-        # inside a loop
-        sample = tl.minimum(tl.load(tile_samples + tile), B - 1)
+        sample = tl.load(tile_samples + tile)
         first = tl.load(query_offsets + sample) + (tile - tl.load(tile_offsets + sample)) * BLOCK_Q
         queries = tl.minimum(tl.load(query_offsets + sample + 1) - first, BLOCK_Q)
         first_block = tl.load(sample_blocks + sample)
@@ -220,7 +217,7 @@ def select_blocks_triton(
         _select_kernel[(programs,)](
             q, keys, lse, children.offsets, children.offsets if order is None else order, tile_offsets, tile_samples,
             branches.samples.offsets, branches.sample_blocks, block_indices, scratch, scale * LOG2_E,
-            len(branches.samples), len(tile_samples), stride, top_k,
+            len(branches.samples), stride, top_k,
             H=Hk, G=G, D=D, GP=GP, DP=max(16, triton.next_power_of_2(D)), KP=KP, LANES=max(tile.lanes, 2 * KP),
             STEPS=tile.bound_steps, BLOCK_Q=BLOCK_Q, BLOCK_B=tile.blocks, RANKED=min(tile.ranked, BLOCK_Q),
             HAS_ORDER=order is not None, INTERLEAVED=BLOCK_Q % 4 == 0 and GP >= 2,

@@ -215,8 +215,12 @@ def half_on_triton(x: Tensor) -> bool:
     return on_triton(x) and x.dtype != torch.float64
 
 
-def find_device(name: str | None = None) -> torch.device:
+def find_device(name: str | None = None, index: int | None = None) -> torch.device:
     """Return the device of a name; None or "auto" is the first that is there of CUDA, XPU, MPS and the CPU.
+
+    Args:
+        index: which of this machine's GPUs of NVIDIA or AMD a process takes that shares the machine with others. The
+            GPU becomes torch's current one, before anything else is asked of it. None: the one that the name says.
 
     Raises:
         ValueError: the device is not there.
@@ -227,6 +231,11 @@ def find_device(name: str | None = None) -> torch.device:
     device = torch.device(name)
     if device.type in there and not there[device.type]():
         raise ValueError(f"expected a device that is here, got {name}; use cpu")
+    if device.type == "cuda" and index is not None:
+        if index >= (count := torch.cuda.device_count()):
+            raise ValueError(f"expected at most {count} processes here, one for each GPU, got process {index + 1}")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
     abilities(device)  # what it cannot do is said now, not in the middle of the work
     return device
 

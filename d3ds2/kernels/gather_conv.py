@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .device_constant import device_constant
-from .devices import on_spconv, on_triton
+from .devices import on_spconv, on_triton, triton_works
 from .gather_conv_chunks import gather_bytes, gather_conv_chunks, gradients_chunks, take_narrow_rows
 
 
@@ -63,7 +63,7 @@ def gather_conv(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Tensor) -> T
 
 def workspace_bytes(device: torch.device) -> int:
     """Count the bytes that a convolution takes beside its rows and one copy of them, whatever their number."""
-    return 0 if on_triton(torch.empty(0, device=device)) else gather_bytes(device)
+    return 0 if triton_works(device) else gather_bytes(device)
 
 
 def gather_conv_reference(x: Tensor, neighbors: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

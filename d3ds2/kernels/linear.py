@@ -106,10 +106,9 @@ class _Projections(torch.autograd.Function):
                 outputs[i] = product(rows, saved[-1].t())
         if narrow:
             sizes = [len(weights[i]) for i in narrow]
-            padding = -sum(sizes) % MULTIPLE
-            joined = torch.cat([weights[i] for i in narrow] + [rows.new_zeros(padding, x.shape[1])] * bool(padding))
-            saved.append(joined.to(dtype))
-            parts = product(rows, saved[-1].t()).split([*sizes, *[padding] * bool(padding)], dim=1)
+            sizes.append(-sum(sizes) % MULTIPLE)  # zeros
+            saved.append(torch.cat([*(weights[i] for i in narrow), rows.new_zeros(sizes[-1], x.shape[1])]).to(dtype))
+            parts = product(rows, saved[-1].t()).split(sizes, dim=1)
             outputs |= {i: part.contiguous() for i, part in zip(narrow, parts, strict=False)}
         ctx.save_for_backward(rows, *saved)
         ctx.narrow, ctx.x_dtype, ctx.weight_dtypes = narrow, x.dtype, [weight.dtype for weight in weights]
@@ -120,19 +119,20 @@ class _Projections(torch.autograd.Function):
     def backward(ctx, *douts):
         rows, *saved = ctx.saved_tensors
         wide = [i for i in range(len(douts)) if i not in ctx.narrow]
-        gradients = [douts[i] for i in wide]
-        if ctx.narrow:
+        gradients, sizes, dweights = [douts[i] for i in wide], [douts[i].shape[1] for i in ctx.narrow], {}
+        if sizes:
+            sizes.append(len(saved[-1]) - sum(sizes))  # the zeros
             parts = [douts[i] for i in ctx.narrow]
-            padding = len(saved[-1]) - sum(part.shape[1] for part in parts)
-            gradients.append(torch.cat([*parts, *[rows.new_zeros(len(rows), padding)] * bool(padding)], dim=1))
-        dx, dweights = None, {}
-        for gradient, weight in zip(gradients, saved, strict=True):
+            gradients.append(torch.cat([*parts, rows.new_zeros(len(rows), sizes[-1])], dim=1))
+            if any(ctx.needs_input_grad[1 + i] for i in ctx.narrow):
+                parts = product(gradients[-1].t(), rows, ctx.weight_dtypes[ctx.narrow[0]]).split(sizes)
+                dweights = {i: part.to(ctx.weight_dtypes[i]) for i, part in zip(ctx.narrow, parts, strict=False)}
+        dweights |= {
+            i: product(gradient.t(), rows, ctx.weight_dtypes[i])
+            for i, gradient in zip(wide, gradients, strict=False)
+            if ctx.needs_input_grad[1 + i]
+        }
+        dx = product(gradients[0], saved[0])
+        for gradient, weight in zip(gradients[1:], saved[1:], strict=True):
             dx = product(gradient, weight, added=dx)
-        for i, gradient in zip(wide, gradients, strict=False):
-            if ctx.needs_input_grad[1 + i]:
-                dweights[i] = product(gradient.t(), rows, ctx.weight_dtypes[i])
-        if any(ctx.needs_input_grad[1 + i] for i in ctx.narrow):
-            joined = product(gradients[-1].t(), rows, ctx.weight_dtypes[ctx.narrow[0]])
-            parts = joined.split([douts[i].shape[1] for i in ctx.narrow] + [padding] * bool(padding))
-            dweights |= {i: part.to(ctx.weight_dtypes[i]) for i, part in zip(ctx.narrow, parts, strict=False)}
         return dx.to(ctx.x_dtype), *(dweights.get(i) for i in range(len(douts)))

@@ -6,11 +6,15 @@ Sizes named in this file:
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .devices import on_triton
+
+if TYPE_CHECKING:
+    from .sliding_window import SlidingWindow
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +112,7 @@ class AttentionPlan:
         samples: tokens of each sample.
         compressed: compressed tokens of each sample.
         blocks: tokens of each selection block.
-        windows: tokens of each window.
+        windows: tokens of each window, or one window that slides over the tokens; None without that branch.
         children: compressed tokens of each selection block.
         sample_blocks: first block of each sample and, last, the number of all blocks, (B + 1,) int32.
         max_blocks: largest number of blocks in a sample.
@@ -120,7 +124,7 @@ class AttentionPlan:
     samples: Ragged
     compressed: Ragged
     blocks: Ragged
-    windows: Ragged
+    windows: "Ragged | SlidingWindow | None"
     children: Ragged
     sample_blocks: Tensor
     max_blocks: int

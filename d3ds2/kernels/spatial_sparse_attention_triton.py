@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from .attention_tiles import AttentionTiles, Tile
 from .block_scores_triton import select_blocks_triton
 from .kept import Kept, computed
-from .ragged import AttentionPlan, AttentionSegments
+from .ragged import AttentionPlan, AttentionSegments, Ragged
 from .ragged_attention_triton import key_norms, ragged_attention_dkdv, ragged_attention_dq, ragged_attention_forward
 from .selection_attention_triton import select_backward, select_forward
 
@@ -76,6 +76,7 @@ def _tiles(q: Tensor) -> tuple[AttentionTiles, AttentionTiles]:
 
 def _segments(plan: AttentionPlan) -> tuple[AttentionSegments, AttentionSegments]:
     """The segments of the compression branch and of the window branch."""
+    assert isinstance(plan.windows, Ragged)  # other windows do not come here
     return AttentionSegments(plan.samples, plan.compressed), AttentionSegments(plan.windows, plan.windows)
 
 

@@ -7,12 +7,14 @@ Sizes named in this file:
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..geometry.attention_plan import attention_plan, cells_of, places_of
+from ..geometry.token_runs import sliding_plan, token_runs
 from ..geometry.voxels import BLOCK, Voxels
 from ..kernels.compression import compresses_together, pooled_conv_compression, pooled_silu
 from ..kernels.devices import autocast_dtype
@@ -23,6 +25,23 @@ from .linear import Linear, project
 from .sparse_conv import PackedGroupNorm, SubmanifoldConv3d, mean_pool
 
 MAX_NORM_GROUPS = 32
+Branch = Literal["compression", "selection", "window"]
+BRANCHES: tuple[Branch, ...] = ("compression", "selection", "window")
+
+
+def check_branches(
+    branches: tuple[Branch, ...], in_sequence: bool = False, compression_block: int = BLOCK, pooled_conv: bool = False
+) -> None:
+    """Raise ValueError unless some branches, and blocks of consecutive tokens if so wanted, fit together."""
+    if not branches or branches != tuple(branch for branch in BRANCHES if branch in branches):
+        raise ValueError(f"expected branches among {', '.join(BRANCHES)}, in this order, got {', '.join(branches)}")
+    if "selection" in branches and "compression" not in branches:
+        raise ValueError(f"expected compression beside selection, which it scores, got {', '.join(branches)}")
+    if in_sequence and (pooled_conv or compression_block not in (BLOCK // 2, BLOCK)):
+        raise ValueError(
+            f"expected blocks of consecutive tokens with a compression_block of {BLOCK // 2} or {BLOCK} and without "
+            f"pooled_conv, got {compression_block} and pooled_conv {pooled_conv}"
+        )
 
 
 class PooledConvCompression(nn.Module):
@@ -78,9 +97,13 @@ class SpatialSparseAttention(nn.Module):
         window: edge of the attention windows, in voxels.
         shift: displacement of the windows, in voxels.
         head_dim: D. Default: C / H.
+        branches: those in use, in the order of `BRANCHES`; others have no parameters. Selection needs compression.
+        in_sequence: take blocks of 64 consecutive tokens instead of 8³ voxels, and a window that slides over the
+            tokens, as NSA does. Compression takes a block (c = 8) or a quarter of it (c = 4). The window reaches
+            `window`² / 2 tokens to both sides, so that it holds about as many tokens as a window of voxels.
 
     Raises:
-        ValueError: for sizes that do not divide each other.
+        ValueError: for sizes that do not divide each other, or branches that do not go together.
     """
 
     def __init__(
@@ -94,37 +117,49 @@ class SpatialSparseAttention(nn.Module):
         window: int = 8,
         shift: int = 0,
         head_dim: int | None = None,
+        branches: tuple[Branch, ...] = BRANCHES,
+        in_sequence: bool = False,
     ):
         super().__init__()
         if num_heads % num_kv_heads:
             raise ValueError(f"expected num_kv_heads that divides num_heads {num_heads}, got {num_kv_heads}")
         if BLOCK % compression_block:
             raise ValueError(f"expected a compression_block that divides {BLOCK}, got {compression_block}")
+        check_branches(branches, in_sequence, compression_block, pooled_conv)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
-        self.compression_block, self.top_k = compression_block, top_k
-        self.window, self.shift = window, shift
+        self.compression_block, self.top_k = compression_block, top_k if "selection" in branches else 0
+        self.window, self.shift = window if "window" in branches else 0, shift
+        self.has_compression, self.in_sequence = "compression" in branches, in_sequence
 
         query_size, kv_size = num_heads * self.head_dim, num_kv_heads * self.head_dim
         self.to_q = Linear(hidden_size, query_size, bias=False)
         self.to_k = Linear(hidden_size, kv_size, bias=False)
         self.to_v = Linear(hidden_size, kv_size, bias=False)
         self.to_out = Linear(query_size, hidden_size, bias=False)
-        self.gate = Linear(hidden_size, 3, bias=False)
-        self.block_position = nn.Parameter(torch.zeros(compression_block**3, kv_size))  # PE of eq. 7
-        compression = PooledConvCompression if pooled_conv else PointwiseCompression
-        self.compress_k = compression(kv_size)
-        self.compress_v = compression(kv_size)
+        self.gate = Linear(hidden_size, len(branches), bias=False)
+        if self.has_compression:
+            self.block_position = nn.Parameter(torch.zeros(compression_block**3, kv_size))  # PE of eq. 7
+            compression = PooledConvCompression if pooled_conv else PointwiseCompression
+            self.compress_k = compression(kv_size)
+            self.compress_v = compression(kv_size)
 
     def forward(self, x: Tensor, voxels: Voxels, kept: Kept | None = None) -> Tensor:
         """x (N, C) -> (N, C); `kept` keeps the results of attention, if it is computed twice."""
         heads, kv_heads = (self.num_heads, self.head_dim), (self.num_kv_heads, self.head_dim)
         q, k, v, gates = project(x, [self.to_q, self.to_k, self.to_v, self.gate])  # k and v (N, Hk D)
-        q, gates = q.unflatten(-1, heads), gates.sigmoid()  # (N, H, D) and (N, 3)
-        compressed_k, compressed_v = self.compress(k, v, voxels)  # (Nc, Hk, D)
+        q, gates = q.unflatten(-1, heads), gates.sigmoid()  # (N, H, D), and (N, 3) or a column for each branch
+        if self.in_sequence:
+            voxels = token_runs(voxels)
+        compressed_k = compressed_v = None
+        if self.has_compression:
+            compressed_k, compressed_v = self.compress(k, v, voxels)  # (Nc, Hk, D)
         k, v = k.unflatten(-1, kv_heads), v.unflatten(-1, kv_heads)  # (N, Hk, D)
 
-        plan = attention_plan(voxels, self.compression_block, self.window, self.shift)
+        if self.in_sequence:
+            plan = sliding_plan(voxels, self.compression_block, self.window**2 // 2)
+        else:
+            plan = attention_plan(voxels, self.compression_block, self.window, self.shift)
         out = spatial_sparse_attention(q, k, v, compressed_k, compressed_v, gates, plan, self.top_k, kept)
         return self.to_out(out.flatten(1))
 

@@ -5,9 +5,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..storage.atomic_file import replacing
+from ..storage.atomic_file import check_creatable, replacing
 from ..storage.one_line import one_line
 from .mesh import Mesh, area_weighted_normals
+from .triangles import checked_faces, checked_vertices, used_vertices
 
 FORMATS = (".glb", ".obj", ".ply", ".stl")
 READABLE = (*FORMATS, ".gltf", ".off")
@@ -38,15 +39,12 @@ def check_writable(path: str | Path) -> None:
         MeshFileError: the folder is missing, it cannot be written to, or `path` is itself a folder.
     """
     path = Path(path)
-    if path.is_dir():
-        raise MeshFileError(f"cannot write {path}: it is a folder")
-    if not path.parent.is_dir():
-        raise MeshFileError(f"cannot write {path}: no folder {path.parent}")
-    trial = path.with_name(f".{path.stem}.trial")
     try:
-        with replacing(trial):
-            pass
-        trial.unlink()
+        if path.is_dir():
+            raise MeshFileError(f"cannot write {path}: it is a folder")
+        if not path.parent.is_dir():
+            raise MeshFileError(f"cannot write {path}: no folder {path.parent}")
+        check_creatable(path)
     except OSError as error:
         raise MeshFileError(f"cannot write {path}: {error.strerror}") from None
 
@@ -113,6 +111,8 @@ def _obj_bytes(mesh: Mesh) -> bytes:
 def read_mesh(file: BinaryIO, kind: str) -> Mesh:
     """Read the triangles of a file: all parts in one mesh, placed as in its scene, without colours and textures.
 
+    Vertices that no face has are left out.
+
     Args:
         file: open for reading in binary mode; a .gltf must contain its buffers.
         kind: its extension, one of READABLE.
@@ -122,11 +122,17 @@ def read_mesh(file: BinaryIO, kind: str) -> Mesh:
     """
     import trimesh
 
+    from .mesh_parts import read_parts
+
     if kind not in READABLE:
         raise MeshFileError(f"expected a mesh file of {', '.join(READABLE)}, got {kind!r}")
     try:
-        loaded = trimesh.load(file, file_type=kind[1:], force="mesh", process=False)
-        merged = trimesh.Trimesh(loaded.vertices, loaded.faces, process=True)  # welds corners in the same place
+        parts = read_parts(file.read(), kind)
+        loaded = trimesh.util.concatenate(parts) if parts else trimesh.Trimesh()
+        vertices, faces = loaded.vertices, loaded.faces
+        if len(faces):
+            vertices, faces = used_vertices(checked_vertices(vertices), checked_faces(faces, len(vertices)))
+        merged = trimesh.Trimesh(vertices, faces, process=True)  # welds corners in the same place
     except Exception as error:  # trimesh's readers raise errors of any class
         reason = one_line(error) or type(error).__name__
         raise MeshFileError(f"the {kind[1:]} file is damaged or holds no mesh ({reason})") from error

@@ -18,6 +18,7 @@ from .flood_fill import flood_fill, pack_bits
 from .numba_kernel import for_ranges, kernel
 from .sharp_edges import find_sharp_edges, mark_near_edges
 from .triangle_distance import blocks_near_triangles, measure_blocks, sign_blocks
+from .triangles import checked_faces, checked_vertices
 
 BAND = {
     128: 2.0,
@@ -70,7 +71,7 @@ def normalize_mesh(vertices: np.ndarray, scale: float = 0.95) -> np.ndarray:
     Raises:
         ValueError: there are no vertices, some are not finite, or all lie in one point.
     """
-    vertices = _checked_vertices(vertices)
+    vertices = checked_vertices(vertices)
     low, high = vertices.min(0), vertices.max(0)
     side = (high - low).max()
     if side <= 0.0:
@@ -116,7 +117,7 @@ def mesh_to_sdf(
         raise ValueError(f"expected a shell of at least 0.5 voxels, got {shell}")
     if not band >= 1.0 + shell or not math.isfinite(band):  # both ends of a crossing grid edge must be active
         raise ValueError(f"expected a band of at least 1 + shell = {1 + shell} voxels, got {band}")
-    vertices, faces = _checked_vertices(vertices), _checked_faces(faces, len(vertices))
+    vertices, faces = checked_vertices(vertices), checked_faces(faces, len(vertices))
     outermost = np.abs(vertices).max()
     if outermost > 1.0 + 1e-6:
         raise ValueError(f"expected vertices in [-1, 1], got coordinates up to {outermost:.6g}; see normalize_mesh")
@@ -170,22 +171,3 @@ def move_rows(values, kept):
     for row in range(kept.size):
         if kept[row] != row:
             values[row] = values[kept[row]]
-
-
-def _checked_vertices(vertices: np.ndarray) -> np.ndarray:
-    vertices = np.asarray(vertices, np.float64)
-    if vertices.ndim != 2 or vertices.shape[1] != 3 or not len(vertices):
-        raise ValueError(f"expected vertices (V, 3) with V > 0, got {vertices.shape}")
-    if not np.isfinite(vertices).all():
-        raise ValueError(f"expected finite vertices, got {int((~np.isfinite(vertices)).any(1).sum())} that are not")
-    return vertices
-
-
-def _checked_faces(faces: np.ndarray, num_vertices: int) -> np.ndarray:
-    faces = np.asarray(faces)
-    if faces.ndim != 2 or faces.shape[1] != 3 or not len(faces) or not np.issubdtype(faces.dtype, np.integer):
-        raise ValueError(f"expected integer faces (F, 3) with F > 0, got {faces.dtype} {faces.shape}")
-    faces = faces.astype(np.int64, copy=False)
-    if faces.min() < 0 or faces.max() >= num_vertices:
-        raise ValueError(f"expected face indices in [0, {num_vertices}), got {faces.min()} to {faces.max()}")
-    return faces

@@ -13,6 +13,7 @@ import numpy as np
 from .block import BLOCK, BLOCK_LAST, BLOCK_VOXELS, MAX_RESOLUTION
 from .numba_kernel import for_ranges, kernel
 from .triangle_distance import blocks_near_triangles, measure_blocks
+from .triangles import checked_faces, checked_vertices
 
 BAND = 4.0  # the released threshold, in R-ths of the cube's edge
 QUANTUM = 1e-7  # the released distances are multiples of it, rounded down; the cube's edge is 1
@@ -63,9 +64,10 @@ def mesh_to_structure(
         raise ValueError(
             f"expected a resolution that is a multiple of {BLOCK} up to {MAX_RESOLUTION}, got {resolution}"
         )
-    vertices = np.asarray(vertices, np.float64)
-    if not len(vertices) or not len(faces) or not np.abs(vertices).max() <= 1.0 + 1e-6:
-        raise ValueError("expected a mesh with faces and finite vertices in [-1, 1]")
+    vertices, faces = checked_vertices(vertices), checked_faces(faces, len(vertices))
+    outermost = np.abs(vertices).max()
+    if outermost > 1.0 + 1e-6:
+        raise ValueError(f"expected vertices in [-1, 1], got coordinates up to {outermost:.6g}; see normalize_mesh")
     grid = resolution // BLOCK
     points = (vertices + 1.0) * ((resolution - 1) / 2)  # in grid units
     radius = band * (resolution - 1) / resolution

@@ -1,18 +1,22 @@
 """Image -> image tokens: DINOv2 with registers, then only patches that touch the foreground are kept (eq. 9).
 
+With `backbone`, the tokens that enter the transformer come from a convolutional network, see `efficientnet_lite`.
+
 Sizes named in this file:
     B  images        S  pixels per edge        P  patches per edge, S / patch_size
     L  tokens, all images packed: for each image the class token, the registers, then the patches row by row
     C  channels per token
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .efficientnet_lite import BACKBONES, LARGEST_STRIDE, PIXEL_MEAN, PIXEL_STD, TOKEN_STRIDE, BackbonePatches
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -28,6 +32,8 @@ class ImageTokens:
             Sorted by batch.
         foreground: (L,) bool, True where the patch touches the object; always True for class token and registers.
         batch_size: number of images, B.
+        per_image: tokens of each image, where all have equally many; None: they are counted when `counts` is read, for
+            which the host waits for the device.
 
     Raises:
         ValueError: if the shapes do not fit together.
@@ -37,6 +43,7 @@ class ImageTokens:
     coords: Tensor
     foreground: Tensor
     batch_size: int
+    per_image: int | None = None
 
     def __post_init__(self):
         L = len(self.features)
@@ -56,6 +63,8 @@ class ImageTokens:
     @cached_property
     def counts(self) -> list[int]:
         """Tokens of each image."""
+        if self.per_image is not None:
+            return [self.per_image] * self.batch_size
         return torch.bincount(self.coords[:, 0], minlength=self.batch_size).tolist()
 
     @cached_property
@@ -71,12 +80,12 @@ class ImageTokens:
 
     def zeroed(self) -> "ImageTokens":
         """Return the unconditional tokens: zero features at the same coordinates."""
-        return ImageTokens(torch.zeros_like(self.features), self.coords, self.foreground, self.batch_size)
+        return replace(self, features=torch.zeros_like(self.features))
 
     def where(self, keep: Tensor) -> "ImageTokens":
         """Zero the features of images whose entry in `keep` (B,) bool is False, to drop the condition in training."""
         kept = keep.to(self.device)[self.coords[:, 0].long(), None]
-        return ImageTokens(self.features * kept, self.coords, self.foreground, self.batch_size)
+        return replace(self, features=self.features * kept)
 
     def sample(self, index: int) -> "ImageTokens":
         """Return the tokens of one image as a batch of one. Raises ValueError for an index outside the batch."""
@@ -103,14 +112,15 @@ class ImageTokens:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "ImageTokens":
         """Move all tensors; only the features take `dtype`."""
         features = self.features.to(device=device, dtype=dtype)
-        return ImageTokens(features, self.coords.to(device), self.foreground.to(device), self.batch_size)
+        return replace(self, features=features, coords=self.coords.to(device), foreground=self.foreground.to(device))
 
 
 @dataclass(frozen=True)
 class ImageEncoderConfig:
     """Sizes of the vision transformer. The defaults are those of DINOv2 ViT-L/14 with registers, which the paper uses.
 
-    Raises ValueError for sizes that do not fit together.
+    `backbone` names a network of `efficientnet_lite` that makes the tokens of the patches, with a patch_size of 16;
+    with "", a token is a projection of the patch's pixels. Raises ValueError for sizes that do not fit together.
     """
 
     image_size: int = 518
@@ -120,8 +130,16 @@ class ImageEncoderConfig:
     num_heads: int = 16
     mlp_ratio: int = 4
     num_registers: int = 4
+    backbone: str = ""
 
     def __post_init__(self):
+        if self.backbone and self.backbone not in BACKBONES:
+            raise ValueError(f"expected a backbone of {sorted(BACKBONES)}, or none, got {self.backbone!r}")
+        if self.backbone and (self.patch_size != TOKEN_STRIDE or self.image_size % LARGEST_STRIDE):
+            raise ValueError(
+                f"expected patch_size {TOKEN_STRIDE} and image_size divisible by {LARGEST_STRIDE} with a backbone, got "
+                f"{self.patch_size} and {self.image_size}"
+            )
         if self.image_size % self.patch_size:
             raise ValueError(f"expected image_size divisible by {self.patch_size}, got {self.image_size}")
         if self.hidden_size % self.num_heads:
@@ -142,8 +160,9 @@ PUBLISHED_NAMES = {
 class ImageEncoder(nn.Module):
     """DINOv2 with registers, as transformers implements it, without its final norm: E of eq. 9.
 
-    A new encoder has random weights; nothing is downloaded. `from_dinov2` reads pretrained weights from a folder. The
-    state dict uses the names of the published weights, whatever the installed transformers calls its layers.
+    A new encoder has random weights; nothing is downloaded. `from_dinov2` reads pretrained weights from a folder, and
+    `patches.backbone.load_published` those of a backbone from a file. The state dict uses the names of the published
+    weights, whatever the installed transformers calls its layers.
     """
 
     def __init__(self, config: ImageEncoderConfig):
@@ -165,11 +184,18 @@ class ImageEncoder(nn.Module):
         )
         self.embeddings = model.embeddings
         self.encoder = model.encoder
+        if config.backbone:
+            self.embeddings.patch_embeddings = BackbonePatches(config.backbone, config.hidden_size)
         self.embeddings.mask_token = None  # only DINOv2's own pretraining reads it
         # transformers starts all registers at zero; equal tokens without a position would stay equal forever
         nn.init.trunc_normal_(self.embeddings.register_tokens, std=0.02)
         self.register_state_dict_post_hook(_to_published_names)
         self.register_load_state_dict_pre_hook(_to_installed_names)
+
+    @property
+    def patches(self) -> BackbonePatches | None:
+        """The module with the backbone, whose tokens enter the transformer; None without one."""
+        return self.embeddings.patch_embeddings if self.config.backbone else None
 
     @classmethod
     def from_dinov2(cls, folder: str | Path) -> "ImageEncoder":
@@ -219,20 +245,21 @@ class ImageEncoder(nn.Module):
         B, S = len(images), self.config.image_size
         if images.shape != (B, 4, S, S):
             raise ValueError(f"expected images (B, 4, {S}, {S}), got {tuple(images.shape)}")
-        channels = zip(images.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=False)  # the mask, last, has no partner
+        mean, std = (PIXEL_MEAN, PIXEL_STD) if self.config.backbone else (IMAGENET_MEAN, IMAGENET_STD)
+        channels = zip(images.unbind(1), mean, std, strict=False)  # the mask, last, has no partner
         pixels = torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)  # (B, 3, S, S)
         hidden = self.encoder(self.embeddings(pixels)).last_hidden_state  # (B, 1 + registers + P * P, C)
         features = F.layer_norm(hidden.float(), hidden.shape[-1:], eps=1e-5).to(hidden.dtype)
-        return ImageTokens(features.flatten(0, 1), self._coords(B, images.device), self._foreground(images[:, 3]), B)
+        coords, foreground = self._coords(B, images.device), self._foreground(images[:, 3])
+        return ImageTokens(features.flatten(0, 1), coords, foreground, B, features.shape[1])
 
     def _coords(self, batch_size: int, device: torch.device) -> Tensor:
         """Coordinates (L, 4) int32 [batch, x, y, z] of the tokens of `batch_size` images."""
         P, num_special = self.config.image_size // self.config.patch_size, 1 + self.config.num_registers
-        row, column = torch.meshgrid(torch.arange(P), torch.arange(P), indexing="ij")
-        patches = torch.stack([column, row, torch.zeros_like(row)], dim=-1).reshape(P * P, 3)
-        xyz = torch.cat([torch.tensor([[0, 0, 1]]).expand(num_special, 3), patches])
-        batch = torch.arange(batch_size).repeat_interleave(len(xyz))
-        return torch.cat([batch[:, None], xyz.repeat(batch_size, 1)], dim=1).int().to(device)
+        place = torch.arange(-num_special, P * P, dtype=torch.int32, device=device).repeat(batch_size)
+        batch = torch.arange(len(place), dtype=torch.int32, device=device) // (num_special + P * P)
+        is_patch = (place >= 0).int()
+        return torch.stack([batch, place % P * is_patch, place // P * is_patch, 1 - is_patch], dim=1)
 
     def _foreground(self, masks: Tensor) -> Tensor:
         """Masks (B, S, S) -> (L,) bool, True for patches that hold a foreground pixel and for all other tokens."""

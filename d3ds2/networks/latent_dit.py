@@ -6,6 +6,7 @@ Sizes named in this file:
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,9 @@ from ..geometry.voxels import BLOCK, Voxels
 from ..kernels.kept import Kept
 from ..kernels.modulation import gated_sum
 from ..layers.attention import CrossAttention
-from ..layers.spatial_sparse_attention import SpatialSparseAttention
+from ..layers.full_attention import FullAttention
+from ..layers.spatial_sparse_attention import BRANCHES, Branch, SpatialSparseAttention, check_branches
+from ..layers.token_packing import EDGE, TokenPacking
 from ..layers.transformer import (
     FeedForward,
     LayerNorm32,
@@ -37,6 +40,11 @@ class LatentDiTConfig:
 
     Those are the sizes of the released models, m_cmp 4, convolutional compression and top-k 8. Raises ValueError for
     sizes that do not fit together.
+
+    Three keys are for ablations. `branches` are those of spatial sparse attention in use. `attention` takes blocks of
+    8³ voxels ("spatial"), blocks of 64 consecutive tokens and a sliding window ("sequence", as NSA), or all tokens of a
+    sample ("full"). With `packing_channels` above 0, residual blocks of so many channels pack 2³ voxels into a token
+    before the transformer and unpack them after it, as TRELLIS does with 128.
     """
 
     latent_channels: int = 16
@@ -54,6 +62,9 @@ class LatentDiTConfig:
     sparse_context: bool = True
     position_factor: float = 1.0
     share_modulation: bool = False
+    branches: tuple[Branch, ...] = BRANCHES
+    attention: Literal["spatial", "sequence", "full"] = "spatial"
+    packing_channels: int = 0
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
@@ -65,6 +76,9 @@ class LatentDiTConfig:
             raise ValueError(f"expected a selection_block of {BLOCK}, got {self.selection_block}")
         if self.compression_block < 1 or BLOCK % self.compression_block:
             raise ValueError(f"expected a compression_block that divides {BLOCK}, got {self.compression_block}")
+        check_branches(self.branches, self.attention == "sequence", self.compression_block, self.pooled_conv)
+        if self.packing_channels < 0:
+            raise ValueError(f"expected packing_channels of at least 0, got {self.packing_channels}")
         if min(self.latent_channels, self.depth, self.context_size, self.top_k, self.window) < 1:
             raise ValueError(
                 "expected latent_channels, depth, context_size, top_k and window of at least 1, got "
@@ -72,24 +86,32 @@ class LatentDiTConfig:
             )
 
 
+def self_attention(config: LatentDiTConfig, shift: int) -> nn.Module:
+    """Make the attention that the config asks for; `shift` displaces its windows, in voxels."""
+    sizes = config.hidden_size, config.num_heads, config.num_kv_heads
+    if config.attention == "full":
+        return FullAttention(*sizes)
+    return SpatialSparseAttention(
+        *sizes,
+        config.compression_block,
+        config.pooled_conv,
+        config.top_k,
+        config.window,
+        shift,
+        branches=config.branches,
+        in_sequence=config.attention == "sequence",
+    )
+
+
 class LatentBlock(nn.Module):
-    """Spatial sparse attention, cross-attention to the image, feed-forward."""
+    """Self attention (by default spatial sparse attention), cross-attention to the image, feed-forward."""
 
     def __init__(self, config: LatentDiTConfig, shift: int):
         super().__init__()
         C = config.hidden_size
         self.modulation = Modulation(C, config.share_modulation)
         self.norm1 = ModulatedNorm(C)
-        self.self_attention = SpatialSparseAttention(
-            C,
-            config.num_heads,
-            config.num_kv_heads,
-            config.compression_block,
-            config.pooled_conv,
-            config.top_k,
-            config.window,
-            shift,
-        )
+        self.self_attention = self_attention(config, shift)
         self.norm2 = LayerNorm32(C, affine=True)
         self.cross_attention = CrossAttention(C, C if config.sparse_context else config.context_size, config.num_heads)
         self.norm3 = ModulatedNorm(C)
@@ -136,24 +158,29 @@ class LatentDiT(nn.Module):
         C = config.hidden_size
         self.time_embedder = TimestepEmbedder(C)
         self.shared_modulation = modulation_projection(C) if config.share_modulation else nn.Identity()
-        self.input_layer = nn.Linear(config.latent_channels, C)
+        width = config.packing_channels or C
+        self.input_layer = nn.Linear(config.latent_channels, width)
+        self.packing = TokenPacking(width, C) if config.packing_channels else None
         self.context_layer = nn.Linear(config.context_size, C) if config.sparse_context else nn.Identity()
         shifts = [0 if i % 2 == 0 else config.window // 2 for i in range(config.depth)]
         self.blocks = nn.ModuleList(LatentBlock(config, shift) for shift in shifts)
-        self.norm_out = LayerNorm32(C, eps=1e-5)
-        self.output_layer = nn.Linear(C, config.latent_channels)
+        self.norm_out = LayerNorm32(width, eps=1e-5)
+        self.output_layer = nn.Linear(width, config.latent_channels)
         self.initialize()
 
     def initialize(self) -> None:
         """Start training from scratch, with every block the identity and the velocity zero."""
         self.apply(initialize_linear)
         for block in self.blocks:
-            zero_linear(block.self_attention.gate)  # the gates of all three branches are one half
+            if self.config.attention != "full":
+                zero_linear(block.self_attention.gate)  # the gates of all branches are one half
             zero_linear(block.cross_attention.to_out)
             if not self.config.share_modulation:
                 zero_linear(block.modulation.projection[1])
         if self.config.share_modulation:
             zero_linear(self.shared_modulation[1])
+        if self.packing is not None:
+            self.packing.initialize()
         zero_linear(self.output_layer)
 
     def forward(self, x_t: Tensor, t: Tensor, voxels: Voxels, image_tokens: ImageTokens) -> Tensor:
@@ -182,15 +209,21 @@ class LatentDiT(nn.Module):
                 f"{image_tokens.batch_size}"
             )
         C, dtype = self.config.hidden_size, self.input_layer.weight.dtype
-        position = voxels.position_embedding(C, self.config.position_factor, dtype)
-        h = self.input_layer(x_t.to(dtype)) + position  # (N, C)
+        h, time, made = self.input_layer(x_t.to(dtype)), self.time_embedder(t), None
+        tokens = voxels
+        if self.packing is not None:
+            h, made = self.packing.pack(h, voxels, time)
+            tokens = voxels.coarsen(EDGE)[0]
+        h = h + tokens.position_embedding(C, self.config.position_factor, dtype)  # (N, C), fewer rows if packed
         context = self.context_layer(image_tokens.features.to(dtype))  # (L, C or context_size)
         if self.config.sparse_context:
             context = context + absolute_position_embedding(image_tokens.coords[:, 1:], C).to(dtype)  # eq. 9
-        embedding = self.shared_modulation(self.time_embedder(t))
-        arguments = embedding, voxels, context, image_tokens.cu_seqlens, image_tokens.counts
+        embedding = self.shared_modulation(time)
+        arguments = embedding, tokens, context, image_tokens.cu_seqlens, image_tokens.counts
         for block in self.blocks:
             h = self._run(block, h, arguments)
+        if self.packing is not None and made is not None:
+            h = self.packing.unpack(h, made, voxels, time)
         return self.output_layer(self.norm_out(h))
 
     def _run(self, block: LatentBlock, h: Tensor, arguments: tuple) -> Tensor:

@@ -60,8 +60,12 @@ def load_model(
 ) -> tuple[dict[str, nn.Module], SamplingConfig]:
     """Return a model's networks by name, the five and any extra ones, and its sampling config.
 
+    The networks of a second stage are left out until config.json says how to sample it.
+
     Raises as `load_network`.
     """
     sampling, stored = load_settings(folder)[1], network_names(folder)
+    if sampling.fine is None:  # a second stage that is still in training
+        stored = {name for name in stored if not name.startswith("fine_")}
     names = [name for name in ALL_NETWORKS if name in NETWORKS or name in stored]
     return {name: load_network(folder, name, device, dtype) for name in names}, sampling

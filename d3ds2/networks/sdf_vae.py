@@ -165,11 +165,14 @@ class Decoder(nn.Module):
         )
         self.out_layer = nn.Linear(widths[0], 1)
 
-    def forward(self, latents: Tensor, voxels: Voxels, position_factor: float, run):
+    def forward(self, latents: Tensor, voxels: Voxels, position_factor: float, run, part=None):
         """latents (L, E) -> features (512 L, C / 16), the order that sorts them, and the voxels in that order."""
         x = _embed(latents, voxels, self.input_layer, position_factor)  # (L, C)
         for block in self.blocks:
             x = run(block, x, voxels)
+        if part is not None:
+            rows, voxels = part
+            x = x[rows]
         order = None
         for block in self.up_blocks:
             x = x if order is None else permute_rows(x, order)
@@ -218,22 +221,30 @@ class SDFVAE(nn.Module):
         mean, logvar = moments.float().chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0), latent_voxels
 
-    def decode(self, latents: Tensor, voxels: Voxels, position_factor: float | None = None) -> tuple[Tensor, Voxels]:
+    def decode(
+        self,
+        latents: Tensor,
+        voxels: Voxels,
+        position_factor: float | None = None,
+        part: tuple[Tensor, Voxels] | None = None,
+    ) -> tuple[Tensor, Voxels]:
         """Reconstruct all 8³ SDF voxels of every latent.
 
         Args:
             latents: (L, E), as the encoder returns them (not normalised).
             voxels: their voxels at R / 8.
             position_factor: factor on latent coordinates. Default: position_resolution / R.
+            part: the rows (P,) of the latents to upsample, and their voxels; the transformer still sees all latents.
+                Default: all of them, P = L.
 
         Returns:
-            sdf (512 L, 1) float32 in [-1, 1], and its voxels at R, sorted: block i of `sdf.view(L, 8, 8, 8)` lies at
+            sdf (512 P, 1) float32 in [-1, 1], and its voxels at R, sorted: block i of `sdf.view(P, 8, 8, 8)` lies at
             `block_coords[i]` of those voxels.
 
         Raises:
             ValueError: if latents and voxels do not fit together.
         """
-        features, order, fine = self._decode_features(latents, voxels, position_factor)
+        features, order, fine = self._decode_features(latents, voxels, position_factor, part)
         return self._sdf_of(features, order), fine
 
     def decode_with_features(
@@ -247,7 +258,7 @@ class SDFVAE(nn.Module):
         return self._sdf_of(features, order), permute_rows(features, order), fine
 
     def _decode_features(
-        self, latents: Tensor, voxels: Voxels, position_factor: float | None
+        self, latents: Tensor, voxels: Voxels, position_factor: float | None, part=None
     ) -> tuple[Tensor, Tensor, Voxels]:
         """Return the features before the output layer, not yet sorted, the order that sorts them, and their voxels."""
         if latents.shape != (len(voxels), self.config.latent_channels):
@@ -257,7 +268,7 @@ class SDFVAE(nn.Module):
         if position_factor is None:
             position_factor = self.config.position_resolution / (FACTOR * voxels.resolution)
         latents = latents.to(self.decoder.input_layer.weight.dtype)
-        return self.decoder(latents, voxels, position_factor, self._run)
+        return self.decoder(latents, voxels, position_factor, self._run, part)
 
     def _sdf_of(self, features: Tensor, order: Tensor) -> Tensor:
         return permute_rows(self.decoder.out_layer(features).float().tanh(), order)

@@ -64,6 +64,7 @@ def from_socket(socket: Types.MESH | Types.File3D) -> list[Mesh]:
     """
     from ...d3ds2.meshes.mesh import Mesh, area_weighted_normals
     from ...d3ds2.meshes.mesh_file import read_mesh
+    from ...d3ds2.meshes.triangles import checked_faces, checked_vertices
 
     if isinstance(socket, Types.File3D):
         return [run_cancellable(read_mesh, socket.get_data(), f".{socket.format}")]
@@ -76,14 +77,16 @@ def from_socket(socket: Types.MESH | Types.File3D) -> list[Mesh]:
         which = f"mesh {i + 1} of {len(socket.vertices)}"
         if not len(vertices) or not len(faces):
             raise ValueError(f"{which} is empty: it has {len(vertices)} vertices and {len(faces)} faces")
-        if faces.min() < 0 or faces.max() >= len(vertices):
-            raise ValueError(f"{which} is damaged: its faces refer to vertices outside 0 to {len(vertices) - 1}")
-        if not np.isfinite(vertices).all():
-            raise ValueError(f"{which} is damaged: it has coordinates that are not finite")
+        try:
+            checked_faces(faces, len(checked_vertices(vertices)))
+        except ValueError as error:
+            raise ValueError(f"{which} is damaged: {error}") from None
         normals = area_weighted_normals(vertices, faces)
         if normals_given is not None and normals_given.shape == socket.vertices.shape:
             normals = _copy(normals_given[i][:vertex_count].float())
         meshes.append(Mesh(vertices, faces, normals))
+    if not meshes:
+        raise ValueError("the batch of meshes is empty")
     return meshes
 
 
@@ -93,7 +96,11 @@ def _copy(values: torch.Tensor) -> np.ndarray:
 
 def _count(socket: Types.MESH, name: str, index: int) -> int | None:
     counts = getattr(socket, name, None)
-    return None if counts is None else int(counts[index])
+    if counts is None:
+        return None
+    if len(counts) <= index:
+        raise ValueError(f"expected {name} of all {len(socket.vertices)} meshes, got {len(counts)}")
+    return int(counts[index])
 
 
 def _pad(arrays: list[np.ndarray]) -> torch.Tensor:

@@ -41,7 +41,8 @@ def object_pictures(images: torch.Tensor) -> list[Image.Image]:
 
     Raises ValueError, with advice, if neither shows an object.
     """
-    from ...d3ds2.images.foreground import ImageError, alpha_range, cut_out
+    from ...d3ds2.images.foreground import alpha_range, cut_out
+    from ...d3ds2.images.image_file import ImageError
 
     pictures = to_pictures(images)
     cut_outs = []

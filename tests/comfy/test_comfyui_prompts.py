@@ -197,7 +197,7 @@ def test_an_empty_mask_says_what_to_do(server):
             "image": [PICTURE, 0],
             "mask": [PICTURE, 1],
             "method": "auto",
-            "invert_mask": True,
+            "invert_mask": "yes",
             "foreground_ratio": 0.9,
         },
     }

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(autouse=True)
 def without_triton(monkeypatch):
     torch.backends.cuda.matmul.allow_tf32 = False
-    for module in (devices, gather_conv):
-        monkeypatch.setattr(module, "on_triton", lambda x: False)
+    monkeypatch.setattr(devices, "_ABILITIES", {})
+    devices.pretend(torch.device("cuda", torch.cuda.current_device()), triton=False)
 
 
 def check(case, dtype):

@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from d3ds2.images import foreground
-from d3ds2.images.foreground import ImageError, centre_object, cut_out, load_image, preprocess, rembg_is_ready
+from d3ds2.images.foreground import centre_object, cut_out, preprocess, rembg_is_ready
+from d3ds2.images.image_file import ImageError, load_image
 from d3ds2.images.plain_background import remove_plain_background
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -116,6 +116,19 @@ def test_a_device_is_found_by_name(monkeypatch):
     assert find_device("auto") == torch.device("cuda")
 
 
+def test_a_process_takes_the_gpu_of_its_number_before_it_asks_anything(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("set", device)))
+    monkeypatch.setattr(devices, "abilities", lambda device: calls.append(("ask", device)))
+    assert find_device("auto", 1) == find_device("cuda", 1) == torch.device("cuda", 1)
+    assert calls == [("set", torch.device("cuda", 1)), ("ask", torch.device("cuda", 1))] * 2
+    assert find_device("cpu", 1) == torch.device("cpu")
+    with pytest.raises(ValueError, match="expected at most 2 processes here, one for each GPU, got process 3"):
+        find_device("cuda", 2)
+
+
 def test_a_precision_becomes_the_dtype_that_the_device_has(card, caplog):
     card((7, 5))
     assert find_dtype("auto", torch.device("cpu")) == find_dtype("fp32", GPU) == torch.float32

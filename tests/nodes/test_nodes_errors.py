@@ -135,8 +135,12 @@ def test_a_result_that_is_empty_or_not_finite_is_reported(comfy):
     [
         (torch.zeros(1, 0, 3), TRIANGLES[:, :0], "mesh 1 of 1 is empty: it has 0 vertices and 0 faces"),
         (TETRAHEDRON.vertices, TRIANGLES[:, :0], "is empty: it has 4 vertices and 0 faces"),
-        (TETRAHEDRON.vertices, TRIANGLES + 1, "damaged: its faces refer to vertices outside 0 to 3"),
-        (TETRAHEDRON.vertices * float("inf"), TRIANGLES, "damaged: it has coordinates that are not finite"),
+        (TETRAHEDRON.vertices, TRIANGLES + 1, r"damaged: expected face indices in \[0, 4\), got 1 to 4"),
+        (TETRAHEDRON.vertices * float("inf"), TRIANGLES, "damaged: expected finite vertices, got 4 that are not"),
+        (TETRAHEDRON.vertices, TRIANGLES[..., :2], r"damaged: expected integer faces \(F, 3\)"),
+        (TETRAHEDRON.vertices, TRIANGLES[..., :1], r"damaged: expected integer faces \(F, 3\)"),
+        (TETRAHEDRON.vertices[..., :2], TRIANGLES, r"damaged: expected vertices \(V, 3\)"),
+        (TETRAHEDRON.vertices[:0], TRIANGLES[:0], "the batch of meshes is empty"),
     ],
 )
 def test_damaged_meshes_are_refused(comfy, model, vertices, faces, message):

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -50,7 +51,10 @@ def test_every_method_finds_the_object(comfy, no_rembg):
     model = BackgroundRemovalModel(OBJECT.float())
     for inputs in (
         {"image": scene(), "mask": mask},
-        {"image": scene(), "mask": 1 - mask, "invert_mask": True, "method": "mask"},
+        {"image": scene(), "mask": 1 - mask},
+        {"image": scene(), "mask": 1 - mask, "invert_mask": "yes", "method": "mask"},
+        {"image": scene(), "mask": 1 - mask, "invert_mask": True},  # of a workflow that was saved with a switch
+        {"image": scene(), "mask": mask, "invert_mask": "no"},
         {"image": scene(), "mask": mask[0]},
         {"image": picture()},
         {"image": picture(), "method": "alpha", "mask": 1 - mask},
@@ -87,11 +91,21 @@ def test_auto_uses_the_first_method_that_is_available(comfy, monkeypatch, no_rem
     assert used == ["mask", "alpha", "model", "plain"]
 
 
+def test_the_status_says_what_was_changed(comfy, no_rembg):
+    mask = OBJECT[None].float()
+    mask[0, 1, 1] = 1.0
+    comfy.texts.clear()
+    comfy.run("D3DS2RemoveBackground", image=scene(), mask=1 - mask)
+    lines = [text for text, _ in comfy.texts]
+    assert lines[0] == "picture 1/1: mask, inverted: it was 1 around the object"
+    assert lines[1].endswith("left out of the object: 1 of 7680 pixels, faint or far from it")
+
+
 def test_the_empty_mask_of_load_image_is_ignored(comfy, no_rembg):
     empty = torch.zeros(1, 64, 64)
-    found = comfy.run("D3DS2RemoveBackground", image=picture(mode="RGB"), mask=empty, invert_mask=True)[1]
+    found = comfy.run("D3DS2RemoveBackground", image=picture(mode="RGB"), mask=empty, invert_mask="yes")[1]
     assert 0.1 < (found > 0.5).float().mean() < 0.9
-    with pytest.raises(ValueError, match=r"the mask is empty.*turn on invert_mask"):
+    with pytest.raises(ValueError, match=r"the mask is empty.*with invert_mask `auto` or `yes`"):
         comfy.run("D3DS2RemoveBackground", image=picture(mode="RGB"), mask=empty, method="mask")
     with pytest.raises(ValueError, match=r"no foreground in the image: the mask is empty.*Connect a mask that is 1"):
         comfy.run("D3DS2RemoveBackground", image=picture(), mask=torch.zeros(1, 80, 96))
@@ -203,6 +217,28 @@ def test_a_batch_is_numbered_and_nothing_is_overwritten(comfy):
         "a_00003_.glb",
     ]
     assert comfy.run("D3DS2MeshExport", mesh=ball(), filename_prefix="flat")[0] == ["flat_00001_.glb"]
+
+
+def test_prompts_at_once_get_a_file_each(comfy):
+    def export(index):
+        return comfy.run("D3DS2MeshExport", mesh=ball(), filename_prefix="at_once/a", format="stl")[0][0]
+
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(export, range(40)))
+    files = list((comfy.folder / "output" / "at_once").iterdir())
+    assert len(set(paths)) == len(files) == 40 and {f"at_once/{file.name}" for file in files} == set(paths)
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+@pytest.mark.parametrize(
+    ("prefix", "message"),
+    [("../x", "points outside"), ("a/", "no file name"), ("a/.x", "hidden file"), ("a\0b", "NUL character")],
+)
+def test_a_prefix_that_cannot_work_is_refused_before_the_prompt_runs(comfy, prefix, message):
+    node = comfy.nodes["D3DS2MeshExport"]
+    assert message in node.validate_inputs(prefix) and node.validate_inputs("3d/d3ds2") is True
+    with pytest.raises(ValueError, match=message):
+        comfy.run("D3DS2MeshExport", mesh=ball(), filename_prefix=prefix)
 
 
 def test_target_faces_simplifies_a_closed_mesh(comfy):

@@ -15,8 +15,7 @@ from tests.support.comfy_stand_ins import ROOT
 SOCKETS = {
     "LoadD3DS2Model": ("model=tiny precision=auto", "D3DS2_MODEL"),
     "D3DS2RemoveBackground": (
-        "image:IMAGE mask?MASK background_removal?BACKGROUND_REMOVAL method=auto invert_mask=False "
-        "foreground_ratio=0.9",
+        "image:IMAGE mask?MASK background_removal?BACKGROUND_REMOVAL method=auto invert_mask=auto foreground_ratio=0.9",
         "IMAGE MASK",
     ),
     "D3DS2SparseStructureSample": (

@@ -19,6 +19,11 @@ def work(entry, log) -> int:
         file.write(f"{os.getpid()}\n")
     if entry.name == "sleeps":
         time.sleep(600)
+    if entry.name.startswith("holds"):  # for ever, at its first try
+        first = Path(f"{log}.{entry.name}")
+        if not first.is_file():
+            first.write_text(f"{os.getpid()}\n")
+            time.sleep(600)
     if entry.name == "kills":
         os._exit(1)
     if entry.name == "is_huge":

@@ -15,11 +15,19 @@ from d3ds2.geometry.voxels import Voxels
 from d3ds2.images.foreground import preprocess
 from d3ds2.meshes.mesh_to_sdf import SparseSDF
 from tests.support.training_data import R, prepared
-from training.data.batch_plans import BatchPlan, ResolutionPlan, draw
+from training.data.batch_plans import BatchPlan, ResolutionPlan, draw, plan_shapes
 from training.data.damaged_files import DamagedFiles, TooManyDamagedError
 from training.data.datasets import Shapes, Structures, StructureViews, load_batches
 from training.data.shape_batches import pack_shapes
-from training.data.shape_files import StoredShape, list_shapes, load_shape, read_arrays, save_shape, shape_path
+from training.data.shape_files import (
+    StoredShape,
+    list_shapes,
+    load_shape,
+    read_arrays,
+    save_shape,
+    shape_path,
+    shape_weights,
+)
 from training.data.symmetry import facing, transform_grid
 from training.data.views import Views
 
@@ -65,6 +73,27 @@ def test_plan_is_a_function_of_seed_and_step():
 def test_plan_without_fitting_items_is_an_error():
     with pytest.raises(ValueError, match="at most 5 tokens, the smallest has 6"):
         BatchPlan(np.array([6, 7]), 2, 5, seed=0)
+
+
+def test_weighted_items_come_in_proportion():
+    weights = np.array([0.0, 0.5, 1.0, 2.25])
+    plan = plan_shapes(4, 3, seed=5, weights=weights)
+    batches = [plan[step] for step in range(2000)]
+    counts = np.bincount(np.concatenate(batches), minlength=4)
+    assert all(len(batch) == 3 for batch in batches) and counts[0] == 0
+    np.testing.assert_allclose(counts / counts[2], weights, atol=0.05)
+    assert plan_shapes(4, 3, seed=5, weights=weights)[1234].tolist() == batches[1234].tolist()
+    assert set(plan.others(1, 7)) == {1, 2, 3}
+    with pytest.raises(ValueError, match=r"expected weights of at least 0, some above, got 0.0 to 0.0"):
+        plan_shapes(2, 1, seed=0, weights=np.zeros(2))
+
+
+def test_weights_are_those_of_the_sources(data_dir):
+    names, _ = list_shapes(data_dir, "train", R)
+    assert shape_weights(data_dir, names, {}).tolist() == [1.0] * len(names)
+    assert shape_weights(data_dir, names[:2], {"generated": 0.5}).tolist() == [0.5, 0.5]
+    with pytest.raises(ValueError, match=r"expected sources of .* in source_weights, got \['bought'\]"):
+        shape_weights(data_dir, names, {"bought": 2.0})
 
 
 def test_resolutions_are_drawn_evenly_and_counted():
@@ -166,20 +195,26 @@ def test_too_many_damaged_shapes_are_an_error_of_one_line(own_data):
             list(load_batches(Shapes(own_data, "train", (R,), 2, 10_000, seed=5), 0, 8, workers, CPU))
         assert "\n" not in str(caught.value)
     with pytest.raises(TooManyDamagedError, match="2 of 4 are damaged"):
-        Structures(own_data, names, R, batch_size=3, seed=0)
+        [Structures(own_data, names, R, batch_size=3, seed=0)[step] for step in range(2)]
     assert [DamagedFiles(n, "x").limit for n in (1, 8, 300, 452_000)] == [1, 1, 3, 100]
 
 
-def test_structures_leave_out_a_damaged_shape(own_data, capsys):
-    names, _ = list_shapes(own_data, "train", R)
-    whole = Structures(own_data, names, R, batch_size=3, seed=0)
-    flip_a_bit(shape_path(own_data, R, names[1]), -1)  # in the blocks' coordinates, or in what is not read
+@pytest.mark.parametrize("memory_gib", [1.0, 0.0])
+def test_structures_are_the_same_from_memory_and_replace_a_damaged_shape(own_data, capsys, memory_gib):
+    names, tokens = list_shapes(own_data, "train", R)
+    arguments = own_data, names, R, 3, 0, (0, 6)
+    whole = [Structures(*arguments)[step] for step in range(6)]
+    held = Structures(*arguments, tokens, memory_gib)
+    assert len(held.held) == (len(names) if memory_gib else 0)
+    assert all(torch.equal(held[step], grids) for step, grids in enumerate(whole))
     cut_off(shape_path(own_data, R, names[2]))
-    structures = Structures(own_data, names, R, batch_size=3, seed=0)
-    assert names[2] not in structures.names and names[2] in capsys.readouterr().err
-    structures.keep([names[3], names[0]])
-    grids = structures.occupancy(np.array([0, 1]), np.array([0, 0]))
-    assert torch.equal(grids, whole.occupancy(np.array([3, 0]), np.array([0, 0])))
+    structures, again = Structures(*arguments, tokens, memory_gib), Structures(*arguments)
+    for step, grids in enumerate(whole):
+        assert torch.equal(structures[step], again[step])
+        is_whole = torch.from_numpy(structures.plan[step] // 2 != 2)
+        assert torch.equal(structures[step][is_whole], grids[is_whole])
+    error = capsys.readouterr().err
+    assert error.count("skipped: ") == 2 and names[2] in error  # of two datasets
 
 
 def test_shapes_above_the_token_limit_are_counted(data_dir, capsys):

@@ -24,7 +24,7 @@ def views(tmp_path_factory):
 
 def test_choices_are_the_pictures_and_symmetries_of_the_reading_dataset(views):
     pictures = DevicePictures(views, CPU, workers=1)
-    choices = PictureChoices(views, pictures, 8, 2, seed=3)
+    choices = PictureChoices(views, 8, 2, seed=3)
     reading = StructureViews(views, 8, 2, seed=3)
     generator = torch.Generator()
     for step in (0, 5, 17):

@@ -9,7 +9,7 @@ from d3ds2.networks.sdf_vae import SDFVAEConfig
 from tests.support.other_device import OtherTensor, other_device
 from tests.support.training_data import R, prepared
 from tests.training.test_train_diffusion import Chain, losses
-from training import encode_latents, run, train_dit, train_structure_dit, train_structure_vae, train_vae
+from training import distributed, encode_latents, train_dit, train_structure_dit, train_structure_vae, train_vae
 from training.train_vae import TrainVAEConfig
 
 MODEL = SDFVAEConfig(
@@ -44,7 +44,6 @@ def test_every_network_trains(tmp_path_factory, tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
     expected = train_all(Chain(data_dir, tmp_path / "on_cpu"), Tensor)
     with other_device("privateuseone") as device:
-        for module in (run, encode_latents):
-            monkeypatch.setattr(module, "find_device", lambda name: device)
+        monkeypatch.setattr(distributed, "find_device", lambda name: device)
         actual = train_all(Chain(data_dir, tmp_path / "there"), OtherTensor)
     assert actual == pytest.approx(expected, rel=1e-3)

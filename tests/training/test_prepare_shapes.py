@@ -75,14 +75,14 @@ def names_in(data_dir: str | Path) -> list[str]:
 def in_this_process(monkeypatch):
     """Prepare meshes without worker processes, which take seconds to start."""
 
-    def run_jobs(function, entries, config, workers):
+    def run_engine(function, entries, config):
         for entry in entries:
             try:
                 yield entry, function(entry, config)
             except (ValueError, OSError) as error:
                 yield entry, failure_of(error)
 
-    monkeypatch.setattr(prepare_shapes, "run_jobs", run_jobs)
+    monkeypatch.setattr(prepare_shapes, "run_engine", run_engine)
 
 
 def test_tasks_of_an_array_share_a_folder(tmp_path, in_this_process):

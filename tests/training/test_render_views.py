@@ -102,11 +102,11 @@ def test_tasks_of_an_array_share_the_meshes_and_leave_each_other_s_files(config,
     trimesh.creation.box().export(Path(config.meshes, "third.ply"))
     done = []
 
-    def run_jobs(function, entries, config, workers):
+    def run_engine(function, entries, config):
         done.append([entry.name for entry in entries])
         yield from ((entry, 1) for entry in entries)
 
-    monkeypatch.setattr(render_views, "run_jobs", run_jobs)
+    monkeypatch.setattr(render_views, "run_engine", run_engine)
     views = view_folder(config.data_dir, "x").parent
     for name in (".box.11112222", ".other.11112222"):
         (views / name).mkdir(parents=True)
@@ -156,6 +156,57 @@ def test_cameras_and_lights_cover_their_ranges():
     assert np.mean([light.shadows for light in lights]) == pytest.approx(0.5, abs=0.07)
 
 
+def test_the_default_lights_are_drawn_as_ever_and_a_tint_comes_after_them():
+    camera = Camera(20, 30)
+    light, rng = (
+        random_light(RenderViewsConfig(), camera, generator_for(0, "train", "a", 0)),
+        generator_for(0, "train", "a", 0),
+    )
+    ranges = [(20, 80), (-75, 75), (0.5, 0.95), (0.05, 0.2), (0.25, 0.45), (0.08, 0.2)]
+    elevation, azimuth, *intensities = (rng.uniform(*limits) for limits in ranges)
+    assert light == Light(elevation, 30 + azimuth, *intensities, shadows=rng.uniform() < 0.5)
+    tinted = random_light(RenderViewsConfig(light_tint=0.2), camera, generator_for(0, "train", "a", 0))
+    assert dataclasses.replace(tinted, key_color=(1.0, 1.0, 1.0), ambient_color=(1.0, 1.0, 1.0)) == light
+    assert len({*tinted.key_color, *tinted.ambient_color}) == 6
+    assert all(0.8 <= channel <= 1.2 for channel in (*tinted.key_color, *tinted.ambient_color))
+    low = RenderViewsConfig(light_elevation=(-9, -5), light_azimuth=(170, 180), light_key=(2, 3), light_sky=(0, 0.1))
+    other = random_light(low, camera, generator_for(0, "train", "a", 0))
+    assert -9 <= other.elevation <= -5 and 200 <= other.azimuth <= 210 and 2 <= other.key <= 3 and other.sky <= 0.1
+
+
+def test_views_of_an_older_version_are_kept_until_a_new_setting_changes_them(config):
+    (entry, _) = list_meshes(config.meshes)
+    assert render_mesh(entry, config) == 3
+    file = view_folder(config.data_dir, "box") / "cameras.json"
+    cameras = json.loads(file.read_text())
+    for name in ("textures", "light_tint", "light_key"):
+        del cameras["settings"][name]
+    file.write_text(json.dumps(cameras))
+    assert render_mesh(entry, config) == 0
+    assert render_mesh(entry, dataclasses.replace(config, light_tint=0.1)) == 3
+
+
+def test_textures_and_tinted_lights_are_seen_if_wanted(config):
+    board = Image.fromarray(np.array([[[255, 0, 0]] * 2 + [[0, 255, 0]] * 2], dtype=np.uint8))
+    sheet = trimesh.Trimesh([[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]], [[0, 1, 2], [0, 2, 3]])
+    sheet.visual = trimesh.visual.TextureVisuals(uv=[[0, 0], [1, 0], [1, 1], [0, 1]], image=board)
+    sheet.export(Path(config.meshes, "sheet.glb"))
+    front = dataclasses.replace(config, azimuth=(0, 0), elevation=(0, 0), views=1, light_fill=(0.5, 0.5))
+    sides = []
+    entry = next(entry for entry in list_meshes(config.meshes) if entry.name == "sheet")
+    for textures in (False, True):
+        assert render_mesh(entry, dataclasses.replace(front, textures=textures)) == 1
+        (picture,) = pictures(config, "sheet")
+        columns = picture[..., 3].any(axis=0).nonzero()[0]
+        sides.append(picture[24, columns[[len(columns) // 4, -len(columns) // 4]]].astype(int))
+    (plain_left, plain_right), (left, right) = sides
+    assert min(plain_left[1], plain_right[0]) > 60  # each face has the mean of its corners
+    assert left[0] > 120 and left[1] < 60 and right[1] > 120 and right[0] < 60
+    assert render_mesh(entry, dataclasses.replace(front, textures=True, light_tint=0.3)) == 1
+    (tinted,) = pictures(config, "sheet")
+    assert not np.array_equal(tinted, picture) and np.array_equal(tinted[..., 3], picture[..., 3])
+
+
 def test_colours_are_kept_and_greys_are_painted():
     rng = np.random.default_rng(0)
     painted = np.array([[200, 30, 30], [20, 100, 220]], dtype=np.uint8)
@@ -185,7 +236,7 @@ def test_shipped_configs_load():
     folder = Path(__file__).parents[2] / "training" / "configs"
     tiny = load_config(RenderViewsConfig, [str(folder / "tiny_views.toml"), "views=2"])
     assert (tiny.views, tiny.size) == (2, 320)
-    paper = load_config(RenderViewsConfig, [str(folder / "paper_views.toml")])
+    paper = load_config(RenderViewsConfig, [str(folder / "paper" / "02_render_views.toml")])
     assert (paper.views, paper.size, paper.elevation) == (45, 1024, (10, 40))
 
 
@@ -194,3 +245,7 @@ def test_impossible_settings_are_refused():
         RenderViewsConfig(views=0)
     with pytest.raises(ValueError, match="elevation"):
         RenderViewsConfig(elevation=(40, 10))
+    with pytest.raises(ValueError, match="light_key"):
+        RenderViewsConfig(light_key=(2.0, 1.0))
+    with pytest.raises(ValueError, match="light_tint"):
+        RenderViewsConfig(light_tint=1.0)

@@ -1,21 +1,38 @@
 """The shared parts of training runs: schedule, EMA, checkpoints, metrics, stopping."""
 
+import copy
 import itertools
 import json
 import os
+import shutil
 import signal
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from training import checkpoints
 from training.run import Log, RunConfig, Stop, is_save_step, learning_rate, read_metrics, seed_step
+from training.run_folder import newest_checkpoint
 from training.state import State
 
 
 def make_config(tmp_path, **changes) -> RunConfig:
     return RunConfig(**({"out_dir": str(tmp_path), "device": "cpu", "tensorboard": False, "log_every": 2} | changes))
+
+
+def make_pair() -> nn.Module:
+    """Two layers, of which only the first is used."""
+    torch.manual_seed(1)
+    pair = nn.Linear(3, 2)
+    pair.unused = nn.Linear(2, 2)
+    return pair
+
+
+def equal(one: nn.Module, two: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
 def advance(state: State, last_step: int) -> None:
@@ -51,6 +68,20 @@ def test_gradients_are_clipped(tmp_path):
     assert moved.item() == pytest.approx(0.5, rel=1e-3) and model.weight.grad is None
 
 
+def test_parameters_of_another_rate_move_less(tmp_path):
+    model = nn.ModuleDict({"fast": nn.Linear(1, 1), "slow": nn.Linear(1, 1)})
+    config = make_config(tmp_path, learning_rate=0.01, warmup_steps=1)
+    state = State(model, config, rate_of=lambda name: 0.25 if name.startswith("slow") else 1.0)
+    assert state.rates == [1.0, 0.25]
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    state.update()  # the first step of Adam moves every parameter by its learning rate
+    moved = {name: (before[name] - parameter).item() for name, parameter in model.named_parameters()}
+    rate = learning_rate(0, state.config)
+    assert moved["fast.weight"] == pytest.approx(rate, rel=1e-3)
+    assert moved["slow.bias"] == pytest.approx(0.25 * rate, rel=1e-3)
+
+
 def test_ema_warms_up_then_follows_slowly(tmp_path):
     model = nn.BatchNorm1d(2)
     state = State(model, make_config(tmp_path, ema_decay=0.75))
@@ -76,7 +107,8 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path):
     first.load()
     assert first.step == 0
     advance(first, 5)
-    first.save()
+    with first:
+        first.save()
     second.load()
     assert second.step == 5
     advance(second, 9)
@@ -89,22 +121,59 @@ def test_only_two_checkpoints_stay_and_another_network_is_refused(tmp_path):
     for step in (1, 2, 30):
         state.step = step
         state.save()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002.pt", "step_00000030.pt"]
+    state.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000030"]
     state.step = 0
     state.load()
     assert state.step == 30
-    with pytest.raises(ValueError, match=r"step_00000030\.pt belongs to another network"):
+    with pytest.raises(
+        ValueError,
+        match=r"step_00000030 belongs to another network.*ema.weight has the shape \(2, 4\) here, \(2, 3\)",
+    ):
         State(nn.Linear(4, 2), make_config(tmp_path)).load()
 
 
-def test_checkpoints_keep_their_format(tmp_path):
-    """Run folders of earlier versions resume."""
-    state = State(nn.Linear(3, 2), make_config(tmp_path))
-    advance(state, 3)
-    state.save()
-    values = torch.load(tmp_path / "step_00000003.pt", weights_only=True)
-    assert list(values) == ["step", "model", "ema", "optimizer"] and values["step"] == 3
-    assert torch.equal(values["ema"]["weight"], state.ema.weight)
+def test_checkpoint_of_an_earlier_version_resumes(tmp_path):
+    """It is one file, in which the optimiser's moments have numbers. Weights that never got a gradient have none."""
+    whole = State(make_pair(), make_config(tmp_path))
+    advance(whole, 3)
+    parts = {"model": whole.model, "ema": whole.ema, "optimizer": whole.optimizer}
+    values = {"step": 3} | {name: part.state_dict() for name, part in parts.items()}
+    torch.save(values, tmp_path / "step_00000003.pt")
+    advance(whole, 9)
+    resumed = State(make_pair(), make_config(tmp_path))
+    resumed.load()
+    assert resumed.step == 3
+    advance(resumed, 5)
+    with resumed:
+        resumed.save()
+    again = State(make_pair(), make_config(tmp_path))
+    again.load()
+    assert again.step == 5 and len(again.optimizer.state) == 2
+    advance(again, 9)
+    assert equal(whole.model, again.model) and equal(whole.ema, again.ema)
+
+
+def test_the_run_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """What is written is the state when it was saved. The next save and the end wait."""
+    state, hold = State(nn.Linear(3, 2), make_config(tmp_path)), threading.Event()
+    real = checkpoints._publish
+    monkeypatch.setattr(checkpoints, "_publish", lambda *arguments: hold.wait(60) and real(*arguments))
+    advance(state, 2)
+    before = copy.deepcopy(state)
+    with state:
+        state.save()
+        advance(state, 4)
+        assert newest_checkpoint(tmp_path) is None and not torch.equal(before.model.weight, state.model.weight)
+        threading.Timer(0.2, hold.set).start()
+        state.save()  # waits for the first
+        assert newest_checkpoint(tmp_path).name == "step_00000002"
+    assert newest_checkpoint(tmp_path).name == "step_00000004"
+    shutil.rmtree(tmp_path / "step_00000004")
+    state.load()
+    assert state.step == 2 and equal(state.model, before.model) and equal(state.ema, before.ema)
+    moments, expected = (s.optimizer.state[s.model.weight] for s in (state, before))
+    assert all(torch.equal(moments[name], expected[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
 
 
 def test_seed_of_a_step_sets_all_random_numbers():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,15 +15,15 @@ import pytest
 import torch
 from torch import nn
 
-from training.distributed import FolderInUseError
+from training.folder_lock import LOCK, FolderInUseError, locked
 from training.run import RunConfig, read_metrics, start
-from training.run_folder import LOCK, changed, check_run, exporting, locked
+from training.run_folder import changed, check_run, exporting
 from training.state import State
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys, time
-from training.run_folder import locked
+from training.folder_lock import locked
 with locked(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
@@ -57,6 +58,7 @@ def trained(tmp_path: Path, *steps: int) -> State:
         state.update()
         if state.step in steps:
             state.save()
+    state.wait()
     return state
 
 
@@ -125,15 +127,16 @@ def test_locks_of_the_dead_are_taken_over(tmp_path, owner, age, dead):
 def test_leftovers_are_cleared_at_the_next_start(tmp_path):
     config = make_config(tmp_path)
     leftovers = ["run/step_00000003.tmp", "run/.step_00000003.abc.pt", "run/.config.x.json", "run/.metrics.x.jsonl"]
+    leftovers += ["run/.step_00000003.abc/shard-00001.safetensors", "run/.step_00000001.abc/checkpoint.json"]
     leftovers += ["model/.sdf_vae.x.safetensors", "model/.tmpAbC", "model/.config.x.json"]
     kept = ["model/sdf_vae.safetensors", "model/notes.txt", "run/events.out.tfevents"]
     for name in leftovers + kept:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).touch()
     with start(config.run, config):
         pass
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert found == {*kept, "run/config.json"}
+    assert found == {*kept, "run/config.json"} and not list((tmp_path / "run").glob(".step*"))
 
 
 # --- settings
@@ -169,30 +172,67 @@ def test_damaged_settings_are_named(tmp_path):
 # --- checkpoints
 
 
-def damage(path: Path, how: str) -> None:
+def as_file(state: State) -> Path:
+    """Write a checkpoint as earlier versions did."""
+    path = Path(state.config.out_dir) / f"step_{state.step:08d}.pt"
+    parts = {"model": state.model, "ema": state.ema, "optimizer": state.optimizer}
+    torch.save({"step": state.step} | {name: part.state_dict() for name, part in parts.items()}, path)
+    return path
+
+
+def damage(path: Path, how: str, weights: bytes) -> None:
+    """Damage a file of a checkpoint that holds these bytes of weights."""
     data = bytearray(path.read_bytes())
-    if how == "flipped":
-        weights = torch.load(path, weights_only=True)["ema"]["weight"].numpy().tobytes()
-        data[data.rindex(weights) + 2] ^= 1
+    data[data.rindex(weights) + 2] ^= how == "flipped"
+    if how == "missing":
+        path.unlink()
+        return
     path.write_bytes({"empty": b"", "truncated": data[: len(data) // 2], "text": b"no zip", "flipped": data}[how])
 
 
-@pytest.mark.parametrize("how", ["empty", "truncated", "text", "flipped"])
-def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, how):
-    trained(tmp_path, 2, 4)
-    damage(tmp_path / "run" / "step_00000004.pt", how)
+def average_file(checkpoint: Path) -> Path:
+    """The file of a checkpoint in which the averaged weights lie."""
+    return next(checkpoint.glob("*model-00002-of-00003.safetensors"))
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "truncated", "text", "flipped"])
+@pytest.mark.parametrize("version", ["folder", "file"])
+def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, how, version):
+    state = trained(tmp_path, 2, 4)
+    path = tmp_path / "run" / "step_00000004"
+    if version == "file":
+        shutil.rmtree(path)
+        path = as_file(state)
+    if version == "file" and how == "missing":
+        path.write_bytes(b"")
+    else:
+        damage(average_file(path) if path.is_dir() else path, how, state.ema.weight.numpy().tobytes())
     state = make_state(tmp_path)
     state.load()
     output = capsys.readouterr().out
     assert state.step == 2 and output.count("\n") == 1
-    assert "step_00000004.pt" in output and "the run goes on from step_00000002.pt" in output
+    assert f"damaged checkpoint {path}" in output and "the run goes on from step_00000002" in output
+    with state:  # the damaged one is replaced
+        state.step = 4
+        state.save()
+    state.load()
+    assert state.step == 4 and "damaged" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("summary", ["", "[]", "{}", '{"step": 4, "checksums": {}}', '{"checksums": {"a": ""}}'])
+def test_damaged_summary_of_a_checkpoint_falls_back(tmp_path, capsys, summary):
+    trained(tmp_path, 2, 4)
+    (tmp_path / "run" / "step_00000004" / "checkpoint.json").write_text(summary)
+    state = make_state(tmp_path)
+    state.load()
+    assert state.step == 2 and "step_00000004" in capsys.readouterr().out
 
 
 def test_all_checkpoints_are_damaged(tmp_path):
     trained(tmp_path, 2, 4)
     for path in (tmp_path / "run").glob("step_*"):
-        damage(path, "truncated")
-    with pytest.raises(ValueError, match=r"step_00000004\.pt.*step_00000002\.pt.*delete it to start from step 0"):
+        (path / "checkpoint.json").unlink()
+    with pytest.raises(ValueError, match=r"step_00000004 .*step_00000002 .*delete it to start from step 0"):
         make_state(tmp_path).load()
 
 
@@ -200,8 +240,7 @@ def test_all_checkpoints_are_damaged(tmp_path):
 def test_only_finite_checkpoints_are_written_and_read(tmp_path, capsys, part):
     state = trained(tmp_path, 2)
     state.step = 3
-    state.save()
-    values = torch.load(tmp_path / "run" / "step_00000003.pt", weights_only=True)
+    values = torch.load(as_file(state), weights_only=True)
     tensor = values["optimizer"]["state"][0]["exp_avg"] if part == "optimizer" else values[part]["weight"]
     tensor.flatten()[1] = float("nan")
     torch.save(values, tmp_path / "run" / "step_00000003.pt")  # by an earlier version
@@ -213,7 +252,7 @@ def test_only_finite_checkpoints_are_written_and_read(tmp_path, capsys, part):
     state.step = 4
     with pytest.raises(FloatingPointError, match="not finite at step 4, so no checkpoint is written"):
         state.save()
-    assert not (tmp_path / "run" / "step_00000004.pt").exists()
+    assert not (tmp_path / "run" / "step_00000004").exists()
 
 
 def test_disk_that_cannot_be_written_to_is_named_and_leaves_nothing(tmp_path, monkeypatch):
@@ -223,10 +262,10 @@ def test_disk_that_cannot_be_written_to_is_named_and_leaves_nothing(tmp_path, mo
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("training.state.os.fsync", full)
-    with pytest.raises(OSError, match=r"cannot write .*step_00000003\.pt: \[Errno 28\] No space left on device"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"cannot write .*step_00000003: \[Errno 28\] No space left on device"), state:
         state.save()
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step_00000002.pt"]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step_00000002"]
 
 
 def test_damaged_lines_of_metrics_are_named_and_left_out(tmp_path, capsys):

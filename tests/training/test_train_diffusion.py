@@ -15,6 +15,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from d3ds2.geometry.voxels import Voxels
+from d3ds2.networks.efficientnet_lite import EfficientNetLite
 from d3ds2.networks.model_files import load_network
 from d3ds2.storage.model_folder import SamplingConfig
 from tests.support.training_chain import ENCODER, Chain, copy_model
@@ -25,6 +26,7 @@ from training.data.shape_batches import active_voxels
 from training.data.shape_files import latent_path, list_shapes, load_shape, read_arrays, shape_path
 from training.data.views import Views
 from training.run import read_metrics
+from training.run_folder import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +171,41 @@ def test_structure_dit_learns_from_pictures_on_the_device(chain, tmp_path):
     assert np.mean(fallen[-10:]) < 0.75 * np.mean(fallen[:10])
 
 
+@pytest.mark.parametrize("views_on_device", [False, True])
+def test_structure_dit_trains_a_backbone_on_imperfect_pictures(chain, tmp_path, views_on_device):
+    """Check that the run resumes exactly, and that it starts from the published file."""
+    copy_model(chain, tmp_path, "structure_vae")
+    encoder = dataclasses.replace(ENCODER, image_size=32, patch_size=16, backbone="efficientnet_lite0")
+    torch.manual_seed(3)
+    published = {}
+    for name, conv, norm in (trunk := EfficientNetLite(encoder.backbone)).published_names():
+        weight = trunk.get_parameter(f"{name}.conv.weight").detach()
+        published[f"{conv}.weight"] = weight
+        for part, value in (("weight", 1.5), ("bias", 0.1), ("running_mean", 0.2), ("running_var", 0.7)):
+            published[f"{norm}.{part}"] = torch.full((len(weight),), value)
+    torch.save(published, tmp_path / "published.pth")
+    config = dataclasses.replace(
+        chain.structure_dit,
+        batch_size=4,
+        image_encoder=encoder,
+        views_on_device=views_on_device,
+        imperfect_pictures=True,
+        source_weights={"generated": 0.7},
+        backbone_weights=str(tmp_path / "published.pth"),
+        backbone_rate=1e-6,
+    )
+    whole, parts = resumed(train_structure_dit.train, config, tmp_path)
+    assert_equal_parameters(whole, parts)
+    trained = whole["image_encoder"].patches.backbone
+    torch.testing.assert_close(trained.stem.conv.weight, published["_conv_stem.weight"], atol=1e-4, rtol=0)
+    assert not torch.equal(trained.stem.conv.weight, published["_conv_stem.weight"])
+    exported = load_network(tmp_path / "model", "image_encoder").patches.backbone
+    torch.testing.assert_close(exported.stem.norm.scale, trained.stem.norm.scale, atol=2e-3, rtol=2e-3)
+    no_backbone = dataclasses.replace(config, image_encoder=ENCODER)
+    with pytest.raises(ValueError, match=r"expected image_encoder\.backbone beside backbone_weights"):
+        train_structure_dit.make_image_encoder(no_backbone)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_compiled_blocks_train_as_the_others(chain, tmp_path, monkeypatch, device):
     """Compile with Inductor on a GPU; on a CPU only run the passes before it, because its C++ takes a minute."""
@@ -258,6 +295,6 @@ def test_time_limit_saves_and_exports(chain, tmp_path):
     run = dataclasses.replace(chain.structure_vae.run, out_dir=str(tmp_path / "run"), max_minutes=1e-6)
     config = dataclasses.replace(chain.structure_vae, model_dir=str(tmp_path / "model"), run=run)
     stopped = train_structure_vae.train(config)
-    assert [path.name for path in (tmp_path / "run").glob("*.pt")] == ["step_00000001.pt"]
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_00000001"]
     exported = load_network(tmp_path / "model", "structure_vae")
     assert torch.equal(next(exported.parameters()), next(stopped.parameters()).half().float())

@@ -1,5 +1,8 @@
 """Configs come from a file, the command line overrides it, and errors name the full key."""
 
+import re
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -7,9 +10,13 @@ from typing import Literal
 import pytest
 
 from d3ds2.networks.structure_vae import StructureVAEConfig
+from d3ds2.storage.model_folder import SamplingConfig
 from training.config import load_config
 from training.encode_latents import EncodeLatentsConfig
+from training.help_text import help_text
 from training.prepare_shapes import PrepareShapesConfig
+from training.recipe import has_key
+from training.render_views import RenderViewsConfig
 from training.run import RunConfig
 from training.train_dit import TrainDiTConfig
 from training.train_structure_dit import TrainStructureDiTConfig
@@ -72,6 +79,38 @@ def test_no_file_is_a_usage_line():
         load_config(Config, [])
 
 
+def test_help_tells_what_a_script_does_and_all_its_keys(capsys):
+    with pytest.raises(SystemExit) as ended:
+        load_config(TrainDiTConfig, ["some.toml", "--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0 and text.startswith("Train the latent DiT")
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    for line in (
+        'data_dir = "data"',
+        'run.out_dir = "runs/dit"',  # the script's own default, not that of RunConfig
+        "run.learning_rate = 0.0001 # [A]",
+        "model.pooled_conv = true",
+        "sampling.fine.steps = 15",
+    ):
+        assert line in lines
+
+
+@pytest.mark.parametrize("script", ["evaluate", "train_vae"])
+def test_help_needs_no_config_file(script):
+    command = [sys.executable, "-m", f"training.{script}", "--help"]
+    done = subprocess.run(command, cwd=CONFIGS.parents[1], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr and "\n  data_dir" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "config",
+    [TrainVAEConfig(), TrainStructureDiTConfig(), TrainDiTConfig(sampling=SamplingConfig()), PrepareShapesConfig()],
+)
+def test_every_key_of_the_help_is_one_of_the_config(config):
+    keys = re.findall(r"^  ([a-z_.0-9]+) +=", help_text(type(config)), re.MULTILINE)
+    assert len(keys) > 8 and all(has_key(config, key) for key in keys if not key.startswith("sampling.fine."))
+
+
 @pytest.mark.parametrize(
     ("name", "cls"),
     [
@@ -81,7 +120,10 @@ def test_no_file_is_a_usage_line():
         ("tiny_latents", EncodeLatentsConfig),
         ("tiny_structure_dit", TrainStructureDiTConfig),
         ("tiny_dit", TrainDiTConfig),
+        ("small_shapes", PrepareShapesConfig),
+        ("small_views", RenderViewsConfig),
+        ("small_structure_dit", TrainStructureDiTConfig),
     ],
 )
-def test_configs_of_the_tiny_model_load(name, cls):
+def test_configs_of_the_models_load(name, cls):
     assert isinstance(load_config(cls, [str(CONFIGS / f"{name}.toml")]), cls)

@@ -8,7 +8,8 @@ import pytest
 import trimesh
 from PIL import Image
 
-from training.data.meshes import MeshEntry, list_meshes, read_mesh, split_of
+from d3ds2.images.surface_colors import PLAIN, SurfaceColors
+from training.data.meshes import MeshEntry, list_meshes, read_mesh, read_textured_mesh, split_of
 
 
 def entry(path, **known):
@@ -118,6 +119,65 @@ def test_uv_without_a_texture_has_the_colour_of_the_material(tmp_path, suffix):
     (tmp_path / "red.mtl").write_text("newmtl red\nKd 0.8 0.1 0.1\n")
     _, faces, colors = read_mesh(entry(tmp_path / f"box.{suffix}"))
     assert len(faces) == {"glb": 12, "obj": 1}[suffix] and (np.abs(colors.astype(int) - red[:3]) <= 1).all()
+
+
+@pytest.mark.parametrize("suffix", ["glb", "obj"])
+def test_textures_are_read_with_their_places_and_shared_by_parts(tmp_path, suffix):
+    board = Image.fromarray(np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [9, 9, 9]]], dtype=np.uint8))
+    scene = trimesh.Scene()
+    for x in range(2):
+        part = trimesh.creation.box()
+        if suffix == "glb":
+            material = trimesh.visual.material.PBRMaterial(
+                baseColorTexture=board.copy(), baseColorFactor=[255, 128, 0, 255]
+            )
+        else:
+            material = trimesh.visual.material.SimpleMaterial(image=board.copy(), diffuse=[100, 100, 100, 255])
+        part.visual = trimesh.visual.TextureVisuals(uv=np.linspace(0, 1, 16).reshape(8, 2), material=material)
+        scene.add_geometry(part, transform=trimesh.transformations.translation_matrix((10 * x, 0, 0)))
+    if suffix == "glb":
+        scene.add_geometry(trimesh.creation.icosphere(0))  # has no texture
+        scene.export(tmp_path / "scene.glb")
+    else:
+        text, beside = trimesh.exchange.obj.export_obj(scene, return_texture=True)
+        (tmp_path / "scene.obj").write_text(text)
+        for name, content in beside.items():
+            (tmp_path / name).write_bytes(content)
+    vertices, faces, colors = read_textured_mesh(entry(tmp_path / f"scene.{suffix}"))
+    assert isinstance(colors, SurfaceColors) and len(colors.pyramids) == 1
+    np.testing.assert_array_equal(colors.pyramids[0][0], np.asarray(board))
+    textured = colors.texture != PLAIN
+    assert textured.sum() == 24 and len(faces) == {"glb": 44, "obj": 24}[suffix]
+    factor = {"glb": [255, 188, 0], "obj": [255, 255, 255]}[suffix]  # linear in glTF; 188 is half of the light
+    assert np.abs(colors.corners[textured].reshape(-1, 3).astype(int) - factor).max() <= 1
+    # each corner has the uv of its vertex
+    local = vertices[faces][textured] - np.where(vertices[faces][textured][..., :1] > 5, [10.0, 0, 0], 0)
+    box = trimesh.creation.box()
+    place = np.abs(local[:, :, None] - box.vertices).sum(axis=-1).argmin(axis=-1)
+    np.testing.assert_allclose(colors.uv[textured], np.linspace(0, 1, 16).reshape(8, 2)[place], atol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", ["glb", "ply"])
+def test_colours_of_vertices_are_read_for_each_corner(tmp_path, suffix):
+    ball = trimesh.creation.icosphere(1)
+    ball.visual.vertex_colors = np.round((ball.vertices + 1) * 127).astype(np.uint8)
+    ball.export(tmp_path / f"ball.{suffix}")
+    vertices, faces, colors = read_textured_mesh(entry(tmp_path / f"ball.{suffix}"))
+    expected = (vertices[faces] + 1) / 2
+    if suffix == "glb":  # linear there
+        expected = np.where(expected <= 0.0031308, 12.92 * expected, 1.055 * expected ** (1 / 2.4) - 0.055)
+    np.testing.assert_allclose(colors.corners / 255, expected, atol=0.03)
+
+
+def test_a_mesh_without_textures_has_face_colours_either_way(tmp_path):
+    box = trimesh.creation.box()
+    box.visual.face_colors = np.tile([[200, 10, 30, 255], [10, 200, 30, 255]], (6, 1))
+    box.export(tmp_path / "box.ply")
+    trimesh.creation.box().export(tmp_path / "plain.stl")
+    write_npz(tmp_path / "m.npz")
+    for name in ("box.ply", "plain.stl", "m.npz"):
+        for one, other in zip(*(read(entry(tmp_path / name)) for read in (read_mesh, read_textured_mesh)), strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_bad_folders(tmp_path):

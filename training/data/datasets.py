@@ -9,6 +9,8 @@ Shapes are also turned and mirrored (see `symmetry`); the picture of a mirrored 
 Sizes: M blocks = tokens of a batch, B samples, G = R/8 blocks per edge, C latent channels, S pixels per edge.
 """
 
+import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -25,22 +27,37 @@ from torch.utils.data import DataLoader, Dataset
 
 from d3ds2.geometry.voxels import BLOCK, Voxels
 from d3ds2.kernels.devices import copies_in_background
-from training.data.batch_plans import BatchPlan, ResolutionPlan, draw, plan_shapes, say_left_out, shapes_per_batch
-from training.data.damaged_files import READ_ERRORS, DamagedFiles, TooManyDamagedError
+from training.data.array_files import DamagedFileError
+from training.data.batch_plans import (
+    BatchPlan,
+    ResolutionPlan,
+    draw,
+    plan_shapes,
+    plan_views,
+    say_left_out,
+    shapes_per_batch,
+)
+from training.data.crops import draw_crop
+from training.data.damaged_files import READ_ERRORS, DamagedFiles, TooManyDamagedError, read_or_replace
+from training.data.held import hold
+from training.data.packs import load_entries, open_data
 from training.data.shape_batches import ShapeBatch, join, join_coords, pack_shapes
 from training.data.shape_files import (
-    DamagedFileError,
     StoredShape,
     latent_path,
-    list_shapes,
+    list_shapes_at,
     load_shape,
-    read_arrays,
     read_latents,
+    read_structure,
     shape_path,
 )
 from training.data.steps import Steps, ViewSteps
-from training.data.symmetry import transform_voxels
-from training.data.views import Views
+from training.data.symmetry import NUM_SYMMETRIES, transform_voxels
+from training.data.views import Drawn, Views
+
+MEMORY_GIB = 4.0  # that a dataset may hold by default; a process holds it once, and shares it with its workers
+BYTES_OF_BLOCK = 6  # three int16
+CHECKED_FILES = 4096  # of a large corpus, whether they are there
 
 
 class ViewBatch(NamedTuple):
@@ -49,6 +66,7 @@ class ViewBatch(NamedTuple):
     shapes: Tensor  # (B,) int64
     symmetries: Tensor  # (B,) int64
     images: Tensor  # (B, 4, S, S) uint8: the object on white, and its mask
+    grids: Tensor | None = None  # (B, 1, G, G, G) uint8 occupancy, where the latents are not on the device
 
 
 class LatentBatch(NamedTuple):
@@ -64,7 +82,10 @@ class LatentBatch(NamedTuple):
 
 
 class Shapes(Steps):
-    """SDFs for the VAE: `shapes[step]` is a `ShapeBatch` of one of the resolutions."""
+    """SDFs for the VAE: `shapes[step]` is a `ShapeBatch` of one of the resolutions.
+
+    `crop` is the edge of the cube of each shape that is decoded and its margin, both in latents; None: decode all.
+    """
 
     def __init__(
         self,
@@ -75,15 +96,17 @@ class Shapes(Steps):
         max_tokens: int,
         seed: int,
         symmetries: tuple[int, ...] = (0,),
+        crop: tuple[int, int] | None = None,
     ):
-        self.data_dir, self.symmetries = data_dir, symmetries
+        self.folder, self.symmetries, self.seed, self.crop = open_data(data_dir), symmetries, seed, crop
         self.resolution_of_step = ResolutionPlan(resolutions, seed)
         self.names, self.plans, self.damaged = {}, {}, {}
-        for R in resolutions:
-            self.names[R], tokens = list_shapes(data_dir, split, R)
+        for R, (names, tokens) in list_shapes_at(self.folder, split, resolutions).items():
+            self.names[R] = names
+            load_entries(shape_path(self.folder, R, "").parent)
             say_left_out(tokens, max_tokens, f"shapes at {R}³")
-            self.damaged[R] = DamagedFiles(len(tokens), "prepare_shapes", len(symmetries))
-            self.plans[R] = BatchPlan(tokens.repeat(len(symmetries)), batch_size, max_tokens, seed)
+            self.damaged[R] = DamagedFiles(len(tokens), "prepare_shapes")
+            self.plans[R] = BatchPlan(tokens, batch_size, max_tokens, seed, copies=len(symmetries))
 
     def sizes(self, step: int) -> np.ndarray:
         """The tokens of each sample of a step, (B,) int64."""
@@ -93,19 +116,28 @@ class Shapes(Steps):
     def load(self, step: int, chosen: np.ndarray | slice) -> ShapeBatch:
         """The batch of the chosen samples (b,) of a step."""
         R, index = self.resolution_of_step[step]
-        items, plan = self.plans[R][index][chosen].tolist(), self.plans[R]
+        items, plan, read = self.plans[R][index][chosen].tolist(), self.plans[R], partial(self._read, R)
         while True:
-            read = [self.damaged[R].read(item, plan.others(item, index), partial(self._read, R)) for item in items]
+            drawn = [read_or_replace(itertools.chain([item], plan.others(item, index)), read) for item in items]
             try:
-                return pack_shapes([shape for _, shape in read], R)
+                batch = pack_shapes([shape for _, shape in drawn], R)
             except ValueError:
-                if not self._find_damaged(R, dict(read)):
+                if not self._find_damaged(R, dict(drawn)):
                     raise
+                continue
+            if self.crop is None:
+                return batch
+            samples = np.arange(len(self.plans[R][index]))[chosen].tolist()
+            draws = [draw(self.seed, step, 5, sample) for sample in samples]
+            return batch._replace(crop=draw_crop(batch.block_coords, batch.latent_voxels, *self.crop, draws))
 
     def _read(self, resolution: int, item: int) -> tuple[int, StoredShape]:
         shape, place = divmod(item, len(self.symmetries))
-        path = shape_path(self.data_dir, resolution, self.names[resolution][shape])
-        return item, load_shape(path, self.symmetries[place])
+        path, symmetry = self._path(resolution, shape), self.symmetries[place]
+        return item, self.damaged[resolution].read(shape, lambda: load_shape(path, symmetry))
+
+    def _path(self, resolution: int, shape: int) -> Path:
+        return shape_path(self.folder, resolution, self.names[resolution][shape])
 
     def _find_damaged(self, resolution: int, shapes: dict[int, StoredShape]) -> bool:
         """Note which of these items make no batch, and whether there are any.
@@ -118,19 +150,19 @@ class Shapes(Steps):
                 pack_shapes([stored], resolution)
             except ValueError as error:
                 shape = item // len(self.symmetries)
-                path = shape_path(self.data_dir, resolution, self.names[resolution][shape])
-                self.damaged[resolution].add(shape, DamagedFileError(f"damaged file {path} ({error})"))
+                message = f"damaged file {self._path(resolution, shape)} ({error})"
+                self.damaged[resolution].add(shape, DamagedFileError(message))
                 found = True
         return found
 
 
 class Structures(Steps):
-    """Occupancy grids for the structure VAE: `structures[step]` is (B, 1, G, G, G) uint8. All blocks stay in memory.
+    """Occupancy grids for the structure VAE: `structures[step]` is (B, 1, G, G, G) uint8.
 
-    The attribute `names` lists the shapes whose files can be read; the others are left out.
-
-    Raises:
-        TooManyDamagedError: too many files are damaged.
+    Args:
+        names: the shapes; their files are read when they are drawn.
+        tokens: (n,) of the shapes, by which it is known whether all blocks fit into memory; None: keep none there.
+        memory_gib: keep all blocks in memory if they need no more than this.
     """
 
     def __init__(
@@ -141,21 +173,20 @@ class Structures(Steps):
         batch_size: int,
         seed: int,
         symmetries: tuple[int, ...] = (0,),
+        tokens: np.ndarray | None = None,
+        memory_gib: float = MEMORY_GIB,
     ):
-        self.edge, self.symmetries = resolution // BLOCK, symmetries
-        self.names, self.coords, damaged = [], [], DamagedFiles(len(names), "prepare_shapes")
-        for place, name in enumerate(names):
-            try:
-                self.coords += read_arrays(shape_path(data_dir, resolution, name), "block_coords")
-                self.names.append(name)
-            except READ_ERRORS as error:
-                damaged.add(place, error)
-        self.plan = plan_shapes(len(self.names) * len(symmetries), batch_size, seed)
+        self.folder, self.names, self.resolution, self.symmetries = open_data(data_dir), names, resolution, symmetries
+        load_entries(shape_path(self.folder, resolution, "").parent)
+        self.edge, self.damaged = resolution // BLOCK, DamagedFiles(len(names), "prepare_shapes")
+        self.plan = plan_shapes(len(names) * len(symmetries), batch_size, seed)
+        self.held: dict[int, np.ndarray] = {}
+        if tokens is not None:
+            num_bytes = int(tokens.sum()) * BYTES_OF_BLOCK
+            self.held = hold(range(len(names)), len(names), num_bytes, memory_gib, self._blocks)
 
-    def keep(self, names: list[str]) -> None:
-        """Leave out all shapes but these, which then have this order."""
-        coords = dict(zip(self.names, self.coords, strict=True))
-        self.names, self.coords = names, [coords[name] for name in names]
+    def _blocks(self, shape: int) -> np.ndarray:
+        return read_structure(shape_path(self.folder, self.resolution, self.names[shape]))
 
     def sizes(self, step: int) -> np.ndarray:
         """The tokens of each sample of a step, (B,) int64."""
@@ -163,36 +194,84 @@ class Structures(Steps):
 
     def load(self, step: int, chosen: np.ndarray | slice) -> Tensor:
         """The batch of the chosen samples (b,) of a step."""
-        shape, place = np.divmod(self.plan[step][chosen], len(self.symmetries))
-        return self.occupancy(shape, np.array(self.symmetries)[place])
+        grids = []
+        for item in self.plan[step][chosen].tolist():
+            grids.append(read_or_replace(itertools.chain([item], self.plan.others(item, step)), self._grid_of_item))
+        return torch.from_numpy(np.stack(grids)[:, None])
+
+    def _grid_of_item(self, item: int) -> np.ndarray:
+        shape, place = divmod(item, len(self.symmetries))
+        return self.grid(shape, self.symmetries[place])
 
     def occupancy(self, shapes: np.ndarray, symmetries: np.ndarray) -> Tensor:
-        """Fill the dense grids of shapes (B,), moved by symmetries (B,): (B, 1, G, G, G) uint8."""
-        grids = np.zeros((len(shapes), 1, self.edge, self.edge, self.edge), dtype=np.uint8)
-        for grid, shape, symmetry in zip(grids[:, 0], shapes, symmetries, strict=True):
-            grid[tuple(transform_voxels(self.coords[shape], self.edge, int(symmetry)).T)] = 1
-        return torch.from_numpy(grids)
+        """Return the grids of shapes (B,), moved by symmetries (B,): (B, 1, G, G, G) uint8. Raises as `grid`."""
+        grids = [self.grid(*pair) for pair in zip(shapes.tolist(), symmetries.tolist(), strict=True)]
+        return torch.from_numpy(np.stack(grids)[:, None])
+
+    def grid(self, shape: int, symmetry: int) -> np.ndarray:
+        """Fill the dense grid of a shape, moved by a symmetry: (G, G, G) uint8.
+
+        Raises:
+            DamagedFileError, FileNotFoundError: the shape's file cannot be read.
+            TooManyDamagedError: too many files are damaged.
+        """
+        blocks = self.held.get(shape)
+        if blocks is None:
+            blocks = self.damaged.read(shape, lambda: self._blocks(shape))
+        grid = np.zeros((self.edge, self.edge, self.edge), dtype=np.uint8)
+        grid[tuple(transform_voxels(blocks, self.edge, symmetry).T)] = 1
+        return grid
 
 
 class StructureViews(ViewSteps):
-    """Pictures for the structure DiT, whose latents are on the device already: `dataset[step]` is a `ViewBatch`."""
+    """Pictures for the structure DiT: `dataset[step]` is a `ViewBatch`.
 
-    def __init__(self, views: Views, batch_size: int, views_per_shape: int, seed: int):
-        self.views, self.views_per_shape, self.seed = views, views_per_shape, seed
-        num_shapes = shapes_per_batch(batch_size, views_per_shape)
-        self.plan = plan_shapes(2 * len(views.names), num_shapes, seed)
+    Args:
+        structures: those of `views.names`; None: the batches have no shapes with them, and no file is checked.
+        with_grids: send the occupancy grids with the batches; else only replace shapes that are known to be damaged.
+        weights: how often each shape of `views.names` is drawn, in proportion, (n,); None: all equally often.
+    """
+
+    def __init__(
+        self,
+        views: Views,
+        batch_size: int,
+        views_per_shape: int,
+        seed: int,
+        structures: Structures | None = None,
+        with_grids: bool = False,
+        weights: np.ndarray | None = None,
+    ):
+        plan = plan_views(len(views.names), batch_size, views_per_shape, seed, weights)
+        super().__init__(views, plan, views_per_shape, seed)
+        self.structures, self.with_grids = structures, with_grids
 
     def load(self, step: int, chosen: np.ndarray | slice) -> ViewBatch:
         """The batch of the chosen samples (b,) of a step."""
-        shapes, mirrored = np.divmod(self.plan[step].repeat(self.views_per_shape), 2)
-        symmetries, images = self.views.draw(shapes, mirrored, draw(self.seed, step, 2), chosen)
-        return ViewBatch(torch.from_numpy(shapes[chosen]), torch.from_numpy(symmetries), images)
+        shapes, symmetries, pictures, grids = zip(*self.each(step, chosen, self._read), strict=True)
+        grids = torch.from_numpy(np.stack(grids)[:, None]) if self.with_grids else None
+        return ViewBatch(torch.tensor(shapes), torch.tensor(symmetries), torch.stack(pictures), grids)
+
+    def _read(self, drawn: Drawn) -> tuple[int, int, Tensor, np.ndarray | None]:
+        symmetry, picture = self.views.picture(drawn)
+        return drawn.shape, symmetry, picture, grid_of(self.structures, drawn.shape, symmetry, self.with_grids)
+
+
+def grid_of(structures: Structures | None, shape: int, symmetry: int, is_wanted: bool) -> np.ndarray | None:
+    """The occupancy grid (G, G, G) of a shape in a symmetry if it is wanted. Raises as `Structures.grid`."""
+    if structures is None:
+        return None
+    if is_wanted:
+        return structures.grid(shape, symmetry)
+    return structures.damaged.read(shape, lambda: None)
 
 
 class LatentViews(ViewSteps):
     """Latents and pictures for the latent DiT: `dataset[step]` is a `LatentBatch`.
 
-    `tokens` (n,) are those of the shapes `views.names`. `cache` keeps all latents in memory, shared by forked workers.
+    Args:
+        tokens: (n,) of the shapes `views.names`.
+        cache: keep all latents in memory, shared by forked workers, if they need no more than `memory_gib`.
 
     Raises:
         FileNotFoundError: latents of many shapes are missing in a symmetry that their views need.
@@ -209,62 +288,66 @@ class LatentViews(ViewSteps):
         max_tokens: int,
         seed: int,
         cache: bool = True,
+        memory_gib: float = MEMORY_GIB,
     ):
-        self.views, self.views_per_shape, self.seed = views, views_per_shape, seed
-        num_shapes = shapes_per_batch(batch_size, views_per_shape)
-        say_left_out(tokens, max_tokens // views_per_shape, f"shapes at {resolution}³")
-        self.plan = BatchPlan(tokens.repeat(2), num_shapes, max_tokens // views_per_shape, seed)
-        self.paths = {
-            (shape, symmetry): latent_path(data_dir, resolution, views.names[shape], symmetry)
-            for shape in np.unique(self.plan.kept // 2).tolist()
-            for symmetry in views.symmetries_of(shape)
-        }
-        self.damaged = DamagedFiles(len(tokens), "encode_latents", items_per_file=2)
-        missing = {key: path for key, path in self.paths.items() if not path.is_file()}
-        if len({shape for shape, _ in missing}) > self.damaged.limit:
+        most = max_tokens // views_per_shape
+        say_left_out(tokens, most, f"shapes at {resolution}³")
+        plan = BatchPlan(tokens, shapes_per_batch(batch_size, views_per_shape), most, seed, copies=2)
+        super().__init__(views, plan, views_per_shape, seed)
+        self.folder, self.resolution = open_data(data_dir), resolution
+        self.damaged = DamagedFiles(len(tokens), "encode_latents", NUM_SYMMETRIES)
+        wanted = views.turns.symmetries() & (tokens <= most)[:, None]  # (n, 8)
+        self._check(wanted)
+        self.held: dict[int, list[np.ndarray]] = {}
+        if cache:
+            files = np.flatnonzero(wanted)
+            self.held = hold(files.tolist(), len(files), self._num_bytes(wanted, tokens), memory_gib, self._latents)
+
+    def _check(self, wanted: np.ndarray) -> None:
+        """Look whether files are there: all of a small corpus, some of a large one."""
+        files = np.flatnonzero(wanted)
+        files = files[:: -(-len(files) // CHECKED_FILES)].tolist()
+        with ThreadPoolExecutor() as pool:
+            paths = [self._path(file) for file in files]
+            are_there = pool.map(_is_file, paths)
+            missing = {f: path for f, path, is_there in zip(files, paths, are_there, strict=True) if not is_there}
+        if len({file // NUM_SYMMETRIES for file in missing}) > self.damaged.limit:
             first, *others = missing.values()
             raise FileNotFoundError(
                 f"expected latents in {first} and {len(others)} other files; "
                 "make them with python -m training.encode_latents"
             )
-        for (shape, _), path in missing.items():
-            self.damaged.add(shape, FileNotFoundError(f"missing file {path}"))
-        self.cache = {}
-        if cache:
-            with ThreadPoolExecutor() as pool:
-                self.cache = dict(zip(self.paths, pool.map(self._read, self.paths.values()), strict=True))
 
-    @staticmethod
-    def _read(path: Path) -> list[np.ndarray] | None:
-        try:
-            return read_latents(path)
-        except READ_ERRORS:
-            return None  # the error comes again when the latents are drawn
+    def _num_bytes(self, wanted: np.ndarray, tokens: np.ndarray) -> float:
+        """Estimate the bytes of the wanted latents from one file."""
+        for file in np.flatnonzero(wanted)[:CHECKED_FILES].tolist():
+            with contextlib.suppress(*READ_ERRORS):
+                latents = self._latents(file)
+                return int(wanted.sum(1) @ tokens) * sum(a.nbytes for a in latents) / max(1, len(latents[0]))
+        return 0.0
+
+    def _path(self, file: int) -> Path:
+        shape, symmetry = divmod(file, NUM_SYMMETRIES)
+        return latent_path(self.folder, self.resolution, self.views.names[shape], symmetry)
+
+    def _latents(self, file: int) -> list[np.ndarray]:
+        return read_latents(self._path(file))
 
     def load(self, step: int, chosen: np.ndarray | slice) -> LatentBatch:
         """The batch of the chosen samples (b,) of a step."""
-        shapes, mirrored = np.divmod(self.plan[step].repeat(self.views_per_shape), 2)
-        symmetries, images = self.views.draw(shapes, mirrored, draw(self.seed, step, 2), chosen)
-        latents = []
-        for row, (shape, mirror) in enumerate(zip(shapes[chosen].tolist(), mirrored[chosen].tolist(), strict=True)):
-            item, key = 2 * shape + mirror, (shape, int(symmetries[row]))
-            read = partial(self._latents_of, step, item, key, images[row])
-            latents.append(self.damaged.read(item, self.plan.others(item, step), read))
+        latents, pictures = zip(*self.each(step, chosen, self._read), strict=True)
         coords, mean, logvar = zip(*latents, strict=True)
-        return LatentBatch(join_coords(coords), join(mean), join(logvar), images)
+        return LatentBatch(join_coords(coords), join(mean), join(logvar), torch.stack(pictures))
 
-    def _latents_of(self, step: int, drawn: int, key: tuple[int, int], image: Tensor, item: int) -> list[np.ndarray]:
-        """Return the latents of an item. One that is not the drawn one puts its picture into `image` (4, S, S)."""
-        picture = None
-        if item != drawn:
-            shape, mirror = divmod(item, 2)
-            rng = draw(self.seed, step, 4, drawn)
-            (symmetry,), (picture,) = self.views.draw(np.array([shape]), np.array([mirror]), rng)
-            key = shape, int(symmetry)
-        latents = self.cache.get(key) or read_latents(self.paths[key])
-        if picture is not None:
-            image.copy_(picture)
-        return latents
+    def _read(self, drawn: Drawn) -> tuple[list[np.ndarray], Tensor]:
+        symmetry, picture = self.views.picture(drawn)
+        file = NUM_SYMMETRIES * drawn.shape + symmetry
+        latents = self.held.get(file) or self.damaged.read(file, lambda: self._latents(file))
+        return latents, picture
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file()
 
 
 # --- loading

@@ -12,10 +12,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from d3ds2.images.foreground import MARGIN, SIZE
-from training.data.batch_plans import draw, plan_shapes, shapes_per_batch
-from training.data.datasets import load_batches
+from d3ds2.images.foreground import MARGIN, SIZE, preprocess
+from training.data.batch_plans import plan_views
+from training.data.damaged_files import READ_ERRORS, first_readable
+from training.data.datasets import Structures, grid_of, load_batches
+from training.data.png_files import read_png
 from training.data.steps import ViewSteps
 from training.data.views import (
     CROP_PROBABILITY,
@@ -23,8 +26,7 @@ from training.data.views import (
     MAX_ROTATION,
     MIN_CROP,
     ROTATE_PROBABILITY,
-    Pictures,
-    View,
+    Drawn,
     Views,
 )
 from training.losses import DrawRows, draw_all
@@ -39,6 +41,31 @@ class Choice(NamedTuple):
     symmetries: Tensor  # (B,) int64
     pictures: Tensor  # (B,) int64, rows of `DevicePictures.images`
     mirrored: Tensor  # (B,) bool
+    grids: Tensor | None = None  # (B, 1, G, G, G) uint8 occupancy, where the latents are not on the device
+
+
+class EveryPicture(Dataset):
+    """All pictures as at inference, READ_AT_ONCE in a batch: (B, 4, S, S) uint8. Damaged ones are noted, and black."""
+
+    def __init__(self, views: Views):
+        self.views = views
+
+    def __len__(self) -> int:
+        return -(-int(self.views.first[-1]) // READ_AT_ONCE)
+
+    def __getitem__(self, index: int) -> Tensor:
+        first = index * READ_AT_ONCE
+        return torch.stack([self._picture(n) for n in range(first, min(first + READ_AT_ONCE, self.views.first[-1]))])
+
+    def _picture(self, number: int) -> Tensor:
+        views = self.views
+        shape = int(np.searchsorted(views.first, number, side="right")) - 1
+        path = views.files[shape][number - int(views.first[shape])]
+        try:
+            image = views.damaged.read(number, lambda: read_png(path))
+        except READ_ERRORS:
+            return torch.zeros((4, views.image_size, views.image_size), dtype=torch.uint8)
+        return (preprocess(image, views.image_size) * 255).round().byte()
 
 
 class DevicePictures:
@@ -46,15 +73,11 @@ class DevicePictures:
 
     Attributes:
         images: (n, 4, S, S) uint8: RGB and mask.
-        rows: (shapes + 1,) int64, the row of each shape's first view in `images`.
     """
 
     def __init__(self, views: Views, device: torch.device, workers: int):
-        every = [View(shape, view, 0) for shape, files in enumerate(views.files) for view in range(len(files))]
-        S = views.image_size
-        self.rows = np.concatenate([[0], np.cumsum([len(files) for files in views.files])])
-        self.images = torch.empty((len(every), 4, S, S), dtype=torch.uint8, device=device)
-        pictures = Pictures(views, every, READ_AT_ONCE)
+        S, pictures = views.image_size, EveryPicture(views)
+        self.images = torch.empty((int(views.first[-1]), 4, S, S), dtype=torch.uint8, device=device)
         for index, batch in enumerate(load_batches(pictures, 0, len(pictures), workers, device)):
             self.images[index * READ_AT_ONCE : index * READ_AT_ONCE + len(batch)] = batch
 
@@ -98,17 +121,41 @@ def move_objects(images: Tensor, generator: torch.Generator, draw_samples: DrawR
 
 
 class PictureChoices(ViewSteps):
-    """`choices[step]` is a `Choice` of the same shapes and symmetries as `StructureViews` with these arguments."""
+    """`choices[step]` is a `Choice` of the same shapes as `StructureViews` with these arguments, see there.
 
-    def __init__(self, views: Views, pictures: DevicePictures, batch_size: int, views_per_shape: int, seed: int):
-        self.views, self.rows, self.views_per_shape, self.seed = views, pictures.rows, views_per_shape, seed
-        self.plan = plan_shapes(2 * len(views.names), shapes_per_batch(batch_size, views_per_shape), seed)
+    The pictures are in `DevicePictures`, which has noted the damaged ones; each is replaced by the shape's next one.
+    """
+
+    augment = False  # the device does it
+
+    def __init__(
+        self,
+        views: Views,
+        batch_size: int,
+        views_per_shape: int,
+        seed: int,
+        structures: Structures | None = None,
+        with_grids: bool = False,
+        weights: np.ndarray | None = None,
+    ):
+        plan = plan_views(len(views.names), batch_size, views_per_shape, seed, weights)
+        super().__init__(views, plan, views_per_shape, seed)
+        self.structures, self.with_grids = structures, with_grids
 
     def load(self, step: int, chosen: np.ndarray | slice) -> Choice:
         """The choice of some samples (b,) of a step."""
-        shapes, mirrored = np.divmod(self.plan[step].repeat(self.views_per_shape), 2)
-        rng = draw(self.seed, step, 2)
-        choices = [self.views.choose(shape, flip, rng) for shape, flip in zip(shapes, mirrored, strict=True)]
-        view, symmetries = np.array(choices).T
-        columns = shapes, symmetries, self.rows[shapes] + view, mirrored.astype(bool)
-        return Choice(*(torch.from_numpy(column[chosen]) for column in columns))
+        *columns, grids = zip(*self.each(step, chosen, self._read), strict=True)
+        shapes, symmetries, pictures, mirrored = map(torch.tensor, columns)
+        grids = torch.from_numpy(np.stack(grids)[:, None]) if self.with_grids else None
+        return Choice(shapes, symmetries, pictures, mirrored, grids)
+
+    def _read(self, drawn: Drawn) -> tuple[int, int, int, bool, np.ndarray | None]:
+        shape, views = drawn.shape, self.views
+
+        def read(view: int) -> int:
+            return views.damaged.read(views.number(shape, view), lambda: view)
+
+        view = first_readable(views.following(shape, drawn.view), read)
+        symmetry = views.symmetry(shape, view, drawn.flip)
+        grid = grid_of(self.structures, shape, symmetry, self.with_grids)
+        return shape, symmetry, views.number(shape, view), bool(drawn.flip), grid

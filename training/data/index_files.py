@@ -8,24 +8,33 @@ them, so tasks never write to the same file. Each file is a list of records:
 `meshes` is the folder that the mesh came from. Records of other folders stay when a folder is prepared again.
 """
 
-import contextlib
 import json
+import re
 import sys
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from d3ds2.storage.atomic_file import replacing
+from training.data.packs import open_data
 from training.data.shards import Shard
+from training.folder_lock import locked
+
+MARK, END = re.compile(r"\s*([\[,])\s*"), re.compile(r"\s*\]\s*")  # between the records of a file, and after them
 
 
 def index_files(data_dir: str | Path) -> list[Path]:
     """The index files of a folder; index.json first."""
-    own = Path(data_dir) / "index.json"
-    return [own] * own.is_file() + sorted(Path(data_dir).glob("index.*-of-*.json"))
+    folder = open_data(data_dir)
+    own = folder / "index.json"
+    return [own] * own.is_file() + sorted(folder.glob("index.*-of-*.json"))
 
 
-def read_index(data_dir: str | Path) -> list[dict]:
+def read_index(data_dir: str | Path, keep: Callable[[dict], Any] = lambda record: record) -> list:
     """Read the records of all index files, sorted by name.
+
+    Args:
+        keep: returns what to keep of a record, so that millions of them need little memory; None to leave it out.
 
     Raises:
         FileNotFoundError: `data_dir` was not made by prepare_shapes.
@@ -33,10 +42,10 @@ def read_index(data_dir: str | Path) -> list[dict]:
     """
     files = index_files(data_dir)
     if not files:
-        missing = Path(data_dir) / "index.json"
+        missing = open_data(data_dir) / "index.json"
         raise FileNotFoundError(f"expected {missing}; make it with python -m training.prepare_shapes")
-    by_name = {record["name"]: record for file in files for record in read_records(file)}
-    return [by_name[name] for name in sorted(by_name)]
+    by_name = {record["name"]: keep(record) for file in files for record in each_record(file)}
+    return [by_name[name] for name in sorted(by_name) if by_name[name] is not None]
 
 
 def read_records(file: Path) -> list[dict]:
@@ -45,13 +54,32 @@ def read_records(file: Path) -> list[dict]:
     Raises:
         ValueError: the file is damaged.
     """
+    return list(each_record(file))
+
+
+def each_record(file: Path) -> Iterator[dict]:
+    """Read one index file, and yield its records one after the other.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     try:
-        records = json.loads(file.read_text())
+        text, decode, place, mark = file.read_text(), json.JSONDecoder().raw_decode, 0, "["
+        while True:
+            found = MARK.match(text, place)
+            if found is None or found[1] != mark:
+                raise ValueError(f"expected {mark!r} at character {place}")
+            if mark == "[" and text.startswith("]", found.end()):
+                return
+            record, place = decode(text, found.end())
+            if not _is_record(record):
+                raise ValueError("which is not a list of records with name, source, split and num_tokens")
+            yield record
+            mark = ","
+            if END.fullmatch(text, place):
+                return
     except ValueError as error:
         raise _damaged(file, str(error)) from None
-    if not isinstance(records, list) or not all(map(_is_record, records)):
-        raise _damaged(file, "which is not a list of records with name, source, split and num_tokens")
-    return records
 
 
 def _damaged(file: Path, reason: str) -> ValueError:
@@ -59,11 +87,15 @@ def _damaged(file: Path, reason: str) -> ValueError:
 
 
 def _is_record(record) -> bool:
-    if not isinstance(record, dict) or not isinstance(record.get("num_tokens"), dict):
+    if type(record) is not dict or type(record.get("num_tokens")) is not dict:
         return False
-    texts = (record.get(key) for key in ("name", "source", "split"))
-    tokens = record["num_tokens"].values()
-    return all(isinstance(text, str) for text in texts) and all(type(n) is int and n > 0 for n in tokens)
+    for key in ("name", "source", "split"):
+        if type(record.get(key)) is not str:
+            return False
+    for tokens in record["num_tokens"].values():  # noqa: SIM110, twice as fast as all() on half a million records
+        if type(tokens) is not int or tokens <= 0:
+            return False
+    return True
 
 
 def update_index(
@@ -85,7 +117,7 @@ def update_index(
     """
     data_dir, own = Path(data_dir), shard.file(Path(data_dir) / "index.json")
     new = {record["name"]: record for record in records}
-    with _locked(data_dir):
+    with locked(data_dir, wait=True, name=".index.lock"):
         known = {record["name"]: record for record in _records_or_none(own)}
         _write(own, [r for name, r in (known | new).items() if name in new or not is_gone(r)])
         for other in index_files(data_dir) if in_others else []:
@@ -111,20 +143,3 @@ def _records_or_none(file: Path) -> list[dict]:
 def _write(file: Path, records: list[dict]) -> None:
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(sorted(records, key=lambda record: record["name"]), indent=1))
-
-
-@contextlib.contextmanager
-def _locked(data_dir: Path) -> Generator[None]:
-    """Keep other tasks from changing the index meanwhile, where the system and its files can.
-
-    Where they cannot, tasks of one array still keep apart, since each has its own file.
-    """
-    try:
-        import fcntl  # not on Windows
-    except ImportError:
-        yield
-        return
-    with open(data_dir / ".index.lock", "w") as file:
-        with contextlib.suppress(OSError):  # a network folder without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -13,11 +13,17 @@ import hashlib
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import trimesh
+
+from d3ds2.images.surface_colors import SurfaceColors
+from d3ds2.meshes.mesh_parts import read_parts
+from d3ds2.meshes.triangles import used_vertices
+from training.data.mesh_colors import face_colors, surface_colors
 
 SUFFIXES = (".npz", ".glb", ".gltf", ".obj", ".ply", ".stl", ".off")
 SPLITS = ("train", "val", "test")
@@ -109,7 +115,7 @@ def _scan(folder: Path) -> list[MeshEntry]:
 
 
 def read_mesh(entry: MeshEntry) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """The triangles of one mesh, all parts merged, as they lie in the file (not normalised).
+    """Return the triangles of one mesh, all parts merged, as they lie in the file (not normalised).
 
     Returns:
         vertices (V,3) float32, faces (F,3) int64, face_colors (F,3) uint8 sRGB, or None where the mesh has no colour
@@ -120,12 +126,29 @@ def read_mesh(entry: MeshEntry) -> tuple[np.ndarray, np.ndarray, np.ndarray | No
         ValueError: the file is not a mesh, has no triangle, or its vertices or indices are out of range.
         OSError: its disk or network drive is gone.
     """
+    return _read(entry, face_colors_of)
+
+
+def read_textured_mesh(entry: MeshEntry) -> tuple[np.ndarray, np.ndarray, SurfaceColors | np.ndarray | None]:
+    """Return the same as `read_mesh`, but where colours vary within faces, the colours of all points.
+
+    Raises as `read_mesh`.
+    """
+    is_gltf = entry.path.suffix.lower() in (".glb", ".gltf")
+    return _read(entry, lambda parts: surface_colors(parts, linear=is_gltf))
+
+
+def face_colors_of(parts: list[trimesh.Trimesh]) -> np.ndarray:
+    """Return the colours of the faces of all parts, (F,3) uint8."""
+    return np.concatenate([face_colors(part) for part in parts])
+
+
+def _read(entry: MeshEntry, colors_of: Callable) -> tuple:
     path = entry.path
     if not path.is_file():
         raise FileNotFoundError(f"expected a mesh at {path}, found no file")
     try:
-        read = _read_npz if path.suffix.lower() == ".npz" else _read_with_trimesh
-        vertices, faces, colors = read(path)
+        vertices, faces, colors = _read_npz(path) if path.suffix.lower() == ".npz" else _read_parts(path, colors_of)
     except MemoryError:
         raise
     except Exception as error:  # a loader meets a strange file with any error
@@ -138,7 +161,7 @@ def read_mesh(entry: MeshEntry) -> tuple[np.ndarray, np.ndarray, np.ndarray | No
         raise ValueError(f"expected finite vertices in {path}, got NaN or infinity")
     if faces.min() < 0 or faces.max() >= len(vertices):
         raise ValueError(f"expected face indices in [0, {len(vertices)}) in {path}, got {faces.min()}..{faces.max()}")
-    return vertices, faces, None if entry.has_color is False else colors
+    return *used_vertices(vertices, faces), None if entry.has_color is False else colors
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -154,8 +177,8 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     return vertices.astype(np.float32), faces, colors
 
 
-def _read_with_trimesh(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    parts = [part for part in trimesh.load_scene(path).dump() if isinstance(part, trimesh.Trimesh) and len(part.faces)]
+def _read_parts(path: Path, colors_of: Callable) -> tuple:
+    parts = read_parts(path, path.suffix.lower())
     if not parts:
         raise ValueError("no triangles")
     offsets = np.cumsum([0] + [len(part.vertices) for part in parts])
@@ -163,15 +186,4 @@ def _read_with_trimesh(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray |
     faces = np.concatenate([part.faces + offset for part, offset in zip(parts, offsets, strict=False)]).astype(np.int64)
     if not any(part.visual.defined for part in parts):
         return vertices, faces, None
-    return vertices, faces, np.concatenate([_face_colors(part) for part in parts])
-
-
-def _face_colors(part: trimesh.Trimesh) -> np.ndarray:
-    """Return the colours of the faces, (F,3) uint8; a texture is read at the corners of each face and averaged."""
-    visual = part.visual
-    if not isinstance(visual, trimesh.visual.TextureVisuals):
-        return np.asarray(visual.face_colors)[:, :3].astype(np.uint8)
-    corners = None if visual.uv is None else np.asarray(visual.material.to_color(visual.uv))
-    if corners is None or corners.ndim != 2 or len(corners) != len(part.vertices):  # no texture: one plain colour
-        return np.tile(np.asarray(visual.material.main_color, dtype=np.uint8)[:3], (len(part.faces), 1))
-    return corners[:, :3][part.faces].mean(axis=1).astype(np.uint8)
+    return vertices, faces, colors_of(parts)

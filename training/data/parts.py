@@ -37,14 +37,20 @@ class Part(NamedTuple):
 
     Attributes:
         batch: what the dataset returns for these samples; None if there are none.
-        cut: None for a whole batch.
+        cut: None for a whole batch in which no smaller shape stands for a damaged one.
         shares: the share of the whole batch's values that this part has, each a scalar float32, by the name of what is
             counted; None for a whole batch.
+        is_stand_in: whether the samples are also those of another part, so that this one counts for nothing.
     """
 
     batch: Any = None
     cut: Cut | None = None
     shares: dict[str, Tensor] | None = None
+    is_stand_in: bool = False
+
+    def own(self, number: int) -> int:
+        """Return a number of this part, such as that of its tokens, for a sum over all parts."""
+        return 0 if self.is_stand_in else number
 
     def draw_samples(self, number: int, make: Callable[[int], Tensor]) -> Tensor:
         """Return `make(number)`, whose rows are samples: (b, ...). A part takes its rows of the whole `make(B)`."""
@@ -96,32 +102,40 @@ class Steps(Protocol):
 class Parts(Dataset):
     """The parts of one rank: item `step · accumulate + i` is its part i of a step.
 
+    Where there are fewer samples than parts, some parts are empty, or stand-ins if `run.sharded`: the smallest sample.
+
     Raises:
         ValueError: a shape has more tokens than the index says.
     """
 
-    def __init__(self, steps: Steps, ranks: Ranks, accumulate: int):
-        self.steps, self.accumulate = steps, accumulate
+    def __init__(self, steps: Steps, ranks: Ranks, accumulate: int, stand_ins: bool = False):
+        self.steps, self.accumulate, self.stand_ins = steps, accumulate, stand_ins
         self.first, self.number = ranks.rank * accumulate, ranks.size * accumulate
 
     def __getitem__(self, item: int) -> Part:
         step, part = divmod(item, self.accumulate)
         sizes = self.steps.sizes(step)
         chosen = split(sizes, self.number)[self.first + part]
-        if len(chosen) == 0:
+        is_empty = len(chosen) == 0
+        if is_empty and not self.stand_ins:
             return Part()
+        chosen = np.argsort(sizes, kind="stable")[:1] if is_empty else chosen
         batch = self.steps.load(step, chosen)
-        starts, loaded = np.cumsum(sizes) - sizes, _sizes_of(batch)
-        rows = []
-        for sample, size in zip(chosen.tolist(), sizes[chosen] if loaded is None else loaded, strict=True):
-            if size > sizes[sample]:  # a smaller one may stand for a shape that cannot be read
-                raise ValueError(
-                    f"sample {sample} of step {step} has {size} tokens, but the index says {sizes[sample]}: "
-                    "prepare the data again"
-                )
-            rows.append(np.arange(starts[sample], starts[sample] + size))
-        cut = Cut(torch.from_numpy(chosen), len(sizes), torch.from_numpy(np.concatenate(rows)), int(sizes.sum()))
-        return Part(batch, cut)
+        loaded = _sizes_of(batch)
+        loaded = sizes[chosen] if loaded is None else np.array(loaded)
+        if too_large := np.flatnonzero(loaded > sizes[chosen]).tolist():
+            sample = chosen[too_large[0]]
+            raise ValueError(
+                f"sample {sample} of step {step} has {loaded[too_large[0]]} tokens, but the index says "
+                f"{sizes[sample]}: prepare the data again"
+            )
+        if self.number == 1 and (loaded == sizes).all():
+            return Part(batch)
+        # a smaller shape may stand for one that cannot be read: its rows are the first of those of the other
+        starts = (np.cumsum(sizes) - sizes)[chosen]
+        rows = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, loaded, strict=True)])
+        cut = Cut(torch.from_numpy(chosen), len(sizes), torch.from_numpy(rows), int(sizes.sum()))
+        return Part(batch, cut, is_stand_in=is_empty)
 
 
 def _sizes_of(batch: Any) -> list[int] | None:
@@ -147,15 +161,15 @@ def load_parts(
         counted: names of the K things over which the loss takes means, such as "tokens".
         count: returns how many of each a batch has, (K,) int64. It is not called for a whole batch.
     """
-    if ranks.size * run.accumulate == 1:
-        for batch in load_batches(steps, first_step, run.steps, run.workers, ranks.device):
-            yield [Part(batch)]
-        return
     items = first_step * run.accumulate, run.steps * run.accumulate
-    loaded = load_batches(Parts(steps, ranks, run.accumulate), *items, run.workers, ranks.device)
+    loaded = load_batches(Parts(steps, ranks, run.accumulate, run.sharded), *items, run.workers, ranks.device)
+    if ranks.size * run.accumulate == 1:
+        for part in loaded:
+            yield [part]
+        return
     while own := list(islice(loaded, run.accumulate)):
         own = [part for part in own if part.batch is not None]
-        counts = [count(part.batch).to(ranks.device) for part in own]
+        counts = [count(part.batch).to(ranks.device) * (not part.is_stand_in) for part in own]
         nothing = torch.zeros(len(counted), dtype=torch.int64, device=ranks.device)
         total = ranks.sum(sum(counts, start=nothing)).clamp(min=1)
         shares = [dict(zip(counted, (counts_ / total).float().unbind(), strict=True)) for counts_ in counts]

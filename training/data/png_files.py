@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from d3ds2.storage.one_line import one_line
-from training.data.shape_files import DamagedFileError
+from training.data.array_files import DamagedFileError
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from d3ds2.geometry.voxels import BLOCK, PLACES, Voxels
 from d3ds2.kernels.device_constant import device_constant
+from training.data.crops import Crop
 from training.data.shape_files import StoredShape
 
 
@@ -26,6 +27,7 @@ class ShapeBatch(NamedTuple):
     latent_voxels: Voxels  # those of block_coords, with their tables prepared
     resolution: int  # R
     batch_size: int
+    crop: Crop | None = None  # what is decoded; None: all
 
 
 def pack_shapes(shapes: list[StoredShape], resolution: int) -> ShapeBatch:

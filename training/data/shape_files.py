@@ -5,30 +5,32 @@
     views/<name>/000.png ... cameras.json       render_views:    RGBA
     latents/<R>/<name>@<symmetry>.safetensors   encode_latents:  coords (M,3), mean (M,C), logvar (M,C)
 
-The metadata of a file has a checksum of each array, and the settings that the file was made with. Older files have
-neither; they are read all the same.
+The metadata of a file has a checksum of each array, and the settings that the file was made with (`array_files`).
+Older files have neither; they are read all the same. A `data_dir` may also be the packed files of such a folder, on
+disk or at a URL (`packs`).
 
 Sizes: M blocks of 8³ SDF voxels, which are the tokens of a shape; C latent channels; R voxels per edge.
 """
 
-import json
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from d3ds2.meshes.mesh_to_sdf import SparseSDF
-from d3ds2.storage.atomic_file import replacing
-from d3ds2.storage.one_line import one_line
+from training.data.array_files import (
+    DamagedFileError,
+    checksum_of_file,
+    read_arrays,
+    read_header,
+    write_arrays,
+)
 from training.data.index_files import read_index
+from training.data.packs import open_data
 from training.data.symmetry import transform_grid, transform_voxels
 
 BLOCK = 8  # voxels along the edge of a stored block; that of d3ds2.geometry.voxels, which would import torch
-
-ABOUT = "about"  # the key of a file's metadata
+STRUCTURE_BYTES = 1 << 18  # read at first for the blocks' coordinates alone: those of 40,000 blocks
 
 
 class StoredShape(NamedTuple):
@@ -41,64 +43,17 @@ class StoredShape(NamedTuple):
 
 def shape_path(data_dir: str | Path, resolution: int, name: str) -> Path:
     """The file of a prepared shape."""
-    return Path(data_dir) / "shapes" / str(resolution) / f"{name}.safetensors"
+    return open_data(data_dir) / "shapes" / str(resolution) / f"{name}.safetensors"
 
 
 def latent_path(data_dir: str | Path, resolution: int, name: str, symmetry: int) -> Path:
     """The file of a moved shape's latents."""
-    return Path(data_dir) / "latents" / str(resolution) / f"{name}@{symmetry}.safetensors"
+    return open_data(data_dir) / "latents" / str(resolution) / f"{name}@{symmetry}.safetensors"
 
 
 def view_folder(data_dir: str | Path, name: str) -> Path:
     """The folder of a shape's pictures and of cameras.json, which says how each was taken."""
-    return Path(data_dir) / "views" / name
-
-
-class DamagedFileError(ValueError):
-    """A file of training data that is not as it was written. The message is one line and names the file."""
-
-
-def write_arrays(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any] | None = None) -> str:
-    """Write named arrays, their checksums, and what `about` says to a safetensors file, whole or not at all.
-
-    Returns:
-        The file's checksum.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    checksums = {name: _checksum(array) for name, array in arrays.items()}
-    # under one key, as safetensors writes keys in a random order
-    content = save(arrays, {ABOUT: json.dumps((about or {}) | {"checksums": checksums})})
-    try:
-        with replacing(path) as temporary:
-            temporary.write_bytes(content)  # not by safetensors, whose errors do not say that the disk is full
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk names no file
-        raise
-    return _checksum_of_file(checksums)
-
-
-def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
-    """Read the named arrays of a safetensors file, in the order of the names.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        DamagedFileError: the file is cut off, or differs from its checksums.
-    """
-    try:
-        with safe_open(path, "numpy") as file:
-            checksums = _about(file).get("checksums", {})
-            arrays = [file.get_tensor(name) for name in names]
-    except FileNotFoundError:
-        raise FileNotFoundError(f"missing file {path}") from None
-    except (SafetensorError, ValueError, TypeError) as error:
-        raise DamagedFileError(f"damaged file {path} ({one_line(error)})") from None
-    for name, array in zip(names, arrays, strict=True):
-        if name in checksums and checksums[name] != _checksum(array):
-            raise DamagedFileError(f"damaged file {path} ({name} differs from its checksum)")
-    return arrays
+    return open_data(data_dir) / "views" / name
 
 
 class FileSummary(NamedTuple):
@@ -115,28 +70,13 @@ def read_summary(path: Path, coords: str, verify: bool = False) -> FileSummary |
     `verify` reads all arrays too, and compares them with their checksums.
     """
     try:
-        with safe_open(path, "numpy") as file:
-            about, names = _about(file), list(file.keys())
-            tokens = file.get_slice(coords).get_shape()[0]
+        header = read_header(path)
+        tokens = header.arrays[coords][1][0]
         if verify:
-            read_arrays(path, *names)
-    except (FileNotFoundError, SafetensorError, ValueError, TypeError, IndexError):
+            read_arrays(path, *header.arrays)
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return None
-    return FileSummary(about, tokens, _checksum_of_file(about.get("checksums", {})))
-
-
-def _about(file) -> dict[str, Any]:
-    """Return what `write_arrays` was given about an open file."""
-    return json.loads((file.metadata() or {}).get(ABOUT, "{}"))
-
-
-def _checksum(array: np.ndarray) -> str:
-    start = zlib.crc32(f"{array.dtype}{array.shape}".encode())
-    return f"{zlib.crc32(array.reshape(-1).view(np.uint8).data, start):08x}"  # read without a copy
-
-
-def _checksum_of_file(checksums: dict[str, str]) -> str:
-    return f"{zlib.crc32(json.dumps(checksums, sort_keys=True).encode()):08x}" if checksums else ""
+    return FileSummary(header.about, tokens, checksum_of_file(header.checksums))
 
 
 def save_shape(path: Path, shape: SparseSDF, about: dict[str, Any] | None = None) -> str:
@@ -148,7 +88,7 @@ def save_shape(path: Path, shape: SparseSDF, about: dict[str, Any] | None = None
         "sdf": sdf.astype(np.float16),
         "sharp": np.packbits(shape.sharp.reshape(-1, BLOCK**3), axis=1),
     }
-    return write_arrays(path, arrays, about)
+    return write_arrays(path, arrays, about, compressed=("sdf", "sharp"))
 
 
 def load_shape(path: Path, symmetry: int = 0) -> StoredShape:
@@ -165,6 +105,14 @@ def load_shape(path: Path, symmetry: int = 0) -> StoredShape:
         blocks, order = move_blocks(blocks, int(path.parent.name) // BLOCK, symmetry)
         sdf, sharp = transform_grid(sdf, symmetry)[order], transform_grid(sharp, symmetry)[order]
     return StoredShape(blocks, sdf, sharp)
+
+
+def read_structure(path: Path) -> np.ndarray:
+    """Read the coordinates (M,3) of a shape's blocks alone. Raises as `read_arrays`."""
+    (blocks,) = read_arrays(path, "block_coords", first=STRUCTURE_BYTES)
+    if blocks.shape != (len(blocks), 3):
+        raise DamagedFileError(f"damaged file {path} (blocks of shape {blocks.shape})")
+    return blocks
 
 
 def read_latents(path: Path) -> list[np.ndarray]:
@@ -196,7 +144,7 @@ def list_records(data_dir: str | Path, split: str, resolution: int) -> list[dict
     """
     records = [r for r in read_index(data_dir) if r["split"] == split and str(resolution) in r["num_tokens"]]
     if not records:
-        raise ValueError(f"expected shapes of split {split!r} at resolution {resolution} in {data_dir}, got none")
+        raise _no_shapes(data_dir, split, resolution)
     return records
 
 
@@ -205,5 +153,47 @@ def list_shapes(data_dir: str | Path, split: str, resolution: int) -> tuple[list
 
     Raises as `list_records`.
     """
-    records = list_records(data_dir, split, resolution)
-    return [r["name"] for r in records], np.array([r["num_tokens"][str(resolution)] for r in records])
+    return list_shapes_at(data_dir, split, (resolution,))[resolution]
+
+
+def list_shapes_at(
+    data_dir: str | Path, split: str, resolutions: tuple[int, ...]
+) -> dict[int, tuple[list[str], np.ndarray]]:
+    """Return for each resolution what `list_shapes` returns. Of half a million records it keeps 150 bytes each.
+
+    Raises as `list_records`.
+    """
+    keys = [str(R) for R in resolutions]
+
+    def keep(record: dict) -> tuple | None:
+        if record["split"] != split:
+            return None
+        return record["name"], *(record["num_tokens"].get(key, 0) for key in keys)
+
+    kept = read_index(data_dir, keep)
+    if not kept:
+        raise _no_shapes(data_dir, split, resolutions[0])
+    (names, *columns), listed = zip(*kept, strict=True), {}
+    for R, column in zip(resolutions, columns, strict=True):
+        tokens = np.array(column)
+        present = np.flatnonzero(tokens)
+        if len(present) == 0:
+            raise _no_shapes(data_dir, split, R)
+        listed[R] = list(names) if len(present) == len(names) else [names[i] for i in present.tolist()], tokens[present]
+    return listed
+
+
+def _no_shapes(data_dir: str | Path, split: str, resolution: int) -> ValueError:
+    return ValueError(f"expected shapes of split {split!r} at resolution {resolution} in {data_dir}, got none")
+
+
+def shape_weights(data_dir: str | Path, names: list[str], by_source: dict[str, float]) -> np.ndarray:
+    """Return the weight of each named shape (n,) float64: that of its source, 1 if `by_source` does not list it.
+
+    Raises:
+        ValueError: no shape of the folder has one of these sources.
+    """
+    source_of = dict(read_index(data_dir, lambda record: (record["name"], record["source"])))
+    if unknown := by_source.keys() - source_of.values():
+        raise ValueError(f"expected sources of {data_dir} in source_weights, got {sorted(unknown)}")
+    return np.array([by_source.get(source_of[name], 1.0) for name in names])

@@ -8,7 +8,7 @@ cropped to 0.9-1 of its edges with probability 0.1, cropped to the object, and p
 Sizes: B pictures, S pixels per edge.
 """
 
-import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from d3ds2.images.foreground import MARGIN, preprocess
-from training.data.damaged_files import READ_ERRORS, DamagedFiles
+from training.data.cameras import read_cameras
+from training.data.damaged_files import READ_ERRORS, DamagedFiles, first_readable
 from training.data.png_files import read_png
-from training.data.shape_files import DamagedFileError, view_folder
-from training.data.symmetry import MIRROR, facing
+from training.data.symmetry import MIRROR
 
 ROTATE_PROBABILITY, MAX_ROTATION = 0.1, 10.0  # degrees
 CROP_PROBABILITY, MIN_CROP = 0.1, 0.9
@@ -55,25 +55,14 @@ class Views:
         augment: bool = True,
         cache: bool = False,
     ):
-        damaged, known = DamagedFiles(len(names), "render_views"), {}
-        for place, name in enumerate(names):
-            file = view_folder(data_dir, name) / "cameras.json"
-            if file.is_file():
-                try:
-                    known[name] = _read_cameras(file)
-                except DamagedFileError as error:
-                    damaged.add(place, error)
-        self.names = list(known)
+        cameras = read_cameras(data_dir, names, turn_to_camera)
+        self.names, self.files, self.turns = cameras.names, cameras.files, cameras.turns
         if not self.names:
             raise FileNotFoundError(
                 f"expected pictures in {data_dir}/views/<name>/; make them with python -m training.render_views"
             )
         self.image_size, self.augment = image_size, augment
-        self.files, self.turns = [], []
-        for name, azimuth_of in known.items():
-            self.files.append([view_folder(data_dir, name) / file for file in azimuth_of])
-            self.turns.append([facing(azimuth if turn_to_camera else 0.0)[0] for azimuth in azimuth_of.values()])
-        self.first = np.cumsum([0, *map(len, self.files)])  # the number of each shape's first picture, among all
+        self.first = cameras.first  # the number of each shape's first picture, among all
         self.damaged = DamagedFiles(int(self.first[-1]), "render_views")
         self.cache = {}
         if cache:
@@ -92,42 +81,53 @@ class Views:
 
     def symmetries_of(self, shape: int) -> list[int]:
         """The symmetries in which `draw` may give a shape."""
-        return sorted({turns + MIRROR * mirrored for turns in self.turns[shape] for mirrored in (0, 1)})
+        return np.flatnonzero(self.turns.symmetries(shape, shape + 1)[0]).tolist()
 
-    def choose(self, shape: int, mirrored: int, rng: np.random.Generator) -> tuple[int, int]:
-        """Draw a view of a shape; return its number, and the symmetry of the shape that its picture shows."""
-        view = int(rng.integers(len(self.files[shape])))
-        return view, self.turns[shape][view] + MIRROR * mirrored
+    def draw_view(self, shape: int, mirrored: int, rng: np.random.Generator, augment: bool = True) -> "Drawn":
+        """Draw a view of a shape, and its augmentation if these views and this call want one."""
+        view = int(rng.integers(int(self.first[shape + 1] - self.first[shape])))
+        return Drawn(shape, view, mirrored, Change.draw(rng) if self.augment and augment else None)
 
-    def draw(
-        self,
-        shapes: np.ndarray,
-        mirrored: np.ndarray,
-        rng: np.random.Generator,
-        chosen: np.ndarray | slice = slice(None),
-    ) -> tuple[np.ndarray, Tensor]:
-        """Draw a picture of each shape (B,), mirrored (B,) or not. Only `chosen` ones are made, as among all.
+    def draw(self, shapes: np.ndarray, mirrored: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Tensor]:
+        """Draw a picture of each shape (B,), mirrored (B,) or not.
 
         Returns:
-            The symmetries (b,) int64 that the pictures show, and the pictures (b, 4, S, S) uint8: RGB and mask.
+            The symmetries (B,) int64 that the pictures show, and the pictures (B, 4, S, S) uint8: RGB and mask.
         """
-        drawn = []
-        for shape, flip in zip(shapes.tolist(), mirrored.tolist(), strict=True):
-            view, _ = self.choose(shape, flip, rng)
-            drawn.append((shape, view, flip, Change.draw(rng) if self.augment else None))
-        symmetries, pictures = zip(*(self._readable(*drawn[i]) for i in np.arange(len(drawn))[chosen]), strict=True)
+        pairs = zip(shapes.tolist(), mirrored.tolist(), strict=True)
+        drawn = [self.draw_view(*pair, rng) for pair in pairs]
+        symmetries, pictures = zip(*map(self.picture, drawn), strict=True)
         return np.array(symmetries), torch.stack(pictures)
 
-    def _readable(self, shape: int, view: int, flip: bool, change: "Change | None") -> tuple[int, Tensor]:
-        """Return a view's symmetry and picture; those of the shape's next view where the picture is damaged."""
-        first, number = int(self.first[shape]), len(self.files[shape])
+    def picture(self, drawn: "Drawn") -> tuple[int, Tensor]:
+        """Return the symmetry that a view shows, and its picture (4, S, S) uint8.
 
-        def read(picture: int) -> tuple[int, Tensor]:
-            view = picture - first
-            return self.turns[shape][view] + MIRROR * flip, self._picture(shape, view, flip, change)
+        They are those of the shape's next view where the picture is damaged.
 
-        others = (first + (view + i) % number for i in range(1, number))
-        return self.damaged.read(first + view, others, read)
+        Raises:
+            DamagedFileError: no picture of the shape can be read.
+            TooManyDamagedError: too many pictures are damaged.
+        """
+        shape, _, flip, change = drawn
+
+        def read(view: int) -> tuple[int, Tensor]:
+            picture = self.damaged.read(self.number(shape, view), lambda: self._picture(shape, view, flip, change))
+            return self.symmetry(shape, view, flip), picture
+
+        return first_readable(self.following(shape, drawn.view), read)
+
+    def number(self, shape: int, view: int) -> int:
+        """The number of a picture among all."""
+        return int(self.first[shape]) + view
+
+    def symmetry(self, shape: int, view: int, flip: int) -> int:
+        """The symmetry of a shape that a picture, flipped or not, shows."""
+        return self.turns[shape][view] + MIRROR * flip
+
+    def following(self, shape: int, view: int) -> Iterator[int]:
+        """Yield all views of a shape, from a view on."""
+        number = int(self.first[shape + 1] - self.first[shape])
+        return ((view + i) % number for i in range(number))
 
     def _picture(self, shape: int, view: int, flip: bool, change: "Change | None") -> Tensor:
         cached = self.cache[shape][view] if shape in self.cache else None
@@ -140,12 +140,13 @@ class Views:
         return (preprocess(image, self.image_size, margin) * 255).round().byte()
 
 
-def _read_cameras(file: Path) -> dict[str, float]:
-    """Read the azimuth of each picture in cameras.json, by the picture's file name."""
-    try:
-        return {view["file"]: float(view["camera"]["azimuth"]) for view in json.loads(file.read_text())["views"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedFileError(f"damaged file {file} ({error})") from None
+class Drawn(NamedTuple):
+    """A view that was drawn for a sample."""
+
+    shape: int  # index into Views.names
+    view: int
+    flip: int  # whether the picture is flipped, since the shape is mirrored
+    change: "Change | None"
 
 
 class Change(NamedTuple):

@@ -1,0 +1,47 @@
+"""The benchmark of several GPUs, small and on the CPU."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import scaling
+from benchmarks.scaling_work import CASES, Work, tokens_of, train
+from tests.training.test_distributed import on_ranks
+from training.distributed import Ranks, ranks_on
+
+LONG_CASES = ("latent DiT 512", "latent DiT 1024", "SDF VAE 384")
+
+
+@pytest.mark.parametrize(
+    "case", ["structure DiT", *(pytest.param(case, marks=pytest.mark.long) for case in LONG_CASES)]
+)
+def test_ranks_measure_a_case(tmp_path, case):
+    work = Work(case, str(tmp_path / "result.json"), batch=4, steps=2, warm_up=1, tiny=True, sharded=True)
+    on_ranks(2, lambda: train(work))
+    found = json.loads(Path(work.out).read_text())
+    assert list(found["ms"]) == ["data", "compute", "wait for the slowest", "update"]
+    assert all(ms > 0 for ms in found["ms"].values()) and found["imbalance"] >= 1 and len(found["losses"]) == 3
+    data = CASES[case][0](work).data
+    assert found["tokens"] == (data.sizes(1).sum() + data.sizes(2).sum()) / 2
+
+
+def test_tokens_of_the_ranks_are_those_of_the_batch():
+    ranks = ranks_on("cpu")
+    data = CASES["latent DiT 512"][0](Work("latent DiT 512", "", batch=8, tiny=True)).data
+    own = [tokens_of(data, 3, Ranks(ranks.device, rank, 3), accumulate=2) for rank in range(3)]
+    assert sum(own) == data.sizes(3).sum() and len(set(data.sizes(3))) > 1
+
+
+@pytest.mark.long
+def test_whole_benchmark_on_two_ranks(tmp_path, monkeypatch, capfd):
+    arguments = ["--tiny", "--gpus", "1", "2", "--cases", "structure DiT", "--steps", "20", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["scaling.py", *arguments])
+    scaling.main()
+    text = (tmp_path / "scaling-cpu.md").read_text()
+    assert "failed" not in text and text.count("| structure DiT |") == 3
+    differences = [float(part.split()[0]) for part in text.split("differ by at most ")[1:]]
+    assert max(differences) < 1e-4
+    assert "error: rank 0 ends, because another has; the same command continues from the newest checkpoint" in text
+    assert "the run went on from step 5." in text or "the run went on from step 10." in text
