@@ -45,7 +45,7 @@ def sum_and_norm(
     dtype = autocast_dtype(h.device) or torch.promote_types(total_dtype, _widest(shift, scale))
     rows, added, segments = _rows(h), None if x is None else _rows(x), _segments(h, samples)
     results = sum_and_norm_triton(rows, gate, added, shift, scale, segments, eps, total_dtype, dtype)
-    return results[0].view(h.shape), results[1].view(h.shape)
+    return _shaped(results[0], h), _shaped(results[1], h)
 
 
 def sum_and_affine_norm(
@@ -62,7 +62,7 @@ def sum_and_affine_norm(
     results = sum_and_norm_triton(
         rows, gate, added, bias.expand(every), weight.expand(every), segments, eps, total_dtype, dtype, affine=True
     )
-    return results[0].view(h.shape), results[1].view(h.shape)
+    return _shaped(results[0], h), _shaped(results[1], h)
 
 
 def affine_norm(h: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -83,7 +83,8 @@ def gated_sum(h: Tensor, gate: Tensor, x: Tensor, samples: Ragged | None) -> Ten
         return gated_sum_reference(h, gate, x, samples)
     from .modulation_triton import gated_sum_triton
 
-    return gated_sum_triton(_rows(h), gate, _rows(x), _segments(h, samples), _widest(h, gate, x)).view(h.shape)
+    out = gated_sum_triton(_rows(h), gate, _rows(x), _segments(h, samples), _widest(h, gate, x))
+    return _shaped(out, h)
 
 
 def _segments(h: Tensor, samples: Ragged | None) -> Ragged:
@@ -97,6 +98,10 @@ def _equal_samples(B: int, L: int, device: torch.device) -> Ragged:
 
 def _rows(x: Tensor) -> Tensor:
     return x if x.ndim == 2 else x.flatten(0, 1)
+
+
+def _shaped(rows: Tensor, h: Tensor) -> Tensor:
+    return rows if h.ndim == 2 else rows.view(h.shape)
 
 
 def sum_and_norm_reference(
