@@ -56,7 +56,8 @@ class TrainDiTConfig:
     cache_views: bool = False  # keep all decoded pictures in memory
     cache_latents: bool = True  # keep all latents in memory up to the size of memory_gib
     memory_gib: float = MEMORY_GIB  # of each process
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # compute blocks again in the backward pass, to hold less memory
+    recompute_all: bool = False  # then attention and feed-forward too: 13 kB less a token and block, but slower
     run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/dit"))
     model: LatentDiTConfig = field(default_factory=LatentDiTConfig)
     loss: FlowLossConfig = field(default_factory=FlowLossConfig)
@@ -166,7 +167,7 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
     """Run the training on each of the ranks."""
     run, device = config.run, ranks.device
     model = LatentDiT(config.model).to(device)
-    model.gradient_checkpointing = config.gradient_checkpointing
+    model.gradient_checkpointing, model.recompute_all = config.gradient_checkpointing, config.recompute_all
     load_start(run, **{config.start_network or f"{config.prefix}latent_dit": model})
     add_adapters(model, config.lora)
     state = State(model, run, ranks)

@@ -1,7 +1,7 @@
-"""The feed-forward layers in training, without keeping their hidden layer, which is the widest tensor of a network.
+"""The feed-forward layers in training over many rows: of the hidden layer, the widest tensor, at most one is held.
 
-A large hidden layer is computed again in the backward pass, by one product. There GELU, its gradient and the sum of it
-over the rows take one pass over the hidden layer.
+In the backward pass GELU, its gradient and the sum of it over the rows take one pass over the hidden layer. Where the
+result is kept, because the block is computed twice, the backward pass computes the hidden layer again by one product.
 
 Sizes named in this file:
     N  rows      C  channels      F  channels of the hidden layer
@@ -15,8 +15,6 @@ from torch.nn import functional
 from .devices import autocast_dtype
 from .kept import Kept, computed
 from .linear import gelu_of_product, product, trains_by_hand
-
-KEPT_BYTES = 256 << 20  # of a hidden layer; a larger one is computed again
 
 
 def feed_forward(
@@ -47,7 +45,7 @@ class _FeedForward(torch.autograd.Function):
 
         def compute():
             nonlocal preactivation
-            if kept is None and len(rows) * len(up) * dtype.itemsize <= KEPT_BYTES:
+            if kept is None:
                 preactivation = product(rows, w_up.t(), added=b_up)
                 hidden = functional.gelu(preactivation, approximate="tanh")
             else:

@@ -1,9 +1,9 @@
-"""Linear layers in training: weights that are cast once a call, and gradients of weights that are never rounded.
+"""Linear layers in training over many rows: gradients of weights that are never rounded, and sums inside of products.
 
-Under autocast, torch casts every operand on its own and rounds the gradient of a weight to half precision before it
-casts it back. Here a product of half precision writes that gradient in the dtype of the weight, and several layers of
-the same input add its gradient up in their products. Elsewhere than on a GPU with Triton torch's own layers run, and
-so they do without gradients.
+Under autocast, torch rounds the gradient of a weight to half precision before it casts it back. Here a product of half
+precision writes that gradient in the dtype of the weight, and several layers of the same input add its gradient up in
+their products. Torch's own layers run elsewhere than on a GPU with Triton, without gradients, and over fewer rows: they
+launch their kernels three times as fast.
 
 Sizes named in this file:
     N  rows      C  channels of the input      O  channels of an output
@@ -16,14 +16,17 @@ from torch.nn import functional as F
 
 from .devices import abilities, autocast_dtype, half_on_triton
 
+MANY_ROWS = 32768  # from which the GPU is the limit; with fewer the host is
 JOINED = 256  # output channels below which weights share a product
 MULTIPLE = 8  # of the output channels of a product: fewer leave the tensor cores idle
 WRITES_WIDER = "dtype" in torch.ops.aten.mm.overloads()  # since torch 2.8 a product has a dtype of its own
 
 
 def trains_by_hand(x: Tensor) -> bool:
-    """Whether these functions, and not torch's layers, take x of any shape: in training, where Triton runs."""
-    return torch.is_grad_enabled() and half_on_triton(x) and not torch.compiler.is_compiling()
+    """Whether these functions, and not torch's layers, take x (..., C): in training, where Triton runs."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not half_on_triton(x):
+        return False
+    return x.numel() >= MANY_ROWS * x.shape[-1]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -103,10 +106,9 @@ class _Projections(torch.autograd.Function):
                 outputs[i] = product(rows, saved[-1].t())
         if narrow:
             sizes = [len(weights[i]) for i in narrow]
-            padding = -sum(sizes) % MULTIPLE
-            joined = torch.cat([weights[i] for i in narrow] + [rows.new_zeros(padding, x.shape[1])] * bool(padding))
-            saved.append(joined.to(dtype))
-            parts = product(rows, saved[-1].t()).split([*sizes, *[padding] * bool(padding)], dim=1)
+            sizes.append(-sum(sizes) % MULTIPLE)  # zeros
+            saved.append(torch.cat([*(weights[i] for i in narrow), rows.new_zeros(sizes[-1], x.shape[1])]).to(dtype))
+            parts = product(rows, saved[-1].t()).split(sizes, dim=1)
             outputs |= {i: part.contiguous() for i, part in zip(narrow, parts, strict=False)}
         ctx.save_for_backward(rows, *saved)
         ctx.narrow, ctx.x_dtype, ctx.weight_dtypes = narrow, x.dtype, [weight.dtype for weight in weights]
@@ -117,19 +119,20 @@ class _Projections(torch.autograd.Function):
     def backward(ctx, *douts):
         rows, *saved = ctx.saved_tensors
         wide = [i for i in range(len(douts)) if i not in ctx.narrow]
-        gradients = [douts[i] for i in wide]
-        if ctx.narrow:
+        gradients, sizes, dweights = [douts[i] for i in wide], [douts[i].shape[1] for i in ctx.narrow], {}
+        if sizes:
+            sizes.append(len(saved[-1]) - sum(sizes))  # the zeros
             parts = [douts[i] for i in ctx.narrow]
-            padding = len(saved[-1]) - sum(part.shape[1] for part in parts)
-            gradients.append(torch.cat([*parts, *[rows.new_zeros(len(rows), padding)] * bool(padding)], dim=1))
-        dx, dweights = None, {}
-        for gradient, weight in zip(gradients, saved, strict=True):
+            gradients.append(torch.cat([*parts, rows.new_zeros(len(rows), sizes[-1])], dim=1))
+            if any(ctx.needs_input_grad[1 + i] for i in ctx.narrow):
+                parts = product(gradients[-1].t(), rows, ctx.weight_dtypes[ctx.narrow[0]]).split(sizes)
+                dweights = {i: part.to(ctx.weight_dtypes[i]) for i, part in zip(ctx.narrow, parts, strict=False)}
+        dweights |= {
+            i: product(gradient.t(), rows, ctx.weight_dtypes[i])
+            for i, gradient in zip(wide, gradients, strict=False)
+            if ctx.needs_input_grad[1 + i]
+        }
+        dx = product(gradients[0], saved[0])
+        for gradient, weight in zip(gradients[1:], saved[1:], strict=True):
             dx = product(gradient, weight, added=dx)
-        for i, gradient in zip(wide, gradients, strict=False):
-            if ctx.needs_input_grad[1 + i]:
-                dweights[i] = product(gradient.t(), rows, ctx.weight_dtypes[i])
-        if any(ctx.needs_input_grad[1 + i] for i in ctx.narrow):
-            joined = product(gradients[-1].t(), rows, ctx.weight_dtypes[ctx.narrow[0]])
-            parts = joined.split([douts[i].shape[1] for i in ctx.narrow] + [padding] * bool(padding))
-            dweights |= {i: part.to(ctx.weight_dtypes[i]) for i, part in zip(ctx.narrow, parts, strict=False)}
         return dx.to(ctx.x_dtype), *(dweights.get(i) for i in range(len(douts)))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..geometry.voxels import Windows
+from ..kernels.head_norm import head_rms_norm
 from ..kernels.kept import Kept
 from ..kernels.packed_attention import packed_attention
 from .linear import Linear
@@ -78,7 +79,7 @@ class HeadRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., H, D) -> the same shape and dtype."""
-        return (F.normalize(x.float(), dim=-1) * self.gamma.float() * x.shape[-1] ** 0.5).to(x.dtype)
+        return head_rms_norm(x, self.gamma)
 
 
 class SelfAttention(nn.Module):

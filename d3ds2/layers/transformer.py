@@ -33,7 +33,7 @@ class LayerNorm32(nn.LayerNorm):
             return F.layer_norm(x, self.normalized_shape, eps=self.eps)
         return affine_norm(x, self.weight, self.bias, self.eps)
 
-    def of_sum(self, h: Tensor, gate: Tensor | None, x: Tensor | None, samples: Ragged) -> tuple[Tensor, Tensor]:
+    def of_sum(self, h: Tensor, gate: Tensor | None, x: Tensor | None, samples: Ragged | None) -> tuple[Tensor, Tensor]:
         """h + gate x and its affine norm, (N, C) each; the arguments are those of `sum_and_norm`."""
         return sum_and_affine_norm(h, gate, x, self.weight, self.bias, samples, self.eps)
 
@@ -45,7 +45,7 @@ class ModulatedNorm(nn.LayerNorm):
         super().__init__(hidden_size, eps=1e-6, elementwise_affine=False)
 
     def forward(
-        self, h: Tensor, gate: Tensor | None, x: Tensor | None, shift: Tensor, scale: Tensor, samples: Ragged
+        self, h: Tensor, gate: Tensor | None, x: Tensor | None, shift: Tensor, scale: Tensor, samples: Ragged | None
     ) -> tuple[Tensor, Tensor]:
         """h + gate x and its modulated norm, (N, C) each; the arguments are those of `sum_and_norm`."""
         return sum_and_norm(h, gate, x, shift, scale, samples, self.eps)

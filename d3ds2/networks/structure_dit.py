@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..geometry.position_embedding import absolute_position_embedding
+from ..kernels.modulation import gated_sum
 from ..layers.attention import CrossAttention, SelfAttention
 from ..layers.transformer import (
     FeedForward,
     LayerNorm32,
+    ModulatedNorm,
     Modulation,
     TimestepEmbedder,
     initialize_linear,
@@ -58,24 +60,25 @@ class StructureBlock(nn.Module):
         super().__init__()
         C = config.hidden_size
         self.modulation = Modulation(C, config.share_modulation)
-        self.norm1 = LayerNorm32(C)
+        self.norm1 = ModulatedNorm(C)
         self.self_attention = SelfAttention(C, config.num_heads, config.qk_rms_norm)
         self.norm2 = LayerNorm32(C, affine=True)
         self.cross_attention = CrossAttention(C, config.context_size, config.num_heads)
-        self.norm3 = LayerNorm32(C)
+        self.norm3 = ModulatedNorm(C)
         self.feed_forward = FeedForward(C, config.mlp_ratio)
 
     def forward(
         self, h: Tensor, embedding: Tensor, cu_seqlens: Tensor, context: Tensor, context_cu: Tensor, context_lengths
     ) -> Tensor:
         """h (B, R³, C), embedding (B, C) (or (B, 6 C), with a shared modulation), context (L, ·) -> (B, R³, C)."""
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (m[:, None] for m in self.modulation(embedding))
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(embedding)  # (B, C) each
         B, lengths = len(h), [h.shape[1]] * len(h)
-        h = h + gate_1 * self.self_attention(torch.addcmul(shift_1, self.norm1(h), 1 + scale_1))
-        normed = self.norm2(h).flatten(0, 1)  # (B R³, C)
+        h, normed = self.norm1(h, None, None, shift_1, scale_1, None)
+        h, normed = self.norm2.of_sum(h, gate_1, self.self_attention(normed), None)
+        normed = normed.flatten(0, 1)  # (B R³, C)
         out = self.cross_attention(normed, context, cu_seqlens, context_cu, lengths, context_lengths)
-        h = h + out.unflatten(0, (B, -1))
-        return h + gate_2 * self.feed_forward(torch.addcmul(shift_2, self.norm3(h), 1 + scale_2))
+        h, normed = self.norm3(h, None, out.unflatten(0, (B, -1)), shift_2, scale_2, None)
+        return gated_sum(h, gate_2, self.feed_forward(normed), None)
 
 
 class StructureDiT(nn.Module):

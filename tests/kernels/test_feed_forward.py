@@ -1,22 +1,24 @@
-"""The feed-forward layers by hand against their definition, with their hidden layer kept and computed again."""
+"""The feed-forward layers by hand against their definition, with their hidden layer or their result kept."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from d3ds2.kernels import feed_forward as module
 from d3ds2.kernels import linear as by_hand
 from d3ds2.kernels.devices import HAS_TRITON
 from d3ds2.kernels.feed_forward import feed_forward, feed_forward_reference
+from d3ds2.kernels.kept import Kept
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU, conftest.py sets TRITON_INTERPRET=1
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 
-@pytest.fixture(params=["kept", "computed again"])
-def trained(request, monkeypatch):
+@pytest.fixture(params=["hidden layer kept", "result kept"])
+def kept(request, monkeypatch):
+    """Where the result is kept, if the hidden layer is computed again."""
     monkeypatch.setattr(by_hand, "half_on_triton", lambda x: x.dtype != torch.float64)
-    monkeypatch.setattr(module, "KEPT_BYTES", 1 << 30 if request.param == "kept" else 0)
+    monkeypatch.setattr(by_hand, "MANY_ROWS", 0)
+    return Kept() if request.param == "result kept" else None
 
 
 def problem(shape, F, dtype=torch.float32):
@@ -26,9 +28,9 @@ def problem(shape, F, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("shape", [(150, 24), (2, 9, 24), (0, 24)])
-def test_outputs_and_gradients(shape, trained):
+def test_outputs_and_gradients(shape, kept):
     inputs = problem(shape, 300)
-    actual, wanted = feed_forward(*inputs), feed_forward_reference(*inputs)
+    actual, wanted = feed_forward(*inputs, kept), feed_forward_reference(*inputs)
     assert "_FeedForward" in type(actual.grad_fn).__name__
     torch.testing.assert_close(actual, wanted)
     dout = torch.randn_like(actual)
@@ -37,10 +39,10 @@ def test_outputs_and_gradients(shape, trained):
         torch.testing.assert_close(a, w, atol=1e-4 * max(1.0, w.abs().max().item() if w.numel() else 0), rtol=1e-4)
 
 
-def test_under_autocast(trained):
+def test_under_autocast(kept):
     inputs = problem((70, 32), 64)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        actual = feed_forward(*inputs)
+        actual = feed_forward(*inputs, kept)
     assert actual.dtype == torch.bfloat16
     exact = [x.detach().double().requires_grad_() for x in inputs]
     wanted, dout = feed_forward_reference(*exact), torch.randn(70, 32, device=DEVICE)

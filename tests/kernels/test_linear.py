@@ -17,6 +17,7 @@ HALF = torch.bfloat16
 @pytest.fixture
 def trained(monkeypatch):
     monkeypatch.setattr(by_hand, "half_on_triton", lambda x: x.dtype != torch.float64)
+    monkeypatch.setattr(by_hand, "MANY_ROWS", 0)
 
 
 def random(*shape, dtype=torch.float64):
@@ -98,6 +99,14 @@ def test_an_adapter_takes_the_place_of_a_layer(trained):
     adapted = project(x, [layer, Doubled()])
     torch.testing.assert_close(adapted[1], 2 * x[:, :4])
     torch.testing.assert_close(adapted[0], project(x, [layer])[0])
+
+
+def test_few_rows_take_torchs_layers(trained, monkeypatch):
+    monkeypatch.setattr(by_hand, "MANY_ROWS", 6)
+    weight = random(4, 8, dtype=torch.float32)
+    for shape, taken in (((2, 3, 8), True), ((5, 8), False)):
+        out = linear(random(*shape, dtype=torch.float32), weight)
+        assert ("_Linear" in type(out.grad_fn).__name__) == taken
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])

@@ -335,3 +335,27 @@ def test_samples_in_turn_without_a_gradient(counts, C, dtype):
             assert torch.equal(operation(*inputs, samples, *more), expected)
             inputs[0] = inputs[0].float()  # the dtypes may differ
             assert operation(*inputs, samples, *more).dtype == torch.float32
+
+
+@pytest.mark.parametrize("B", [1, 3])
+def test_dense_samples(B, monkeypatch):
+    """Samples of equal length, (B, L, C): kernels against the definitions, outputs and gradients."""
+    h, x = (torch.randn(B, 10, 24, device=DEVICE, requires_grad=True) for _ in range(2))
+    gate, shift, scale = (torch.randn(B, 24, device=DEVICE, requires_grad=True) for _ in range(3))
+    weight, bias = (torch.randn(24, device=DEVICE, requires_grad=True) for _ in range(2))
+    inputs = h, x, gate, shift, scale, weight, bias
+    dout = torch.randn_like(h)
+
+    def step():
+        total, normed = sum_and_norm(h, gate, x, shift, scale, None, EPS)
+        total, affine = sum_and_affine_norm(total, None, normed, weight, bias, None, EPS)
+        out = gated_sum(total, gate, affine, None)
+        return out, *torch.autograd.grad(out, inputs, dout)
+
+    monkeypatch.setattr("d3ds2.kernels.modulation.half_on_triton", lambda h: False)
+    expected = step()
+    monkeypatch.setattr("d3ds2.kernels.modulation.half_on_triton", lambda h: True)
+    actual = step()
+    assert "View" in type(actual[0].grad_fn).__name__  # of the rows of all samples
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, atol=1e-4, rtol=1e-4)
