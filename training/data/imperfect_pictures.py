@@ -13,12 +13,14 @@ picture, and a share of the pictures stays as it is. None of it comes from the p
 Sizes: B pictures, S pixels per edge.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from d3ds2.kernels.device_constant import device_constant
 from training.losses import DrawRows, draw_all
 
 UNTOUCHED = 0.25  # share of the pictures that stay as they are
@@ -128,8 +130,7 @@ def change_colors(color: Tensor, u: list[Tensor]) -> Tensor:
     brightness, contrast, saturation = (
         1 + width * (2 * v - 1) for width, v in zip((BRIGHTNESS, CONTRAST, SATURATION), u[:3], strict=True)
     )
-    low, high = (torch.tensor(limit, device=color.device).log() for limit in GAMMA)
-    gamma = (low + (high - low) * u[3]).exp()
+    gamma = between((math.log(GAMMA[0]), math.log(GAMMA[1])), u[3]).exp()
     tint = 1 + TINT * (2 * torch.cat(u[4:], dim=1) - 1)
     grey = color.mean(1, keepdim=True)
     color = (grey + saturation * (color - grey)) * brightness * tint
@@ -150,33 +151,29 @@ def blur(images: Tensor, deviation: Tensor) -> Tensor:
 
 
 def jpeg(images: Tensor, quality: Tensor) -> Tensor:
-    """Return colours (B, 3, S, S) in [0, 1] as a JPEG file of this quality (B, 1, 1, 1) keeps them, chroma at full size.
+    """Return colours (B, 3, S, S) in [0, 1] as a JPEG file of this quality (B, 1, 1, 1) keeps them.
 
-    The transform, the tables and their scaling are those of the standard and of libjpeg.
+    Chroma stays at full size. The transform, the tables and their scaling are those of the standard and of libjpeg.
     """
     S, device = images.shape[-1], images.device
     more = -S % CELL
     percent = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality)[..., None]  # (B, 1, 1, 1, 1)
-    tables = torch.tensor([LUMA, CHROMA, CHROMA], device=device, dtype=torch.float32)[:, None, None]
+    tables = device_constant((LUMA, CHROMA, CHROMA), device, torch.float32)[:, None, None]
+    shift = device_constant((128.0, 0.0, 0.0), device, torch.float32)[:, None, None]  # of luma from zero
     steps = ((tables * percent + 50) / 100).floor().clamp(1, 255)  # (B, 3, 1, 1, 64)
 
-    levels = F.pad(mix(images * 255, TO_YCC).round() - shift(device), (0, more, 0, more), "replicate")
+    levels = F.pad(mix(images * 255, TO_YCC).round() - shift, (0, more, 0, more), "replicate")
     cells = levels.unflatten(3, (-1, CELL)).unflatten(2, (-1, CELL)).transpose(3, 4).flatten(4)  # (B, 3, n, n, 64)
     cosines = cosine_transform(device)
     kept = (cells @ cosines.t() / steps).round() * steps
     levels = (kept @ cosines).unflatten(4, (CELL, CELL)).transpose(3, 4).flatten(4, 5).flatten(2, 3)[:, :, :S, :S]
-    return (mix(levels + shift(device), FROM_YCC) / 255).clamp(0, 1)
+    return (mix(levels + shift, FROM_YCC) / 255).clamp(0, 1)
 
 
 def mix(colors: Tensor, matrix: tuple[tuple[float, ...], ...]) -> Tensor:
     """Apply a matrix (3, 3) to the channels of (B, 3, S, S)."""
     r, g, b = colors.unbind(1)
     return torch.stack([row[0] * r + row[1] * g + row[2] * b for row in matrix], dim=1)
-
-
-def shift(device: torch.device) -> Tensor:
-    """The offset of luma from zero, (3, 1, 1)."""
-    return torch.tensor([128.0, 0.0, 0.0], device=device)[:, None, None]
 
 
 def cosine_transform(device: torch.device) -> Tensor:
