@@ -91,6 +91,7 @@ class NormedConv(nn.Module):
         self.norm = FixedNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, ·, S, S) -> (B, C, S / stride, S / stride)."""
         return self.norm(self.conv(F.pad(x, self.padding) if any(self.padding) else x))
 
 
@@ -106,6 +107,7 @@ class InvertedResidual(nn.Module):
         self.has_skip = stride == 1 and in_channels == stage.channels
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, ·, S, S) -> (B, C, S / stride, S / stride)."""
         h = x if self.expand is None else F.relu6(self.expand(x))
         h = self.project(F.relu6(self.depthwise(h)))
         return x + h if self.has_skip else h

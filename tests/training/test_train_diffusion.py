@@ -206,7 +206,7 @@ def test_structure_dit_trains_a_backbone_on_imperfect_pictures(chain, tmp_path, 
     for name, conv, norm in (trunk := EfficientNetLite(encoder.backbone)).published_names():
         weight = trunk.get_parameter(f"{name}.conv.weight").detach()
         published[f"{conv}.weight"] = weight
-        for part, value in (("weight", 1.5), ("bias", 0.1), ("running_mean", 0.2), ("running_var", 0.7)):
+        for part, value in (("weight", 0.9), ("bias", 0.1), ("running_mean", 0.05), ("running_var", 0.8)):
             published[f"{norm}.{part}"] = torch.full((len(weight),), value)
     torch.save(published, tmp_path / "published.pth")
     config = dataclasses.replace(

@@ -99,7 +99,10 @@ def move_objects(images: Tensor, generator: torch.Generator, draw_samples: DrawR
 
 
 class PictureChoices(ViewSteps):
-    """`choices[step]` is a `Choice` of the same shapes and symmetries as `StructureViews` with these arguments."""
+    """`choices[step]` is a `Choice` of the same shapes and symmetries as `StructureViews` with these arguments.
+
+    `weights` (n,) say how often each shape of `views.names` is drawn, in proportion; None: all equally often.
+    """
 
     def __init__(
         self,

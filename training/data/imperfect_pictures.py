@@ -120,7 +120,7 @@ def change_pictures(images: Tensor, numbers: Tensor, waves: Tensor, slow: Tensor
 
 
 def between(limits: tuple[float, float], u: Tensor) -> Tensor:
-    """Map u in [0, 1) to [low, high)."""
+    """Map u (B, 1, 1, 1) in [0, 1) to [low, high)."""
     low, high = limits
     return low + (high - low) * u
 
