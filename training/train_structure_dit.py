@@ -164,7 +164,12 @@ def count_samples(batch: ViewBatch | Choice) -> Tensor:
 
 
 def make_image_encoder(config: TrainStructureDiTConfig) -> ImageEncoder:
-    """Load or initialise the encoder that the config asks for."""
+    """Load or initialise the encoder that the config asks for.
+
+    Raises:
+        ValueError: `backbone_weights` are given for an encoder without a backbone, or belong to another one.
+        FileNotFoundError: there is no such file.
+    """
     if config.pretrained_encoder:
         folder, settings = config.pretrained_encoder, Path(config.pretrained_encoder) / "config.json"
         is_ours = settings.is_file() and "networks" in json.loads(settings.read_text())

@@ -24,7 +24,6 @@ from d3ds2.storage.one_line import one_line
 from training.data.datasets import to_device
 from training.distributed import Ranks
 from training.run import Log, RunConfig, autocast, seed_step
-from training.sharding import gathered
 
 SALT = 0x7A11DA7E  # so that validation and training draw different numbers
 

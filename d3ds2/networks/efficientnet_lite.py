@@ -91,6 +91,7 @@ class NormedConv(nn.Module):
         self.norm = FixedNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, ·, S, S) -> (B, C, S / stride, S / stride)."""
         return self.norm(self.conv(F.pad(x, self.padding) if any(self.padding) else x))
 
 
@@ -106,6 +107,7 @@ class InvertedResidual(nn.Module):
         self.has_skip = stride == 1 and in_channels == stage.channels
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, ·, S, S) -> (B, C, S / stride, S / stride)."""
         h = x if self.expand is None else F.relu6(self.expand(x))
         h = self.project(F.relu6(self.depthwise(h)))
         return x + h if self.has_skip else h
@@ -155,9 +157,8 @@ class EfficientNetLite(nn.Module):
             published = torch.load(file, map_location="cpu", weights_only=True)
             self.load_state_dict(dict(self._read(published)), strict=True)
         except Exception as error:  # a pickle of something else fails with any error
-            raise ValueError(
-                f"expected weights of this EfficientNet-Lite in {file}, got {one_line(error)[:200]}"
-            ) from error
+            fault = one_line(error)[:200]
+            raise ValueError(f"expected weights of this EfficientNet-Lite in {file}, got {fault}") from error
 
     def _read(self, published: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield our tensors by name; the published batch norms become a factor and a summand per channel."""

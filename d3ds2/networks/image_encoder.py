@@ -52,6 +52,8 @@ class ImageTokens:
                 f"expected features (L, C), coords (L, 4), foreground (L,), got {tuple(self.features.shape)}, "
                 f"{tuple(self.coords.shape)}, {tuple(self.foreground.shape)}"
             )
+        if self.per_image is not None and self.per_image * self.batch_size != L:
+            raise ValueError(f"expected {self.batch_size} times {self.per_image} tokens, got {L}")
 
     def __len__(self) -> int:
         return len(self.features)
@@ -70,6 +72,8 @@ class ImageTokens:
     @cached_property
     def cu_seqlens(self) -> Tensor:
         """First token of each image and, last, L: (B + 1,) int32."""
+        if self.per_image is not None:
+            return torch.arange(self.batch_size + 1, dtype=torch.int32, device=self.device) * self.per_image
         offsets = torch.tensor([0, *self.counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return offsets.to(self.device)
 
@@ -107,7 +111,8 @@ class ImageTokens:
             batch_size += tokens.batch_size
         features = torch.cat([tokens.features for tokens in batches])
         foreground = torch.cat([tokens.foreground for tokens in batches])
-        return ImageTokens(features, torch.cat(coords), foreground, batch_size)
+        numbers = {tokens.per_image for tokens in batches}
+        return ImageTokens(features, torch.cat(coords), foreground, batch_size, *(numbers if len(numbers) == 1 else ()))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "ImageTokens":
         """Move all tensors; only the features take `dtype`."""

@@ -1,5 +1,7 @@
 """The backbone against the package that published its weights, its place in the image encoder, and its files."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ CONFIG = ImageEncoderConfig(
 
 def published_model(backbone: str):
     """Build the package's own model with random weights and statistics, in evaluation mode."""
-    package = pytest.importorskip("efficientnet_lite_pytorch")
+    package = importlib.import_module("efficientnet_lite_pytorch")  # of the extra `test`
     torch.manual_seed(0)
     name = backbone.replace("_", "-")
     model = package.EfficientNet.from_name(name, image_size=64).eval()  # sets its padding
@@ -89,7 +91,7 @@ def test_an_encoder_with_a_backbone_is_saved_and_loaded(tmp_path):
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes, error):
-    values = dict(image_size=64, patch_size=16, hidden_size=24, num_heads=2, backbone="efficientnet_lite0")
+    values = {"image_size": 64, "patch_size": 16, "hidden_size": 24, "num_heads": 2, "backbone": "efficientnet_lite0"}
     with pytest.raises(ValueError, match=error):
         ImageEncoderConfig(**values | changes)
 

@@ -157,3 +157,16 @@ def test_weights_have_the_published_names_and_load_from_them():
     again.load_state_dict(state)
     for (name, a), b in zip(encoder.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_numbers_of_equal_images_are_known_without_counting(encoder, images):
+    tokens = encoder(images)
+    assert tokens.per_image == 20
+    joined = ImageTokens.cat([tokens, tokens.zeroed()])
+    counted = ImageTokens(joined.features, joined.coords, joined.foreground, joined.batch_size)
+    assert joined.per_image == 20 and counted.per_image is None
+    assert joined.counts == counted.counts and torch.equal(joined.cu_seqlens, counted.cu_seqlens)
+    mixed = ImageTokens.cat([tokens, tokens.select_foreground()])
+    assert mixed.per_image is None and mixed.counts == [20, 20, *tokens.select_foreground().counts]
+    with pytest.raises(ValueError, match="expected 2 times 19 tokens, got 40"):
+        ImageTokens(tokens.features, tokens.coords, tokens.foreground, 2, 19)

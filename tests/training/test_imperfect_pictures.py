@@ -43,16 +43,16 @@ def test_blur_spreads_a_point_as_a_gaussian():
 
 
 def test_pictures_stay_pictures_of_an_object_on_white():
-    images = disk(56, 300)
+    images = disk(112, 150)
     made = make_imperfect(images, torch.Generator().manual_seed(0))
     assert made.shape == images.shape and made.min() >= 0 and made.max() <= 1
     outside = made[:, 3] == 0
     assert (made[:, :3].amin(1)[outside] > 0.999).all()  # white where the mask is empty
     covered = made[:, 3].sum((1, 2)) / images[:, 3].sum((1, 2))
-    assert 0.5 < covered.min() < 0.97 and 1.02 < covered.max() < 1.3
+    assert 0.5 < covered.min() < 0.95 and 1.02 < covered.max() < 1.3  # a hole, a mask that has grown
     same = (made == images).flatten(1).all(1).float().mean()
     assert 0.2 < same < 0.45
-    assert (made[:, 3] > 0.5)[:, 28, 28].float().mean() > 0.95  # few have a hole in their middle
+    assert (made[:, 3] > 0.5)[:, 56, 56].float().mean() > 0.95  # few have a hole in their middle
 
 
 def test_changes_are_a_function_of_the_generator_and_of_the_row():

@@ -15,13 +15,16 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from d3ds2.geometry.voxels import Voxels
+from d3ds2.kernels import packed_attention
 from d3ds2.networks.efficientnet_lite import EfficientNetLite
 from d3ds2.networks.model_files import load_network
+from d3ds2.networks.structure_dit import StructureDiT
 from d3ds2.storage.model_folder import SamplingConfig
 from tests.support.training_chain import ENCODER, Chain, copy_model
 from tests.support.training_data import R, prepared
 from training import encode_latents, train_dit, train_structure_dit, train_structure_vae, train_vae
 from training.data.datasets import LatentViews, Shapes
+from training.data.parts import Part
 from training.data.shape_batches import active_voxels
 from training.data.shape_files import latent_path, list_shapes, load_shape, read_arrays, shape_path
 from training.data.views import Views
@@ -171,6 +174,29 @@ def test_structure_dit_learns_from_pictures_on_the_device(chain, tmp_path):
     assert np.mean(fallen[-10:]) < 0.75 * np.mean(fallen[:10])
 
 
+def test_a_step_on_device_pictures_waits_for_nothing(chain, monkeypatch):
+    """Reading a value makes the host wait for the device, and so does copying a table to it."""
+    views = Views(chain.data_dir, list_shapes(chain.data_dir, "train", R)[0], ENCODER.image_size)
+    config = dataclasses.replace(chain.structure_dit, views_on_device=True, imperfect_pictures=True)
+    images_of, dataset = train_structure_dit.load_pictures(config, views, torch.device("cpu"))
+    encoder, model = train_structure_dit.make_image_encoder(config), StructureDiT(config.model)
+    part, generator = Part(dataset[0]), torch.Generator().manual_seed(0)
+    x_0 = torch.randn(config.batch_size, 2, 2, 2, 2)
+
+    def step():
+        tokens = encoder(images_of(part, generator))
+        return train_structure_dit.flow_loss(model, tokens, x_0, config.loss, generator, part).backward()
+
+    step()  # tables are copied once
+    monkeypatch.setattr(packed_attention, "_is_ragged", lambda *_: False)  # its tiles are cut on the host
+    names = ("tolist", "item", "nonzero", "unique", "bincount", "cpu", "new_tensor", "__bool__", "__int__", "__float__")
+    for name in names:
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name, **__: pytest.fail(f"the step calls {name}"))
+    for name in ("bincount", "tensor", "as_tensor", "from_numpy"):
+        monkeypatch.setattr(torch, name, lambda *_, name=name, **__: pytest.fail(f"the step calls torch.{name}"))
+    step()
+
+
 @pytest.mark.parametrize("views_on_device", [False, True])
 def test_structure_dit_trains_a_backbone_on_imperfect_pictures(chain, tmp_path, views_on_device):
     """Check that the run resumes exactly, and that it starts from the published file."""
@@ -181,7 +207,7 @@ def test_structure_dit_trains_a_backbone_on_imperfect_pictures(chain, tmp_path, 
     for name, conv, norm in (trunk := EfficientNetLite(encoder.backbone)).published_names():
         weight = trunk.get_parameter(f"{name}.conv.weight").detach()
         published[f"{conv}.weight"] = weight
-        for part, value in (("weight", 1.5), ("bias", 0.1), ("running_mean", 0.2), ("running_var", 0.7)):
+        for part, value in (("weight", 0.9), ("bias", 0.1), ("running_mean", 0.05), ("running_var", 0.8)):
             published[f"{norm}.{part}"] = torch.full((len(weight),), value)
     torch.save(published, tmp_path / "published.pth")
     config = dataclasses.replace(
@@ -192,7 +218,7 @@ def test_structure_dit_trains_a_backbone_on_imperfect_pictures(chain, tmp_path, 
         imperfect_pictures=True,
         source_weights={"generated": 0.7},
         backbone_weights=str(tmp_path / "published.pth"),
-        backbone_rate=1e-6,
+        backbone_rate=1e-3,
     )
     whole, parts = resumed(train_structure_dit.train, config, tmp_path)
     assert_equal_parameters(whole, parts)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from d3ds2.images.foreground import MARGIN, SIZE, preprocess
+from d3ds2.kernels.device_constant import device_constant
 from training.data.batch_plans import plan_views
 from training.data.damaged_files import READ_ERRORS, first_readable
 from training.data.datasets import Structures, grid_of, load_batches
@@ -116,7 +117,7 @@ def move_objects(images: Tensor, generator: torch.Generator, draw_samples: DrawR
     cos, sin = scale * angle.cos(), scale * angle.sin()
     matrix = torch.stack([torch.stack([cos, -sin, shift[0]], 1), torch.stack([sin, cos, shift[1]], 1)], 1)  # (B, 2, 3)
     grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
-    white = images.new_tensor([1.0, 1.0, 1.0, 0.0])[:, None, None]
+    white = device_constant((1.0, 1.0, 1.0, 0.0), images.device, images.dtype)[:, None, None]
     return F.grid_sample(images - white, grid, mode="bilinear", align_corners=False) + white  # zeros outside are white
 
 

@@ -13,12 +13,14 @@ picture, and a share of the pictures stays as it is. None of it comes from the p
 Sizes: B pictures, S pixels per edge.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from d3ds2.kernels.device_constant import device_constant
 from training.losses import DrawRows, draw_all
 
 UNTOUCHED = 0.25  # share of the pictures that stay as they are
@@ -80,8 +82,12 @@ def make_imperfect(images: Tensor, generator: torch.Generator, draw_samples: Dra
 
     `draw_samples` is that of a part of a batch, see `training.data.parts`.
     """
-    fields = Fields.draw(images, generator, draw_samples)
-    u = iter(fields.numbers.t()[:, :, None, None, None])  # (B, 1, 1, 1) each
+    return change_pictures(images, *Fields.draw(images, generator, draw_samples))
+
+
+def change_pictures(images: Tensor, numbers: Tensor, waves: Tensor, slow: Tensor, noise: Tensor) -> Tensor:
+    """Change pictures (B, 4, S, S) by the values of `Fields`."""
+    u = iter(numbers.t()[:, :, None, None, None])  # (B, 1, 1, 1) each
     touched = next(u) >= UNTOUCHED
     happens = {name: next(u) < probability for name, probability in PROBABILITIES.items()}
     S, scale = images.shape[-1], images.shape[-1] / PICTURE
@@ -90,18 +96,18 @@ def make_imperfect(images: Tensor, generator: torch.Generator, draw_samples: Dra
     color = ((images[:, :3] - 1 + mask) / mask.clamp(min=0.1)).clamp(0, 1)  # without the white at the contour
     color = torch.where(happens["colors"], change_colors(color, [next(u) for _ in range(7)]), color)
 
-    slow = F.interpolate(fields.slow, size=(S, S), mode="bicubic", align_corners=False)
+    slow = F.interpolate(slow, size=(S, S), mode="bicubic", align_corners=False)
     plain = torch.cat([next(u) for _ in range(3)], dim=1)
     background = (plain + BACKGROUND_SPREAD * slow[:, :3]).clamp(0, 1)
     background = torch.where(happens["background"], background, 1.0)
     scene = mask * color + (1 - mask) * background
 
     scene = torch.where(happens["blur"], blur(scene, scale * between(BLUR, next(u))), scene)
-    scene = torch.where(happens["noise"], (scene + between(NOISE, next(u)) * fields.noise).clamp(0, 1), scene)
+    scene = torch.where(happens["noise"], (scene + between(NOISE, next(u)) * noise).clamp(0, 1), scene)
     scene = torch.where(happens["jpeg"], jpeg(scene, between(QUALITY, next(u))), scene)
 
     smooth = blur(mask, torch.full_like(plain[:, :1], MASK_BLUR * scale))
-    waves = F.interpolate(fields.waves, size=(S, S), mode="bicubic", align_corners=False)
+    waves = F.interpolate(waves, size=(S, S), mode="bicubic", align_corners=False)
     level = 0.5 + between(SHIFT, next(u)) + RAGGED * next(u) ** 2 * waves
     softness = between(SOFTNESS, next(u))
     edge = 0.5 * softness + LEAST  # so that the mask is full and empty far from the contour
@@ -114,7 +120,7 @@ def make_imperfect(images: Tensor, generator: torch.Generator, draw_samples: Dra
 
 
 def between(limits: tuple[float, float], u: Tensor) -> Tensor:
-    """Map u in [0, 1) to [low, high)."""
+    """Map u (B, 1, 1, 1) in [0, 1) to [low, high)."""
     low, high = limits
     return low + (high - low) * u
 
@@ -124,8 +130,7 @@ def change_colors(color: Tensor, u: list[Tensor]) -> Tensor:
     brightness, contrast, saturation = (
         1 + width * (2 * v - 1) for width, v in zip((BRIGHTNESS, CONTRAST, SATURATION), u[:3], strict=True)
     )
-    low, high = (torch.tensor(limit, device=color.device).log() for limit in GAMMA)
-    gamma = (low + (high - low) * u[3]).exp()
+    gamma = between((math.log(GAMMA[0]), math.log(GAMMA[1])), u[3]).exp()
     tint = 1 + TINT * (2 * torch.cat(u[4:], dim=1) - 1)
     grey = color.mean(1, keepdim=True)
     color = (grey + saturation * (color - grey)) * brightness * tint
@@ -146,23 +151,34 @@ def blur(images: Tensor, deviation: Tensor) -> Tensor:
 
 
 def jpeg(images: Tensor, quality: Tensor) -> Tensor:
-    """Return colours (B, 3, S, S) in [0, 1] as a JPEG file of this quality (B, 1, 1, 1) keeps them, chroma at full size.
+    """Return colours (B, 3, S, S) in [0, 1] as a JPEG file of this quality (B, 1, 1, 1) keeps them.
 
-    The transform, the tables and their scaling are those of the standard and of libjpeg.
+    Chroma stays at full size. The transform, the tables and their scaling are those of the standard and of libjpeg.
     """
-    B, _, S, _ = images.shape
-    device, more = images.device, -S % CELL
-    k = torch.arange(CELL, device=device)
-    dct = torch.cos(torch.pi / CELL * (k + 0.5) * k[:, None]) * (2 / CELL) ** 0.5
-    dct[0] /= 2**0.5
-    percent = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality)[..., None, None]  # (B, 1, 1, 1, 1, 1)
-    tables = torch.tensor([LUMA, CHROMA, CHROMA], device=device, dtype=torch.float32).view(3, 1, 1, CELL, CELL)
-    steps = ((tables * percent + 50) / 100).floor().clamp(1, 255)  # (B, 3, 1, 1, 8, 8)
+    S, device = images.shape[-1], images.device
+    more = -S % CELL
+    percent = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality)[..., None]  # (B, 1, 1, 1, 1)
+    tables = device_constant((LUMA, CHROMA, CHROMA), device, torch.float32)[:, None, None]
+    shift = device_constant((128.0, 0.0, 0.0), device, torch.float32)[:, None, None]  # of luma from zero
+    steps = ((tables * percent + 50) / 100).floor().clamp(1, 255)  # (B, 3, 1, 1, 64)
 
-    mixed = torch.einsum("dc,bcij->bdij", torch.tensor(TO_YCC, device=device), images * 255).round()
-    levels = F.pad(mixed - torch.tensor([128.0, 0, 0], device=device)[:, None, None], (0, more, 0, more), "replicate")
-    cells = levels.unflatten(3, (-1, CELL)).unflatten(2, (-1, CELL)).transpose(3, 4)  # (B, 3, n, n, 8, 8)
-    kept = (dct @ cells @ dct.t() / steps).round() * steps
-    levels = (dct.t() @ kept @ dct).transpose(3, 4).flatten(4, 5).flatten(2, 3)[:, :, :S, :S]
-    levels = levels + torch.tensor([128.0, 0, 0], device=device)[:, None, None]
-    return (torch.einsum("dc,bcij->bdij", torch.tensor(FROM_YCC, device=device), levels) / 255).clamp(0, 1)
+    levels = F.pad(mix(images * 255, TO_YCC).round() - shift, (0, more, 0, more), "replicate")
+    cells = levels.unflatten(3, (-1, CELL)).unflatten(2, (-1, CELL)).transpose(3, 4).flatten(4)  # (B, 3, n, n, 64)
+    cosines = cosine_transform(device)
+    kept = (cells @ cosines.t() / steps).round() * steps
+    levels = (kept @ cosines).unflatten(4, (CELL, CELL)).transpose(3, 4).flatten(4, 5).flatten(2, 3)[:, :, :S, :S]
+    return (mix(levels + shift, FROM_YCC) / 255).clamp(0, 1)
+
+
+def mix(colors: Tensor, matrix: tuple[tuple[float, ...], ...]) -> Tensor:
+    """Apply a matrix (3, 3) to the channels of (B, 3, S, S)."""
+    r, g, b = colors.unbind(1)
+    return torch.stack([row[0] * r + row[1] * g + row[2] * b for row in matrix], dim=1)
+
+
+def cosine_transform(device: torch.device) -> Tensor:
+    """The cosine transform of a JPEG block as one matrix, rows first: (64, 64), orthogonal."""
+    k = torch.arange(CELL, device=device)
+    line = torch.cos(torch.pi / CELL * (k + 0.5) * k[:, None]) * (2 / CELL) ** 0.5
+    line = torch.cat([line[:1] / 2**0.5, line[1:]])
+    return torch.kron(line, line)
