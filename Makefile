@@ -56,7 +56,7 @@ $(VENV)/.demo: requirements.txt constraints.txt pyproject.toml | $(BIN)/python
 $(VENV)/.test: $(VENV)/.demo Makefile
 	$(INSTALL) --constraint constraints.txt \
 		pytest pytest-xdist ruff codespell pyrefly tensorboard peft "fsspec[http]" onnx onnxruntime rembg \
-		pillow-heif DracoPy triton websocket-client
+		pillow-heif DracoPy efficientnet-lite-pytorch triton websocket-client
 	touch $@
 
 $(VENV)/.test-long: $(VENV)/.test

@@ -41,9 +41,9 @@ def clean_alpha(image: Image.Image) -> tuple[Image.Image, int]:
 
 
 def fill_transparent(image: Image.Image) -> Image.Image:
-    """Return an RGB image, in which what is transparent has the median colour of the opaque pixels along the picture's border.
+    """Return an RGB image, its transparent parts in the median colour of the opaque pixels along the picture's border.
 
-    A screenshot with rounded corners gets its corners back. An RGB image is returned as it is.
+    A screenshot with rounded corners gets its corners back. An RGB image is returned unchanged.
     """
     if image.mode != "RGBA":
         return image.convert("RGB")
@@ -61,5 +61,5 @@ def fill_transparent(image: Image.Image) -> Image.Image:
 
 def _box(covered: np.ndarray) -> tuple[int, int, int, int]:
     """The first and the last row and column of what is covered (H, W)."""
-    rows, columns = covered.any(1).nonzero()[0], covered.any(0).nonzero()[0]
+    rows, columns = np.flatnonzero(covered.any(1)), np.flatnonzero(covered.any(0))
     return int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])
