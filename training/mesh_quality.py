@@ -1,4 +1,4 @@
-"""Scores of a mesh by which training data is chosen: is it closed, is it one object, is it too thin, has it colours?
+"""Scores of a mesh by which training data is chosen: whether it is closed, one object, thick enough, coloured.
 
 Lengths are shares of the longest side of the bounding box. Random points on the surface, which many scores are means
 over, follow from a fixed seed.
@@ -21,7 +21,7 @@ from d3ds2.images.surface_colors import PLAIN, SurfaceColors
 
 WELD = 1e-5  # vertices nearer than this are one
 THIN = 1 / 128  # as thick as two voxels of a grid of 256
-CELLS = 32  # of the grid, along an edge, in which pieces are told apart
+CELLS = 32  # of the grid, along an edge, in which a gap separates pieces
 SMALL_ISLAND = 0.01  # share of the area
 SURFACE_POINTS, RAY_POINTS, DIRECTIONS = 60_000, 2_000, 16
 GROUND_RAYS = 64  # along an edge

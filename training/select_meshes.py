@@ -76,7 +76,7 @@ class SelectMeshesConfig:
     data_dir: str = "data"
     names: str = "names.txt"  # the file to write
     out: str = ""  # folder to write too: a data_dir for the trainers that has the chosen shapes alone; "": none
-    conditions: tuple[str, ...] = field(default_factory=tuple)  # all of which a mesh must fulfil
+    conditions: tuple[str, ...] = field(default_factory=tuple)  # a mesh must fulfil them all
 
     def __post_init__(self):
         for condition in self.conditions:
@@ -118,7 +118,7 @@ def main(config: SelectMeshesConfig) -> list[str]:
 
     Raises:
         FileNotFoundError: `data_dir` has no index.
-        ValueError: the index is damaged, or no mesh fulfils the conditions; then the list stays as it is.
+        ValueError: the index is damaged, or no mesh fulfils the conditions; then the list is not changed.
         OSError: the list or the folder cannot be written.
     """
     records = {record["name"]: values_of(record) for record in read_index(config.data_dir)}
