@@ -107,7 +107,7 @@ def names_in(path: Path) -> list[str]:
 
 
 class Header(NamedTuple):
-    """What the beginning of a file says about its arrays."""
+    """The beginning of a file, which describes its arrays."""
 
     about: dict[str, Any]  # as `write_arrays` took it; empty in older files
     checksums: dict[str, str]  # by array; empty in older files
