@@ -235,6 +235,7 @@ def main(config: PackConfig) -> None:
 
     Raises:
         FileNotFoundError: the folder was not made by prepare_shapes.
+        ValueError: the folder is packed already.
         TooManyDamagedError: too many shapes have damaged files.
         OSError: the disk is full or cannot be written. Finished tars stay.
     """
