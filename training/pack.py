@@ -18,6 +18,7 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +164,16 @@ def read_checked(path: Path) -> bytes:
     return content
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in an error of the disk that names none, as that of a full one does."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_tar(tar: Tar, data_dir: Path, damaged: DamagedFiles, pool: ThreadPoolExecutor) -> int:
     """Write a tar and the table of its files; return the number of damaged files that it leaves out.
 
@@ -178,7 +189,7 @@ def write_tar(tar: Tar, data_dir: Path, damaged: DamagedFiles, pool: ThreadPoolE
             return error
 
     packed, left_out = [], 0
-    with replacing(tar.path) as temporary:
+    with naming(tar.path), replacing(tar.path) as temporary:
         with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as file:
             for first in range(0, len(tar.sources), READ_AT_ONCE):
                 sources = tar.sources[first : first + READ_AT_ONCE]
@@ -224,6 +235,7 @@ def main(config: PackConfig) -> None:
 
     Raises:
         FileNotFoundError: the folder was not made by prepare_shapes.
+        ValueError: the folder is packed already.
         TooManyDamagedError: too many shapes have damaged files.
         OSError: the disk is full or cannot be written. Finished tars stay.
     """

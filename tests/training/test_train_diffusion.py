@@ -28,6 +28,7 @@ from training.data.parts import Part
 from training.data.shape_batches import active_voxels
 from training.data.shape_files import latent_path, list_shapes, load_shape, read_arrays, shape_path
 from training.data.views import Views
+from training.losses import FlowLossConfig
 from training.run import read_metrics
 from training.run_folder import checkpoints
 
@@ -99,6 +100,25 @@ def test_structure_dit_learns_and_trains_its_encoder(chain):
 def test_structure_dit_resumes_exactly(chain, tmp_path):
     copy_model(chain, tmp_path, "structure_vae")
     assert_equal_parameters(*resumed(train_structure_dit.train, chain.structure_dit, tmp_path))
+
+
+@pytest.mark.parametrize("views_on_device", [False, True])
+def test_structure_latents_may_stay_on_the_device_or_be_encoded_in_each_step(chain, tmp_path, views_on_device):
+    copy_model(chain, tmp_path, "structure_vae")
+    trained = []
+    for device_gib in (1.0, 0.0):
+        run = dataclasses.replace(chain.structure_dit.run, out_dir=str(tmp_path / str(device_gib)), steps=3)
+        config = dataclasses.replace(
+            chain.structure_dit,
+            model_dir=str(tmp_path / "model"),
+            run=run,
+            loss=FlowLossConfig(),  # posteriors are sampled
+            device_gib=device_gib,
+            views_on_device=views_on_device,
+        )
+        trained.append(train_structure_dit.train(config))
+    for a, b in zip(*(model.parameters() for model in trained), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)  # equal bit for bit where convolutions are
 
 
 def test_structure_dit_can_leave_the_encoder_as_it_is(chain, tmp_path):

@@ -67,7 +67,7 @@ def read_arrays(path: Path, *names: str, first: int | None = None) -> list[np.nd
 
     Raises:
         FileNotFoundError: there is no such file.
-        DamagedFileError: the file is cut off, or differs from its checksums.
+        DamagedFileError: a ValueError; the file is cut off, or differs from its checksums.
     """
     try:
         with path.open("rb") as file:
@@ -107,7 +107,7 @@ def names_in(path: Path) -> list[str]:
 
 
 class Header(NamedTuple):
-    """What the beginning of a file says about its arrays."""
+    """The beginning of a file, which describes its arrays."""
 
     about: dict[str, Any]  # as `write_arrays` took it; empty in older files
     checksums: dict[str, str]  # by array; empty in older files
@@ -117,7 +117,11 @@ class Header(NamedTuple):
     size: int  # of the file
 
     def array(self, content: bytes, name: str) -> np.ndarray:
-        """Return an array of a file with this content, which may lack what comes after the array."""
+        """Return an array of any shape of a file with this content, which may lack what comes after the array.
+
+        Raises:
+            ValueError: the content ends before the array does, or cannot be decompressed.
+        """
         dtype, shape = self.arrays[name]
         stored: Any = memoryview(content)[self.places[name]]
         if len(stored) != self.places[name].stop - self.places[name].start:
@@ -151,7 +155,12 @@ def parse_header(content: bytes) -> Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read the header of a file alone. Raises as `parse_header`; FileNotFoundError if there is no such file."""
+    """Read the header of a file alone.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: its size is not that of its arrays, or as `parse_header`, whose other errors it raises too.
+    """
     with path.open("rb") as file:
         start = file.read(4096)
         length = int.from_bytes(start[:8], "little")

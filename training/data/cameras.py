@@ -92,7 +92,12 @@ class Table(NamedTuple):
 
 
 class Turns:
-    """The quarter turns of each picture of each shape: `turns[shape]` is a list of them."""
+    """The quarter turns of each picture of each shape: `turns[shape]` is a list of them.
+
+    Args:
+        turns: (P,) uint8 of all pictures.
+        first: (n + 1,) int64, the number of each shape's first picture.
+    """
 
     def __init__(self, turns: np.ndarray, first: np.ndarray):
         self.turns, self.first = turns, first

@@ -1,4 +1,4 @@
-"""What a dataset keeps in memory: all of it where it fits a budget, else nothing."""
+"""Data kept in memory: all that a dataset reads where it fits a budget, else nothing."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor

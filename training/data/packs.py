@@ -90,6 +90,10 @@ class Pack:
         place: the folder or the URL.
         folders: the packed folders, such as "shapes/256".
         files: the names of the files that are not packed.
+
+    Raises:
+        FileNotFoundError: there is no pack.
+        ValueError: its manifest is damaged, or of another format.
     """
 
     def __init__(self, place: str):
@@ -238,6 +242,7 @@ def read_bytes(file: str, start: int = 0, stop: int | None = None) -> bytes:
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: fsspec is missing, or does not know this kind of URL.
         OSError: the disk or the server refuses it.
     """
     if "://" not in file:
