@@ -97,7 +97,7 @@ class GroupEncoder(nn.Module):
 
 
 class TokenEncoder(nn.Module):
-    """The part that ULIP-2 and Uni3D share: groups of nearest points, their tokens and places, and a token for the whole."""
+    """The part that ULIP-2 and Uni3D share: tokens of groups of nearest points, their places, and one for the whole."""
 
     num_groups = 512
 
