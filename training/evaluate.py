@@ -6,6 +6,8 @@
 2. Generation from one view of each shape of the split, one sample per view. Baselines in the same table: the training
    shape with the most similar picture, and the mean training shape.
 
+`weights` adds scores by other people's networks (docs/evaluation.md); those whose weights are missing are left out.
+
 Writes out_dir/evaluation.json (summaries and all scores), evaluation.md (tables) and generation.png (contact sheet).
 Reads the files of prepare_shapes and render_views. Networks run on the device in batches; one process per core makes
 meshes, scores and pictures.
@@ -35,6 +37,7 @@ from training.data.meshes import list_meshes
 from training.data.shape_files import list_shapes
 from training.evaluation import generation, generation_scores, round_trip
 from training.evaluation.generation import GenerationConfig
+from training.evaluation.learned_scores import FID, LearnedScores, WeightsConfig, learned_table
 from training.evaluation.shape_scores import ScoreConfig
 from training.mesh_jobs import end_with_parent
 
@@ -58,6 +61,7 @@ class EvaluateConfig:
     num_points: int = 20_000  # sampled on each surface
     cells: int = 128  # per edge of the grid for the volume IoU
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)  # of networks that score, see docs/evaluation.md
     sampling: dict[str, int | float] = field(default_factory=dict)  # override the model's own settings
 
     def __post_init__(self):
@@ -105,9 +109,14 @@ def evaluate_round_trip(
     vae = load_network(config.model_dir, "sdf_vae", device, dtype_of(config, device))
     entries = {entry.name: entry for entry in list_meshes(config.meshes)} if config.meshes else {}
     batches = round_trip.batches_of(list(sources), tokens, config.max_tokens)
-    scores = round_trip.round_trips(vae, batches, entries, pool, scoring)
+    only_normals = dataclasses.replace(WeightsConfig(), inception=config.weights.inception)
+    learned = LearnedScores.load(only_normals, device, dtype_of(config, device))
+    scores = round_trip.round_trips(vae, batches, entries, pool, scoring, learned)
     summaries, table = round_trip.report(round_trip.groups_of(scores, sources, entries), scoring.resolution)
-    return {"summaries": summaries, "scores": scores}, table
+    if learned.networks:
+        distance = learned.fid()
+        return {"summaries": summaries, "normal_fid": distance, "scores": scores}, f"{table}\n{FID}: {distance:.2f}.\n"
+    return {"summaries": summaries, "scores": scores}, f"{table}\n{learned.missing(('inception',))}"
 
 
 def evaluate_generation(
@@ -116,14 +125,17 @@ def evaluate_generation(
     """Return summaries and scores for evaluation.json, and the tables; write the contact sheet."""
     device = find_device(config.device)
     pipeline = load_pipeline(config.model_dir, device, dtype_of(config, device), sampling=sampling)
-    items, baselines = generation.run(pipeline, sources, config.generation, config.seed, scoring, pool)
+    learned = LearnedScores.load(config.weights, device, dtype_of(config, device))
+    items, baselines = generation.run(pipeline, sources, config.generation, config.seed, scoring, pool, learned)
     sheet = generation_scores.sheet_of(items)
     if sheet is not None:
         sheet.quantize(256).save(Path(config.out_dir) / "generation.png", optimize=True)
     summaries, tables = generation_scores.report(
         items, sampling, config.generation.train_split, baselines, scoring, config.split
     )
-    return {"summaries": summaries, "baselines": baselines, "scores": [item.record for item in items]}, tables
+    about, table = learned_table(learned, [item.learned for item in items])
+    scores = [item.record for item in items]
+    return {"summaries": summaries, "learned": about, "baselines": baselines, "scores": scores}, f"{tables}\n{table}"
 
 
 def dtype_of(config: EvaluateConfig, device: torch.device) -> torch.dtype:

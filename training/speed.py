@@ -30,7 +30,7 @@ def token_weights(dit: nn.Module) -> int:
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """Return the peak of a device in operations per second; None if it is not known or not used."""
-    if precision != "bf16" or device.type != "cuda" or not trains_in_bf16(device):
+    if precision != "bf16" or not trains_in_bf16(device):
         return None
     gpu = find_gpu(abilities(device).name)
     return None if gpu is None else 1e12 * gpu.bf16_tflops

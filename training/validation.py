@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from d3ds2.images.contact_sheet import contact_sheet
-from d3ds2.kernels.devices import make_generator
+from d3ds2.kernels.devices import copies_in_background, make_generator
 from d3ds2.storage.one_line import one_line
 from training.data.datasets import to_device
 from training.distributed import Ranks
@@ -67,7 +67,7 @@ class Validation:
         network = self.averaged()
         was_training = network.training
         network.eval()
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        with torch.random.fork_rng([device] if copies_in_background(device) else []), torch.no_grad():
             losses = self._losses(network)
             if losses and self.ranks.is_first and self.run.validate_pictures:
                 self._show(network, step, log)

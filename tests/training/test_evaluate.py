@@ -37,6 +37,7 @@ from training.evaluation.generation_scores import (
     score_item,
     sheet_of,
 )
+from training.evaluation.learned_scores import LearnedScores, WeightsConfig
 from training.evaluation.mean_solid import CELLS, packed_solid
 from training.evaluation.shape_scores import ScoreConfig, Shape, compare, score_round_trip
 from training.prepare_shapes import PrepareShapesConfig, prepare
@@ -44,6 +45,9 @@ from training.render_views import RenderViewsConfig, render_mesh
 
 R = 64  # voxels per edge, so the latents are at 8³ and the edge of a voxel is 1/32
 SPLITS = {"box": "train", "ball": "train", "wedge": "train", "box_again": "test", "other": "test"}
+
+
+NO_WEIGHTS = LearnedScores(WeightsConfig(), {})
 
 
 class Inline(Executor):
@@ -170,10 +174,10 @@ def test_empty_results_are_scored_as_the_worst(scoring):
 def test_round_trip_of_the_shape_itself_is_perfect(root, scoring):
     (entry,) = [e for e in list_meshes(root / "meshes") if e.name == "other"]
     sdf = mesh_to_sdf(*_normalized("other"), R)
-    scores = score_round_trip("other", sdf.block_coords, sdf.values, entry, scoring)
+    scores, _ = score_round_trip("other", sdf.block_coords, sdf.values, entry, scoring)
     assert scores["f1_voxel"] == 1 and scores["chamfer"] < 1e-3 and scores["watertight"] == 1
     assert scores["original_distance"] == pytest.approx(scores["original_distance_of_target"], rel=0.02)
-    shifted = score_round_trip("other", sdf.block_coords - [1, 0, 0], sdf.values, None, scoring)
+    shifted, _ = score_round_trip("other", sdf.block_coords - [1, 0, 0], sdf.values, None, scoring)
     assert shifted["f1_voxel"] < 0.5 and "original_distance" not in shifted
 
 
@@ -244,23 +248,23 @@ def test_packed_solid_reads_a_prepared_shape(root):
 def test_nearest_view_finds_the_same_object(root, scoring):
     pipeline = quick_pipeline(root)
     config = GenerationConfig(batch_size=3, baseline_views=4)
-    items, about = generation.run(pipeline, {"box_again": "made"}, config, 0, scoring, Inline())
+    items, about = generation.run(pipeline, {"box_again": "made"}, config, 0, scoring, Inline(), NO_WEIGHTS)
     (item,) = items
     assert about["shapes"] == 3 and about["pictures"] == 3 * 4 * 2
     assert item.nearest["pixels"][0] == "box"
     assert len(item.pictures) == 5 and item.scores[MEAN]["iou"] > 0.2
     # the nearest picture shows the box just as the input does, so a right match needs the right turn
     assert item.scores[NEAREST["pixels"]]["iou"] > 0.9
-    again = generation.run(pipeline, {"box_again": "made"}, config, 0, scoring, Inline())[0][0]
+    again = generation.run(pipeline, {"box_again": "made"}, config, 0, scoring, Inline(), NO_WEIGHTS)[0][0]
     assert again.record == item.record
 
 
 def test_model_alone_has_the_same_scores(root, scoring):
     pipeline = quick_pipeline(root)
     config = GenerationConfig(batch_size=3, baseline_views=4, sheet=0)
-    (whole,), about = generation.run(pipeline, {"box_again": "made"}, config, 0, scoring, Inline())
+    (whole,), about = generation.run(pipeline, {"box_again": "made"}, config, 0, scoring, Inline(), NO_WEIGHTS)
     alone, nothing = generation.run(
-        pipeline, {"box_again": "made"}, dataclasses.replace(config, baselines=False), 0, scoring, Inline()
+        pipeline, {"box_again": "made"}, dataclasses.replace(config, baselines=False), 0, scoring, Inline(), NO_WEIGHTS
     )
     assert about is not None and nothing is None and set(alone[0].scores) == {MODEL}
     assert alone[0].scores[MODEL] == whole.scores[MODEL]

@@ -11,8 +11,8 @@ from training.evaluation.fid import (
     features_of,
     frechet_distance,
     load_inception,
-    normal_pictures,
 )
+from training.evaluation.normal_pictures import normal_pictures
 
 
 @pytest.fixture(scope="module")

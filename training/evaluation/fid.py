@@ -5,9 +5,6 @@ Features are those of the InceptionV3 of FID (Heusel et al. 2017), from a file t
 averages leave out the padding, and the last block takes maxima. The names and shapes were compared with torchvision's;
 the published weights themselves have not been tried.
 
-The paper says neither how it renders normals nor from where. Here a picture shows the normals in the frame of the
-shape, as colours on white, from VIEWS sides.
-
 Sizes: n pictures, S pixels per edge, D = 2048 features.
 """
 
@@ -18,14 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d3ds2.images.render import Camera, Light, MeshRenderer
 from training.evaluation.tensor_files import load_tensors, read_tensors
 
 FEATURES = 2048
 INPUT = 299  # pixels per edge
-SIZE = 256  # pixels per edge of a rendered picture
-VIEWS = (0.0, 90.0, 180.0, 270.0)  # azimuths
-EVEN_LIGHT = Light(key=0.0, fill=0.0, sky=1.0, ground=1.0)  # shows the colours as they are
 
 
 # --- the network
@@ -40,6 +33,7 @@ class ConvNorm(nn.Module):
         self.bn = nn.BatchNorm2d(out, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(n, channels, h, w) -> (n, out, h', w')."""
         return F.relu(self.bn(self.conv(x)))
 
 
@@ -80,6 +74,7 @@ class Mixed(nn.Module):
             self.chains.append(chain)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(n, channels, h, w) -> (n, the branches' channels together, h', w')."""
         outputs = []
         for chain in self.chains:
             h = x
@@ -180,23 +175,7 @@ def load_inception(file: str | Path, device: torch.device) -> FIDInception:
     return network.to(device).eval()
 
 
-# --- pictures, features and their distance
-
-
-def normal_pictures(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Render the normals of a mesh (V, 3), (F, 3) from all VIEWS: (VIEWS, S, S, 3) uint8; white without faces."""
-    pictures = np.full((len(VIEWS), SIZE, SIZE, 3), 255, dtype=np.uint8)
-    if len(faces) == 0:
-        return pictures
-    corners = np.asarray(vertices, dtype=np.float64)[faces]
-    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-30)
-    renderer = MeshRenderer(vertices, faces, np.round((normals + 1) * 127.5).astype(np.uint8))
-    for picture, azimuth in zip(pictures, VIEWS, strict=True):
-        made = renderer.render(Camera(azimuth=azimuth), SIZE, EVEN_LIGHT, supersample=2)
-        opacity = made[..., 3:] / 255
-        picture[:] = np.round(made[..., :3] * opacity + 255 * (1 - opacity))
-    return pictures
+# --- features and their distance
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from training.data.shape_files import list_shapes
 from training.data.symmetry import facing
 from training.data.views import Pictures, Views, choose_views
 from training.evaluation.generation_scores import Item, score_item
+from training.evaluation.learned_scores import LearnedScores
 from training.evaluation.mean_solid import mean_solid, mesh_of_mean, packed_solid
 from training.evaluation.nearest_view import NearestView
 from training.evaluation.round_trip import split_blocks
@@ -108,11 +109,13 @@ def run(
     seed: int,
     scoring: ScoreConfig,
     pool: Executor,
+    learned: LearnedScores,
 ) -> tuple[list[Item], dict[str, float] | None]:
     """Sample and score one or more views of each shape. The pool computes scores while the next batch is sampled.
 
     Args:
         sources: the source of each shape to evaluate, by name.
+        learned: scores by networks, which look at each result.
 
     Returns:
         The items, and facts about the baselines for the report; None without baselines.
@@ -124,7 +127,7 @@ def run(
     chosen = choose_views(views, config.views_per_shape, seed)
     drawn = set(np.random.default_rng(seed).permutation(len(chosen))[: config.sheet].tolist())
     pictures = Pictures(views, chosen, config.batch_size)
-    jobs = []
+    jobs, inputs = [], []
     batches = load_batches(pictures, 0, len(pictures), config.workers, weight.device)
     for images in tqdm(batches, total=len(pictures), desc="generation", unit="batch"):
         items = []
@@ -144,5 +147,12 @@ def run(
             if len(jobs) in drawn:
                 item.pictures.append(images[place, :3].permute(1, 2, 0).cpu().numpy())
             mean_mesh = baselines.mean_mesh if baselines else None
-            jobs.append(pool.submit(score_item, item, block_coords, values, mean_mesh, scoring))
-    return [job.result() for job in tqdm(jobs, desc="scores", unit="mesh")], baselines.about if baselines else None
+            look = bool(learned.networks)
+            jobs.append(pool.submit(score_item, item, block_coords, values, mean_mesh, scoring, look))
+            inputs.append(images[place, :3].permute(1, 2, 0).cpu().numpy() if look else None)
+    scored = []
+    for picture in tqdm(inputs, desc="scores", unit="mesh"):
+        item = jobs.pop(0).result()
+        item.learned, item.appearances = learned.add(picture, item.appearances), {}
+        scored.append(item)
+    return scored, baselines.about if baselines else None

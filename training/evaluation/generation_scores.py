@@ -17,7 +17,16 @@ from d3ds2.images.contact_sheet import contact_sheet
 from d3ds2.images.render import Camera, Light, MeshRenderer
 from d3ds2.storage.model_folder import SamplingConfig
 from training.evaluation.score_tables import Column, format_summary, markdown_table, summarize, win_rate
-from training.evaluation.shape_scores import F_DISTANCE, ScoreConfig, Shape, compare, topology
+from training.evaluation.shape_scores import (
+    F_DISTANCE,
+    RESULT,
+    TRUTH,
+    Appearance,
+    ScoreConfig,
+    Shape,
+    compare,
+    topology,
+)
 
 MODEL, MEAN = "model", "mean shape"
 NEAREST = {"tokens": "nearest tokens", "pixels": "nearest pixels"}
@@ -46,12 +55,15 @@ class Item:
     nearest: dict[str, tuple[str, int]] = field(default_factory=dict)  # by kind: training shape and symmetry
     scores: dict[str, dict[str, float]] = field(default_factory=dict)  # by method
     pictures: list[np.ndarray] = field(default_factory=list)  # for the contact sheet: input, result, truth
+    appearances: dict[str, Appearance] = field(default_factory=dict)  # what networks look at
+    learned: dict[str, dict[str, float]] = field(default_factory=dict)  # their scores of the result and the truth
 
     @property
     def record(self) -> dict:
         """The entry in evaluation.json."""
         known = asdict(self)
-        return {key: known[key] for key in ("name", "source", "file", "symmetry", "seed", "nearest", "scores")}
+        keys = "name", "source", "file", "symmetry", "seed", "nearest", "scores", "learned"
+        return {key: known[key] for key in keys}
 
 
 def score_item(
@@ -60,8 +72,10 @@ def score_item(
     values: np.ndarray,
     mean_mesh: tuple[np.ndarray, np.ndarray] | None,
     config: ScoreConfig,
+    look: bool = False,
 ) -> Item:
-    """Fill in the scores of the model and of the baselines that were asked; return the item.
+    """Fill in the scores of the model and of the baselines that were asked, and if `look` what networks look at; return
+    the item.
 
     Block coordinates (M,3) and SDF values (M,8,8,8) are the model's result. An item with a picture also gets pictures
     of result and truth, each from two sides.
@@ -73,6 +87,8 @@ def score_item(
         item.scores[NEAREST[kind]] = compare(Shape.of_file(name, symmetry, config), truth, config)
     if mean_mesh is not None:
         item.scores[MEAN] = compare(Shape(*mean_mesh, config), truth, config)
+    if look:
+        item.appearances = {RESULT: result.appearance(item.camera), TRUTH: truth.appearance(item.camera)}
     if item.pictures:
         item.pictures += [*pictures_of(result, item.camera), *pictures_of(truth, item.camera)]
     return item

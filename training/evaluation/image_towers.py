@@ -50,6 +50,7 @@ class CLIPVision(nn.Module):
         self.model = model
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, size, size) -> (B, D)."""
         return self.model(pixel_values=pixels).image_embeds
 
 

@@ -3,7 +3,8 @@ with its picture by ULIP-2, Uni3D and OpenShape.
 
 A score whose weights are not given is left out, and the report names the key that gives them. Alignment is the cosine
 of the input picture's vector and that of POINTS points of the shape; CLIP similarity that of the input picture and a
-render of the shape from the same camera. Each is also computed for the true shape, whose value no method needs to pass.
+render of the shape from the same camera. Each is also computed for
+the true shape.
 """
 
 from collections.abc import Callable
@@ -17,14 +18,15 @@ from torch.nn import functional as F
 
 from training.evaluation.fid import features_of, frechet_distance, load_inception
 from training.evaluation.image_towers import ImageTower, load_clip, load_eva
+from training.evaluation.normal_pictures import on_white
 from training.evaluation.point_encoders import (
-    POINTS,
     load_openshape,
     load_ulip2,
     load_uni3d,
     prepare_points,
 )
 from training.evaluation.score_tables import format_summary, markdown_table, summarize
+from training.evaluation.shape_scores import RESULT, TRUTH, Appearance
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,6 @@ LOADERS: dict[str, Callable[[str], nn.Module]] = {
     "uni3d": load_uni3d,
     "openshape": load_openshape,
 }
-
-
-@dataclass
-class Appearance:
-    """What the networks look at of one shape. An empty shape has no points and no render."""
-
-    normals: np.ndarray  # (views, S, S, 3) uint8
-    points: np.ndarray  # (n, 3) on the surface
-    render: np.ndarray | None  # (S, S, 4) uint8 from the input's camera
 
 
 @dataclass
@@ -118,9 +111,9 @@ class LearnedScores:
                     found[method][name] = self._similarity(name, vectors, shape)
         return found
 
-    def fid(self, method: str, truth: str) -> float:
-        """The distance of a method's normals to the true ones, over all shapes so far."""
-        return frechet_distance(*(np.concatenate(self.features[name]) for name in (method, truth)))
+    def fid(self) -> float:
+        """The distance of the results' normals to the true ones, over all shapes so far."""
+        return frechet_distance(*(np.concatenate(self.features[name]) for name in (RESULT, TRUTH)))
 
     def _vectors(self, picture: np.ndarray) -> dict[str, Tensor]:
         towers = {name: network for name, network in self.networks.items() if isinstance(network, ImageTower)}
@@ -141,7 +134,7 @@ class LearnedScores:
             return 0.0
         encoder = self.networks[name]
         weight = next(encoder.parameters())
-        points = torch.from_numpy(shape.points[:POINTS]).to(weight.device, weight.dtype)
+        points = torch.from_numpy(shape.points).to(weight.device, weight.dtype)
         vector = F.normalize(encoder(prepare_points(points[None], name in Z_UP)).float(), dim=-1)
         return float((vectors[TOWER_OF[name]] * vector).sum())
 
@@ -151,28 +144,22 @@ class LearnedScores:
         return f"Left out, since no weights were given: {', '.join(absent)}.\n" if absent else ""
 
 
-def on_white(picture: np.ndarray) -> np.ndarray:
-    """Put a picture (S, S, 4) uint8 with straight alpha on white: (S, S, 3) uint8."""
-    opacity = picture[..., 3:] / 255
-    return np.round(picture[..., :3] * opacity + 255 * (1 - opacity)).astype(np.uint8)
-
-
-def learned_table(scores: LearnedScores, records: dict[str, list[dict[str, float]]], truth: str) -> tuple[dict, str]:
-    """Return the summaries for evaluation.json, and the table.
+def learned_table(scores: LearnedScores, records: list[dict[str, dict[str, float]]]) -> tuple[dict, str]:
+    """Return the summaries for evaluation.json, and the table with a line about the scores that are left out.
 
     Args:
-        records: the scores of every shape, by method; those of the truth are among them.
+        records: what `add` has returned for each shape.
     """
     names = [name for name in NAMES if name in scores.networks]
-    summaries: dict[str, dict] = {}
-    rows = []
-    for method, found in records.items():
-        summaries[method] = {name: summarize([record[name] for record in found]) for name in names}
-        cells = [format_summary(summaries[method][name], digits=4) for name in names]
-        if "inception" in scores.networks:
-            summaries[method]["normal_fid"] = distance = scores.fid(method, truth)
-            cells.append(f"{distance:.2f}")
-        rows.append([method, *cells])
-    header = ["method", *(f"{NAMES[name]} ↑" for name in names), *[f"{FID} ↓"] * ("inception" in scores.networks)]
-    table = markdown_table(header, rows) + "\n" if len(header) > 1 else ""
+    has_fid = "inception" in scores.networks
+    summaries: dict[str, Any] = {
+        method: {name: summarize([record[method][name] for record in records]) for name in names}
+        for method in (RESULT, TRUTH)
+    }
+    rows = [[method, *(format_summary(found[name], digits=4) for name in names)] for method, found in summaries.items()]
+    if has_fid:
+        summaries["normal_fid"] = scores.fid()
+        rows = [[*rows[0], f"{summaries['normal_fid']:.2f}"], [*rows[1], "0"]]
+    header = ["method", *(f"{NAMES[name]} ↑" for name in names), *[f"{FID} ↓"] * has_fid]
+    table = markdown_table(header, rows) + "\n" if names or has_fid else ""
     return summaries, table + scores.missing(("inception", *NAMES))

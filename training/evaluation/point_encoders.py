@@ -97,7 +97,7 @@ class GroupEncoder(nn.Module):
 
 
 class TokenEncoder(nn.Module):
-    """What ULIP-2 and Uni3D share: groups of nearest points, their tokens and places, and a token for the whole."""
+    """The part that ULIP-2 and Uni3D share: tokens of groups of nearest points, their places, and one for the whole."""
 
     num_groups = 512
 
@@ -207,6 +207,7 @@ class PreNorm(nn.Module):
         self.norm, self.fn = nn.LayerNorm(width), fn
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
         return self.fn(self.norm(x))
 
 
@@ -220,6 +221,7 @@ class OpenShapeAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(64 * heads, width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
         return self.to_out(attend(self.to_qkv(x), self.heads))
 
 
@@ -233,6 +235,7 @@ class OpenShapeMLP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
         return self.net(x)
 
 

@@ -14,6 +14,7 @@ from training.data.datasets import to_device
 from training.data.meshes import MeshEntry
 from training.data.shape_batches import ShapeBatch, active_voxels, pack_shapes
 from training.data.shape_files import load_shape, shape_path
+from training.evaluation.learned_scores import LearnedScores
 from training.evaluation.score_tables import Column, format_summary, markdown_table, summarize
 from training.evaluation.shape_scores import ScoreConfig, score_round_trip
 
@@ -21,6 +22,8 @@ COLUMNS = {
     "precision": Column("precision_voxel", digits=4),
     "recall": Column("recall_voxel", digits=4),
     "F1 @ 1 voxel": Column("f1_voxel", digits=4),
+    "F1 @ 0.005, %": Column("f1_0.005", 100, 2),
+    "F1 @ 0.001, %": Column("f1_0.001", 100, 2),
     "CD ×10³": Column("chamfer", 1e3, 2),
     "volume IoU": Column("iou", digits=4),
     "to original ×10³": Column("original_distance", 1e3, 2),
@@ -65,16 +68,26 @@ def round_trips(
     entries: dict[str, MeshEntry],
     pool: Executor,
     config: ScoreConfig,
+    learned: LearnedScores,
 ) -> list[dict]:
-    """Score every shape: records with its name. The pool meshes and compares while the next batch is decoded."""
+    """Score every shape: records with its name. The pool meshes and compares while the next batch is decoded.
+
+    What networks look at is given to `learned`, for Normal-FID.
+    """
     device = next(vae.parameters()).device
     jobs = {}
     for names in batches:
         shapes = [load_shape(shape_path(config.data_dir, config.resolution, name)) for name in names]
         decoded = decode_again(vae, to_device(pack_shapes(shapes, config.resolution), device))
         for name, (coords, values) in zip(names, decoded, strict=True):
-            jobs[name] = pool.submit(score_round_trip, name, coords, values, entries.get(name), config)
-    return [{"name": name} | job.result() for name, job in tqdm(jobs.items(), desc="round trip", unit="mesh")]
+            look = "inception" in learned.networks
+            jobs[name] = pool.submit(score_round_trip, name, coords, values, entries.get(name), config, look)
+    records = []
+    for name in tqdm(list(jobs), desc="round trip", unit="mesh"):
+        scores, appearances = jobs.pop(name).result()
+        learned.add(None, appearances)
+        records.append({"name": name} | scores)
+    return records
 
 
 def groups_of(scores: list[dict], sources: dict[str, str], entries: dict[str, MeshEntry]) -> dict[str, list[dict]]:

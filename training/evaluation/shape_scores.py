@@ -5,13 +5,30 @@ from typing import Any
 
 import numpy as np
 
+from d3ds2.images.render import Camera, Light, MeshRenderer
 from d3ds2.meshes.mesh_to_sdf import normalize_mesh
 from d3ds2.meshes.sdf_to_mesh import DECODED_OPTIONS, sdf_to_mesh
 from training.data.meshes import MeshEntry, read_mesh
 from training.data.shape_files import load_shape, shape_path
 from training.evaluation.metrics import Surface, SurfaceDistances, count_shells, is_watertight, solid_grid, volume_iou
+from training.evaluation.normal_pictures import normal_pictures
 
+PAPER_DISTANCES = {"f1_0.005": 0.005, "f1_0.001": 0.001}  # of the paper's table of VAEs, here in [-1,1]
 F_DISTANCE = 0.02  # in [-1,1]: 1 % of the cube's edge, a threshold that does not depend on the resolution
+
+
+RESULT, TRUTH = "model", "truth"  # whose appearance it is
+POINTS = 10_000  # of a surface, for networks that look at points
+RENDER = 336  # pixels per edge, for networks that look at a render
+
+
+@dataclass(frozen=True)
+class Appearance:
+    """The views of a shape that networks look at. One that is empty has no points and no render."""
+
+    normals: np.ndarray  # (views, S, S, 3) uint8
+    points: np.ndarray  # (n, 3) float32 on the surface
+    render: np.ndarray | None  # (S, S, 4) uint8 from the input's camera
 
 
 @dataclass(frozen=True)
@@ -37,6 +54,15 @@ class Shape:
         self.solid = solid_grid(self.vertices, self.faces, config.cells)
         self.surface = Surface(self.vertices, self.faces, config.num_points, config.seed) if len(faces) else None
 
+    def appearance(self, camera: Camera | None = None) -> Appearance:
+        """Return what networks look at; a camera adds a render."""
+        points = np.zeros((0, 3)) if self.surface is None else self.surface.points[:POINTS]
+        render = None
+        if camera is not None and len(self.faces):
+            light = Light(azimuth=camera.azimuth + Light.azimuth, shadows=True)
+            render = MeshRenderer(self.vertices, self.faces).render(camera, RENDER, light, supersample=2)
+        return Appearance(normal_pictures(self.vertices, self.faces), points.astype(np.float32), render)
+
     @classmethod
     def of_blocks(cls, block_coords: np.ndarray, values: np.ndarray, config: ScoreConfig, decoded=False) -> "Shape":
         """Mesh SDF blocks (M,3), (M,8,8,8) at `config.resolution`; `decoded` ones as the pipeline does."""
@@ -56,7 +82,8 @@ class Shape:
 
 
 def compare(result: Shape, truth: Shape, config: ScoreConfig) -> dict[str, float]:
-    """Score a result: volume IoU, chamfer distance, F1 at `F_DISTANCE`; precision, recall and F1 at one voxel.
+    """Score a result: volume IoU, chamfer distance, F1 at `F_DISTANCE` and at the paper's distances; precision, recall
+    and F1 at one voxel.
 
     An empty result has an IoU and F1 of 0. Its chamfer distance is that from the truth to the centre of the cube.
 
@@ -66,7 +93,7 @@ def compare(result: Shape, truth: Shape, config: ScoreConfig) -> dict[str, float
     if truth.surface is None:
         raise ValueError("expected a true shape with faces, got one without")
     if result.surface is None:
-        nothing = dict.fromkeys(("iou", "f1", "precision_voxel", "recall_voxel", "f1_voxel"), 0.0)
+        nothing = dict.fromkeys(("iou", "f1", "precision_voxel", "recall_voxel", "f1_voxel", *PAPER_DISTANCES), 0.0)
         return nothing | {"chamfer": float(np.linalg.norm(truth.surface.points, axis=1).mean())}
     distances = SurfaceDistances.between(result.surface, truth.surface)
     voxel = distances.f_score(2 / config.resolution)
@@ -77,6 +104,7 @@ def compare(result: Shape, truth: Shape, config: ScoreConfig) -> dict[str, float
         "precision_voxel": voxel.precision,
         "recall_voxel": voxel.recall,
         "f1_voxel": voxel.f1,
+        **{name: distances.f_score(distance).f1 for name, distance in PAPER_DISTANCES.items()},
     }
 
 
@@ -87,12 +115,20 @@ def topology(shape: Shape) -> dict[str, float]:
 
 
 def score_round_trip(
-    name: str, block_coords: np.ndarray, values: np.ndarray, entry: MeshEntry | None, config: ScoreConfig
-) -> dict[str, float]:
+    name: str,
+    block_coords: np.ndarray,
+    values: np.ndarray,
+    entry: MeshEntry | None,
+    config: ScoreConfig,
+    look: bool = False,
+) -> tuple[dict[str, float], dict[str, Appearance]]:
     """Score a decoded SDF (M,3), (M,8,8,8) against the prepared shape, and the original mesh if `entry` is given.
 
     The prepared surface lies slightly more than half a voxel outside the original (`shell` of mesh_to_sdf), so even a
     perfect result is not at distance 0 from it. Inner faces of the original are in neither.
+
+    Returns:
+        The scores; and if `look`, what networks look at, of RESULT and TRUTH.
     """
     result, truth = Shape.of_blocks(block_coords, values, config, decoded=True), Shape.of_file(name, 0, config)
     scores = compare(result, truth, config) | topology(result) | {"tokens": len(block_coords)}
@@ -104,4 +140,4 @@ def score_round_trip(
         original = Surface(normalize_mesh(vertices), faces, 1, config.seed)
         scores["original_distance"] = float(original.distance(result.surface.points).mean())
         scores["original_distance_of_target"] = float(original.distance(truth.surface.points).mean())
-    return scores
+    return scores, {RESULT: result.appearance(), TRUTH: truth.appearance()} if look else {}
