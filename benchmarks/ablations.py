@@ -50,7 +50,7 @@ from d3ds2.storage.atomic_file import replacing  # noqa: E402
 from training import train_dit  # noqa: E402
 from training.command import run_command  # noqa: E402
 from training.config import load_config  # noqa: E402
-from training.data.datasets import load_batches  # noqa: E402
+from training.data.loading import load_batches  # noqa: E402
 from training.data.shape_batches import join, join_coords  # noqa: E402
 from training.data.shape_files import latent_path, list_shapes, read_latents  # noqa: E402
 from training.data.views import Pictures, View, Views, choose_views  # noqa: E402

@@ -33,7 +33,6 @@ from d3ds2.storage.atomic_file import replacing
 from training.data.array_files import write_arrays
 from training.data.batch_plans import cut
 from training.data.damaged_files import READ_ERRORS, DamagedFiles
-from training.data.datasets import load_batches, to_device
 from training.data.latent_moments import (
     LatentMoments,
     encoder_fingerprint,
@@ -41,6 +40,7 @@ from training.data.latent_moments import (
     read_moments,
     set_latent_scale,
 )
+from training.data.loading import load_batches, to_device
 from training.data.packs import open_data
 from training.data.shape_batches import ShapeBatch, active_voxels, pack_shapes
 from training.data.shape_files import latent_path, list_records, load_shape, read_summary, shape_path

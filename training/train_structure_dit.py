@@ -19,12 +19,10 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from d3ds2.kernels.devices import make_generator
 from d3ds2.networks.image_encoder import ImageEncoder, ImageEncoderConfig, ImageTokens
@@ -210,25 +208,6 @@ def freeze_image_encoder(model: nn.ModuleDict, ema: nn.ModuleDict) -> None:
         model["image_encoder"].requires_grad_(False)
 
 
-class StructurePicture(NamedTuple):
-    """Pictures of B shapes, and the structures they show."""
-
-    images: Tensor  # (B, 4, S, S) uint8
-    occupancy: Tensor  # (B, 1, G, G, G) uint8
-
-
-class StructurePictures(Dataset):
-    """Pictures with their structures, for validation: `dataset[step]` is a `StructurePicture`."""
-
-    def __init__(self, views: Views, structures: Structures, batch_size: int, seed: int):
-        structures.keep(views.names)
-        self.views, self.structures = StructureViews(views, batch_size, 1, seed), structures
-
-    def __getitem__(self, step: int) -> StructurePicture:
-        batch = self.views[step]
-        return StructurePicture(batch.images, self.structures.occupancy(batch.shapes.numpy(), batch.symmetries.numpy()))
-
-
 def make_validation(
     config: TrainStructureDiTConfig,
     ranks: Ranks,
@@ -240,20 +219,20 @@ def make_validation(
     run = config.run
     flow = dataclasses.replace(config.loss, context_dropout=0.0, noise_alone=0.0, sample_posterior=False)
 
-    def load() -> tuple[StructurePictures, int]:
+    def load() -> tuple[StructureViews, int]:
         names, _ = list_shapes(config.data_dir, run.validate_split, config.resolution)
-        structures = Structures(config.data_dir, names, config.resolution, 1, run.seed)
-        views = Views(config.data_dir, structures.names, image_size, config.turn_to_camera, augment=False)
-        pictures = StructurePictures(views, structures, config.batch_size, run.seed)
+        views = Views(config.data_dir, names, image_size, config.turn_to_camera, augment=False)
+        structures = Structures(config.data_dir, views.names, config.resolution, 1, run.seed)
+        pictures = StructureViews(views, config.batch_size, 1, run.seed, structures, with_grids=True)
         return pictures, batches_of(len(views.names), config.batch_size)
 
-    def loss(networks: nn.ModuleDict, batch: StructurePicture, generator: torch.Generator) -> dict[str, Tensor]:
-        x_0 = vae.normalize_latents(vae.encode(batch.occupancy)[0])
+    def loss(networks: nn.ModuleDict, batch: ViewBatch, generator: torch.Generator) -> dict[str, Tensor]:
+        x_0 = vae.normalize_latents(vae.encode(batch.grids)[0])
         image_tokens = networks["image_encoder"](batch.images.float() / 255)
         return {"loss": flow_loss(networks["structure_dit"], image_tokens, x_0, flow, generator)}
 
-    def draw(networks: nn.ModuleDict, batch: StructurePicture, number: int) -> list:
-        images, occupancy = batch.images[:number].float() / 255, batch.occupancy[:number]
+    def draw(networks: nn.ModuleDict, batch: ViewBatch, number: int) -> list:
+        images, occupancy = batch.images[:number].float() / 255, batch.grids[:number]
         image_tokens = networks["image_encoder"](images)
         sampling = sampling_of(config.model_dir)
         return structure_samples(networks["structure_dit"], vae, image_tokens, images, occupancy, sampling)
@@ -302,7 +281,7 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
                     image_tokens = model["image_encoder"](images_of(part, generator))
                     loss = flow_loss(model["structure_dit"], image_tokens, x_0, config.loss, generator, part)
                 loss.backward()
-                log.add({"loss": loss, "tokens": len(x_0) * tokens})
+                log.add({"loss": loss, "tokens": part.own(len(x_0) * tokens)})
             grad_norm = state.update()
 
             validate(state.step, log)

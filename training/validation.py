@@ -21,7 +21,7 @@ from tqdm import tqdm
 from d3ds2.images.contact_sheet import contact_sheet
 from d3ds2.kernels.devices import copies_in_background, make_generator
 from d3ds2.storage.one_line import one_line
-from training.data.datasets import to_device
+from training.data.loading import to_device
 from training.distributed import Ranks
 from training.run import Log, RunConfig, autocast, seed_step
 

@@ -1,4 +1,7 @@
-"""Triton kernel of the numbers that the backward pass of attention needs of each query."""
+"""Triton kernel of the numbers that the backward pass of attention needs of each query: its lse and Σ out · dout.
+
+The definition of the backward pass, to which they belong, is in ragged_attention.py.
+"""
 
 import torch
 import triton

@@ -1,4 +1,4 @@
-"""Triton kernel of the gradient of GELU (tanh) in the feed-forward layers; feed_forward.py says where it stands.
+"""Triton kernel of the gradient of GELU (tanh) in the feed-forward layers; their definition is in feed_forward.py.
 
 Sizes named in this file:
     N  rows      F  channels of the hidden layer

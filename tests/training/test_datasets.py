@@ -17,7 +17,8 @@ from d3ds2.meshes.mesh_to_sdf import SparseSDF
 from tests.support.training_data import R, prepared
 from training.data.batch_plans import BatchPlan, ResolutionPlan, draw, plan_shapes
 from training.data.damaged_files import DamagedFiles, TooManyDamagedError
-from training.data.datasets import Shapes, Structures, StructureViews, load_batches
+from training.data.datasets import Shapes, Structures, StructureViews
+from training.data.loading import load_batches
 from training.data.shape_batches import pack_shapes
 from training.data.shape_files import (
     StoredShape,

@@ -21,8 +21,9 @@ from tests.support.training_chain import Chain, copy_model
 from tests.support.training_data import R, prepared, write_toml
 from training import distributed, encode_latents, train_dit, train_structure_dit, train_structure_vae, train_vae
 from training.checkpoints import fault_of, open_checkpoint, read_into
-from training.data.datasets import LatentViews, Shapes, Structures, StructureViews, load_batches
+from training.data.datasets import LatentViews, Shapes, Structures, StructureViews
 from training.data.latent_moments import moments_path
+from training.data.loading import load_batches
 from training.data.parts import Parts, split
 from training.data.shape_files import list_shapes, read_arrays
 from training.data.views import Views

@@ -15,8 +15,9 @@ from tests.support.training_data import R, prepared, write_latents, write_meshes
 from training import pack
 from training.data.array_files import DamagedFileError
 from training.data.damaged_files import TooManyDamagedError
-from training.data.datasets import LatentViews, Shapes, Structures, StructureViews, load_batches
+from training.data.datasets import LatentViews, Shapes, Structures, StructureViews
 from training.data.latent_moments import moments_path
+from training.data.loading import load_batches
 from training.data.packs import open_data
 from training.data.shape_files import list_shapes, load_shape, read_structure, shape_path
 from training.data.views import Views

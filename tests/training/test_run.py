@@ -155,7 +155,7 @@ def test_checkpoint_of_an_earlier_version_resumes(tmp_path):
 
 
 def test_the_run_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
-    """What is written is the state when it was saved. The next save and the end wait."""
+    """The state is written as it was when it was saved. The next save and the end wait."""
     state, hold = State(nn.Linear(3, 2), make_config(tmp_path)), threading.Event()
     real = checkpoints._publish
     monkeypatch.setattr(checkpoints, "_publish", lambda *arguments: hold.wait(60) and real(*arguments))

@@ -14,8 +14,9 @@ from d3ds2.kernels import packed_attention
 from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE, SDFVAEConfig
 from tests.support.training_data import COARSE, R, prepared, write_toml
-from training.data.datasets import Shapes, to_device
+from training.data.datasets import Shapes
 from training.data.latent_moments import LatentMoments, set_latent_scale
+from training.data.loading import to_device
 from training.data.shape_batches import active_voxels
 from training.losses import SDFLossConfig
 from training.run import RunConfig, read_metrics

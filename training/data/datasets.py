@@ -1,6 +1,6 @@
 """Batches of training data. A batch follows from (seed, step), so a resumed run sees the same batches.
 
-A dataset is indexed by the step and returns the whole, packed batch of that step; `load_batches` runs it in worker
+A dataset is indexed by the step and returns the whole, packed batch of that step; `loading.py` runs it in worker
 processes and moves the batches to the device. `sizes` and `load` serve `training.data.parts`: the tokens of each sample
 of a step, (B,), and the batch of some of its samples. The files are those of `training.data.shape_files`.
 
@@ -12,10 +12,6 @@ Sizes: M blocks = tokens of a batch, B samples, G = R/8 blocks per edge, C laten
 import contextlib
 import itertools
 import math
-import os
-import signal
-import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,10 +20,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from d3ds2.geometry.voxels import BLOCK, Voxels
-from d3ds2.kernels.devices import copies_in_background
+from d3ds2.geometry.voxels import BLOCK
 from training.data.array_files import DamagedFileError
 from training.data.batch_plans import (
     BatchPlan,
@@ -39,7 +33,7 @@ from training.data.batch_plans import (
     shapes_per_batch,
 )
 from training.data.crops import draw_crop
-from training.data.damaged_files import READ_ERRORS, DamagedFiles, TooManyDamagedError, read_or_replace
+from training.data.damaged_files import READ_ERRORS, DamagedFiles, read_or_replace
 from training.data.held import hold
 from training.data.packs import load_entries, open_data
 from training.data.shape_batches import ShapeBatch, join, join_coords, pack_shapes
@@ -361,45 +355,3 @@ class LatentViews(ViewSteps):
 
 def _is_file(path: Path) -> bool:
     return path.is_file()
-
-
-# --- loading
-
-
-def load_batches(dataset: Dataset, first_step: int, last_step: int, workers: int, device: torch.device) -> Iterator:
-    """Yield the batches of steps [first_step, last_step) on the device; each is copied while the previous step runs."""
-    loader = DataLoader(
-        dataset,
-        sampler=range(first_step, last_step),
-        batch_size=None,
-        num_workers=min(workers, os.cpu_count() or 1),
-        pin_memory=copies_in_background(device),
-        prefetch_factor=4 if workers else None,
-        # forked workers share the parent's caches without copying them
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        worker_init_fn=_start_worker,
-    )
-    batches = iter(loader)
-    try:
-        for batch in batches:
-            yield to_device(batch, device)
-    except TooManyDamagedError as error:  # one line, without the traceback of the worker process
-        raise TooManyDamagedError(str(error).strip().rpartition(f"{TooManyDamagedError.__name__}: ")[2]) from None
-    finally:
-        if workers:  # else an error keeps them alive, and they ignore the signal that ends them at exit
-            batches._shutdown_workers()
-
-
-def _start_worker(_: int) -> None:
-    torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):  # the main process handles these, and stops its workers
-        signal.signal(number, signal.SIG_IGN)
-
-
-def to_device(batch, device: torch.device):
-    """Move a batch or a tensor to the device, if possible without waiting for the copy."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=copies_in_background(device))
-    if isinstance(batch, Voxels):
-        return batch.map(lambda tensor: to_device(tensor, device))
-    return type(batch)(*(to_device(b, device) if isinstance(b, Tensor | Voxels | tuple) else b for b in batch))

@@ -18,7 +18,8 @@ from d3ds2.images.foreground import MARGIN, SIZE, preprocess
 from d3ds2.kernels.device_constant import device_constant
 from training.data.batch_plans import plan_views
 from training.data.damaged_files import READ_ERRORS, first_readable
-from training.data.datasets import Structures, grid_of, load_batches
+from training.data.datasets import Structures, grid_of
+from training.data.loading import load_batches
 from training.data.png_files import read_png
 from training.data.steps import ViewSteps
 from training.data.views import (
@@ -125,6 +126,7 @@ class PictureChoices(ViewSteps):
     """`choices[step]` is a `Choice` of the same shapes as `StructureViews` with these arguments, see there.
 
     The pictures are in `DevicePictures`, which has noted the damaged ones; each is replaced by the shape's next one.
+    `weights` (n,) say how often each shape of `views.names` is drawn, in proportion; None: all equally often.
     """
 
     augment = False  # the device does it

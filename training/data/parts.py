@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from training.data.datasets import LatentBatch, load_batches
+from training.data.datasets import LatentBatch
+from training.data.loading import load_batches
 from training.data.shape_batches import ShapeBatch
 from training.distributed import Ranks
 from training.run import RunConfig

@@ -33,7 +33,7 @@ class ConvNorm(nn.Module):
         self.bn = nn.BatchNorm2d(out, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, channels, h, w) -> (n, out, h', w')."""
+        """x (N, channels, H, W) -> (N, out, H', W')."""
         return F.relu(self.bn(self.conv(x)))
 
 
@@ -74,7 +74,7 @@ class Mixed(nn.Module):
             self.chains.append(chain)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, channels, h, w) -> (n, the branches' channels together, h', w')."""
+        """x (N, channels, H, W) -> (N, the branches' channels together, H', W')."""
         outputs = []
         for chain in self.chains:
             h = x

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from d3ds2.images.render import Camera
 from d3ds2.networks.image_encoder import ImageEncoder, ImageTokens
 from d3ds2.pipeline import EmptyResultError, Pipeline
-from training.data.datasets import load_batches
+from training.data.loading import load_batches
 from training.data.shape_files import list_shapes
 from training.data.symmetry import facing
 from training.data.views import Pictures, Views, choose_views

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from d3ds2.geometry.voxels import BLOCK, Voxels
 from d3ds2.networks.sdf_vae import SDFVAE
-from training.data.datasets import to_device
+from training.data.loading import to_device
 from training.data.meshes import MeshEntry
 from training.data.shape_batches import ShapeBatch, active_voxels, pack_shapes
 from training.data.shape_files import load_shape, shape_path
