@@ -232,6 +232,7 @@ def make_validation(
         return {"loss": flow_loss(networks["structure_dit"], image_tokens, x_0, flow, generator)}
 
     def draw(networks: nn.ModuleDict, batch: ViewBatch, number: int) -> list:
+        assert batch.grids is not None  # the dataset was made `with_grids`
         images, occupancy = batch.images[:number].float() / 255, batch.grids[:number]
         image_tokens = networks["image_encoder"](images)
         sampling = sampling_of(config.model_dir)
