@@ -48,7 +48,11 @@ def load_config(cls, argv: list[str]):
 
 
 def read_toml(path: Path) -> dict:
-    """Read a TOML file over that which its key `base` names, a path from the file's folder."""
+    """Read a TOML file over that which its key `base` names, a path from the file's folder.
+
+    Raises:
+        ValueError: the file is not TOML.
+    """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
