@@ -11,6 +11,7 @@ VAE = [
     "latent_channels=4",
 ]
 DIT = ["hidden_size=32", "depth=2", "num_heads=16", "num_kv_heads=1", "context_size=16", "latent_channels=4"]
+DIT += ["compression_block=2"]  # which divides the latent grid of 6³
 STRUCTURE_VAE = [
     *("latent_channels=2", "encoder_widths=[8,16]", "decoder_widths=[16,8]", "encoder_res_blocks=1"),
     *("encoder_middle_blocks=1", "decoder_res_blocks=1", "decoder_middle_blocks=1", "threshold=0.5"),
