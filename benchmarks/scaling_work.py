@@ -107,6 +107,9 @@ class Surfaces(Steps):
     def sizes(self, step: int) -> np.ndarray:
         return np.array([len(self.pool[i]) for i in self._choices(step)])
 
+    def has_damage(self) -> bool:
+        return False
+
     def load(self, step: int, chosen: np.ndarray | slice) -> Any:
         """The batch of the chosen samples (b,) of a step."""
         return self.make([self.pool[i] for i in self._choices(step)[chosen]], draw(0, step, 3))
@@ -144,6 +147,9 @@ class Structures(Steps):
 
     def sizes(self, step: int) -> np.ndarray:
         return np.full(self.batch, self.shape[1] ** 3)
+
+    def has_damage(self) -> bool:
+        return False
 
     def load(self, step: int, chosen: np.ndarray | slice) -> Latents:
         """The latents of the chosen samples (b,) of a step."""

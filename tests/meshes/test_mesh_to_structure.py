@@ -56,7 +56,7 @@ def test_large_triangles_reach_blocks_without_a_vertex():
     [
         (np.zeros((3, 3)), np.array([[0, 1, 2]]), 60, "multiple of 8"),
         (np.full((3, 3), 2.0), np.array([[0, 1, 2]]), 64, "in \\[-1, 1\\]"),
-        (np.zeros((3, 3)), np.zeros((0, 3), np.int64), 64, "with faces"),
+        (np.zeros((3, 3)), np.zeros((0, 3), np.int64), 64, "faces \\(F, 3\\) with F > 0"),
         (np.full((3, 3), np.nan), np.array([[0, 1, 2]]), 64, "finite"),
     ],
 )
