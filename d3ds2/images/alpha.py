@@ -9,7 +9,8 @@ from scipy import ndimage
 
 FAINT = 0.1  # of the greatest alpha: less is haze
 SPECK_SHARE = 5e-3  # of the largest part of the object: a smaller part is a speck
-EDGE_PIXELS = 3  # around the object, where faint alpha is its soft edge
+WIDER = 0.05  # of the object's longer side: what widens its box by no more on any side does no harm
+EDGE, MIN_EDGE = 0.01, 3  # of that side, and pixels: around the object, faint alpha is its soft edge
 OPAQUE = 250  # of 255
 FULL_SHARE = 0.985  # of the pixels: alpha that covers more leaves out nothing but rounded corners
 
@@ -20,7 +21,7 @@ def tells_object(image: Image.Image) -> bool:
 
 
 def clean_alpha(image: Image.Image) -> tuple[Image.Image, int]:
-    """Remove haze and specks from the alpha of an RGBA image, if they widen the box of the object.
+    """Remove haze and specks from the alpha of an RGBA image, if they widen the box of the object by more than WIDER.
 
     Returns:
         The image and the number of pixels that became transparent; the image as it was, and 0, if its box is right.
@@ -31,10 +32,15 @@ def clean_alpha(image: Image.Image) -> tuple[Image.Image, int]:
         return image, 0
     areas = np.bincount(labels.ravel())
     areas[0] = 0
-    near = ndimage.maximum_filter((areas >= SPECK_SHARE * areas.max())[labels] & (labels > 0), 2 * EDGE_PIXELS + 1)
-    left_out = (alpha > 0) & ~near
-    if not left_out.any() or _box(np.asarray(near & (alpha > 0))) == _box(alpha > 0):
+    is_object = (areas >= SPECK_SHARE * areas.max())[labels] & (labels > 0)
+    low, high = _box(is_object)
+    size = int((high - low).max())
+    widest = WIDER * size  # a soft edge may be wide
+    low_of_all, high_of_all = _box(alpha > 0)
+    if (low - low_of_all <= widest).all() and (high_of_all - high <= widest).all():
         return image, 0
+    edge = max(MIN_EDGE, round(EDGE * size))
+    left_out = (alpha > 0) & ~ndimage.maximum_filter(is_object, 2 * edge + 1)
     cleaned = image.copy()
     cleaned.putalpha(Image.fromarray(np.where(left_out, 0, alpha)))
     return cleaned, int(left_out.sum())
@@ -59,7 +65,7 @@ def fill_transparent(image: Image.Image) -> Image.Image:
     return filled
 
 
-def _box(covered: np.ndarray) -> tuple[int, int, int, int]:
-    """The first and the last row and column of what is covered (H, W)."""
-    rows, columns = np.flatnonzero(covered.any(1)), np.flatnonzero(covered.any(0))
-    return int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])
+def _box(covered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the last row and column of what is covered (H, W), (2,) each."""
+    lines = [np.flatnonzero(covered.any(axis)) for axis in (1, 0)]
+    return np.array([line[0] for line in lines]), np.array([line[-1] for line in lines])
