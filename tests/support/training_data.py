@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +54,9 @@ def prepared(tmp_path_factory) -> str:
 
 def write_latents(data_dir: Path) -> None:
     """Write latents of all shapes at R in all symmetries, drawn at random, as if encode_latents had made them."""
-    rng = np.random.default_rng(0)
-    moments_path(data_dir, R).parent.mkdir(parents=True)
+    rng, folder = np.random.default_rng(0), moments_path(data_dir, R).parent
+    shutil.rmtree(folder.parent, ignore_errors=True)  # those of a test that trained on the data before it was copied
+    folder.mkdir(parents=True)
     for name in SPLITS:
         for symmetry in range(NUM_SYMMETRIES):
             coords, _, _ = load_shape(shape_path(data_dir, R, name), symmetry)
