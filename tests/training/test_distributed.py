@@ -174,6 +174,7 @@ def test_ranks_and_parts_train_as_one_process(chain, tmp_path, steps):
         assert_equal_runs(tmp_path / "whole", tmp_path / name)
 
 
+@pytest.mark.long
 def test_shards_are_validated_and_frozen_as_whole_weights(chain, tmp_path):
     """The first rank alone draws pictures in a validation. An image encoder is frozen on the way."""
 

@@ -134,6 +134,7 @@ def appearance(mesh: trimesh.Trimesh) -> Appearance:
     return shape.appearance(Camera())
 
 
+@pytest.mark.long
 def test_scores_of_a_result_and_the_truth(folder, monkeypatch):
     monkeypatch.setattr(points.TokenEncoder, "num_groups", 32)
     monkeypatch.setattr(points.OpenShape, "num_groups", 32)

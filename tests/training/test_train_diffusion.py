@@ -23,7 +23,7 @@ from d3ds2.storage.model_folder import SamplingConfig
 from tests.support.training_chain import ENCODER, Chain, copy_model
 from tests.support.training_data import R, prepared
 from training import encode_latents, train_dit, train_structure_dit, train_structure_vae, train_vae
-from training.data.datasets import LatentViews, Shapes
+from training.data.datasets import LatentViews, Shapes, Structures
 from training.data.parts import Part
 from training.data.shape_batches import active_voxels
 from training.data.shape_files import latent_path, list_shapes, load_shape, read_arrays, shape_path
@@ -198,7 +198,8 @@ def test_a_step_on_device_pictures_waits_for_nothing(chain, monkeypatch):
     """Reading a value makes the host wait for the device, and so does copying a table to it."""
     views = Views(chain.data_dir, list_shapes(chain.data_dir, "train", R)[0], ENCODER.image_size)
     config = dataclasses.replace(chain.structure_dit, views_on_device=True, imperfect_pictures=True)
-    images_of, dataset = train_structure_dit.load_pictures(config, views, torch.device("cpu"))
+    structures = Structures(chain.data_dir, views.names, R, 1, 0)
+    images_of, dataset = train_structure_dit.load_pictures(config, views, structures, False, torch.device("cpu"))
     encoder, model = train_structure_dit.make_image_encoder(config), StructureDiT(config.model)
     part, generator = Part(dataset[0]), torch.Generator().manual_seed(0)
     x_0 = torch.randn(config.batch_size, 2, 2, 2, 2)
@@ -217,7 +218,7 @@ def test_a_step_on_device_pictures_waits_for_nothing(chain, monkeypatch):
     step()
 
 
-@pytest.mark.parametrize("views_on_device", [False, True])
+@pytest.mark.parametrize("views_on_device", [pytest.param(False, marks=pytest.mark.long), True])
 def test_structure_dit_trains_a_backbone_on_imperfect_pictures(chain, tmp_path, views_on_device):
     """Check that the run resumes exactly, and that it starts from the published file."""
     copy_model(chain, tmp_path, "structure_vae")
