@@ -27,6 +27,7 @@ from d3ds2.meshes.mesh_to_sdf import mesh_to_sdf, normalize_mesh
 from training.command import run_command
 from training.data.index_files import update_index
 from training.data.meshes import MeshEntry, check_source, choose_meshes, read_mesh
+from training.data.packs import open_data
 from training.data.shape_files import read_summary, save_shape, shape_path
 from training.data.shards import Shard
 from training.mesh_jobs import AllFailedError, Failure, check_engine, finished, run_engine
@@ -133,11 +134,11 @@ def main(config: PrepareShapesConfig) -> list[dict]:
 
     Raises:
         FileNotFoundError: there is no such folder, or it has no mesh.
-        ValueError: no mesh has one of the names.
+        ValueError: no mesh has one of the names, or `data_dir` is packed.
         AllFailedError: no mesh could be converted.
         MachineError: the disk is full or cannot be written. Finished files and all records stay.
     """
-    data_dir, shard = Path(config.data_dir), Shard.parse(config.shard)
+    data_dir, shard = Path(open_data(config.data_dir)), Shard.parse(config.shard)
     listed, entries = choose_meshes(config)
     for R in config.resolutions:
         folder = shape_path(data_dir, R, "").parent

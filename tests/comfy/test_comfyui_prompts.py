@@ -154,8 +154,8 @@ def test_a_damaged_model_says_which_file(server):
 
 
 def test_a_name_outside_the_output_folder_is_refused(server):
-    run = server.run(graph(filename_prefix="../../stolen"))
-    assert "points outside the output folder" in run.error
+    with pytest.raises(PromptRefused, match="points outside the output folder"):
+        server.run(graph(filename_prefix="../../stolen"))
     assert not list(server.folder.parent.glob("stolen*"))
 
 
