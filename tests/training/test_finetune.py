@@ -58,8 +58,9 @@ def test_a_released_model_learns_two_meshes(base, tmp_path, monkeypatch, rank):
         pytest.importorskip("peft", reason="peft is not installed")
     config = adapters(base, rank, model_dir=str(tmp_path / "mine"), runs_dir=str(tmp_path / "runs"))
     finetune.main(config)
-    monkeypatch.setitem(sys.modules, "peft", None)
-    load_pipeline(config.model_dir)
+    with monkeypatch.context() as without_peft:
+        without_peft.setitem(sys.modules, "peft", None)
+        load_pipeline(config.model_dir)
     assert load_settings(config.model_dir) == ("mine", load_settings(config.start_from)[1])
     assert network_names(config.model_dir) == network_names(config.start_from)
     for name in network_names(config.start_from):
