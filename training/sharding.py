@@ -9,10 +9,6 @@ One GPU holds weights, gradients, moments and average of the paper's networks in
 for tokens, and costs time to gather the weights (benchmarks/scaling.py).
 """
 
-from collections.abc import Generator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -40,33 +36,11 @@ def shard(model: nn.Module, ranks: Ranks) -> None:
                 register_fsdp_forward_method(network, method)
 
 
-@contextmanager
-def gathered(network: nn.Module) -> Generator[None]:
-    """Keep the weights of a sharded network whole meanwhile, so that each rank may run it as often as it likes.
-
-    All ranks must call it. It changes nothing for a network that is not sharded.
-    """
-    with connected():
-        for unit in _units(network):
-            unit.set_reshard_after_forward(False, recurse=False)
-            unit.unshard()
-    try:
-        yield
-    finally:
-        for unit in _units(network):
-            unit.set_reshard_after_forward(True, recurse=False)
-        reshard(network)
-
-
 def reshard(network: nn.Module) -> None:
     """Keep the shards alone again. A network that nothing is learnt from, as a frozen one, is whole until then."""
-    for unit in _units(network):
-        unit.reshard()
-
-
-def _units(network: nn.Module) -> list[Any]:
-    """The modules that `shard` has sharded; none of any other network."""
-    return [module for module in network.modules() if hasattr(module, "reshard")]
+    for module in network.modules():
+        if hasattr(module, "reshard"):  # as those have that `shard` has sharded
+            module.reshard()
 
 
 @torch.no_grad()
