@@ -226,8 +226,8 @@ class Structures(Steps):
         return grid
 
 
-class StructureViews(ViewSteps):
-    """Pictures for the structure DiT: `dataset[step]` is a `ViewBatch`.
+class StructureSteps(ViewSteps):
+    """Views of shapes for the structure DiT, and the structures that they show.
 
     Args:
         structures: those of `views.names`; None: the batches have no shapes with them, and no file is checked.
@@ -249,24 +249,30 @@ class StructureViews(ViewSteps):
         super().__init__(views, plan, views_per_shape, seed)
         self.structures, self.with_grids = structures, with_grids
 
+    def grid(self, shape: int, symmetry: int) -> np.ndarray | None:
+        """The occupancy grid (G, G, G) of a shape in a symmetry if it is sent. Raises as `Structures.grid`."""
+        if self.structures is None:
+            return None
+        if self.with_grids:
+            return self.structures.grid(shape, symmetry)
+        return self.structures.damaged.read(shape, lambda: None)
+
+    def stack(self, grids: tuple) -> Tensor | None:
+        """The `grid` of each sample as one tensor (b, 1, G, G, G) if they are sent."""
+        return torch.from_numpy(np.stack(grids)[:, None]) if self.with_grids else None
+
+
+class StructureViews(StructureSteps):
+    """Pictures for the structure DiT: `dataset[step]` is a `ViewBatch`."""
+
     def load(self, step: int, chosen: np.ndarray | slice) -> ViewBatch:
         """The batch of the chosen samples (b,) of a step."""
         shapes, symmetries, pictures, grids = zip(*self.each(step, chosen, self._read), strict=True)
-        grids = torch.from_numpy(np.stack(grids)[:, None]) if self.with_grids else None
-        return ViewBatch(torch.tensor(shapes), torch.tensor(symmetries), torch.stack(pictures), grids)
+        return ViewBatch(torch.tensor(shapes), torch.tensor(symmetries), torch.stack(pictures), self.stack(grids))
 
     def _read(self, drawn: Drawn) -> tuple[int, int, Tensor, np.ndarray | None]:
         symmetry, picture = self.views.picture(drawn)
-        return drawn.shape, symmetry, picture, grid_of(self.structures, drawn.shape, symmetry, self.with_grids)
-
-
-def grid_of(structures: Structures | None, shape: int, symmetry: int, is_wanted: bool) -> np.ndarray | None:
-    """The occupancy grid (G, G, G) of a shape in a symmetry if it is wanted. Raises as `Structures.grid`."""
-    if structures is None:
-        return None
-    if is_wanted:
-        return structures.grid(shape, symmetry)
-    return structures.damaged.read(shape, lambda: None)
+        return drawn.shape, symmetry, picture, self.grid(drawn.shape, symmetry)
 
 
 class LatentViews(ViewSteps):

@@ -16,12 +16,10 @@ from torch.utils.data import Dataset
 
 from d3ds2.images.foreground import MARGIN, SIZE, preprocess
 from d3ds2.kernels.device_constant import device_constant
-from training.data.batch_plans import plan_views
 from training.data.damaged_files import READ_ERRORS, first_readable
-from training.data.datasets import Structures, grid_of
+from training.data.datasets import StructureSteps
 from training.data.loading import load_batches
 from training.data.png_files import read_png
-from training.data.steps import ViewSteps
 from training.data.views import (
     CROP_PROBABILITY,
     MAX_MARGIN,
@@ -122,35 +120,19 @@ def move_objects(images: Tensor, generator: torch.Generator, draw_samples: DrawR
     return F.grid_sample(images - white, grid, mode="bilinear", align_corners=False) + white  # zeros outside are white
 
 
-class PictureChoices(ViewSteps):
+class PictureChoices(StructureSteps):
     """`choices[step]` is a `Choice` of the same shapes as `StructureViews` with these arguments, see there.
 
     The pictures are in `DevicePictures`, which has noted the damaged ones; each is replaced by the shape's next one.
-    `weights` (n,) say how often each shape of `views.names` is drawn, in proportion; None: all equally often.
     """
 
     augment = False  # the device does it
-
-    def __init__(
-        self,
-        views: Views,
-        batch_size: int,
-        views_per_shape: int,
-        seed: int,
-        structures: Structures | None = None,
-        with_grids: bool = False,
-        weights: np.ndarray | None = None,
-    ):
-        plan = plan_views(len(views.names), batch_size, views_per_shape, seed, weights)
-        super().__init__(views, plan, views_per_shape, seed)
-        self.structures, self.with_grids = structures, with_grids
 
     def load(self, step: int, chosen: np.ndarray | slice) -> Choice:
         """The choice of some samples (b,) of a step."""
         *columns, grids = zip(*self.each(step, chosen, self._read), strict=True)
         shapes, symmetries, pictures, mirrored = map(torch.tensor, columns)
-        grids = torch.from_numpy(np.stack(grids)[:, None]) if self.with_grids else None
-        return Choice(shapes, symmetries, pictures, mirrored, grids)
+        return Choice(shapes, symmetries, pictures, mirrored, self.stack(grids))
 
     def _read(self, drawn: Drawn) -> tuple[int, int, int, bool, np.ndarray | None]:
         shape, views = drawn.shape, self.views
@@ -160,5 +142,4 @@ class PictureChoices(ViewSteps):
 
         view = first_readable(views.following(shape, drawn.view), read)
         symmetry = views.symmetry(shape, view, drawn.flip)
-        grid = grid_of(self.structures, shape, symmetry, self.with_grids)
-        return shape, symmetry, views.number(shape, view), bool(drawn.flip), grid
+        return shape, symmetry, views.number(shape, view), bool(drawn.flip), self.grid(shape, symmetry)
