@@ -16,12 +16,14 @@ Prints tables and writes them to benchmarks/results/scaling-*.md. `benchmarks/sc
 import argparse
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -34,7 +36,8 @@ from benchmarks.scaling_work import CASES, Work  # noqa: E402
 PARTS = ("speed", "losses", "death")
 SPEED = ["case", "GPUs", "weights", "ms", "tokens/s", "share of ideal", "GiB"]
 SPEED += ["data ms", "compute ms", "waiting ms", "update ms", "max/mean tokens"]
-SMALL = "latent DiT 256"  # for the losses and the death
+SMALL = "latent DiT 256"  # for the death
+COMPARED = ("latent DiT 256", "SDF VAE 384")  # whose losses are compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +59,8 @@ class Ended:
 
 def run_ranks(ranks: int, folder: Path, **work) -> Ended:
     """Run `scaling_work` on some ranks."""
-    logs, out = Path(tempfile.mkdtemp(dir=folder)), folder / "result.json"
-    out.unlink(missing_ok=True)
+    logs = Path(tempfile.mkdtemp(dir=folder))
+    out = logs / "result.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += ["--log-dir", str(logs), "--redirects", "3", "-m", "benchmarks.scaling_work"]
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if work.get("tiny") else {})
@@ -97,16 +100,19 @@ def speed_table(cases: list[str], gpus: list[int], tiny: bool, folder: Path) -> 
     return rows
 
 
-def compare_losses(ranks: int, steps: int, tiny: bool, folder: Path) -> str:
-    """Train on N ranks, and on one rank with N parts; say how far their losses differ."""
-    options = {"case": SMALL, "batch": 8, "steps": steps, "warm_up": 0, "tiny": tiny}
-    many, one = run_ranks(ranks, folder, **options), run_ranks(1, folder, accumulate=ranks, **options)
+def compare_losses(case: str, ranks: int, steps: int, tiny: bool, folder: Path) -> str:
+    """Train on N ranks and, at the same time, on one rank with N parts; say how far their losses differ."""
+    options = {"case": case, "batch": 4 * ranks, "steps": steps, "warm_up": 0, "tiny": tiny}
+    with ThreadPoolExecutor() as both:
+        several = both.submit(run_ranks, ranks, folder, **options)
+        alone = both.submit(run_ranks, 1, folder, accumulate=ranks, **options)
+    many, one = several.result(), alone.result()
     if many.code or one.code:
-        return f"{ranks} GPUs: failed: {'; '.join(many.errors + one.errors)}"
+        return f"{case}, {ranks} GPUs: failed: {'; '.join(many.errors + one.errors)}"
     pairs = list(zip(many.result["losses"].values(), one.result["losses"].values(), strict=True))
     worst = max(abs(a - b) / abs(b) for a, b in pairs)
     return (
-        f"{steps} steps of the {SMALL} on {ranks} × 1 and 1 × {ranks}: the losses differ by at most {worst:.1e} of "
+        f"{steps} steps of the {case} on {ranks} × 1 and 1 × {ranks}: the losses differ by at most {worst:.1e} of "
         f"their value; the last ones are {pairs[-1][0]:.6f} and {pairs[-1][1]:.6f}."
     )
 
@@ -152,9 +158,9 @@ def main() -> None:
             lines += ["| " + " | ".join(row) + " |" for row in (SPEED, ["---"] * len(SPEED), *rows)] + [""]
         if "losses" in arguments.parts:
             several = [ranks for ranks in arguments.gpus if ranks > 1]
-            lines += [
-                line for n in several for line in (compare_losses(n, arguments.steps, arguments.tiny, folder), "")
-            ]
+            for case, n in itertools.product(COMPARED, several):
+                lines += [compare_losses(case, n, arguments.steps, arguments.tiny, folder), ""]
+                print(lines[-2], flush=True)
         if "death" in arguments.parts and max(arguments.gpus) > 1:
             lines += [*kill_a_rank(max(arguments.gpus), arguments.tiny, folder), ""]
     text = "\n".join(lines).rstrip() + "\n"
