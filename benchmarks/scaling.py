@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -78,9 +79,9 @@ def run_ranks(ranks: int, folder: Path, **work) -> Ended:
     return Ended(ended.returncode, result, [lines[-1] for lines in texts if lines], seconds)
 
 
-def speed_table(cases: list[str], gpus: list[int], tiny: bool, folder: Path) -> list[list[str]]:
-    """Measure the cases on each number of GPUs, with copied and sharded weights."""
-    rows, options = [], {"tiny": tiny, "steps": 3, "warm_up": 1} if tiny else {"tiny": False}
+def speed_rows(cases: list[str], gpus: list[int], tiny: bool, folder: Path) -> Iterator[list[str]]:
+    """Measure the cases on each number of GPUs, with copied and sharded weights: a row of SPEED each."""
+    options = {"tiny": tiny, "steps": 3, "warm_up": 1} if tiny else {"tiny": False}
     for case in cases:
         alone = 0.0  # tokens a second
         for ranks in gpus:
@@ -95,9 +96,7 @@ def speed_table(cases: list[str], gpus: list[int], tiny: bool, folder: Path) -> 
                     alone = alone or rate / ranks
                     row += [f"{ms:.0f}", f"{rate:,.0f}", f"{rate / ranks / alone:.1%}", f"{found['gib']:.1f}"]
                     row += [f"{part:.1f}" for part in found["ms"].values()] + [f"{found['imbalance']:.3f}"]
-                rows.append(row)
-                print(" | ".join(row), flush=True)
-    return rows
+                yield row
 
 
 def compare_losses(case: str, ranks: int, steps: int, tiny: bool, folder: Path) -> str:
@@ -149,24 +148,29 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
     device = "CPU" if arguments.tiny else torch.cuda.get_device_name()
+    several = [ranks for ranks in sorted(arguments.gpus) if ranks > 1]
     lines = ["# Training on several GPUs", ""]
     lines += [f"{datetime.date.today()}, {device}, torch {torch.__version__}. `python benchmarks/scaling.py`.", ""]
+
+    def add(*more: str) -> None:
+        """Print lines, and write all lines so far: what was measured is kept when the rest fails."""
+        print("\n".join(more), flush=True)
+        lines.extend(more)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / f"scaling-{device.split()[-1].lower()}.md").write_text("\n".join(lines).rstrip() + "\n")
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if "speed" in arguments.parts:
-            rows = speed_table(arguments.cases, sorted(arguments.gpus), arguments.tiny, folder)
-            lines += ["| " + " | ".join(row) + " |" for row in (SPEED, ["---"] * len(SPEED), *rows)] + [""]
+            add(f"| {' | '.join(SPEED)} |", f"| {' | '.join(['---'] * len(SPEED))} |")
+            for row in speed_rows(arguments.cases, sorted(arguments.gpus), arguments.tiny, folder):
+                add(f"| {' | '.join(row)} |")
+            add("")
         if "losses" in arguments.parts:
-            several = [ranks for ranks in arguments.gpus if ranks > 1]
-            for case, n in itertools.product(COMPARED, several):
-                lines += [compare_losses(case, n, arguments.steps, arguments.tiny, folder), ""]
-                print(lines[-2], flush=True)
-        if "death" in arguments.parts and max(arguments.gpus) > 1:
-            lines += [*kill_a_rank(max(arguments.gpus), arguments.tiny, folder), ""]
-    text = "\n".join(lines).rstrip() + "\n"
-    print(text)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"scaling-{device.split()[-1].lower()}.md").write_text(text)
+            for case, ranks in itertools.product(COMPARED, several):
+                add(compare_losses(case, ranks, arguments.steps, arguments.tiny, folder), "")
+        if "death" in arguments.parts and several:
+            add(*kill_a_rank(several[-1], arguments.tiny, folder), "")
 
 
 if __name__ == "__main__":

@@ -102,7 +102,8 @@ class Surfaces(Steps):
 
     def __init__(self, tokens: int, batch: int, make: Callable[[list[np.ndarray], list[np.random.Generator]], Any]):
         sizes = tokens * np.exp(draw(0, 1).normal(-(DEVIATION**2) / 2, DEVIATION, POOL))
-        self.pool = [surface_voxels(max(int(size), 8), "cpu").coords[:, 1:].numpy() for size in sizes]
+        surfaces = [surface_voxels(max(int(size), 8), "cpu").coords[:, 1:].numpy() for size in sizes]
+        self.pool = [xyz[np.lexsort(xyz.T[::-1])] for xyz in surfaces]  # in the order of stored shapes
         self.batch, self.make = batch, make
         self.resolution = (max(int(coords.max()) for coords in self.pool) // BLOCK + 1) * BLOCK
 
