@@ -93,7 +93,7 @@ class Case(NamedTuple):
 
 
 def generators(step: int, batch: int, chosen: np.ndarray | slice) -> list[np.random.Generator]:
-    """One for each chosen sample, so that its numbers are the same on any number of ranks."""
+    """One for each of the chosen samples (b,), whose numbers are then the same on any number of ranks."""
     return [draw(0, step, 3, int(i)) for i in np.arange(batch)[chosen]]
 
 

@@ -19,7 +19,7 @@ import torch
 
 from tests.support.training_chain import Chain, copy_model
 from tests.support.training_data import R, prepared, write_toml
-from training import distributed, encode_latents, train_dit, train_structure_dit, train_structure_vae, train_vae
+from training import distributed, encode_latents, loop, train_dit, train_structure_dit, train_structure_vae, train_vae
 from training.checkpoints import fault_of, open_checkpoint, read_into
 from training.data.datasets import LatentViews, Shapes, Structures, StructureViews
 from training.data.latent_moments import moments_path
@@ -250,7 +250,7 @@ def test_signal_to_one_rank_stops_all(chain, tmp_path):
     config = configs_in(chain, tmp_path, steps=100_000)["structure_vae"]
 
     def signalled() -> None:
-        train_structure_vae.Log = signalling(train_structure_vae.Log)
+        loop.Log = signalling(loop.Log)
         train_structure_vae.train(config)
 
     on_ranks(2, signalled)

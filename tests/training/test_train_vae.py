@@ -104,16 +104,16 @@ def test_step_asks_the_device_for_nothing(data_dir, monkeypatch):
 
 DIE_AFTER_STEP_10 = """
 import os, signal, sys
-from training import train_vae
+from training import loop, train_vae
 from training.config import load_config
 
-class Log(train_vae.Log):
+class Log(loop.Log):
     def __call__(self, step, metrics):
         super().__call__(step, metrics)
         if step == 10:
             os.kill(os.getpid(), signal.SIGKILL)
 
-train_vae.Log = Log
+loop.Log = Log
 train_vae.train(load_config(train_vae.TrainVAEConfig, sys.argv[1:]))
 """
 
