@@ -57,6 +57,16 @@ class MeshExport(io.ComfyNode):
                     tooltip="Store the workflow in the GLB, unless ComfyUI runs with --disable-metadata.",
                     advanced=True,
                 ),
+                io.Float.Input(
+                    "size",
+                    default=1.0,
+                    min=0.0,
+                    max=10_000.0,
+                    step=0.01,
+                    optional=True,  # prompts that were saved before it was there stay valid
+                    tooltip="The longest edge of the saved object in metres; an STL is written in millimetres, as "
+                    "slicers read it. 0 keeps the mesh's own size.",
+                ),
             ],
             outputs=[
                 io.String.Output(
@@ -79,9 +89,10 @@ class MeshExport(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, mesh, filename_prefix, format, target_faces, up_axis, embed_workflow) -> io.NodeOutput:
+    def execute(cls, mesh, filename_prefix, format, target_faces, up_axis, embed_workflow, size=1.0) -> io.NodeOutput:
         from ..d3ds2.meshes.decimation_process import decimate_in_process
-        from ..d3ds2.meshes.mesh_file import mesh_bytes, turn_z_up
+        from ..d3ds2.meshes.mesh_file import mesh_bytes
+        from ..d3ds2.meshes.placement import in_file_frame
         from .comfy.progress import Progress, check_cancelled, run_cancellable
         from .comfy.samples import sample
 
@@ -95,8 +106,7 @@ class MeshExport(io.ComfyNode):
                 if target_faces and len(own.faces) > target_faces:
                     progress.status(f"simplifying {len(own.faces):,} faces to {target_faces:,}")
                     own = decimate_in_process(own, target_faces, check_cancelled)
-                if up_axis == "Z":
-                    own = turn_z_up(own)
+                own = in_file_frame(own, f".{format}", size, up_axis)
                 progress.status(f"writing {len(own.faces):,} faces")
                 data = run_cancellable(mesh_bytes, f".{format}", own, metadata)
                 files.append(_write(folder, name, counter, format, data))

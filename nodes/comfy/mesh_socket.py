@@ -33,8 +33,8 @@ def fit_inputs(shell_tooltip: str) -> list[io.Input]:
         io.Boolean.Input(
             "fit",
             default=True,
-            tooltip="Centre the mesh and scale it to the model's box. When off, the mesh must already lie in "
-            "[-1, 1]³ and is not moved.",
+            tooltip="Centre the mesh and scale it to the model's box; the result returns to the mesh's own size and "
+            "place. When off, the mesh must already lie in [-0.5, 0.5]³, as VAE Decode SDF gives it, and is not moved.",
         ),
         io.Float.Input("shell", default=0.55, min=0.5, max=4.0, step=0.05, tooltip=shell_tooltip, advanced=True),
     ]

@@ -154,7 +154,7 @@ def test_damaged_meshes_are_refused(comfy, model, vertices, faces, message):
 
 def test_a_mesh_outside_the_box_is_refused_unless_it_is_fitted(comfy, model):
     large = MESH(TETRAHEDRON.vertices * 3, TRIANGLES)
-    with pytest.raises(ValueError, match=r"beyond the box \[-1, 1\]³, to 3: turn on fit, or scale the mesh down"):
+    with pytest.raises(ValueError, match=r"beyond the box \[-0.5, 0.5\]³, to 3: turn on fit, or scale the mesh down"):
         comfy.run("D3DS2StructureFromMesh", model=model, mesh=large, fit=False)
     assert comfy.run("D3DS2StructureFromMesh", model=model, mesh=large)[0].batch_size == 1
 

@@ -177,7 +177,8 @@ def test_files_hold_the_mesh(comfy, extension):
     assert file.source == str(comfy.folder / "output" / path)
     loaded = trimesh.load(file.source, force="mesh")
     assert len(loaded.faces) == mesh.faces.shape[1] and loaded.is_watertight and loaded.volume > 0
-    np.testing.assert_allclose(loaded.extents, [0.8, 1.0, 0.6], atol=1e-5)
+    metre = 1000 if extension == "stl" else 1
+    np.testing.assert_allclose(loaded.extents / metre, [0.8, 1.0, 0.6], atol=1e-5)
 
 
 @pytest.mark.parametrize("extension", ["glb", "obj", "ply", "stl"])
@@ -209,8 +210,8 @@ def test_a_batch_is_numbered_and_nothing_is_overwritten(comfy):
     first = comfy.run("D3DS2MeshExport", mesh=ball(2), filename_prefix="many/a")
     second = comfy.run("D3DS2MeshExport", mesh=ball(), filename_prefix="many/a")
     assert first[0] == ["many/a_00001_.glb", "many/a_00002_.glb"] and second[0] == ["many/a_00003_.glb"]
-    heights = [trimesh.load(file.source, force="mesh").extents[1] for file in first[1]]
-    np.testing.assert_allclose(heights, [1.0, 1.2], atol=1e-5)
+    widths = [trimesh.load(file.source, force="mesh").extents[0] for file in first[1]]
+    np.testing.assert_allclose(widths, [0.8, 0.8 / 1.2], atol=1e-5)
     assert sorted(file.name for file in (comfy.folder / "output" / "many").iterdir()) == [
         "a_00001_.glb",
         "a_00002_.glb",
@@ -265,6 +266,20 @@ def test_z_up_turns_the_mesh_without_mirroring_it(comfy):
     assert loaded.volume > 0  # turned, not mirrored
     normals = np.asarray(loaded.vertex_normals)
     assert ((normals * loaded.vertices).sum(1) > 0).all()
+
+
+@pytest.mark.parametrize(("extension", "unit"), [("glb", 1), ("obj", 1), ("ply", 1), ("stl", 1000)])
+def test_the_longest_edge_is_the_size_in_the_unit_of_the_file(comfy, extension, unit):
+    def extents(**inputs):
+        out = comfy.run("D3DS2MeshExport", mesh=wide, filename_prefix="size/a", format=extension, **inputs)
+        return trimesh.load(out[1][0].source, force="mesh").extents
+
+    wide = ball()
+    wide.vertices = wide.vertices * 7
+    np.testing.assert_allclose(extents(size=0.08), unit * np.array([0.064, 0.08, 0.048]), rtol=1e-4)
+    np.testing.assert_allclose(extents(size=0.08, up_axis="Z"), unit * np.array([0.064, 0.048, 0.08]), rtol=1e-4)
+    np.testing.assert_allclose(extents(size=0.0), [5.6, 7.0, 4.2], rtol=1e-4)
+    np.testing.assert_allclose(extents(), unit * np.array([0.8, 1.0, 0.6]), rtol=1e-4)
 
 
 def test_the_workflow_travels_in_the_glb(comfy):

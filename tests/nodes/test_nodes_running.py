@@ -126,7 +126,12 @@ def test_inputs_are_never_changed(comfy, model, structure, latent, ball):
     comfy.run("D3DS2MeshExport", mesh=ball, target_faces=50, up_axis="Z")
     assert before == {name: digest(value.__dict__ if name == "mesh" else value) for name, value in values.items()}
     assert weights_before == digest(weights)
-    assert set(vars(structure)) == {"coords", "resolution", "batch_size"}  # no tables are kept on what ComfyUI caches
+    assert set(vars(structure)) == {
+        "coords",
+        "resolution",
+        "batch_size",
+        "places",
+    }  # no tables are kept on what ComfyUI caches
 
 
 def digest(value) -> str:
