@@ -100,7 +100,7 @@ class MeshExport(io.ComfyNode):
         folder, name, counter, subfolder = _save_path(filename_prefix)
         metadata = _workflow(cls.hidden) if embed_workflow and format == "glb" else {}
         progress = Progress(cls.hidden.unique_id, len(meshes))
-        files = []
+        files, lines = [], []
         for index, own in enumerate(meshes):
             with sample(index, len(meshes)):
                 if target_faces and len(own.faces) > target_faces:
@@ -110,13 +110,14 @@ class MeshExport(io.ComfyNode):
                 progress.status(f"writing {len(own.faces):,} faces")
                 data = run_cancellable(mesh_bytes, f".{format}", own, metadata)
                 files.append(_write(folder, name, counter, format, data))
+            more = target_faces and len(own.faces) > 1.1 * target_faces
+            why = f"; fewer, such as {target_faces:,}, would change its shape too much" if more else ""
+            lines.append(f"{len(own.faces):,} faces in {files[-1]}{why}")
             progress.update(index + 1)
-        more = target_faces and len(own.faces) > 1.1 * target_faces
-        why = f"; fewer, such as {target_faces:,}, would change its shape too much" if more else ""
-        progress.status(f"{len(own.faces):,} faces in {files[-1]}{why}")
         paths = [f"{subfolder}/{file}" if subfolder else file for file in files]
         results = [{"filename": file, "subfolder": subfolder, "type": "output"} for file in files]
-        return io.NodeOutput(paths, [Types.File3D(str(folder / file), format) for file in files], ui={"3d": results})
+        file_3d = [Types.File3D(str(folder / file), format) for file in files]
+        return io.NodeOutput(paths, file_3d, ui={"3d": results} | progress.result("\n".join(lines)))
 
 
 def _check_prefix(prefix: str) -> str:

@@ -94,16 +94,18 @@ class RemoveBackground(io.ComfyNode):
         pictures = to_pictures(image)
         masks, turned = _masks_for(image, mask, invert_mask, method)
         progress = Progress(cls.hidden.unique_id, len(pictures))
-        objects = []
+        objects, lines = [], []
         for index, picture in enumerate(pictures):
             used = _choose(method, picture, bool(masks), background_removal is not None)
             which = f"picture {index + 1}/{len(pictures)}: {used}"
             if used == "mask" and turned[index % len(masks)]:
                 which += ", inverted: it was 1 around the object"
             progress.status(which)
+            lines.append(which)
 
-            def notify(line: str, which: str = which) -> None:
-                progress.status(f"{which}; {line}")
+            def notify(line: str) -> None:
+                lines[-1] += f"; {line}"
+                progress.status(lines[-1])
 
             with sample(index, len(pictures)):
                 try:
@@ -121,7 +123,7 @@ class RemoveBackground(io.ComfyNode):
             objects.append(cut)
             progress.update(index + 1)
         object_masks = [cut.getchannel("A") for cut in objects]
-        return io.NodeOutput(to_images(objects), to_images(object_masks))
+        return io.NodeOutput(to_images(objects), to_images(object_masks), ui=progress.result("\n".join(lines)))
 
 
 _ADVICE = {

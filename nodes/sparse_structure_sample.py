@@ -75,5 +75,5 @@ class SparseStructureSample(io.ComfyNode):
                     pipeline.sample_structure(image_tokens, [seed_of(seed, index)], steps, guidance_scale, on_step)
                 )
         structure = pack_structure(parts)
-        progress.status(token_text(structure))
-        return io.NodeOutput(structure, voxel_grid(structure), token_text(structure))
+        tokens = token_text(structure)
+        return io.NodeOutput(structure, voxel_grid(structure), tokens, ui=progress.result(tokens))

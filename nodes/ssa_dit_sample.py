@@ -110,5 +110,5 @@ class SSADiTSample(io.ComfyNode):
                     own, image_tokens, [seed_of(seed, index)], steps, guidance_scale, on_step
                 )
                 parts.append(latents.float().cpu())
-        progress.status(token_text(structure))
-        return io.NodeOutput(Latent(torch.cat(parts), structure, model.latent_space(structure.resolution)))
+        latent = Latent(torch.cat(parts), structure, model.latent_space(structure.resolution))
+        return io.NodeOutput(latent, ui=progress.result(token_text(structure)))

@@ -48,5 +48,5 @@ class StructureFromMesh(io.ComfyNode):
             parts.append(Voxels.sort(with_sample(blocks), stages[-1].resolution)[0])
             places.append(place)
         structure = pack_structure(parts, places)
-        progress.status(token_text(structure))
-        return io.NodeOutput(structure, voxel_grid(structure), token_text(structure))
+        tokens = token_text(structure)
+        return io.NodeOutput(structure, voxel_grid(structure), tokens, ui=progress.result(tokens))

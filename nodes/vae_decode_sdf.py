@@ -96,6 +96,7 @@ class VAEDecodeSDF(io.ComfyNode):
             values.append(blocks.values)
             coords.append(blocks.coords + torch.tensor([index, 0, 0, 0], dtype=torch.int32))
         faces = " + ".join(f"{len(mesh.faces):,}" for mesh in meshes)
-        progress.status(f"{faces} faces from {token_text(latent.structure)}")
+        line = f"{faces} faces from {token_text(latent.structure)}"
         sdf_resolution = model.stages[resolution].sdf_resolution
-        return io.NodeOutput(to_socket(meshes), SDF(torch.cat(values), torch.cat(coords), sdf_resolution, B))
+        sdf = SDF(torch.cat(values), torch.cat(coords), sdf_resolution, B)
+        return io.NodeOutput(to_socket(meshes), sdf, ui=progress.result(line))

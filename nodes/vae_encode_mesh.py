@@ -65,5 +65,5 @@ class VAEEncodeMesh(io.ComfyNode):
             parts.append(own)
             places.append(place)
         structure = pack_structure(parts, places)
-        progress.status(token_text(structure))
-        return io.NodeOutput(Latent(torch.cat(latents), structure, model.latent_space(structure.resolution)))
+        latent = Latent(torch.cat(latents), structure, model.latent_space(structure.resolution))
+        return io.NodeOutput(latent, ui=progress.result(token_text(structure)))

@@ -47,6 +47,14 @@ class Progress:
         if server is not None and self.node_id is not None:
             server.send_progress_text(text.translate(NO_TAGS), self.node_id, getattr(server, "client_id", None))
 
+    def result(self, text: str) -> dict[str, tuple[str]]:
+        """Show the last line of text, and return it as `ui` output: newer front ends clear progress when a job ends.
+
+        web/status_text.js shows it again; ComfyUI also keeps it in its history and sends it for cached nodes.
+        """
+        self.status(text)
+        return {"text": (text.translate(NO_TAGS),)}
+
     def update(self, done: int, picture: Callable[[], Image.Image] | None = None) -> None:
         """Report that `done` of `total` are done. This is a cancel point.
 

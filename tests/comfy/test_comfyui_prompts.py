@@ -77,6 +77,8 @@ def test_each_step_is_seen(server):
 def test_a_second_run_computes_nothing(server):
     prompt = graph(seed=41)
     first, second = server.run(prompt), server.run(prompt)
+    assert "tokens" in first.outputs[LATENT]["text"][0] and " faces in mesh_" in first.outputs[EXPORT]["text"][0]
+    assert second.outputs == first.outputs  # the texts too
     assert first.executed >= {STRUCTURE, LATENT, DECODE, EXPORT}
     assert second.end == "execution_success" and not second.executed
     assert files_of(server, second) == files_of(server, first)

@@ -173,7 +173,7 @@ def test_files_hold_the_mesh(comfy, extension):
     out = comfy.run("D3DS2MeshExport", mesh=mesh, filename_prefix=f"{extension}/ball", format=extension)
     path, file = out[0][0], out[1][0]
     assert path == f"{extension}/ball_00001_.{extension}" and file.format == extension
-    assert out.ui == {"3d": [{"filename": f"ball_00001_.{extension}", "subfolder": extension, "type": "output"}]}
+    assert out.ui["3d"] == [{"filename": f"ball_00001_.{extension}", "subfolder": extension, "type": "output"}]
     assert file.source == str(comfy.folder / "output" / path)
     loaded = trimesh.load(file.source, force="mesh")
     assert len(loaded.faces) == mesh.faces.shape[1] and loaded.is_watertight and loaded.volume > 0
