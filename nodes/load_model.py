@@ -42,9 +42,11 @@ class LoadD3DS2Model(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model) -> bool | str:
+    def validate_inputs(cls, model: str | None) -> bool | str:
+        """Refuse a model that is not here before the prompt runs; None is a name that another node will give."""
         try:
-            model_folder(model)
+            if model is not None:
+                model_folder(model)
         except ValueError as error:
             return str(error)
         return True

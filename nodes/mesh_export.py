@@ -80,10 +80,11 @@ class MeshExport(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, filename_prefix: str) -> bool | str:
-        """Refuse a prefix that cannot work before anything is sampled."""
+    def validate_inputs(cls, filename_prefix: str | None) -> bool | str:
+        """Refuse a prefix that cannot work before anything is sampled; None is one that another node will give."""
         try:
-            _check_prefix(filename_prefix)
+            if filename_prefix is not None:
+                _check_prefix(filename_prefix)
         except ValueError as error:
             return str(error)
         return True

@@ -74,11 +74,19 @@ class RemoveBackground(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, invert_mask: str | bool) -> bool | str:
-        """Accept the booleans of workflows that were saved when this was a switch."""
-        if isinstance(invert_mask, bool) or invert_mask in INVERT_MASK:
-            return True
-        return f"expected invert_mask of {', '.join(INVERT_MASK)}, got {invert_mask!r}"
+    def validate_inputs(cls, invert_mask: str | bool | None, method: str | None = None) -> bool | str:
+        """Refuse rembg where it is not installed, before the prompt runs; None is a value that another node will give.
+
+        The booleans of workflows that were saved when invert_mask was a switch are accepted.
+        """
+        from ..d3ds2.images.foreground import missing_for_rembg
+
+        if method not in (None, *METHODS):
+            return f"expected a method of {', '.join(METHODS)}, got {method!r}"
+        if not isinstance(invert_mask, bool) and invert_mask not in (None, *INVERT_MASK):
+            return f"expected invert_mask of {', '.join(INVERT_MASK)}, got {invert_mask!r}"
+        reason = missing_for_rembg() if method == "rembg" else None
+        return True if reason is None else f"method is `rembg`, but {reason}. {_ADVICE['rembg']}"
 
     @classmethod
     def execute(
@@ -172,7 +180,7 @@ def _covers_border(mask: Image.Image) -> bool:
 def _choose(method: str, picture: Image.Image, has_mask: bool, has_model: bool) -> str:
     """Return the method for a picture. Raises ValueError if a method needs an input that is not connected."""
     from ..d3ds2.images.alpha import tells_object
-    from ..d3ds2.images.foreground import rembg_is_ready
+    from ..d3ds2.images.foreground import why_rembg_cannot_run
 
     if method == "mask" and not has_mask:
         raise ValueError("method is `mask`, but no mask is connected: connect one, or choose `auto`.")
@@ -189,4 +197,4 @@ def _choose(method: str, picture: Image.Image, has_mask: bool, has_model: bool) 
         return "alpha"
     if has_model:
         return "model"
-    return "rembg" if rembg_is_ready() else "plain"
+    return "rembg" if why_rembg_cannot_run() is None else "plain"

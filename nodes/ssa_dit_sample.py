@@ -45,7 +45,7 @@ class SSADiTSample(io.ComfyNode):
                 ),
             ],
             outputs=[LatentSocket.Output("latent", tooltip="For VAE Decode SDF.")],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
@@ -62,6 +62,7 @@ class SSADiTSample(io.ComfyNode):
         from .comfy.memory import dtype_of, load_networks
         from .comfy.progress import Progress, cancellable
         from .comfy.samples import check_structure, object_pictures, sample, seed_of, token_text
+        from .comfy.sdf_decoding import check_budgets_ahead
 
         check_structure(model, structure)
         pipeline, voxels = model.pipeline, structure.voxels()
@@ -73,6 +74,7 @@ class SSADiTSample(io.ComfyNode):
                 f"the structure has {largest:,} tokens, more than max_tokens {max_tokens:,}: use a model of lower "
                 "resolution or a picture of a more compact object, or raise max_tokens."
             )
+        check_budgets_ahead(model, structure, cls.hidden)
         pictures = object_pictures(image)
         if len(pictures) not in (1, structure.batch_size):
             raise ValueError(f"expected 1 image or {structure.batch_size}, one per structure, got {len(pictures)}")

@@ -84,8 +84,9 @@ def test_auto_uses_the_first_method_that_is_available(comfy, monkeypatch, no_rem
     run(image=picture(mode="RGB"), background_removal=model)
     run(image=picture(mode="RGB"))
     foreground = comfy.module("d3ds2.images.foreground")
-    monkeypatch.setattr(foreground, "rembg_is_ready", lambda: True)
-    with pytest.raises(ValueError, match=r"rembg is not installed.*Connect a mask"):
+    reasons = iter([None, "it was deleted meanwhile"])
+    monkeypatch.setattr(foreground, "why_rembg_cannot_run", lambda name=None: next(reasons))
+    with pytest.raises(ValueError, match=r"it was deleted meanwhile.*Connect a mask"):
         run(image=scene())
     assert comfy.texts[0][0] == "picture 1/1: rembg"
     assert used == ["mask", "alpha", "model", "plain"]
@@ -99,6 +100,15 @@ def test_the_status_says_what_was_changed(comfy, no_rembg):
     lines = [text for text, _ in comfy.texts]
     assert lines[0] == "picture 1/1: mask, inverted: it was 1 around the object"
     assert lines[1].endswith("left out of the object: 1 of 7680 pixels, faint or far from it")
+
+
+def test_methods_that_cannot_run_are_refused_before_the_prompt_runs(comfy, no_rembg):
+    validate = comfy.nodes["D3DS2RemoveBackground"].validate_inputs
+    assert validate(invert_mask="auto", method="auto") is True and validate(invert_mask=None, method=None) is True
+    message = validate(invert_mask="auto", method="rembg")
+    assert message.startswith('method is `rembg`, but rembg is not installed: pip install "rembg[cpu]". Connect a mask')
+    assert "expected a method of auto, mask" in validate(invert_mask="auto", method="magic")
+    assert "expected invert_mask of auto" in validate(invert_mask="maybe", method="auto")
 
 
 def test_the_empty_mask_of_load_image_is_ignored(comfy, no_rembg):
