@@ -1,7 +1,7 @@
 // Keeps the last line of each of our nodes (tokens, face counts, file names) on the node after a run.
 //
-// The nodes send it twice: as progress text, which newer front ends clear when a job ends, and as `ui` text, which they
-// keep but show for a few nodes of their own only. This puts the latter where the former was.
+// The nodes send it twice: as progress text, which newer front ends clear when a job ends, and as output, which they keep
+// but do not show. This puts the latter where the former was.
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
@@ -40,7 +40,7 @@ app.registerExtension({
     const onExecuted = nodeType.prototype.onExecuted;
     nodeType.prototype.onExecuted = function (output) {
       onExecuted?.apply(this, arguments);
-      if (output?.text?.length) show(this, output.text.join("\n"));
+      if (output?.status_text?.length) show(this, output.status_text.join("\n"));
     };
   },
 
@@ -48,7 +48,7 @@ app.registerExtension({
   onNodeOutputsUpdated(outputs) {
     for (const [id, output] of Object.entries(outputs)) {
       const node = app.graph.getNodeById(Number(id));
-      if (isOurs(node?.comfyClass) && output?.text?.length) show(node, output.text.join("\n"));
+      if (isOurs(node?.comfyClass) && output?.status_text?.length) show(node, output.status_text.join("\n"));
     }
   },
 });

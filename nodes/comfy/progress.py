@@ -50,10 +50,11 @@ class Progress:
     def result(self, text: str) -> dict[str, tuple[str]]:
         """Show the last line of text, and return it as `ui` output: newer front ends clear progress when a job ends.
 
-        web/status_text.js shows it again; ComfyUI also keeps it in its history and sends it for cached nodes.
+        web/status_text.js shows it again. It is not called `text`: ComfyUI 0.16.3 would list that as a file of the job,
+        which its own front end cannot read.
         """
         self.status(text)
-        return {"text": (text.translate(NO_TAGS),)}
+        return {"status_text": (text.translate(NO_TAGS),)}
 
     def update(self, done: int, picture: Callable[[], Image.Image] | None = None) -> None:
         """Report that `done` of `total` are done. This is a cancel point.

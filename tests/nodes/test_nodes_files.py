@@ -1,7 +1,9 @@
 """Remove Background and Mesh Export over stand-ins of ComfyUI: pictures in, files out."""
 
 import json
+import re
 import struct
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -325,3 +327,51 @@ def test_pictures_survive_the_round_trip_through_pillow(comfy):
     assert torch.equal(module.to_images(module.to_pictures(image)), image)
     assert module.to_masks(torch.tensor([[[2.0, -1.0, float("nan")]]]))[0].tobytes() == bytes([255, 0, 0])
     assert isinstance(module.to_pictures(image)[0], Image.Image)
+
+
+def painted(count: int = 1) -> MESH:
+    """Return balls with UVs, a texture and colours, as newer versions of ComfyUI carry them."""
+    mesh = ball(count)
+    V = mesh.vertices.shape[1]
+    mesh.uvs = torch.rand(count, V, 2, generator=torch.manual_seed(0))
+    mesh.texture = torch.rand(count, 8, 8, 3, generator=torch.manual_seed(1))
+    mesh.vertex_colors = torch.rand(count, V, 3, generator=torch.manual_seed(2))
+    return mesh
+
+
+def test_uvs_textures_and_colours_travel_into_the_file(comfy):
+    mesh = painted(2)
+    out = comfy.run("D3DS2MeshExport", mesh=mesh, filename_prefix="painted/a")
+    for i, file in enumerate(out[1]):
+        visual = next(iter(trimesh.load(file.source, process=False).geometry.values())).visual
+        np.testing.assert_allclose(visual.uv * [1, -1] + [0, 1], mesh.uvs[i], atol=1e-6)
+        np.testing.assert_allclose(visual.vertex_attributes["color"][:, :3] / 255, mesh.vertex_colors[i], atol=1 / 255)
+        pixels = np.asarray(visual.material.baseColorTexture.convert("RGB")) / 255
+        np.testing.assert_allclose(pixels, mesh.texture[i], atol=1 / 255)
+    assert out.ui["status_text"] == ("1,280 faces in a_00001_.glb\n1,280 faces in a_00002_.glb",)
+
+
+def test_the_status_says_what_a_file_does_not_hold(comfy):
+    def text(**inputs):
+        return comfy.run("D3DS2MeshExport", mesh=painted(), filename_prefix="lost/a", **inputs).ui["status_text"][0]
+
+    assert text(format="stl").endswith("a_00001_.stl; without UVs and textures and vertex colours: stl holds none")
+    assert text(format="ply").endswith("; without UVs and textures: ply holds none")
+    assert text(target_faces=300).endswith("; without UVs and textures and vertex colours: it was simplified")
+    assert text(target_faces=5000).endswith(".glb")
+
+
+def test_uvs_of_too_few_vertices_are_refused(comfy):
+    mesh = painted()
+    mesh.uvs = mesh.uvs[:, :9]
+    with pytest.raises(ValueError, match="expected uvs of all 642 vertices, got 9"):
+        comfy.run("D3DS2MeshExport", mesh=mesh)
+
+
+def test_a_3mf_is_in_millimetres(comfy):
+    out = comfy.run("D3DS2MeshExport", mesh=ball(), filename_prefix="print/a", format="3mf", size=0.05, up_axis="Z")
+    with zipfile.ZipFile(out[1][0].source) as package:
+        model = package.read("3D/3dmodel.model").decode()
+    found = np.array(re.findall(r'<vertex x="(.+?)" y="(.+?)" z="(.+?)"/>', model), float)
+    np.testing.assert_allclose(np.ptp(found, axis=0), [40, 30, 50], atol=1e-3)
+    assert 'unit="millimeter"' in model

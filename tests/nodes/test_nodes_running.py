@@ -43,7 +43,7 @@ def test_the_last_text_of_a_node_stays_as_its_output(comfy, model, structure, la
     ]
     for node_id, inputs, expected in runs:
         comfy.texts.clear()
-        (text,) = comfy.run(node_id, **inputs).ui["text"]
+        (text,) = comfy.run(node_id, **inputs).ui["status_text"]
         assert expected in text and text == comfy.texts[-1][0], node_id
 
 
