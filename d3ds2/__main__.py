@@ -1,4 +1,5 @@
 """One image in, one mesh out:  python -m d3ds2 chair.png -o chair.glb
+Several pictures of one object: python -m d3ds2 chair.png --views left.png right.png -o chair.glb
 Released checkpoints -> a model folder:  python -m d3ds2 convert direct3d-s2-v-1-1 models/official
 
 Progress and errors go to standard error; an error is one line, and the exit code then 2.
@@ -30,6 +31,7 @@ from .official.convert import (
     download_release,
 )
 from .pipeline import TINY, GenerationError, load_pipeline
+from .rectified_flow import EULER, SAMPLERS, Sampler
 from .storage.atomic_file import replacing
 from .storage.model_folder import ModelFolderError, load_settings
 from .storage.one_line import one_line
@@ -73,6 +75,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m d3ds2", description="One image in, one watertight mesh out.")
     parser.add_argument("image", type=Path, help="picture of one object, with alpha or on a plain background")
     parser.add_argument("-o", "--output", type=Path, required=True, help=f"mesh to write: {', '.join(FORMATS)}")
+    parser.add_argument("--views", type=Path, nargs="+", default=[], help="more pictures of the same object")
     parser.add_argument("--model", type=Path, default=TINY, help="model folder (default: the shipped tiny)")
     parser.add_argument("--seed", type=int, default=0, help="one seed, one mesh (default: 0)")
     parser.add_argument("--steps", type=int, help="sampling steps of both diffusion stages (default: the model's)")
@@ -90,6 +93,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--preview", type=Path, help="picture to write: the input beside the mesh from four sides")
     parser.add_argument("--coarse", action="store_true", help="stop after the first stage of a model that has two")
     parser.add_argument("--refine", action="store_true", help="let the model's refiners tell what is inside")
+    parser.add_argument("--sampler", choices=SAMPLERS, default=SAMPLERS[0], help="heun: two evaluations per step")
+    parser.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        default=EULER.guidance_interval,
+        help="times, 1 is noise and 0 the object, between which guidance acts; other steps take half the time "
+        "(default: 0 1)",
+    )
+    parser.add_argument(
+        "--guidance-rescale", type=float, default=0.0, help="0 to 1: curb what strong guidance exaggerates (default: 0)"
+    )
     parser.add_argument("--memory", type=float, help="GiB that decoding may take (default: 2)")
     arguments = parser.parse_args(argv)
     if arguments.memory is not None and not 0 < arguments.memory < 1e6:
@@ -98,6 +114,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UsageError(f"expected a seed from 0 to 2^64 - 1, got {arguments.seed}")
     if arguments.steps is not None and arguments.steps < 1:
         raise UsageError(f"expected at least 1 step, got {arguments.steps}")
+    try:
+        arguments.sampler = Sampler(arguments.sampler, tuple(arguments.guidance_interval), arguments.guidance_rescale)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     try:
         arguments.device = find_device(arguments.device)
     except ValueError as error:
@@ -132,9 +152,18 @@ def save_preview(path: Path, image: Image.Image, mesh: Mesh) -> None:
         sheet.save(temporary)
 
 
+def read_view(path: Path, background: str) -> Image.Image:
+    """The object in one more picture of it. Raises ImageError, which names the file."""
+    image = load_image(path)
+    try:
+        return cut_out(image, None, background)
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from None
+
+
 def run(argv: list[str] | None) -> None:
     arguments = parse_arguments(argv)
-    inputs = [path for path in (arguments.image, arguments.mask) if path is not None]
+    inputs = [path for path in (arguments.image, *arguments.views, arguments.mask) if path is not None]
     check_outputs(arguments.output, arguments.preview, inputs)
     load_settings(arguments.model)  # a wrong folder is said before the slower steps
     image = load_image(arguments.image)
@@ -142,21 +171,25 @@ def run(argv: list[str] | None) -> None:
     if mask is not None and mask.size != image.size:
         raise UsageError(f"expected a mask of the image's size {image.size}, got {mask.size}")
     image = cut_out(image, mask, arguments.background)
+    views = [image, *(read_view(path, arguments.background) for path in arguments.views)]
 
     budget = None if arguments.memory is None else int(arguments.memory * 2**30)
     dtype = find_dtype(arguments.precision, arguments.device)
     pipeline = load_pipeline(arguments.model, arguments.device, dtype, memory_budget=budget)
     options = {"fine": not arguments.coarse, "use_refiners": arguments.refine, "fine_steps": arguments.steps}
+    options["sampler"] = arguments.sampler
     stages = pipeline.stages[:1] if arguments.coarse else pipeline.stages
     bars = ProgressBars(("image", *(name for stage in stages for name in stage.progress)))
     try:
-        mesh = pipeline.generate(image, arguments.seed, bars, arguments.steps, arguments.steps, **options)
+        mesh = pipeline.generate(views, arguments.seed, bars, arguments.steps, arguments.steps, **options)
     except MemoryBudgetError as error:
         raise UsageError(f"--memory: {error}") from None
     finally:
         bars.close()
 
     made_from = {"model": load_settings(arguments.model)[0], "image": arguments.image.name, "seed": arguments.seed}
+    if arguments.views:
+        made_from["views"] = ", ".join(path.name for path in arguments.views)
     save_mesh(arguments.output, mesh, made_from)
     if arguments.preview is not None:
         save_preview(arguments.preview, image, mesh)

@@ -208,6 +208,11 @@ def test_unusable_models(tmp_path, image, model, capsys, damage, message):
         (["--precision", "fp8"], "argument --precision: invalid choice"),
         (["--preview", "a.gif"], "expected a preview that ends in .png"),
         (["--preview", "absent/a.png"], "no folder absent"),
+        (["--sampler", "rk4"], "argument --sampler: invalid choice"),
+        (["--guidance-interval", "0.8", "0.2"], "expected a guidance interval with 0 <= low <= high <= 1"),
+        (["--guidance-rescale", "2"], "expected a guidance rescale from 0 to 1, got 2.0"),
+        (["--views"], "argument --views: expected at least one argument"),
+        (["--views", "absent.png"], "no such image: absent.png"),
         (["--colour"], "unrecognized arguments: --colour"),
     ],
 )
@@ -225,6 +230,26 @@ def test_a_result_never_replaces_an_input_or_another_result(tmp_path, image, mod
         arguments = command(image, tmp_path / "a.glb", model, "--mask", mask, "--preview", preview)
         assert "expected a new file for each result, got" in error_of(capsys, arguments)
     assert (image.read_bytes(), mask.read_bytes()) == before and not (tmp_path / "a.glb").exists()
+
+
+def test_several_views_make_one_mesh(tmp_path, image, model, capsys):
+    side, empty, output = tmp_path / "side.png", tmp_path / "empty.png", tmp_path / "a.glb"
+    Image.open(image).rotate(90).save(side)
+    Image.new("RGBA", (64, 48)).save(empty)
+    few = ("--steps", "2", "--guidance-interval", "0", "0.5", "--guidance-rescale", "0.5", "--sampler", "heun")
+    assert main(command(image, output, model, *few)) == 0
+    alone = output.read_bytes()
+    assert main(command(image, output, model, *few, "--views", side, image)) == 0
+    data = output.read_bytes()
+    tree = json.loads(data[20 : 20 + struct.unpack("<I", data[12:16])[0]])
+    assert tree["asset"]["extras"]["views"] == "side.png, object.png" and data != alone
+    capsys.readouterr()
+    assert f"{empty}: the image is fully transparent" in error_of(
+        capsys, command(image, output, model, "--views", side, empty)
+    )
+    assert "expected a new file for each result" in error_of(
+        capsys, command(image, output, model, "--views", side, "--preview", side)
+    )
 
 
 def test_missing_output_is_an_error(image, capsys):
