@@ -68,7 +68,7 @@ class SparseStructureSample(io.ComfyNode):
 
                 progress.update(index * steps + step + 1, draw)
 
-            with sample(index, len(pictures)), cancellable(encoder, dit, vae):
+            with sample(index, len(pictures)), cancellable(encoder, dit, vae), progress.compiling_shown():
                 progress.status(f"{title}reading the image")
                 image_tokens = pipeline.encode_image([picture])
                 parts.append(
