@@ -146,6 +146,14 @@ def test_the_pictures_of_the_workflows_are_placed_once(comfy):
     (folder / name).write_bytes(b"the user's own")
     module.place_example_pictures()
     assert (folder / name).read_bytes() == b"the user's own"
+    (folder / name).unlink()
+    module.place_example_pictures()
+    assert not (folder / name).exists()  # nobody wants it back
+    placed = comfy.folder / "user" / "d3ds2_example_pictures.txt"
+    assert set(placed.read_text().splitlines()) == set(pictures)
+    placed.write_text("\n".join(set(pictures) - {name}))  # a picture that came with a newer version
+    module.place_example_pictures()
+    assert (folder / name).read_bytes() == pictures[name]
 
 
 def test_an_input_folder_that_cannot_be_written_stops_nothing(comfy, monkeypatch):
