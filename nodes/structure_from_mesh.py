@@ -31,7 +31,7 @@ class StructureFromMesh(io.ComfyNode):
         from ..d3ds2.meshes.mesh_to_structure import mesh_to_structure
         from .comfy.fitted_meshes import distances, for_each_mesh, with_sample
         from .comfy.progress import Progress
-        from .comfy.samples import pack_structure, token_text, voxel_grid
+        from .comfy.samples import pack_structure, structure_results, token_text
 
         stages = model.pipeline.stages
         resolution = stages[-1].sdf_resolution
@@ -49,4 +49,4 @@ class StructureFromMesh(io.ComfyNode):
         ]
         structure = pack_structure(parts)
         progress.status(token_text(structure))
-        return io.NodeOutput(structure, voxel_grid(structure), token_text(structure))
+        return io.NodeOutput(*structure_results(structure))
