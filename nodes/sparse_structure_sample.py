@@ -101,5 +101,4 @@ class SparseStructureSample(io.ComfyNode):
                 seeds = [seed_of(seed, index)]
                 parts.append(pipeline.sample_structure(tokens, seeds, steps, guidance_scale, on_step, how))
         structure = pack_structure(parts)
-        progress.status(token_text(structure))
-        return io.NodeOutput(*structure_results(structure))
+        return io.NodeOutput(*structure_results(structure), ui=progress.result(token_text(structure)))

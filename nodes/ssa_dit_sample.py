@@ -50,7 +50,7 @@ class SSADiTSample(io.ComfyNode):
                 ),
             ],
             outputs=[LatentSocket.Output("latent", tooltip="For VAE Decode SDF.")],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
@@ -81,6 +81,7 @@ class SSADiTSample(io.ComfyNode):
         from .comfy.progress import Progress, cancellable
         from .comfy.samples import check_structure, object_pictures, sample, seed_of, token_text
         from .comfy.sampling import group_views, make_sampler
+        from .comfy.sdf_decoding import check_budgets_ahead
 
         check_structure(model, structure)
         how = make_sampler(sampler, guidance_start, guidance_end, guidance_rescale, sigmas)
@@ -93,6 +94,7 @@ class SSADiTSample(io.ComfyNode):
                 f"the structure has {largest:,} tokens, more than max_tokens {max_tokens:,}: use a model of lower "
                 "resolution or a picture of a more compact object, or raise max_tokens."
             )
+        check_budgets_ahead(model, structure, cls.hidden)
         objects = group_views(object_pictures(image), views_of_one_object)
         if len(objects) not in (1, structure.batch_size):
             advice = "; turn on views_of_one_object if they show one object" if structure.batch_size == 1 else ""
@@ -133,5 +135,5 @@ class SSADiTSample(io.ComfyNode):
                 seeds = [seed_of(seed, index)]
                 latents = pipeline.sample_latents(own, tokens, seeds, steps, guidance_scale, on_step, how)
                 parts.append(latents.float().cpu())
-        progress.status(token_text(structure))
-        return io.NodeOutput(Latent(torch.cat(parts), structure, model.latent_space(structure.resolution)))
+        latent = Latent(torch.cat(parts), structure, model.latent_space(structure.resolution))
+        return io.NodeOutput(latent, ui=progress.result(token_text(structure)))

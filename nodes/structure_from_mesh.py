@@ -43,10 +43,9 @@ class StructureFromMesh(io.ComfyNode):
 
         meshes = from_socket(mesh)
         progress = Progress(cls.hidden.unique_id, len(meshes))
-        parts = [
-            Voxels.sort(with_sample(blocks), stages[-1].resolution)[0]
-            for blocks in for_each_mesh(meshes, fit, resolution, progress, blocks_of)
-        ]
-        structure = pack_structure(parts)
-        progress.status(token_text(structure))
-        return io.NodeOutput(*structure_results(structure))
+        parts, places = [], []
+        for blocks, place in for_each_mesh(meshes, fit, resolution, progress, blocks_of):
+            parts.append(Voxels.sort(with_sample(blocks), stages[-1].resolution)[0])
+            places.append(place)
+        structure = pack_structure(parts, places)
+        return io.NodeOutput(*structure_results(structure), ui=progress.result(token_text(structure)))

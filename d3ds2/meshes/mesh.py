@@ -20,7 +20,7 @@ class Mesh:
     """A triangle mesh.
 
     Attributes:
-        vertices: (V,3) float32 in [-1,1]³.
+        vertices: (V,3) float32; in [-1,1]³ as the pipeline makes them, elsewhere once placed or scaled for a file.
         faces: (F,3) int64, counter-clockwise seen from outside.
         normals: (V,3) float32, unit length, outward.
     """

@@ -47,6 +47,15 @@ class Progress:
         if server is not None and self.node_id is not None:
             server.send_progress_text(text.translate(NO_TAGS), self.node_id, getattr(server, "client_id", None))
 
+    def result(self, text: str) -> dict[str, tuple[str]]:
+        """Show the last line of text, and return it as `ui` output: newer front ends clear progress when a job ends.
+
+        web/status_text.js shows it again. It is not called `text`: ComfyUI 0.16.3 would list that as a file of the job,
+        which its own front end cannot read.
+        """
+        self.status(text)
+        return {"status_text": (text.translate(NO_TAGS),)}
+
     def update(self, done: int, picture: Callable[[], Image.Image] | None = None) -> None:
         """Report that `done` of `total` are done. This is a cancel point.
 

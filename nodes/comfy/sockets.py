@@ -18,6 +18,7 @@ from comfy_api.latest import io
 
 if TYPE_CHECKING:
     from ...d3ds2.geometry.voxels import Voxels
+    from ...d3ds2.meshes.placement import Placement
     from ...d3ds2.pipeline import Pipeline, Stage
 
 ModelSocket = io.Custom("D3DS2_MODEL")
@@ -88,11 +89,21 @@ class Model:
 
 @dataclass(frozen=True)
 class Structure:
-    """Occupied latent voxels: coords (N, 4) int32 [sample, x, y, z], in the order of `Voxels`."""
+    """Occupied latent voxels: coords (N, 4) int32 [sample, x, y, z], in the order of `Voxels`.
+
+    A structure that was made of meshes also has the place of each, so that what is decoded returns there.
+    """
 
     coords: torch.Tensor
     resolution: int
     batch_size: int
+    places: tuple[Placement, ...] = ()
+
+    def place_of(self, index: int) -> Placement:
+        """Return where the mesh of a sample belongs: where it came from, else in core's box [-0.5, 0.5]³."""
+        from ...d3ds2.meshes.placement import HALF_BOX
+
+        return self.places[index] if self.places else HALF_BOX
 
     def voxels(self) -> Voxels:
         """Return new `Voxels` with these coordinates."""

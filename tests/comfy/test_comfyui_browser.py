@@ -6,7 +6,7 @@ In an older ComfyUI all open and the first runs; test_comfyui_prompts.py runs al
 import pytest
 
 from tests.comfy.installation import SOURCES
-from tests.comfy.page import open_template, press_run, viewer_boxes, wait_for_mesh
+from tests.comfy.page import open_template, press_run, status_texts, viewer_boxes, wait_for_mesh
 from tests.comfy.workflow_file import WORKFLOWS, nodes_of, read, to_prompt
 
 RUN_SECONDS = 600
@@ -52,3 +52,9 @@ def run_and_look(browser, prompt):
     press_run(browser, RUN_SECONDS)
     for index, before in enumerate(empty):
         wait_for_mesh(browser, index, before)
+    texts = status_texts(browser)
+    ours = {key: node["class_type"] for key, node in prompt.items() if "D3DS2" in node["class_type"]}
+    assert set(ours) <= set(texts), f"no text on {set(ours) - set(texts)}"
+    for key, name in ours.items():
+        expected = {"D3DS2MeshExport": "faces in", "LoadD3DS2Model": "tiny: ", "D3DS2RemoveBackground": "picture 1/1"}
+        assert expected.get(name, "tokens") in texts[key], (name, texts[key])

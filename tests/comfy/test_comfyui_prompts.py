@@ -77,6 +77,9 @@ def test_each_step_is_seen(server):
 def test_a_second_run_computes_nothing(server):
     prompt = graph(seed=41)
     first, second = server.run(prompt), server.run(prompt)
+    texts = {node: output["status_text"][0] for node, output in first.outputs.items()}
+    assert "tokens" in texts[STRUCTURE] and "tokens" in texts[LATENT] and " faces in mesh_" in texts[EXPORT]
+    assert second.outputs[EXPORT] == first.outputs[EXPORT]
     assert first.executed >= {STRUCTURE, LATENT, DECODE, EXPORT}
     assert second.end == "execution_success" and not second.executed
     assert files_of(server, second) == files_of(server, first)
@@ -184,7 +187,43 @@ def test_a_latent_of_another_model_is_refused(server):
 
 
 def test_a_memory_budget_that_holds_nothing_is_refused(server):
-    assert "Raise it, or set it to 0" in server.run(graph(memory_budget_gb=0.0001)).error
+    run = server.run(graph(memory_budget_gb=0.0001))
+    assert "Raise it, or set it to 0" in run.error
+    assert run.all("execution_error")[0]["node_id"] == LATENT  # before it samples anything
+    assert not [text for text in run.all("text") if text[0] == LATENT]
+
+
+def test_the_none_of_load_3d_is_refused_in_words(server):
+    load = {"model_file": "none", "image": dict.fromkeys(("image", "mask", "normal"), "object.png"), "width": 64}
+    load["image"] |= {"recording": "", "camera_info": {}}
+    prompt = {"1": {"class_type": "Load3D", "inputs": load | {"height": 64}}}
+    info = server.get("/object_info/Load3D")["Load3D"]
+    if "none" not in str(info["input"]["required"]["model_file"]):
+        pytest.skip("this Load 3D has no `none`")
+    outputs = info["output"]
+    place = next((index for index, kind in enumerate(outputs) if kind.startswith("FILE_3D")), None)
+    if place is None:
+        pytest.skip("this Load 3D gives no file")
+    export = graph()[EXPORT]
+    export["inputs"]["mesh"] = ["1", place]
+    assert "Load 3D gives none while its model_file is `none`" in server.run(prompt | {EXPORT: export}).error
+
+
+def test_a_prefix_may_come_from_another_node(server):
+    prompt = graph()
+    prompt["8"] = {"class_type": "PrimitiveString", "inputs": {"value": "linked/name"}}
+    prompt[EXPORT]["inputs"]["filename_prefix"] = ["8", 0]
+    (file,) = files_of(server, server.run(prompt))
+    assert file.name.startswith("name_") and file.parent.name == "linked"
+
+
+def test_rembg_is_refused_before_the_prompt_runs(server):
+    """It is not installed here."""
+    inputs = {"image": [PICTURE, 0], "method": "rembg", "invert_mask": "auto", "foreground_ratio": 0.9}
+    prompt = graph() | {"8": {"class_type": "D3DS2RemoveBackground", "inputs": inputs}}
+    prompt[STRUCTURE]["inputs"]["image"] = ["8", 0]
+    with pytest.raises(PromptRefused, match="rembg is not installed: pip install"):
+        server.run(prompt)
 
 
 def test_an_empty_mask_says_what_to_do(server):

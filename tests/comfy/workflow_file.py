@@ -78,10 +78,14 @@ def _specs(info: dict[str, Any]) -> dict[str, list]:
 
 def _widget_values(node: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
     values, inputs = list(node.get("widgets_values", [])), {}
+    optional = info["input"].get("optional", {})
     for name, (kind, *more) in _specs(info).items():
         options = more[0] if more else {}
         is_choice = isinstance(kind, list) or kind == "COMBO"
         if not is_choice and options.get("widgetType", kind) not in WIDGETS:
+            continue
+        if not values and name in optional:  # newer than the file: the front end takes its default
+            inputs[name] = options["default"]
             continue
         assert values, f"no value for {node['type']}.{name}"
         value = inputs[name] = values.pop(0)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("fresh")
 def test_the_chain_of_nodes_is_the_pipeline_bit_for_bit(comfy, mesh):
     with torch.inference_mode():
         expected = load_pipeline(comfy.folder / "models" / "direct3d_s2" / "random").generate(draw_object(), seed=5)
-    assert mesh.vertices[0].numpy().tobytes() == expected.vertices.tobytes()
+    assert mesh.vertices[0].numpy().tobytes() == (expected.vertices / 2).tobytes()  # in the box of core's own nodes
     assert mesh.faces[0].numpy().tobytes() == expected.faces.tobytes()
     assert mesh.vertices.dtype == torch.float32 and mesh.faces.dtype == torch.int64
     torch.testing.assert_close(mesh.normals[0], torch.from_numpy(expected.normals))
