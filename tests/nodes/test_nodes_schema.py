@@ -36,7 +36,7 @@ SOCKETS = {
     ),
     "D3DS2MeshExport": (
         "mesh:MESH,FILES filename_prefix=3d/d3ds2 format=glb target_faces=0 up_axis=Y embed_workflow=True size=1.0",
-        "STRING FILE_3D",
+        "STRING FILE_3D LOAD3D_CAMERA",
     ),
     "D3DS2VAEEncodeMesh": ("model:D3DS2_MODEL mesh:MESH,FILES fit=True shell=0.55", "D3DS2_LATENT"),
     "D3DS2StructureFromMesh": (
