@@ -81,6 +81,9 @@ class MeshExport(io.ComfyNode):
                     tooltip="The file's path relative to the output folder, for Preview 3D.",
                 ),
                 io.File3DAny.Output("file_3d", is_output_list=True, tooltip="The file itself, for ComfyUI's 3D nodes."),
+                io.Custom("LOAD3D_CAMERA").Output(
+                    "camera", is_output_list=True, tooltip="A camera that sees the whole object, for Preview 3D."
+                ),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
@@ -104,13 +107,14 @@ class MeshExport(io.ComfyNode):
         from .comfy.mesh_looks import looks_of
         from .comfy.progress import Progress, check_cancelled, run_cancellable
         from .comfy.samples import sample
+        from .comfy.viewer_camera import camera_of
 
         meshes = from_socket(mesh)
         looks = looks_of(mesh, meshes)
         folder, name, counter, subfolder = _save_path(filename_prefix)
         metadata = _workflow(cls.hidden) if embed_workflow and format == "glb" else {}
         progress = Progress(cls.hidden.unique_id, len(meshes))
-        files, lines = [], []
+        files, lines, cameras = [], [], []
         for index, (own, look) in enumerate(zip(meshes, looks, strict=True)):
             notes = []
             with sample(index, len(meshes)), progress.compiling_shown():
@@ -129,11 +133,12 @@ class MeshExport(io.ComfyNode):
                 data = run_cancellable(mesh_bytes, f".{format}", own, metadata, look)
                 files.append(_write(folder, name, counter, format, data))
             lines.append("; ".join([f"{len(own.faces):,} faces in {files[-1]}", *notes]))
+            cameras.append(camera_of(own.vertices))
             progress.update(index + 1)
         paths = [f"{subfolder}/{file}" if subfolder else file for file in files]
         results = [{"filename": file, "subfolder": subfolder, "type": "output"} for file in files]
         file_3d = [Types.File3D(str(folder / file), format) for file in files]
-        return io.NodeOutput(paths, file_3d, ui={"3d": results} | progress.result("\n".join(lines)))
+        return io.NodeOutput(paths, file_3d, cameras, ui={"3d": results} | progress.result("\n".join(lines)))
 
 
 def _check_prefix(prefix: str) -> str:

@@ -23,7 +23,7 @@ class RemoveBackground(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="D3DS2RemoveBackground",
-            display_name="Remove Background",
+            display_name="Remove Background (Direct3D-S2)",
             category=CATEGORY,
             description="Cuts the object out of its background. `auto` uses the first of these that is "
             "available: the mask, the image's own alpha channel, the background removal model, rembg, a "

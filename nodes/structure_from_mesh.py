@@ -31,7 +31,7 @@ class StructureFromMesh(io.ComfyNode):
         from ..d3ds2.meshes.mesh_to_structure import mesh_to_structure
         from .comfy.fitted_meshes import distances, for_each_mesh, with_sample
         from .comfy.progress import Progress
-        from .comfy.samples import pack_structure, token_text, voxel_grid
+        from .comfy.samples import pack_structure, structure_results, token_text
 
         stages = model.pipeline.stages
         resolution = stages[-1].sdf_resolution
@@ -48,5 +48,4 @@ class StructureFromMesh(io.ComfyNode):
             parts.append(Voxels.sort(with_sample(blocks), stages[-1].resolution)[0])
             places.append(place)
         structure = pack_structure(parts, places)
-        tokens = token_text(structure)
-        return io.NodeOutput(structure, voxel_grid(structure), tokens, ui=progress.result(tokens))
+        return io.NodeOutput(*structure_results(structure), ui=progress.result(token_text(structure)))

@@ -10,7 +10,7 @@ class VAEDecodeSDF(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="D3DS2VAEDecodeSDF",
-            display_name="VAE Decode SDF",
+            display_name="VAE Decode SDF (Latent to Mesh)",
             category=CATEGORY,
             description="Decodes a latent into a signed distance field and extracts the surface as a closed mesh.",
             search_aliases=["direct3d", "image to 3d", "marching cubes", "latent to mesh", "d3ds2"],

@@ -13,7 +13,7 @@ class VAEEncodeMesh(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="D3DS2VAEEncodeMesh",
-            display_name="VAE Encode Mesh",
+            display_name="VAE Encode Mesh (Mesh to Latent)",
             category=CATEGORY,
             description="Turns a mesh of any quality into a watertight solid and encodes it. Follow it with VAE "
             "Decode SDF to remesh.",

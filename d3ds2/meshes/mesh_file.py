@@ -16,7 +16,7 @@ FORMATS = (".glb", ".obj", ".ply", ".stl", ".3mf")
 READABLE = (".glb", ".obj", ".ply", ".stl", ".gltf", ".off")
 GENERATOR = "ComfyUI-D3DS2"
 OBJ_LINES = 1 << 14  # lines formatted at once
-GREY = (0.6, 0.6, 0.6, 1.0)  # base colour of the GLB material; the format's default is white metal
+GREY = (0.22, 0.22, 0.22, 1.0)  # linear base colour of the GLB material: in the light of viewers, relief shows
 
 
 class MeshFileError(ValueError):

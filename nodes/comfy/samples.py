@@ -82,6 +82,12 @@ def token_text(structure: Structure) -> str:
     return f"{' + '.join(f'{count:,}' for count in counts)} tokens at {structure.resolution}³"
 
 
+def structure_results(structure: Structure) -> tuple[Structure, Types.VOXEL, str, int]:
+    """Return the values of `structure_outputs`."""
+    counts = structure.coords[:, 0].bincount(minlength=structure.batch_size)
+    return structure, voxel_grid(structure), token_text(structure), int(counts.max())
+
+
 def check_structure(model: Model, structure: Structure) -> None:
     """Raise ValueError if none of the model's stages has the structure's resolution."""
     if structure.resolution not in model.stages:

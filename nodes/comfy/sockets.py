@@ -35,9 +35,7 @@ def sampling_inputs(seed_tooltip: str) -> list[io.Input]:
     """Return the inputs of every sampling node: seed, steps and guidance_scale."""
     return [
         io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=True, tooltip=seed_tooltip),
-        io.Int.Input(
-            "steps", default=0, min=0, max=200, tooltip="The number of Euler steps; 0 uses the model's default."
-        ),
+        io.Int.Input("steps", default=0, min=0, max=200, tooltip="The number of steps; 0 uses the model's default."),
         io.Float.Input(
             "guidance_scale",
             default=0.0,
@@ -51,13 +49,14 @@ def sampling_inputs(seed_tooltip: str) -> list[io.Input]:
 
 
 def structure_outputs() -> list[io.Output]:
-    """Return the outputs of every node that makes a structure: the structure, its VOXEL, and its size as text."""
+    """Return the outputs of every node that makes a structure: itself, its VOXEL, its size as text and as a number."""
     return [
         StructureSocket.Output("structure", tooltip="For SSA-DiT Sample."),
         io.Voxel.Output(
             "voxel", tooltip="The structure as ComfyUI's VOXEL. Connect it to Voxel to Mesh to look at it."
         ),
         io.String.Output("tokens", tooltip="The number of tokens that stage two will process, as text."),
+        io.Int.Output("token_count", tooltip="The number of tokens; of a batch, that of the largest structure."),
     ]
 
 

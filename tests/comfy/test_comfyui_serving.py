@@ -11,20 +11,20 @@ from tests.comfy.workflow_file import WORKFLOWS, pictures_of, read, to_prompt
 
 IDS = {
     "LoadD3DS2Model": "Load D3DS2 Model",
-    "D3DS2RemoveBackground": "Remove Background",
-    "D3DS2SparseStructureSample": "Sparse Structure Sample",
-    "D3DS2SSADiTSample": "SSA-DiT Sample",
-    "D3DS2VAEDecodeSDF": "VAE Decode SDF",
+    "D3DS2RemoveBackground": "Remove Background (Direct3D-S2)",
+    "D3DS2SparseStructureSample": "Sparse Structure Sample (Rough Shape)",
+    "D3DS2SSADiTSample": "SSA-DiT Sample (Surface Detail)",
+    "D3DS2VAEDecodeSDF": "VAE Decode SDF (Latent to Mesh)",
     "D3DS2MeshExport": "Mesh Export",
-    "D3DS2VAEEncodeMesh": "VAE Encode Mesh",
+    "D3DS2VAEEncodeMesh": "VAE Encode Mesh (Mesh to Latent)",
     "D3DS2StructureFromMesh": "Structure From Mesh",
 }
 TEMPLATES = {
-    "image_to_mesh",
-    "image_to_mesh_with_background_removal",
-    "structure_preview",
-    "refine_mesh",
-    "low_memory",
+    "Image-to-Mesh",
+    "Image-to-Mesh-with-Background-Removal",
+    "Structure-Preview",
+    "Refine-a-Mesh",
+    "Low-Memory",
 }
 
 

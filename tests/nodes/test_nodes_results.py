@@ -102,9 +102,9 @@ def test_decoding_options_reach_the_surface(comfy, model, latent, mesh):
 
 def test_a_mesh_goes_through_the_vae_and_into_a_structure(comfy, model, ball):
     latent = comfy.run("D3DS2VAEEncodeMesh", model=model, mesh=ball)[0]
-    structure, voxel, text = comfy.run("D3DS2StructureFromMesh", model=model, mesh=ball).args
+    structure, voxel, text, count = comfy.run("D3DS2StructureFromMesh", model=model, mesh=ball).args
     assert torch.equal(structure.coords, latent.structure.coords) and voxel.data.sum() == len(structure.coords)
-    assert text == f"{len(structure.coords):,} tokens at 8³"
+    assert text == f"{len(structure.coords):,} tokens at 8³" and count == len(structure.coords)
     # every vertex of the surface lies in a voxel of the structure
     low, high = ball.vertices[0].amin(0), ball.vertices[0].amax(0)
     fitted = (ball.vertices[0] - (low + high) / 2) * (1.9 / (high - low).max())

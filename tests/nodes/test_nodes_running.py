@@ -167,7 +167,8 @@ def test_the_memory_manager_loads_what_runs_with_room_for_its_tokens(comfy, mode
     assert sizes[1] > sizes[2] > 0
     bytes_of = comfy.module("d3ds2.networks.activation_memory")
     tokens, dit = len(structure.coords), model.pipeline.stages[0].latent_dit
-    assert sizes[1] == bytes_of.latent_dit_bytes(dit.config, 2 * tokens, torch.float32, torch.device("cpu"))
+    views = bytes_of.image_tokens_bytes(model.pipeline.image_encoder.config, 1, torch.float32)
+    assert sizes[1] == views + bytes_of.latent_dit_bytes(dit.config, 2 * tokens, torch.float32, torch.device("cpu"))
     assert model.patcher.model is dit and len(model.get_models()) == 5
     weights = [tensor for patcher in model.get_models() for tensor in patcher.model.state_dict().values()]
     assert not any(tensor.is_inference() for tensor in weights)  # those could not be unloaded between two prompts
