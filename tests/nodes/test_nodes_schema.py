@@ -43,6 +43,10 @@ SOCKETS = {
         "model:D3DS2_MODEL mesh:MESH,FILES fit=True shell=0.55",
         "D3DS2_STRUCTURE VOXEL STRING INT",
     ),
+    "D3DS2MeshPictures": (
+        "mesh:MESH,FILES sides=1 azimuth=0.0 elevation=15.0 resolution=768",
+        "IMAGE IMAGE IMAGE MASK",
+    ),
 }
 
 
