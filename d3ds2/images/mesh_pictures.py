@@ -56,7 +56,7 @@ def draw_sides(
         on_white = shaded[..., :3] * mask[..., None] + (1 - mask[..., None])
         distances, normals = renderer.depth_and_normals(camera, size)
         seen = np.isfinite(distances)
-        normals = np.where(seen[..., None], (normals + 1) / 2, np.float32(TOWARD_CAMERA))
+        normals = np.where(seen[..., None], (normals + 1) / 2, np.asarray(TOWARD_CAMERA, np.float32))
         yield MeshPicture(on_white, np.repeat(_grey(distances, seen)[..., None], 3, axis=2), normals, mask)
 
 
