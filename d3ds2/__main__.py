@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .compiling import announce_compiling
 from .images.foreground import METHODS, cut_out
 from .images.image_file import ImageError, load_image
 from .kernels.devices import PRECISIONS, find_device, find_dtype
@@ -205,7 +206,8 @@ def make_mesh(pipeline: Pipeline, views: list[Image.Image], arguments: argparse.
     stages = pipeline.stages[:1] if arguments.coarse else pipeline.stages
     bars = ProgressBars(("image", *(name for stage in stages for name in stage.progress)))
     try:
-        mesh = pipeline.generate(views, arguments.seed, bars, arguments.steps, arguments.steps, **options)
+        with announce_compiling(lambda line: tqdm.write(line, file=sys.stderr)):
+            mesh = pipeline.generate(views, arguments.seed, bars, arguments.steps, arguments.steps, **options)
     except MemoryBudgetError as error:
         raise UsageError(f"--memory: {error}") from None
     finally:
@@ -297,8 +299,10 @@ def run_convert(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 if all went well,
-    1 if pictures of a folder failed, 2 after an error, 130 when interrupted.
+    """Run the command line.
+
+    Returns:
+        The exit code: 0, 1 if pictures of a folder failed, 2 after an error, 130 when interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:

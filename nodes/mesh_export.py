@@ -117,7 +117,7 @@ class MeshExport(io.ComfyNode):
         files, lines, cameras = [], [], []
         for index, (own, look) in enumerate(zip(meshes, looks, strict=True)):
             notes = []
-            with sample(index, len(meshes)):
+            with sample(index, len(meshes)), progress.compiling_shown():
                 if target_faces and len(own.faces) > target_faces:
                     progress.status(f"simplifying {len(own.faces):,} faces to {target_faces:,}")
                     before, own = own, decimate_in_process(own, target_faces, check_cancelled)

@@ -95,7 +95,7 @@ class SparseStructureSample(io.ComfyNode):
 
                 progress.update(index * steps + step + 1, draw)
 
-            with sample(index, len(objects)), cancellable(encoder, dit, vae):
+            with sample(index, len(objects)), cancellable(encoder, dit, vae), progress.compiling_shown():
                 progress.status(f"{title}reading the image")
                 tokens = pipeline.encode_views([views])
                 seeds = [seed_of(seed, index)]

@@ -129,7 +129,7 @@ class SSADiTSample(io.ComfyNode):
                     lambda: voxel_picture(coords, structure.resolution, colors=latent_colors(x_0.cpu().numpy())),
                 )
 
-            with sample(index, structure.batch_size), cancellable(encoder, dit):
+            with sample(index, structure.batch_size), cancellable(encoder, dit), progress.compiling_shown():
                 progress.status(f"{title}reading the image")
                 tokens = pipeline.encode_views([objects[index % len(objects)]])
                 seeds = [seed_of(seed, index)]

@@ -85,7 +85,7 @@ class VAEDecodeSDF(io.ComfyNode):
         progress = Progress(cls.hidden.unique_id, 2 * B)
         values, coords, meshes = [], [], []
         for index, latents in enumerate(latent.latents.split(voxels.counts)):
-            with sample(index, B):
+            with sample(index, B), progress.compiling_shown():
                 blocks = decode(model, latents, voxels.sample(index), memory_budget_gb, progress)
                 progress.update(2 * index + 1)
                 progress.status(f"extracting the surface of {blocks.values.numel():,} voxels")

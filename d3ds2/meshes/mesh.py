@@ -43,6 +43,12 @@ def area_weighted_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray
     return (normals / lengths[:, None]).astype(np.float32)
 
 
+def seamless_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Return `area_weighted_normals`, the same for all vertices in one place: those along a seam of a texture."""
+    places, same = np.unique(vertices, axis=0, return_inverse=True)
+    return area_weighted_normals(places, same.reshape(-1)[faces])[same.reshape(-1)]
+
+
 @kernel
 def add_face_normals(vertices, faces, normals):
     """Add twice the area vector of each face to the rows of its three vertices in normals (V,3)."""

@@ -49,7 +49,9 @@ def for_each_mesh(
                         "down."
                     )
                 vertices, place = 2 * vertices, placement.HALF_BOX
-            yield run_cancellable(make, vertices, faces), place
+            with progress.compiling_shown():
+                made = run_cancellable(make, vertices, faces)
+            yield made, place
         progress.update(index + 1)
 
 

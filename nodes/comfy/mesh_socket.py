@@ -62,7 +62,7 @@ def from_socket(socket: Types.MESH | Types.File3D) -> list[Mesh]:
         ValueError: there is no mesh; a mesh has no faces, face indices out of range or coordinates that are not
             finite; a file cannot be read.
     """
-    from ...d3ds2.meshes.mesh import Mesh, area_weighted_normals
+    from ...d3ds2.meshes.mesh import Mesh, area_weighted_normals, seamless_normals
     from ...d3ds2.meshes.mesh_file import read_mesh
     from ...d3ds2.meshes.triangles import checked_faces, checked_vertices
 
@@ -86,7 +86,8 @@ def from_socket(socket: Types.MESH | Types.File3D) -> list[Mesh]:
             checked_faces(faces, len(checked_vertices(vertices)))
         except ValueError as error:
             raise ValueError(f"{which} is damaged: {error}") from None
-        normals = area_weighted_normals(vertices, faces)
+        cut = getattr(socket, "uvs", None) is not None  # along the seams of its texture
+        normals = (seamless_normals if cut else area_weighted_normals)(vertices, faces)
         if normals_given is not None and normals_given.shape == socket.vertices.shape:
             normals = _copy(normals_given[i][:vertex_count].float())
         meshes.append(Mesh(vertices, faces, normals))

@@ -47,6 +47,14 @@ class Progress:
         if server is not None and self.node_id is not None:
             server.send_progress_text(text.translate(NO_TAGS), self.node_id, getattr(server, "client_id", None))
 
+    @contextmanager
+    def compiling_shown(self) -> Generator[None]:
+        """Say in the line of text if something is compiled in the block, as in the first run on a machine."""
+        from ...d3ds2.compiling import announce_compiling
+
+        with announce_compiling(self.status):
+            yield
+
     def result(self, text: str) -> dict[str, tuple[str]]:
         """Show the last line of text, and return it as `ui` output: newer front ends clear progress when a job ends.
 

@@ -21,6 +21,8 @@ NOT_OURS = (  # console messages that come without any template as well
     "https://huggingface.co/Comfy-Org/",  # models of the front end's own first workflow, which it cannot reach
 )
 NEWEST = [*SOURCES][-1]
+# the widgets of the first release; after a seed comes one of the front end's own
+FIRST_WIDGETS = {"D3DS2MeshExport": 5, "D3DS2SparseStructureSample": 4, "D3DS2SSADiTSample": 5}
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
@@ -67,6 +69,23 @@ def test_our_sockets_have_colours_in_every_palette(comfyui, browser):
         css = "getComputedStyle(document.documentElement).getPropertyValue('--color-datatype-D3DS2_LATENT')"
         assert browser.js(f"return {css}").strip() == "#ff9cf9"
     browser.js("await app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
+
+
+def test_a_workflow_that_was_saved_before_there_were_more_widgets_opens(comfyui, browser):
+    """New widgets come last and get their defaults; no value slips into another widget."""
+    workflow = read(WORKFLOWS[0])
+    for node in workflow["nodes"]:
+        if node["type"] in FIRST_WIDGETS:
+            node["widgets_values"] = node["widgets_values"][: FIRST_WIDGETS[node["type"]]]
+    expected = to_prompt(workflow, comfyui.get("/object_info"))
+    assert {node["class_type"] for node in expected.values()} >= FIRST_WIDGETS.keys()
+    open_template(browser, comfyui, WORKFLOWS[0].stem, len(workflow["nodes"]))
+    browser.js(f"await app.loadGraphData({json.dumps(workflow)})")
+    posted = browser.js("return (await app.graphToPrompt()).output")
+    for key, node in expected.items():
+        assert {name: posted[key]["inputs"][name] for name in node["inputs"]} == node["inputs"], node["class_type"]
+    (export,) = (node["inputs"] for node in posted.values() if node["class_type"] == "D3DS2MeshExport")
+    assert export["size"] == 1 and export["up_axis"] == "Y" and export["embed_workflow"] is True
 
 
 def open_and_compare(comfyui, browser, file):

@@ -18,6 +18,7 @@ IDS = {
     "D3DS2MeshExport": "Mesh Export",
     "D3DS2VAEEncodeMesh": "VAE Encode Mesh (Mesh to Latent)",
     "D3DS2StructureFromMesh": "Structure From Mesh",
+    "D3DS2MeshPictures": "Mesh Pictures",
 }
 TEMPLATES = {
     "Image-to-Mesh",

@@ -9,7 +9,7 @@ import pytest
 import trimesh
 
 from d3ds2.meshes.appearance import HELD, Appearance, not_held
-from d3ds2.meshes.mesh import Mesh
+from d3ds2.meshes.mesh import Mesh, seamless_normals
 from d3ds2.meshes.mesh_file import FORMATS, mesh_bytes
 from d3ds2.meshes.three_mf import CORE
 
@@ -94,3 +94,10 @@ def test_a_3mf_is_a_package_of_one_object_in_millimetres():
     np.testing.assert_array_equal(faces, MESH.faces)
     (item,), (made,) = model.iter(f"{{{CORE}}}item"), model.iter(f"{{{CORE}}}object")
     assert item.get("objectid") == made.get("id")
+
+
+def test_the_seams_of_a_texture_are_not_seen():
+    ball = trimesh.creation.icosphere(2)
+    corners = np.asarray(ball.triangles, np.float32).reshape(-1, 3)  # every edge is a seam
+    normals = seamless_normals(corners, np.arange(len(corners)).reshape(-1, 3))
+    np.testing.assert_allclose(normals, corners, atol=0.05)

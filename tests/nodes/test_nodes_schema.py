@@ -43,6 +43,10 @@ SOCKETS = {
         "model:D3DS2_MODEL mesh:MESH,FILES fit=True shell=0.55",
         "D3DS2_STRUCTURE VOXEL STRING INT",
     ),
+    "D3DS2MeshPictures": (
+        "mesh:MESH,FILES sides=1 azimuth=0.0 elevation=15.0 resolution=768",
+        "IMAGE IMAGE IMAGE MASK",
+    ),
 }
 
 
@@ -150,6 +154,14 @@ def test_the_pictures_of_the_workflows_are_placed_once(comfy):
     (folder / name).write_bytes(b"the user's own")
     module.place_example_pictures()
     assert (folder / name).read_bytes() == b"the user's own"
+    (folder / name).unlink()
+    module.place_example_pictures()
+    assert not (folder / name).exists()  # nobody wants it back
+    placed = comfy.folder / "user" / "d3ds2_example_pictures.txt"
+    assert set(placed.read_text().splitlines()) == set(pictures)
+    placed.write_text("\n".join(set(pictures) - {name}))  # a picture that came with a newer version
+    module.place_example_pictures()
+    assert (folder / name).read_bytes() == pictures[name]
 
 
 def test_an_input_folder_that_cannot_be_written_stops_nothing(comfy, monkeypatch):

@@ -32,7 +32,7 @@ def test_a_new_mesh_lies_in_the_box_of_core(mesh):
     assert mesh.vertices.abs().max() <= 0.5
 
 
-@pytest.mark.parametrize(("offset", "scale"), [((0, 0, 0), 1.0), ((3, -40, 500), 90.0), ((0.2, 0, 0.1), 0.05)])
+@pytest.mark.parametrize(("offset", "scale"), [((3, -40, 500), 90.0), ((0.2, 0, 0.1), 0.05)])
 def test_an_encoded_mesh_returns_to_its_own_size_and_place(comfy, tiny, offset, scale):
     before = solid(block(offset, scale))
     latent = comfy.run("D3DS2VAEEncodeMesh", model=tiny, mesh=block(offset, scale))[0]
@@ -73,10 +73,8 @@ def test_without_fit_core_s_box_is_the_models(comfy, tiny):
 def test_an_unused_vertex_does_not_shrink_the_object(comfy, tiny):
     stray = block()
     stray.vertices = torch.cat([stray.vertices, torch.full((1, 1, 3), 900.0)], 1)
-    for node in ("D3DS2VAEEncodeMesh", "D3DS2StructureFromMesh"):
-        with_it, without = (comfy.run(node, model=tiny, mesh=mesh)[0] for mesh in (stray, block()))
-        counts = [len(getattr(value, "structure", value).coords) for value in (with_it, without)]
-        assert counts[0] == counts[1] > 1000, node
+    with_it, without = (comfy.run("D3DS2StructureFromMesh", model=tiny, mesh=mesh)[0] for mesh in (stray, block()))
+    assert len(with_it.coords) == len(without.coords) > 1000 and with_it.places == without.places
 
 
 @pytest.mark.parametrize("front_end", ["1.43.18", "1.44.19", None])
