@@ -177,7 +177,7 @@ def rescaled(guided: Tensor, conditional: Tensor, x_t: Tensor, t: float, counts:
     """Bring the spread of the guided x_0 back to that of the conditional one, of each sample on its own.
 
     Args:
-        guided, conditional: velocities at x_t, of its shape.
+        guided, conditional: velocities at x_t, all three (N, E) or (B, E, R, R, R).
         t: above 0.
         counts: rows of each sample.
         amount: 1 brings all of it back, 0 nothing.

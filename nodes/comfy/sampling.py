@@ -1,4 +1,4 @@
-"""What both sampling nodes offer beside seed, steps and guidance_scale: several views, the sampler, its times."""
+"""Inputs of both sampling nodes beside seed, steps and guidance_scale: several views, the sampler, its times."""
 
 from __future__ import annotations
 
@@ -71,7 +71,10 @@ def more_sampling_inputs(views_tooltip: str) -> list[io.Input]:
 def make_sampler(
     sampler: str, guidance_start: float, guidance_end: float, guidance_rescale: float, sigmas: torch.Tensor | None
 ) -> Sampler:
-    """Return the sampler that the inputs ask for. Raises ValueError, with advice, if they cannot work."""
+    """Return the sampler that the inputs ask for; sigmas are (steps + 1,) or None.
+
+    Raises ValueError, with advice, if the inputs cannot work.
+    """
     from ...d3ds2.rectified_flow import Sampler
 
     if not guidance_end <= guidance_start:

@@ -2,7 +2,8 @@
 
     .venv/bin/python -m tests.comfy.pictures [TEMPLATE ...]
 
-workflows/<template>.jpg is what its last 3D viewer shows; web/images/comfyui_<template>.jpg, in small letters, is the whole window.
+workflows/<template>.jpg is what its last 3D viewer shows; web/images/comfyui_<template>.jpg is the whole window. The
+latter has underscores and small letters in its name.
 """
 
 import sys

@@ -9,7 +9,7 @@ import pytest
 
 from tests.comfy.installation import SOURCES
 from tests.comfy.page import open_template, press_run, status_texts, viewer_boxes, wait_for_mesh
-from tests.comfy.workflow_file import WORKFLOWS, nodes_of, read, to_prompt
+from tests.comfy.workflow_file import BLUEPRINT, WORKFLOWS, nodes_of, read, to_prompt
 
 RUN_SECONDS = 600
 NOT_OURS = (  # console messages that come without any template as well
@@ -32,6 +32,43 @@ def test_templates_open_run_and_show_their_meshes(comfyui, browser, file):
         run_and_look(browser, prompt)
     errors = [error for error in browser.errors if not any(part in error for part in NOT_OURS)]
     assert not errors, errors
+
+
+def test_the_blueprint_opens_and_runs(comfyui, browser):
+    """The subgraph is put on the canvas with a picture before it; the page posts the prompt of its inner nodes."""
+    open_template(browser, comfyui, WORKFLOWS[0].stem, len(read(WORKFLOWS[0])["nodes"]))
+    browser.js(f"await app.loadGraphData({json.dumps(read(BLUEPRINT))})")
+    browser.js(
+        "const host = app.graph._nodes[0], load = LiteGraph.createNode('LoadImage'); app.graph.add(load);"
+        "load.widgets.find(w => w.name === 'image').value = 'd3ds2_demo_background.png';"
+        "for (const name of ['image', 'mask']) load.connect(name === 'mask' ? 1 : 0, host, host.findInputSlot(name));"
+    )
+    names = browser.js("return app.graph._nodes[0].widgets.map(w => w.name)")
+    assert names == ["model", "seed", "steps", "target_faces", "filename_prefix"]
+    browser.js(
+        "const values = {seed: 11, steps: 1, target_faces: 5000, filename_prefix: '3d/blueprint'};"
+        "for (const w of app.graph._nodes[0].widgets) if (w.name in values) w.value = values[w.name];"
+    )
+    posted = browser.js("return (await app.graphToPrompt()).output")
+    values = {node["class_type"]: node["inputs"] for node in posted.values()}
+    for name in ("D3DS2SparseStructureSample", "D3DS2SSADiTSample"):
+        assert (values[name]["seed"], values[name]["steps"]) == (11, 1)
+    assert (values["D3DS2MeshExport"]["target_faces"], values["LoadD3DS2Model"]["model"]) == (5000, "tiny")
+    assert "mask" in values["D3DS2RemoveBackground"]
+    press_run(browser, RUN_SECONDS)
+    assert list((comfyui.output / "3d").glob("blueprint_*.glb"))
+    errors = [error for error in browser.errors if not any(part in error for part in NOT_OURS)]
+    assert not errors, errors
+
+
+def test_our_sockets_have_colours_in_every_palette(comfyui, browser):
+    open_template(browser, comfyui, WORKFLOWS[0].stem, len(read(WORKFLOWS[0])["nodes"]))
+    for palette in ("dark", "light"):
+        browser.js(f"await app.extensionManager.setting.set('Comfy.ColorPalette', '{palette}')")
+        browser.wait_for("return app.canvas.default_connection_color_byType.D3DS2_MODEL === '#b39ddb'", 30, palette)
+        css = "getComputedStyle(document.documentElement).getPropertyValue('--color-datatype-D3DS2_LATENT')"
+        assert browser.js(f"return {css}").strip() == "#ff9cf9"
+    browser.js("await app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
 
 
 def test_a_workflow_that_was_saved_before_there_were_more_widgets_opens(comfyui, browser):

@@ -13,7 +13,7 @@ from PIL import Image
 from d3ds2.pipeline import TINY
 from tests.comfy.prompts import DECODE, EXPORT, LATENT, MODEL, PICTURE, STRUCTURE, VIEW, graph
 from tests.comfy.server import ComfyServer, PromptRefused, Run
-from tests.comfy.workflow_file import WORKFLOWS, nodes_of, read, to_prompt, with_widgets
+from tests.comfy.workflow_file import BLUEPRINT, WORKFLOWS, nodes_of, read, to_prompt, with_widgets, without_subgraph
 from tests.support.tiny_model import draw_object
 
 
@@ -61,6 +61,31 @@ def test_shipped_workflows_run(server, file):
         assert mesh.is_watertight and mesh.is_winding_consistent and mesh.volume > 0
     shown = [output["result"][0] for output in run.outputs.values() if "result" in output]
     assert sorted(shown) == sorted(str(glb.relative_to(server.output)) for glb in files)
+
+
+def test_the_blueprint_runs(server):
+    prompt = to_prompt(without_subgraph(read(BLUEPRINT), "d3ds2_demo_background.png"), server.get("/object_info"))
+    run = server.run(with_widgets(prompt, {"steps": 2, "target_faces": 5000}))
+    (file,) = files_of(server, run)
+    assert 1000 < len(geometry(file)[1]) <= 6000
+    (shown,) = [output["result"] for output in run.outputs.values() if "result" in output]
+    assert shown[0] == str(file.relative_to(server.output)) and set(shown[1]["position"]) == {"x", "y", "z"}
+
+
+def test_several_views_make_one_mesh(server):
+    """Core batches two pictures; its scheduler gives the times."""
+    draw_object(mode="RGB").rotate(90, fillcolor="white").save(server.input / "side.png")
+    prompt = graph(seed=7)
+    prompt["8"] = {"class_type": "LoadImage", "inputs": {"image": "side.png"}}
+    prompt["9"] = {"class_type": "ImageBatch", "inputs": {"image1": [PICTURE, 0], "image2": ["8", 0]}}
+    times = {"steps": 4, "sigma_max": 1.0, "sigma_min": 0.05, "rho": 7.0}
+    prompt["10"] = {"class_type": "KarrasScheduler", "inputs": times}
+    for node in (STRUCTURE, LATENT):
+        prompt[node]["inputs"] |= {"image": ["9", 0], "views_of_one_object": True, "sigmas": ["10", 0]}
+    run = server.run(prompt)
+    assert len(files_of(server, run)) == 1
+    for node in (STRUCTURE, LATENT):
+        assert [data["max"] for data in run.all("progress") if data["node"] == node][-1] == 4
 
 
 def test_each_step_is_seen(server):

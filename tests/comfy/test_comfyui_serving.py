@@ -7,7 +7,7 @@ import pytest
 
 from tests.comfy.installation import PACK
 from tests.comfy.server import MODULE, PACK_NAME, ComfyServer
-from tests.comfy.workflow_file import WORKFLOWS, pictures_of, read, to_prompt
+from tests.comfy.workflow_file import BLUEPRINT, WORKFLOWS, pictures_of, read, to_prompt, without_subgraph
 
 IDS = {
     "LoadD3DS2Model": "Load D3DS2 Model",
@@ -82,6 +82,15 @@ def test_templates_are_listed_with_their_pictures(comfyui):
         with urllib.request.urlopen(f"{comfyui.url}/api/workflow_templates/{PACK_NAME}/{name}.jpg") as picture:
             assert picture.headers["Content-Type"] == "image/jpeg"
             assert picture.read(3) == b"\xff\xd8\xff"
+
+
+def test_the_blueprint_is_listed(comfyui, nodes):
+    listed = {entry["name"]: (key, entry) for key, entry in comfyui.get("/global_subgraphs").items()}
+    key, entry = listed[BLUEPRINT.stem]
+    assert entry["source"] == "custom_node" and entry["info"]["node_pack"] == MODULE
+    assert json.loads(comfyui.get(f"/global_subgraphs/{key}")["data"]) == read(BLUEPRINT)
+    prompt = to_prompt(without_subgraph(read(BLUEPRINT), "d3ds2_demo_input.png"), nodes)
+    assert {"LoadD3DS2Model", "D3DS2RemoveBackground", "D3DS2MeshExport"} <= {n["class_type"] for n in prompt.values()}
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)

@@ -75,3 +75,31 @@ def test_an_unused_vertex_does_not_shrink_the_object(comfy, tiny):
     stray.vertices = torch.cat([stray.vertices, torch.full((1, 1, 3), 900.0)], 1)
     with_it, without = (comfy.run("D3DS2StructureFromMesh", model=tiny, mesh=mesh)[0] for mesh in (stray, block()))
     assert len(with_it.coords) == len(without.coords) > 1000 and with_it.places == without.places
+
+
+@pytest.mark.parametrize("front_end", ["1.43.18", "1.44.19", None])
+@pytest.mark.parametrize("size", [(0.2, 1.0, 0.3), (3.0, 0.1, 0.2), (40.0, 40.0, 40.0)])
+def test_the_camera_sees_the_whole_object_in_every_front_end(comfy, monkeypatch, front_end, size):
+    """Older viewers scale a model to an edge of 5 on the ground, newer ones leave it where it is."""
+    module = comfy.module("nodes.comfy.viewer_camera")
+
+    def version(_package):
+        if front_end is None:
+            raise module.PackageNotFoundError
+        return front_end
+
+    monkeypatch.setattr(module, "version", version)
+    corners = np.array(np.meshgrid(*[(-0.5, 0.5)] * 3)).reshape(3, -1).T * size + (7, 8, 9)
+    camera = module.camera_of(corners.astype(np.float32))
+    if front_end == "1.43.18":
+        corners = (corners - (7, 8, 9)) * 5 / max(size)
+        corners[:, 1] -= corners[:, 1].min()
+    position, target = (np.array([camera[key][axis] for axis in "xyz"]) for key in ("position", "target"))
+    np.testing.assert_allclose(target, (corners.min(0) + corners.max(0)) / 2, atol=1e-4 * max(size))
+    ahead = (target - position) / np.linalg.norm(target - position)
+    right = np.cross(ahead, [0, 1, 0])
+    right /= np.linalg.norm(right)
+    up = np.cross(right, ahead)
+    depth, across, along = ((corners - position) @ axis for axis in (ahead, right, up))
+    seen = np.maximum(np.abs(across), np.abs(along)) / depth / np.tan(np.radians(17.5))
+    assert depth.min() > 0 and 0.8 < seen.max() < 0.95  # 1 is the edge of the picture
