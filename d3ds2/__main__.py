@@ -5,6 +5,7 @@ Progress and errors go to standard error; an error is one line, and the exit cod
 """
 
 import argparse
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +32,7 @@ from .official.convert import (
 )
 from .pipeline import TINY, GenerationError, load_pipeline
 from .storage.atomic_file import replacing
-from .storage.model_folder import ModelFolderError, load_settings
+from .storage.model_folder import MOST_STEPS, ModelFolderError, load_settings
 from .storage.one_line import one_line
 
 PREVIEW_SIZE = 512  # pixels of one picture in the preview
@@ -98,6 +99,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UsageError(f"expected a seed from 0 to 2^64 - 1, got {arguments.seed}")
     if arguments.steps is not None and arguments.steps < 1:
         raise UsageError(f"expected at least 1 step, got {arguments.steps}")
+    if arguments.steps is not None and arguments.steps > MOST_STEPS:
+        raise UsageError(f"expected at most {MOST_STEPS} steps, got {arguments.steps}")
     try:
         arguments.device = find_device(arguments.device)
     except ValueError as error:
@@ -108,11 +111,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def check_outputs(output: Path, preview: Path | None, inputs: list[Path]) -> None:
     """See that all that is to be written can be, before any work. Raises MeshFileError, UsageError."""
     check_mesh_path(output)
-    taken = {path.resolve() for path in inputs}
+    taken = {os.path.realpath(path) for path in inputs}  # unlike Path.resolve, it also follows links in a loop
     for path in (output, preview):
-        if path is not None and path.resolve() in taken:
+        if path is not None and os.path.realpath(path) in taken:
             raise UsageError(f"expected a new file for each result, got {path}, which another argument names")
-        taken |= set() if path is None else {path.resolve()}
+        taken |= set() if path is None else {os.path.realpath(path)}
     if preview is not None:
         if preview.suffix.lower() != ".png":
             raise UsageError(f"expected a preview that ends in .png, got {preview}")
@@ -128,11 +131,16 @@ def save_preview(path: Path, image: Image.Image, mesh: Mesh) -> None:
 
     pictures = [image, *render_sides(mesh.vertices, mesh.faces, PREVIEW_SIZE)]
     sheet = contact_sheet([pictures], ("input", "front", "right", "back", "left"), cell=PREVIEW_SIZE)
-    with replacing(path) as temporary:
-        sheet.save(temporary)
+    try:
+        with replacing(path) as temporary:
+            sheet.save(temporary)
+    except OSError as error:
+        raise MeshFileError(f"cannot write {path}: {error.strerror}; the mesh is written") from None
 
 
 def run(argv: list[str] | None) -> None:
+    if sys.flags.optimize > 1:
+        raise UsageError("transformers reads its own docstrings: run Python without -OO")
     arguments = parse_arguments(argv)
     inputs = [path for path in (arguments.image, arguments.mask) if path is not None]
     check_outputs(arguments.output, arguments.preview, inputs)
@@ -202,6 +210,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except torch.OutOfMemoryError:
         print("error: out of GPU memory; use --device cpu", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print("error: out of memory", file=sys.stderr)
+        return 2
+    except OSError as error:  # such as a full disk, or a folder without permission
+        print(f"error: {one_line(error.strerror or error)}: {one_line(error.filename)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

@@ -330,9 +330,11 @@ class Pipeline:
 
         Raises:
             EmptyResultError: a sample has no surface.
-            GenerationError: values that are not finite, as half precision makes them when a network overflows it.
+            GenerationError: the level is out of range, or values are not finite: a network overflowed half precision.
         """
         level = self.sampling.level if level is None else level
+        if not -1 < level < 1:
+            raise GenerationError(f"expected the level of the surface in (-1, 1), got {level}")
         if not blocks.values.isfinite().all():
             message = f"the SDF came out with values that are not finite on {blocks.values.device}; try float32"
             raise GenerationError(message)

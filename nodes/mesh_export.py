@@ -9,6 +9,7 @@ from typing import Any
 
 from comfy_api.latest import Types, io
 
+from .comfy.errors import plain_errors, without_tags
 from .comfy.mesh_socket import from_socket, mesh_input
 from .comfy.sockets import CATEGORY
 
@@ -75,10 +76,11 @@ class MeshExport(io.ComfyNode):
         try:
             _check_prefix(filename_prefix)
         except ValueError as error:
-            return str(error)
+            return without_tags(error)
         return True
 
     @classmethod
+    @plain_errors
     def execute(cls, mesh, filename_prefix, format, target_faces, up_axis, embed_workflow) -> io.NodeOutput:
         from ..d3ds2.meshes.decimation_process import decimate_in_process
         from ..d3ds2.meshes.mesh_file import mesh_bytes, turn_z_up

@@ -8,6 +8,7 @@ import numpy as np
 from comfy_api.latest import io
 from PIL import Image, ImageChops
 
+from .comfy.errors import plain_errors, without_tags
 from .comfy.sockets import CATEGORY, BackgroundRemovalSocket
 
 if TYPE_CHECKING:
@@ -78,9 +79,10 @@ class RemoveBackground(io.ComfyNode):
         """Accept the booleans of workflows that were saved when this was a switch."""
         if isinstance(invert_mask, bool) or invert_mask in INVERT_MASK:
             return True
-        return f"expected invert_mask of {', '.join(INVERT_MASK)}, got {invert_mask!r}"
+        return without_tags(f"expected invert_mask of {', '.join(INVERT_MASK)}, got {invert_mask!r}")
 
     @classmethod
+    @plain_errors
     def execute(
         cls, image, method, invert_mask, foreground_ratio, mask=None, background_removal: Any = None
     ) -> io.NodeOutput:

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from .comfy.errors import plain_errors
 from .comfy.sockets import CATEGORY, Model, ModelSocket, sampling_inputs, structure_outputs
 
 
@@ -31,6 +32,7 @@ class SparseStructureSample(io.ComfyNode):
         )
 
     @classmethod
+    @plain_errors
     def execute(cls, model: Model, image, seed, steps, guidance_scale) -> io.NodeOutput:
         from ..d3ds2.images.voxel_picture import voxel_picture
         from ..d3ds2.networks.activation_memory import image_encoder_bytes, structure_dit_bytes, structure_vae_bytes

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from .comfy.errors import plain_errors
 from .comfy.sockets import (
     CATEGORY,
     Latent,
@@ -49,6 +50,7 @@ class SSADiTSample(io.ComfyNode):
         )
 
     @classmethod
+    @plain_errors
     def execute(
         cls, model: Model, structure: Structure, image, seed, steps, guidance_scale, max_tokens
     ) -> io.NodeOutput:

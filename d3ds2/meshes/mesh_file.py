@@ -6,7 +6,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..storage.atomic_file import check_creatable, replacing
-from ..storage.one_line import one_line
+from ..storage.one_line import OneLineError, one_line
 from .mesh import Mesh, area_weighted_normals
 from .triangles import checked_faces, checked_vertices, used_vertices
 
@@ -17,7 +17,7 @@ OBJ_LINES = 1 << 14  # lines formatted at once
 GREY = (0.6, 0.6, 0.6, 1.0)  # base colour of the GLB material; the format's default is white metal
 
 
-class MeshFileError(ValueError):
+class MeshFileError(OneLineError):
     """A file that cannot be written or read because of its extension, folder or content. The message is one line."""
 
 
@@ -47,6 +47,8 @@ def check_writable(path: str | Path) -> None:
         check_creatable(path)
     except OSError as error:
         raise MeshFileError(f"cannot write {path}: {error.strerror}") from None
+    except ValueError as error:  # a NUL character in the name
+        raise MeshFileError(f"cannot write {path}: {error}") from None
 
 
 def save_mesh(path: str | Path, mesh: Mesh, metadata: dict[str, str | int | float] | None = None) -> None:

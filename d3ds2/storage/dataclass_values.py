@@ -56,7 +56,10 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
             raise _wrong_type(key, hint, value)
         return {name: _convert(arguments[1], v, f"{key}.{name}") for name, v in value.items()}
     if hint is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{key}: expected a number below 1e308, got one of {len(str(value))} digits") from None
     if type(value) is not hint:  # not isinstance: a bool is not an int here
         raise _wrong_type(key, hint, value)
     return value

@@ -37,8 +37,9 @@ def model_folder(name: str) -> Path:
     roots = [Path(root) for root in folder_paths.get_folder_paths(FOLDER)]
     inside = name and not Path(name).is_absolute() and ".." not in Path(name).parts
     for root in roots:
-        if inside and (root / name / "config.json").is_file():
-            return root / name
+        with suppress(OSError):  # a name that is too long, or a folder without permission
+            if inside and (root / name / "config.json").is_file():
+                return root / name
     if name == TINY:
         return ROOT / "d3ds2" / "weights" / TINY
     raise ValueError(

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, TypeVar
 import comfy.model_management as mm
 import comfy.utils
 
+from .errors import without_tags
+
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
 POLL = 0.1  # seconds between two checks of the Cancel button
 PREVIEW_SIZE = 512  # pixels: the longest side of a live picture
-NO_TAGS = str.maketrans("<>", "‹›")
 PREVIEW_SHARE = 0.2  # of the time, at most, goes into drawing pictures
 
 Result = TypeVar("Result")
@@ -45,7 +46,7 @@ class Progress:
 
         server = getattr(PromptServer, "instance", None)  # none when nodes run without a server
         if server is not None and self.node_id is not None:
-            server.send_progress_text(text.translate(NO_TAGS), self.node_id, getattr(server, "client_id", None))
+            server.send_progress_text(without_tags(text), self.node_id, getattr(server, "client_id", None))
 
     def update(self, done: int, picture: Callable[[], Image.Image] | None = None) -> None:
         """Report that `done` of `total` are done. This is a cancel point.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import comfy.model_management as mm
@@ -38,6 +39,8 @@ def decode(model: Model, latents: Tensor, voxels: Voxels, memory_budget_gb: floa
     """
     from ...d3ds2.networks.chunked_decode import HALO, kept_bytes, latent_bytes
 
+    if not 0 <= memory_budget_gb < math.inf:
+        raise ValueError(f"expected a memory_budget_gb of at least 0, got {memory_budget_gb}")
     stage, N = model.stages[voxels.resolution], len(voxels)
     name, vae = f"{stage.prefix}sdf_vae", stage.sdf_vae
     size, dtype = vae.config.hidden_size, dtype_of(vae)
