@@ -39,10 +39,8 @@ def load_image(path: str | Path) -> Image.Image:
             warnings.simplefilter("ignore")
             with Image.open(path) as file:
                 if max(file.size) > LONGEST_EDGE:
-                    width, height = file.size
-                    raise ImageError(
-                        f"expected edges of at most {LONGEST_EDGE:,} pixels, got {width} x {height}: {path}"
-                    )
+                    size = " x ".join(map(str, file.size))
+                    raise ImageError(f"expected edges of at most {LONGEST_EDGE:,} pixels, got {size}: {path}")
                 file.load()
                 image = ImageOps.exif_transpose(file)
             return _to_8_bit(image)

@@ -130,8 +130,9 @@ def read_mesh(file: BinaryIO, kind: str) -> Mesh:
         raise MeshFileError(f"expected a mesh file of {', '.join(READABLE)}, got {kind!r}")
     try:
         parts = read_parts(file.read(), kind)
-        loaded = trimesh.util.concatenate(parts) if parts else trimesh.Trimesh()
-        vertices, faces = loaded.vertices, loaded.faces
+        with np.errstate(all="ignore"):  # numbers that are not finite are an error a little later
+            loaded = trimesh.util.concatenate(parts) if parts else trimesh.Trimesh()
+            vertices, faces = loaded.vertices, loaded.faces
         if len(faces):
             vertices, faces = used_vertices(checked_vertices(vertices), checked_faces(faces, len(vertices)))
         merged = trimesh.Trimesh(vertices, faces, process=True)  # welds corners in the same place

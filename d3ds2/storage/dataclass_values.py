@@ -34,6 +34,9 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return from_dict(hint, value, f"{key}.")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
+        section = next((argument for argument in arguments if dataclasses.is_dataclass(argument)), None)
+        if section is not None and isinstance(value, dict):
+            return _convert(section, value, key)  # its own errors say more
         for argument in arguments:
             try:
                 return _convert(argument, value, key)

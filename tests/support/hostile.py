@@ -11,20 +11,11 @@ BIG = (10**6, 10**9, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 10**12, 2**63, 2**64, 1
 INTS = st.sampled_from((0, 1, 2, 3, 5, 7, 8, 64, -1, -8, *BIG, *(-big for big in BIG)))
 FLOATS = st.sampled_from((0.0, -0.0, 0.5, 1.0, -1.0, 1e-300, 1e30, 1e300, math.inf, -math.inf, math.nan))
 NAMES = st.sampled_from(
-    ("", ".", "..", "a\0b", "a\nb", "x" * 300, "../up", "a/../../b", "/absolute", "<img src=x onerror=alert(1)>", "\udc80",
-     "NUL", "con", "~", "%s", "{}", " ", "\u202eabc", "-o", "--help", "a" * 5000)
+    ("", ".", "..", " ", "a\0b", "a\nb", "x" * 300, "a" * 5000, "../up", "a/../../b", "/absolute", "\udc80", "NUL",
+     "<img src=x onerror=alert(1)>", "con", "~", "%s", "{}", "\u202eabc", "-o", "--help")
 )  # fmt: skip
-VALUES = st.one_of(
-    INTS,
-    FLOATS,
-    NAMES,
-    st.none(),
-    st.booleans(),
-    st.just([]),
-    st.just({}),
-    st.just([1] * 100),
-    st.just({"a": {"b": 1}}),
-)
+TREES = st.sampled_from(([], {}, [1] * 100, {"a": {"b": 1}}))
+VALUES = st.one_of(INTS, FLOATS, NAMES, st.none(), st.booleans(), TREES)
 
 
 @st.composite
@@ -62,13 +53,15 @@ def changed_tree(draw: Any, tree: Any, values: st.SearchStrategy = VALUES) -> An
         holder, key = draw(st.sampled_from(places))
         action = draw(st.sampled_from(("replace", "replace", "replace", "remove", "add")))
         if action == "replace":
-            holder[key] = draw(values)
+            holder[key] = copy.deepcopy(draw(values))
         elif action == "remove":
             del holder[key]
         elif isinstance(holder, dict):
-            holder[draw(st.sampled_from(("surplus", "uri", "sparse", "extensions", "children")))] = draw(values)
+            holder[draw(st.sampled_from(("surplus", "uri", "sparse", "extensions", "children")))] = copy.deepcopy(
+                draw(values)
+            )
         else:
-            holder.append(draw(values))
+            holder.append(copy.deepcopy(draw(values)))
     return tree
 
 

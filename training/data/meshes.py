@@ -192,7 +192,8 @@ def _read(entry: MeshEntry, colors_of: Callable) -> tuple:
     if not path.is_file():
         raise FileNotFoundError(f"expected a mesh at {path}, found no file")
     try:
-        vertices, faces, colors = _read_npz(path) if path.suffix.lower() == ".npz" else _read_parts(path, colors_of)
+        with np.errstate(all="ignore"):  # numbers that are not finite are an error a little later
+            vertices, faces, colors = _read_npz(path) if path.suffix.lower() == ".npz" else _read_parts(path, colors_of)
     except MemoryError:
         raise
     except Exception as error:  # a loader meets a strange file with any error
