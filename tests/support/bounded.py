@@ -79,6 +79,21 @@ def silent() -> Iterator[None]:
     assert not said, said
 
 
+@contextmanager
+def as_nobody(folder: Path) -> Iterator[None]:
+    """Let the block run without the rights of root, but able to enter the parents of `folder`."""
+    for parent in folder.parents:
+        if parent.owner() == folder.owner():  # pytest makes its folders for their user alone
+            parent.chmod(parent.stat().st_mode | 0o011)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
 def _status(name: str) -> int:
     """Return an entry of /proc/self/status in bytes."""
     found = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)

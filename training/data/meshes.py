@@ -199,9 +199,8 @@ def _read(entry: MeshEntry, colors_of: Callable) -> tuple:
     except Exception as error:  # a loader meets a strange file with any error
         if isinstance(error, OSError) and error.errno in LOST_STORAGE:
             raise
-        raise ValueError(
-            f"expected a mesh in {path}, got a file that cannot be read as one: {one_line(error)}"
-        ) from error
+        reason = one_line(error) or type(error).__name__
+        raise ValueError(f"expected a mesh in {path}, got a file that cannot be read as one: {reason}") from error
     if len(faces) == 0:
         raise ValueError(f"expected at least one triangle in {path}, got none")
     if not np.isfinite(vertices).all():
