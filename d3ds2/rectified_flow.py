@@ -16,6 +16,7 @@ from .networks.latent_dit import LatentDiT
 from .networks.structure_dit import StructureDiT
 from .storage.model_folder import MOST_STEPS
 
+MOST_GUIDANCE = 1000
 TRAINING_STEPS = 1000  # of the released scheduler; its last time before 0 follows from it
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -102,10 +103,10 @@ def guided_velocity(
         velocity(x_t, t): x_t of the model's shape, t one time for all samples.
 
     Raises:
-        ValueError: guidance_scale is not finite.
+        ValueError: guidance_scale is beyond MOST_GUIDANCE.
     """
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"expected a finite guidance_scale, got {guidance_scale}")
+    if not abs(guidance_scale) <= MOST_GUIDANCE:
+        raise ValueError(f"expected a guidance_scale up to {MOST_GUIDANCE}, got {guidance_scale}")
     branches = [image_tokens] if guidance_scale == 1 else [image_tokens, image_tokens.zeroed()]
     passes = [ImageTokens.cat(branches)] if together and len(branches) > 1 else branches
     per_pass = len(branches) // len(passes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import comfy.model_management as mm
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from ...d3ds2.meshes.mesh import Mesh
     from ...d3ds2.networks.sdf_vae import SDFVAE
 
+MOST_GB = 1_000_000
 FREE_SHARE = 0.8  # of the free memory may be used; the rest is for what cannot be foreseen
 
 
@@ -39,8 +39,8 @@ def decode(model: Model, latents: Tensor, voxels: Voxels, memory_budget_gb: floa
     """
     from ...d3ds2.networks.chunked_decode import HALO, kept_bytes, latent_bytes
 
-    if not 0 <= memory_budget_gb < math.inf:
-        raise ValueError(f"expected a memory_budget_gb of at least 0, got {memory_budget_gb}")
+    if not 0 <= memory_budget_gb < MOST_GB:
+        raise ValueError(f"expected a memory_budget_gb from 0 to {MOST_GB:,}, got {memory_budget_gb}")
     stage, N = model.stages[voxels.resolution], len(voxels)
     name, vae = f"{stage.prefix}sdf_vae", stage.sdf_vae
     size, dtype = vae.config.hidden_size, dtype_of(vae)
