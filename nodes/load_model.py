@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from .comfy.errors import plain_errors, without_tags
 from .comfy.folders import TINY, model_folder, model_names
 from .comfy.sockets import CATEGORY, Model, ModelSocket
 
@@ -42,19 +43,22 @@ class LoadD3DS2Model(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model) -> bool | str:
+    def validate_inputs(cls, model: str | None) -> bool | str:
+        """Refuse a model that is not here before the prompt runs; None is a name that another node will give."""
         try:
-            model_folder(model)
+            if model is not None:
+                model_folder(model)
         except ValueError as error:
-            return str(error)
+            return without_tags(error)
         return True
 
     @classmethod
     def fingerprint_inputs(cls, model, precision) -> str:
-        files = sorted(model_folder(model).glob("*.*"))
+        files = sorted(file for file in model_folder(model).glob("*.*") if file.is_file())
         return repr([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
 
     @classmethod
+    @plain_errors
     def execute(cls, model, precision) -> io.NodeOutput:
         """Load every network of a model folder. Raises ValueError, with advice, if the folder is not whole."""
         import comfy.model_management as mm
@@ -89,8 +93,9 @@ class LoadD3DS2Model(io.ComfyNode):
         except ModelFolderError as error:
             raise ValueError(f"{error}. Copy or convert the model {model!r} again, or choose another one.") from None
         kernels = abilities(mm.get_torch_device()).kernels
-        progress.status(f"{name}: {pipeline.stages[-1].sdf_resolution}³, {_dtypes(networks)}, {kernels}")
-        return io.NodeOutput(Model(name, pipeline, {key: make_patcher(value) for key, value in networks.items()}))
+        model = Model(name, pipeline, {key: make_patcher(value) for key, value in networks.items()})
+        line = f"{name}: {pipeline.stages[-1].sdf_resolution}³, {_dtypes(networks)}, {kernels}"
+        return io.NodeOutput(model, ui=progress.result(line))
 
 
 def _dtypes(networks) -> str:

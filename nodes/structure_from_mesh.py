@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from .comfy.errors import plain_errors
 from .comfy.mesh_socket import fit_inputs, from_socket, mesh_input
 from .comfy.sockets import CATEGORY, Model, ModelSocket, structure_outputs
 
@@ -26,12 +27,13 @@ class StructureFromMesh(io.ComfyNode):
         )
 
     @classmethod
+    @plain_errors
     def execute(cls, model: Model, mesh, fit, shell) -> io.NodeOutput:
         from ..d3ds2.geometry.voxels import Voxels
         from ..d3ds2.meshes.mesh_to_structure import mesh_to_structure
         from .comfy.fitted_meshes import distances, for_each_mesh, with_sample
         from .comfy.progress import Progress
-        from .comfy.samples import pack_structure, token_text, voxel_grid
+        from .comfy.samples import pack_structure, structure_results, token_text
 
         stages = model.pipeline.stages
         resolution = stages[-1].sdf_resolution
@@ -43,10 +45,9 @@ class StructureFromMesh(io.ComfyNode):
 
         meshes = from_socket(mesh)
         progress = Progress(cls.hidden.unique_id, len(meshes))
-        parts = [
-            Voxels.sort(with_sample(blocks), stages[-1].resolution)[0]
-            for blocks in for_each_mesh(meshes, fit, resolution, progress, blocks_of)
-        ]
-        structure = pack_structure(parts)
-        progress.status(token_text(structure))
-        return io.NodeOutput(structure, voxel_grid(structure), token_text(structure))
+        parts, places = [], []
+        for blocks, place in for_each_mesh(meshes, fit, resolution, progress, blocks_of):
+            parts.append(Voxels.sort(with_sample(blocks), stages[-1].resolution)[0])
+            places.append(place)
+        structure = pack_structure(parts, places)
+        return io.NodeOutput(*structure_results(structure), ui=progress.result(token_text(structure)))

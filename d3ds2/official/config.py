@@ -14,7 +14,7 @@ from ..networks.structure_dit import StructureDiTConfig
 from ..networks.structure_vae import StructureVAEConfig
 from ..storage.dataclass_values import from_dict
 from ..storage.model_folder import FineSamplingConfig, SamplingConfig
-from ..storage.one_line import one_line
+from ..storage.one_line import OneLineError, one_line
 
 VERSIONS = {  # (pooled_conv, sparse_context, compression_block) of the latent transformers
     (True, True, 4): "v1.0",
@@ -34,7 +34,7 @@ FIXED_SETTINGS = {  # of the transformers: our networks can run these values alo
 }
 
 
-class OfficialError(ValueError):
+class OfficialError(OneLineError):
     """Released files that are missing, damaged, of another version, or hold more than data. The message is one line."""
 
 

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import folder_paths
 
+from .errors import without_tags
+
 ROOT = Path(__file__).parents[2]
 FOLDER = "direct3d_s2"
 TINY = "tiny"
 PICTURE_PREFIX = "d3ds2_"
+PLACED = "d3ds2_example_pictures.txt"
 
 
 def register_model_folder() -> None:
@@ -37,25 +40,35 @@ def model_folder(name: str) -> Path:
     roots = [Path(root) for root in folder_paths.get_folder_paths(FOLDER)]
     inside = name and not Path(name).is_absolute() and ".." not in Path(name).parts
     for root in roots:
-        if inside and (root / name / "config.json").is_file():
-            return root / name
+        with suppress(OSError):  # a name that is too long, or a folder without permission
+            if inside and (root / name / "config.json").is_file():
+                return root / name
     if name == TINY:
         return ROOT / "d3ds2" / "weights" / TINY
     raise ValueError(
-        f"no model folder {name!r}: expected {roots[0] / name} with config.json and its .safetensors files. "
-        f"Put the folder there and press R in ComfyUI, or choose one of {', '.join(model_names())}."
+        without_tags(
+            f"no model folder {name!r}: expected {roots[0] / name} with config.json and its .safetensors files. "
+            f"Put the folder there and press R in ComfyUI, or choose one of {', '.join(model_names())}."
+        )
     )
 
 
 def place_example_pictures() -> None:
-    """Copy workflows/*.png, the pictures that the workflows load, into ComfyUI's input folder. Existing files stay.
+    """Copy workflows/*.png, the pictures that the workflows load, into ComfyUI's input folder, each once.
 
-    If the folder cannot be written, nothing is copied, and the workflows ask for a picture.
+    Existing files stay, and a picture that the user has deleted does not come back: a list in ComfyUI's user folder
+    says which were placed. If a folder cannot be written, the workflows ask for a picture.
     """
-    folder = Path(folder_paths.get_input_directory())
+    folder, placed = Path(folder_paths.get_input_directory()), Path(folder_paths.get_user_directory()) / PLACED
     with suppress(OSError):
+        before = placed.read_text(encoding="utf-8").splitlines() if placed.is_file() else []
         folder.mkdir(parents=True, exist_ok=True)
-        for picture in (ROOT / "workflows").glob("*.png"):
+        pictures = sorted((ROOT / "workflows").glob("*.png"))
+        new = [picture for picture in pictures if PICTURE_PREFIX + picture.name not in before]
+        for picture in new:
             target = folder / (PICTURE_PREFIX + picture.name)
             if not target.exists():
                 shutil.copyfile(picture, target)
+        if new:
+            placed.parent.mkdir(parents=True, exist_ok=True)
+            placed.write_text("\n".join([*before, *(PICTURE_PREFIX + p.name for p in new)]) + "\n", encoding="utf-8")

@@ -33,8 +33,8 @@ def fit_inputs(shell_tooltip: str) -> list[io.Input]:
         io.Boolean.Input(
             "fit",
             default=True,
-            tooltip="Centre the mesh and scale it to the model's box. When off, the mesh must already lie in "
-            "[-1, 1]³ and is not moved.",
+            tooltip="Centre the mesh and scale it to the model's box; the result returns to the mesh's own size and "
+            "place. When off, the mesh must already lie in [-0.5, 0.5]³, as VAE Decode SDF gives it, and is not moved.",
         ),
         io.Float.Input("shell", default=0.55, min=0.5, max=4.0, step=0.05, tooltip=shell_tooltip, advanced=True),
     ]
@@ -59,19 +59,31 @@ def from_socket(socket: Types.MESH | Types.File3D) -> list[Mesh]:
     """Return the meshes of a MESH, or the one in a file. Missing normals are computed from the faces.
 
     Raises:
-        ValueError: a mesh has no faces, face indices out of range or coordinates that are not finite; a file cannot
-            be read.
+        ValueError: there is no mesh; a mesh has no faces, face indices out of range or coordinates that are not
+            finite; a file cannot be read.
     """
-    from ...d3ds2.meshes.mesh import Mesh, area_weighted_normals
+    from ...d3ds2.meshes.mesh import Mesh, area_weighted_normals, seamless_normals
     from ...d3ds2.meshes.mesh_file import read_mesh
     from ...d3ds2.meshes.triangles import checked_faces, checked_vertices
 
+    if socket is None:
+        raise ValueError(
+            "no mesh came in: Load 3D gives none while its model_file is `none`. Choose a file there, or connect a "
+            "MESH."
+        )
     if isinstance(socket, Types.File3D):
         return [run_cancellable(read_mesh, socket.get_data(), f".{socket.format}")]
     meshes = []
+    for name in ("vertices", "faces"):
+        rows = getattr(socket, name, None)
+        if not isinstance(rows, torch.Tensor) or rows.ndim != 3 or rows.is_complex():
+            found = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, torch.Tensor) else type(rows).__name__
+            raise ValueError(f"expected a MESH with {name} (batch, rows, 3), got {found}")
+    if len(socket.vertices) != len(socket.faces):
+        raise ValueError(f"expected faces of all {len(socket.vertices)} meshes, got {len(socket.faces)}")
     normals_given = getattr(socket, "normals", None)
     for i in range(len(socket.vertices)):
-        vertex_count, face_count = (_count(socket, name, i) for name in ("vertex_counts", "face_counts"))
+        vertex_count, face_count = (_count(socket, name, i) for name in ("vertices", "faces"))
         vertices = _copy(socket.vertices[i][:vertex_count].float())
         faces = _copy(socket.faces[i][:face_count].long())
         which = f"mesh {i + 1} of {len(socket.vertices)}"
@@ -81,9 +93,11 @@ def from_socket(socket: Types.MESH | Types.File3D) -> list[Mesh]:
             checked_faces(faces, len(checked_vertices(vertices)))
         except ValueError as error:
             raise ValueError(f"{which} is damaged: {error}") from None
-        normals = area_weighted_normals(vertices, faces)
-        if normals_given is not None and normals_given.shape == socket.vertices.shape:
-            normals = _copy(normals_given[i][:vertex_count].float())
+        cut = getattr(socket, "uvs", None) is not None  # along the seams of its texture
+        normals = (seamless_normals if cut else area_weighted_normals)(vertices, faces)
+        if isinstance(normals_given, torch.Tensor) and normals_given.shape == socket.vertices.shape:
+            given = _copy(normals_given[i][:vertex_count].float())
+            normals = given if np.isfinite(given).all() else normals
         meshes.append(Mesh(vertices, faces, normals))
     if not meshes:
         raise ValueError("the batch of meshes is empty")
@@ -95,12 +109,16 @@ def _copy(values: torch.Tensor) -> np.ndarray:
 
 
 def _count(socket: Types.MESH, name: str, index: int) -> int | None:
-    counts = getattr(socket, name, None)
+    """The rows of one mesh that are real: those of `vertices` or of `faces`."""
+    counts = getattr(socket, {"vertices": "vertex_counts", "faces": "face_counts"}[name], None)
     if counts is None:
         return None
     if len(counts) <= index:
-        raise ValueError(f"expected {name} of all {len(socket.vertices)} meshes, got {len(counts)}")
-    return int(counts[index])
+        raise ValueError(f"expected counts of the {name} of all {len(socket.vertices)} meshes, got {len(counts)}")
+    count, rows = int(counts[index]), getattr(socket, name).shape[1]
+    if not 0 <= count <= rows:
+        raise ValueError(f"expected at most {rows} {name} in mesh {index + 1}, got {count}")
+    return count
 
 
 def _pad(arrays: list[np.ndarray]) -> torch.Tensor:
