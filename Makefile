@@ -20,7 +20,8 @@ test:
 	$(MAKE) --jobs 3 $(VENV)/.test $(OLD_TRITON)/.done comfyui
 	$(BIN)/python -m pytest tests $(IN_TWO_PROCESSES)
 
-# the tests that take minutes: 20 steps of every trainer on 1, 2 and 4 ranks, and a Ray cluster
+# the tests that take minutes: 20 steps of every trainer on 1, 2 and 4 ranks, whole recipes, 60 kills, damaged files, a Ray
+# cluster, and more cards to compile for
 test-long: $(VENV)/.test-long
 	$(BIN)/python -m pytest tests -m long
 
