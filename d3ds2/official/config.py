@@ -254,8 +254,13 @@ def _read_yaml(file: Path) -> dict:
     if not file.is_file():
         raise OfficialError(f"missing file {file}")
     try:
-        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        text = file.read_text(encoding="utf-8")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):  # lists of lists may multiply
+            raise OfficialError(f"expected a config.yaml without aliases: {file}")
+        entries = yaml.safe_load(text)
+    except OfficialError:
+        raise
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise OfficialError(f"damaged file {file} ({one_line(error)})") from None
     if not isinstance(entries, dict):
         raise OfficialError(f"{file} is not a config.yaml of Direct3D-S2")
