@@ -24,6 +24,7 @@ STRUCTURE_STEPS, LATENT_STEPS, FINE_STEPS, GUIDANCE = 50, 30, 15, 7.0  # default
 LEVEL = 0.2  # value of the SDF at the surface; after refinement it is twice as much
 LATENT_FACTOR = 8  # SDF voxels along the edge of a latent voxel
 MAX_GROUPS = 32  # groups of the group norms in the SDF encoder
+LARGEST, MOST_LISTS = 1 << 16, 500  # bytes and lists of a config.yaml
 FIXED_SETTINGS = {  # of the transformers: our networks can run these values alone
     "pe_mode": "ape",
     "use_shift": True,
@@ -254,7 +255,11 @@ def _read_yaml(file: Path) -> dict:
     if not file.is_file():
         raise OfficialError(f"missing file {file}")
     try:
+        if file.stat().st_size > LARGEST:
+            raise OfficialError(f"expected a config.yaml of at most {LARGEST:,} bytes: {file}")
         text = file.read_text(encoding="utf-8")
+        if text.count("[") + text.count("{") > MOST_LISTS:  # the parser takes minutes for lists inside one another
+            raise OfficialError(f"expected a config.yaml of at most {MOST_LISTS} lists: {file}")
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):  # lists of lists may multiply
             raise OfficialError(f"expected a config.yaml without aliases: {file}")
         entries = yaml.safe_load(text)

@@ -100,7 +100,8 @@ def test_an_encoder_that_is_a_folder_of_the_source(release, tmp_path):
 def test_a_config_that_multiplies_itself_or_is_deep_is_one_line(release, tmp_path):
     copy = shutil.copytree(release, tmp_path / "release", copy_function=os.link)
     bomb = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
-    for text, message in ((bomb, "without aliases"), ("[" * 100_000, "damaged file")):
+    deep = {"[" * 500: "damaged file", "[" * 501: "at most 500 lists", " " * 65_537: "at most 65,536 bytes"}
+    for text, message in {bomb: "without aliases", **deep}.items():
         (copy / "config.yaml").unlink()
         (copy / "config.yaml").write_text(text)
         assert message in refused(copy, tmp_path / "model")
