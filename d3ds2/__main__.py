@@ -327,7 +327,8 @@ def main(argv: list[str] | None = None) -> int:
         print("error: out of memory", file=sys.stderr)
         return 2
     except OSError as error:  # such as a full disk, or a folder without permission
-        print(f"error: {one_line(error.strerror or error)}: {one_line(error.filename)}", file=sys.stderr)
+        reason = error if error.filename is None else f"{error.strerror}: {error.filename}"
+        print(f"error: {one_line(reason)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

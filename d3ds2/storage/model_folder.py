@@ -121,7 +121,10 @@ def write_network(
     folder, settings = Path(folder), _settings_to_change(folder)
     settings["networks"][name] = asdict(config)
     with replacing(folder / f"{name}.safetensors") as temporary:
-        save_file(written, temporary, metadata={"format": "pt"})
+        try:
+            save_file(written, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:  # such as a full disk
+            raise OSError(f"cannot write {folder / name}.safetensors ({one_line(error)})") from None
     _write_settings(folder, settings)
 
 

@@ -317,10 +317,7 @@ def test_no_text_of_an_error_holds_tags(comfy, model, structure, latent, tmp_pat
     for node_id, inputs in (
         ("LoadD3DS2Model", {"model": TAG}),
         ("LoadD3DS2Model", {"model": f"{TAG}/no"}),
-        (
-            "D3DS2SSADiTSample",
-            {"model": named, "structure": type(structure)(structure.coords, 16, 1), "image": picture()},
-        ),
+        ("D3DS2SSADiTSample", {"model": named, "structure": other, "image": picture()}),
         ("D3DS2VAEDecodeSDF", {"model": model, "latent": dataclasses.replace(latent, made_for=(TAG, None))}),
         ("D3DS2MeshExport", {"mesh": file}),
         ("D3DS2MeshExport", {"mesh": gone}),

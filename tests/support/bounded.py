@@ -80,10 +80,10 @@ def silent() -> Iterator[None]:
 
 
 @contextmanager
-def as_nobody(folder: Path) -> Iterator[None]:
-    """Let the block run without the rights of root, but able to enter the parents of `folder`."""
-    for parent in folder.parents:
-        if parent.owner() == folder.owner():  # pytest makes its folders for their user alone
+def as_nobody(*paths: Path) -> Iterator[None]:
+    """Let the block run without the rights of root, but able to enter the parents of `paths`."""
+    for parent in {parent for path in paths for parent in path.parents}:
+        if parent.owner() == paths[0].owner():  # pytest makes its folders for their user alone
             parent.chmod(parent.stat().st_mode | 0o011)
     user = os.geteuid()
     if user == 0:
