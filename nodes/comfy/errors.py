@@ -7,13 +7,13 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from ...d3ds2.storage.one_line import one_line
-
 NO_TAGS = str.maketrans("<>", "‹›")
 
 
 def without_tags(text: object) -> str:
     """Return a text, or the message of an error, as one line without angle brackets."""
+    from ...d3ds2.storage.one_line import one_line
+
     return one_line(text).translate(NO_TAGS)
 
 
