@@ -18,7 +18,7 @@ def without_tags(text: object) -> str:
 
 
 def plain_errors(execute: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a node's `execute` raise its ValueErrors, and errors about files, as ValueErrors `without_tags`."""
+    """Let a node's `execute` raise ValueError `without_tags` for each ValueError, and for each error about a file."""
 
     @wraps(execute)
     def run(*args: Any, **inputs: Any) -> Any:

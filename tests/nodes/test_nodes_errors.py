@@ -261,7 +261,7 @@ def test_latents_and_structures_that_do_not_fit_are_refused(comfy, structure, la
         (
             "D3DS2StructureFromMesh",
             {"shell": 1e9},
-            "expected a band of at least 1 . shell = 1000000001.0 up to 64 voxels",
+            "band of at least 1 . shell = 1000000001.0 up to 64",
         ),
         ("D3DS2MeshExport", {"target_faces": -1}, "target_faces of at least 4, got -1"),
     ],
