@@ -18,7 +18,11 @@ def without_tags(text: object) -> str:
 
 
 def plain_errors(execute: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a node's `execute` raise ValueError `without_tags` for each ValueError, and for each error about a file."""
+    """Let a node's `execute` send errors without tags.
+
+    Raises:
+        ValueError: what `execute` raised was one, or an error about a file.
+    """
 
     @wraps(execute)
     def run(*args: Any, **inputs: Any) -> Any:
