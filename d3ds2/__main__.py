@@ -1,7 +1,10 @@
 """One image in, one mesh out:  python -m d3ds2 chair.png -o chair.glb
+Several pictures of one object: python -m d3ds2 chair.png --views left.png right.png -o chair.glb
+A mesh of each picture of a folder: python -m d3ds2 PICTURES -o MESHES
 Released checkpoints -> a model folder:  python -m d3ds2 convert direct3d-s2-v-1-1 models/official
 
-Progress and errors go to standard error; an error is one line, and the exit code then 2.
+Progress and errors go to standard error; an error is one line, and the exit code then 2. Of a folder, pictures that
+cannot be used are named and skipped, and the exit code is then 1.
 """
 
 import argparse
@@ -11,15 +14,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .compiling import announce_compiling
 from .images.foreground import METHODS, cut_out
 from .images.image_file import ImageError, load_image
 from .kernels.devices import PRECISIONS, find_device, find_dtype
-from .meshes.mesh import Mesh
+from .meshes.mesh import Mesh, decimate
 from .meshes.mesh_file import FORMATS, MeshFileError, check_mesh_path, check_writable, save_mesh
+from .meshes.placement import UP_AXES, in_file_frame, unit_of
 from .networks.chunked_decode import MemoryBudgetError
 from .official.config import OfficialError
 from .official.convert import (
@@ -30,7 +36,9 @@ from .official.convert import (
     download_image_encoder,
     download_release,
 )
-from .pipeline import TINY, GenerationError, load_pipeline
+from .picture_folder import list_pictures, make_meshes, make_output_folder, name_meshes
+from .pipeline import TINY, GenerationError, Pipeline, load_pipeline
+from .rectified_flow import EULER, SAMPLERS, Sampler
 from .storage.atomic_file import replacing
 from .storage.model_folder import MOST_STEPS, ModelFolderError, load_settings
 from .storage.one_line import one_line
@@ -72,8 +80,30 @@ class ProgressBars:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m d3ds2", description="One image in, one watertight mesh out.")
-    parser.add_argument("image", type=Path, help="picture of one object, with alpha or on a plain background")
-    parser.add_argument("-o", "--output", type=Path, required=True, help=f"mesh to write: {', '.join(FORMATS)}")
+    parser.add_argument(
+        "image", type=Path, help="picture of one object, with alpha or on a plain background; or a folder of pictures"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        help=f"mesh to write: {', '.join(FORMATS)}; for a folder of pictures the folder of the meshes",
+    )
+    parser.add_argument(
+        "--format", choices=[kind[1:] for kind in FORMATS], default="glb", help="of a folder's meshes (default: glb)"
+    )
+    parser.add_argument("--again", action="store_true", help="of a folder: also make meshes that are there already")
+    parser.add_argument(
+        "--size",
+        type=float,
+        default=1.0,
+        help="longest edge in metres, in millimetres within .stl and .3mf files; 0 keeps the model's box of edge 2 "
+        "(default: 1)",
+    )
+    parser.add_argument("--up", choices=UP_AXES, default="Y", help="axis that points up; Z for CAD (default: Y)")
+    parser.add_argument("--faces", type=int, help="simplify to about this many faces (default: keep all)")
+    parser.add_argument("--views", type=Path, nargs="+", default=[], help="more pictures of the same object")
     parser.add_argument("--model", type=Path, default=TINY, help="model folder (default: the shipped tiny)")
     parser.add_argument("--seed", type=int, default=0, help="one seed, one mesh (default: 0)")
     parser.add_argument("--steps", type=int, help="sampling steps of both diffusion stages (default: the model's)")
@@ -91,16 +121,37 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--preview", type=Path, help="picture to write: the input beside the mesh from four sides")
     parser.add_argument("--coarse", action="store_true", help="stop after the first stage of a model that has two")
     parser.add_argument("--refine", action="store_true", help="let the model's refiners tell what is inside")
+    parser.add_argument("--sampler", choices=SAMPLERS, default=SAMPLERS[0], help="heun: two evaluations per step")
+    parser.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        default=EULER.guidance_interval,
+        help="times, 1 is noise and 0 the object, between which guidance acts; other steps take half the time "
+        "(default: 0 1)",
+    )
+    parser.add_argument(
+        "--guidance-rescale", type=float, default=0.0, help="0 to 1: curb what strong guidance exaggerates (default: 0)"
+    )
     parser.add_argument("--memory", type=float, help="GiB that decoding may take (default: 2)")
     arguments = parser.parse_args(argv)
     if arguments.memory is not None and not 0 < arguments.memory < 1e6:
         raise UsageError(f"expected a positive number of GiB for --memory, got {arguments.memory}")
     if not 0 <= arguments.seed < 2**64:
         raise UsageError(f"expected a seed from 0 to 2^64 - 1, got {arguments.seed}")
+    if not 0 <= arguments.size < float("inf"):
+        raise UsageError(f"expected a --size in metres of at least 0, got {arguments.size}")
+    if arguments.faces is not None and arguments.faces < 4:
+        raise UsageError(f"expected --faces of at least 4, got {arguments.faces}")
     if arguments.steps is not None and arguments.steps < 1:
         raise UsageError(f"expected at least 1 step, got {arguments.steps}")
     if arguments.steps is not None and arguments.steps > MOST_STEPS:
         raise UsageError(f"expected at most {MOST_STEPS} steps, got {arguments.steps}")
+    try:
+        arguments.sampler = Sampler(arguments.sampler, tuple(arguments.guidance_interval), arguments.guidance_rescale)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     try:
         arguments.device = find_device(arguments.device)
     except ValueError as error:
@@ -138,11 +189,58 @@ def save_preview(path: Path, image: Image.Image, mesh: Mesh) -> None:
         raise MeshFileError(f"cannot write {path}: {error.strerror}; the mesh is written") from None
 
 
-def run(argv: list[str] | None) -> None:
+def read_view(path: Path, background: str) -> Image.Image:
+    """The object in one more picture of it. Raises ImageError, which names the file."""
+    image = load_image(path)
+    try:
+        return cut_out(image, None, background)
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from None
+
+
+def load(arguments: argparse.Namespace) -> Pipeline:
+    """The pipeline that the arguments name. Raises ModelFolderError."""
+    budget = None if arguments.memory is None else int(arguments.memory * 2**30)
+    dtype = find_dtype(arguments.precision, arguments.device)
+    return load_pipeline(arguments.model, arguments.device, dtype, memory_budget=budget)
+
+
+def make_mesh(pipeline: Pipeline, views: list[Image.Image], arguments: argparse.Namespace) -> Mesh:
+    """The mesh of the views of one object, simplified if asked for. Raises GenerationError, UsageError."""
+    options = {"fine": not arguments.coarse, "use_refiners": arguments.refine, "fine_steps": arguments.steps}
+    options["sampler"] = arguments.sampler
+    stages = pipeline.stages[:1] if arguments.coarse else pipeline.stages
+    bars = ProgressBars(("image", *(name for stage in stages for name in stage.progress)))
+    try:
+        with announce_compiling(lambda line: tqdm.write(line, file=sys.stderr)):
+            mesh = pipeline.generate(views, arguments.seed, bars, arguments.steps, arguments.steps, **options)
+    except MemoryBudgetError as error:
+        raise UsageError(f"--memory: {error}") from None
+    finally:
+        bars.close()
+    return mesh if arguments.faces is None else decimate(mesh, arguments.faces)
+
+
+def write_mesh(path: Path, mesh: Mesh, picture: Path, arguments: argparse.Namespace) -> None:
+    """Write a mesh in its real size, and a line about it. Raises MeshFileError."""
+    made_from = {"model": load_settings(arguments.model)[0], "image": picture.name, "seed": arguments.seed}
+    if arguments.views:
+        made_from["views"] = ", ".join(view.name for view in arguments.views)
+    kind = path.suffix.lower()
+    sized = in_file_frame(mesh, kind, arguments.size, arguments.up)
+    save_mesh(path, sized, made_from)
+    edges = " × ".join(f"{edge:.4g}" for edge in np.ptp(sized.vertices, axis=0))
+    size = f", {edges} {unit_of(kind)}" if arguments.size else ""
+    print(f"{path}: {len(mesh.vertices)} vertices, {len(mesh.faces)} faces{size}", file=sys.stderr)
+
+
+def run(argv: list[str] | None) -> int:
     if sys.flags.optimize > 1:
         raise UsageError("transformers reads its own docstrings: run Python without -OO")
     arguments = parse_arguments(argv)
-    inputs = [path for path in (arguments.image, arguments.mask) if path is not None]
+    if arguments.image.is_dir():
+        return run_folder(arguments)
+    inputs = [path for path in (arguments.image, *arguments.views, arguments.mask) if path is not None]
     check_outputs(arguments.output, arguments.preview, inputs)
     load_settings(arguments.model)  # a wrong folder is said before the slower steps
     image = load_image(arguments.image)
@@ -150,26 +248,34 @@ def run(argv: list[str] | None) -> None:
     if mask is not None and mask.size != image.size:
         raise UsageError(f"expected a mask of the image's size {image.size}, got {mask.size}")
     image = cut_out(image, mask, arguments.background)
-
-    budget = None if arguments.memory is None else int(arguments.memory * 2**30)
-    dtype = find_dtype(arguments.precision, arguments.device)
-    pipeline = load_pipeline(arguments.model, arguments.device, dtype, memory_budget=budget)
-    options = {"fine": not arguments.coarse, "use_refiners": arguments.refine, "fine_steps": arguments.steps}
-    stages = pipeline.stages[:1] if arguments.coarse else pipeline.stages
-    bars = ProgressBars(("image", *(name for stage in stages for name in stage.progress)))
-    try:
-        mesh = pipeline.generate(image, arguments.seed, bars, arguments.steps, arguments.steps, **options)
-    except MemoryBudgetError as error:
-        raise UsageError(f"--memory: {error}") from None
-    finally:
-        bars.close()
-
-    made_from = {"model": load_settings(arguments.model)[0], "image": arguments.image.name, "seed": arguments.seed}
-    save_mesh(arguments.output, mesh, made_from)
+    views = [image, *(read_view(path, arguments.background) for path in arguments.views)]
+    mesh = make_mesh(load(arguments), views, arguments)
+    write_mesh(arguments.output, mesh, arguments.image, arguments)
     if arguments.preview is not None:
         save_preview(arguments.preview, image, mesh)
-    size = f"{len(mesh.vertices)} vertices, {len(mesh.faces)} faces"
-    print(f"{arguments.output}: {size}", file=sys.stderr)
+    return 0
+
+
+def run_folder(arguments: argparse.Namespace) -> int:
+    """Make a mesh of each picture of a folder; returns 1 if one could not be used, else 0."""
+    alone = {"--mask": arguments.mask, "--preview": arguments.preview, "--views": arguments.views}
+    if given := [name for name, value in alone.items() if value]:
+        raise UsageError(f"expected one picture for {' and '.join(given)}, got the folder {arguments.image}")
+    if arguments.output.suffix.lower() in FORMATS:
+        raise UsageError(f"expected a folder for the meshes of {arguments.image}, got {arguments.output}")
+    load_settings(arguments.model)  # a wrong folder is said before the slower steps
+    files = name_meshes(list_pictures(arguments.image), arguments.output, f".{arguments.format}")
+    make_output_folder(arguments.output)
+    check_mesh_path(next(iter(files.values())))
+    pipeline = load(arguments)
+
+    def make(picture: Path, path: Path) -> None:
+        mesh = make_mesh(pipeline, [read_view(picture, arguments.background)], arguments)
+        write_mesh(path, mesh, picture, arguments)
+
+    counts = make_meshes(files, make, arguments.again)
+    print(f"{arguments.output}: {counts}", file=sys.stderr)
+    return 1 if counts.failed else 0
 
 
 def run_convert(argv: list[str]) -> None:
@@ -201,10 +307,16 @@ def run_convert(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 after an error, 130 when interrupted."""
+    """Run the command line.
+
+    Returns:
+        The exit code: 0, 1 if pictures of a folder failed, 2 after an error, 130 when interrupted.
+    """
     argv = sys.argv[1:] if argv is None else argv
     try:
-        run_convert(argv[1:]) if argv[:1] == ["convert"] else run(argv)
+        if argv[:1] != ["convert"]:
+            return run(argv)
+        run_convert(argv[1:])
     except (UsageError, ImageError, ModelFolderError, MeshFileError, GenerationError, OfficialError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2

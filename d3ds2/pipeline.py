@@ -1,7 +1,8 @@
-"""One image -> one mesh: the whole path, a method for each step of it.
+"""One image, or several views of one object -> one mesh: the whole path, a method for each step of it.
 
     pipeline = load_pipeline("d3ds2/weights/tiny")
     mesh = pipeline.generate(load_image("chair.png"), seed=0)
+    mesh = pipeline.generate([load_image("chair.png"), load_image("chair_from_the_left.png")], seed=0)
 
 Each network runs on its own device and in its own dtype; a method moves what it is given there. Noise is drawn on the
 CPU, for each sample from its own seed. A model of two stages voxelises the mesh of the first, samples latents for those
@@ -19,16 +20,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from .blocks_to_meshes import blocks_to_meshes
 from .generation_error import EmptyResultError, GenerationError, empty_result
 from .geometry.sdf_blocks import SDFBlocks
 from .geometry.voxels import Voxels
 from .images.foreground import cut_out, preprocess
-from .kernels.devices import find_dtype, on_cuda, shares_memory
+from .kernels.devices import find_dtype, shares_memory
 from .meshes.mesh import Mesh
-from .meshes.mesh_to_sdf import normalize_mesh
-from .meshes.mesh_to_structure import mesh_to_structure
 from .meshes.sdf_to_mesh import DECODED_OPTIONS
-from .meshes.sdf_to_mesh_gpu import device_mesh, tensors_to_mesh
 from .networks.chunked_decode import OnChunk, decode_in_chunks
 from .networks.image_encoder import ImageEncoder, ImageTokens
 from .networks.model_files import load_model
@@ -37,7 +36,7 @@ from .networks.sdf_vae import FACTOR
 from .networks.structure_dit import StructureDiT
 from .networks.structure_vae import StructureVAE
 from .offload import on_device
-from .rectified_flow import OnStep, euler_sample, guided_velocity, noise_for, time_schedule
+from .rectified_flow import EULER, OnStep, Sampler, euler_sample, mean_velocity, noise_for
 from .stage import FINE_STAGES, STAGES, Stage, stages_of
 from .storage.model_folder import ModelFolderError, SamplingConfig, network_names
 
@@ -50,6 +49,8 @@ __all__ = [
 ]  # fmt: skip
 
 OnProgress = Callable[[str, int, int], None]  # stage, finished steps, all steps
+Views = Image.Image | Sequence[Image.Image]  # one picture of an object, or several
+TokensOfViews = ImageTokens | Sequence[ImageTokens]  # of B images; or of the first views of B objects, the second, ...
 
 
 @dataclass
@@ -90,19 +91,19 @@ class Pipeline:
 
     def generate(
         self,
-        image: Image.Image,
+        image: Views,
         seed: int = 0,
         on_progress: OnProgress | None = None,
         structure_steps: int | None = None,
         latent_steps: int | None = None,
         **options,
     ) -> Mesh:
-        """One mesh of one image; see `generate_batch`, also for `options`."""
+        """One mesh of one image, or of several views of an object; see `generate_batch`, also for `options`."""
         return self.generate_batch([image], [seed], on_progress, structure_steps, latent_steps, **options)[0]
 
     def generate_batch(
         self,
-        images: Sequence[Image.Image],
+        images: Sequence[Views],
         seeds: Sequence[int],
         on_progress: OnProgress | None = None,
         structure_steps: int | None = None,
@@ -110,22 +111,26 @@ class Pipeline:
         fine_steps: int | None = None,
         fine: bool = True,
         use_refiners: bool = False,
+        sampler: Sampler = EULER,
     ) -> list[Mesh]:
         """A mesh of each image, all stages in turn.
 
         Args:
-            images: RGB on a plain background, or RGBA as `cut_out` gives them.
+            images: RGB on a plain background, or RGBA as `cut_out` gives them; or several such views of each object,
+                equally many of all. The samplers take the mean of the velocities for all views.
             seeds: one for each image; it alone decides the noise of its sample.
             on_progress: called at the beginning of every stage, with 0 finished steps, and after every step of it.
             structure_steps, latent_steps, fine_steps: default: the model's.
             fine: go through the second stage, where the model has one.
             use_refiners: the model's refiners tell what is inside, instead of all that the outside does not reach.
+            sampler: of all stages.
 
         Returns:
             Meshes in [-1, 1]³, Y up, the object's front toward +Z.
 
         Raises:
             ImageError: no foreground in an image.
+            ValueError: the objects have different numbers of views.
             GenerationError: nothing was made of an image.
             ModelFolderError: the model has no refiners.
         """
@@ -135,28 +140,28 @@ class Pipeline:
             report(stage, 0, steps)
             return lambda step, x_t, x_0: report(stage, step + 1, steps)
 
-        structure_steps = structure_steps or self.sampling.structure_steps
+        structure_steps = sampler.steps(structure_steps or self.sampling.structure_steps)
         stages = self.stages if fine else self.stages[:1]
         if use_refiners and any(stage.refiner is None for stage in stages):
             raise ModelFolderError("the model has no refiners for this")
 
         report("image", 0, 1)
-        image_tokens = self.encode_image(images)
+        image_tokens = self.encode_views(images)
         report("image", 1, 1)
 
         meshes: list[Mesh] = []  # of the stage before
         for stage, steps in zip(stages, (latent_steps, fine_steps), strict=False):
             structure_name, latents_name, sdf_name, mesh_name = stage.progress
             if not meshes:
-                count_step = on_step(structure_name, structure_steps)
-                voxels = self.sample_structure(image_tokens, seeds, structure_steps, on_step=count_step)
+                options = {"on_step": on_step(structure_name, structure_steps), "sampler": sampler}
+                voxels = self.sample_structure(image_tokens, seeds, structure_steps, **options)
             else:
                 report(structure_name, 0, 1)
                 voxels = self.structure_of(meshes)
                 report(structure_name, 1, 1)
 
-            count_step = on_step(latents_name, steps or stage.steps)
-            latents = self.sample_latents(voxels, image_tokens, seeds, steps, on_step=count_step)
+            options = {"on_step": on_step(latents_name, sampler.steps(steps or stage.steps)), "sampler": sampler}
+            latents = self.sample_latents(voxels, image_tokens, seeds, steps, **options)
             report(sdf_name, 0, 1)
             blocks, level = self.decode_surface(latents, voxels, use_refiners)
             report(sdf_name, 1, 1)
@@ -173,22 +178,35 @@ class Pipeline:
         with on_device(self.image_encoder, self.device) as device:
             return self.image_encoder(pixels.to(device, next(self.image_encoder.parameters()).dtype))
 
+    def encode_views(self, objects: Sequence[Views]) -> list[ImageTokens]:
+        """Encode the pictures of B objects: the tokens of their first views, of their second views, and so on.
+
+        Raises ImageError as `cut_out`, and ValueError for objects with different numbers of views, or with none.
+        """
+        views = [[pictures] if isinstance(pictures, Image.Image) else list(pictures) for pictures in objects]
+        counts = [len(pictures) for pictures in views]
+        if not all(counts) or len({*counts}) != 1:
+            raise ValueError(f"expected equally many views of all objects, got {counts}")
+        return [self.encode_image(images) for images in zip(*views, strict=True)]
+
     @torch.no_grad()
     def sample_structure(
         self,
-        image_tokens: ImageTokens,
+        image_tokens: TokensOfViews,
         seeds: Sequence[int],
         steps: int | None = None,
         guidance_scale: float | None = None,
         on_step: OnStep | None = None,
+        sampler: Sampler = EULER,
     ) -> Voxels:
         """Which latent voxels are occupied.
 
         Args:
-            image_tokens: all tokens of B images.
+            image_tokens: all tokens of B images; or those of several views, as `encode_views` returns them.
             seeds: one for each.
             steps, guidance_scale: default: the model's.
             on_step: called after every step, see `euler_sample`; may raise to stop.
+            sampler: how the flow is integrated.
 
         Returns:
             The occupied voxels of B samples, at an eighth of the SDF's resolution.
@@ -198,12 +216,13 @@ class Pipeline:
         """
         R, E = self.structure_dit.config.resolution, self.structure_dit.config.latent_channels
         guidance_scale = self.sampling.structure_guidance if guidance_scale is None else guidance_scale
-        noise = noise_for(list(seeds), [(1, E, R, R, R)] * image_tokens.batch_size)
-        times = time_schedule(steps or self.sampling.structure_steps, self.sampling.structure_shift)
+        views = [image_tokens] if isinstance(image_tokens, ImageTokens) else image_tokens
+        noise = noise_for(list(seeds), [(1, E, R, R, R)] * views[0].batch_size)
+        times = sampler.schedule(steps or self.sampling.structure_steps, self.sampling.structure_shift)
         with on_device(self.structure_dit, self.device) as device:
-            options = {"half_times": self.sampling.half_times}
-            velocity = guided_velocity(self.structure_dit, image_tokens.to(device), guidance_scale, **options)
-            latents = euler_sample(velocity, noise.to(device), times, on_step)
+            options = {"half_times": self.sampling.half_times, "sampler": sampler}
+            velocity = mean_velocity(self.structure_dit, [v.to(device) for v in views], guidance_scale, **options)
+            latents = euler_sample(velocity, noise.to(device), times, on_step, sampler.method)
         voxels = self.decode_structure(latents)
         if 0 in voxels.counts:
             raise empty_result("structure", voxels.counts.index(0), voxels.batch_size)
@@ -220,45 +239,39 @@ class Pipeline:
     def sample_latents(
         self,
         voxels: Voxels,
-        image_tokens: ImageTokens,
+        image_tokens: TokensOfViews,
         seeds: Sequence[int],
         steps: int | None = None,
         guidance_scale: float | None = None,
         on_step: OnStep | None = None,
+        sampler: Sampler = EULER,
     ) -> Tensor:
         """The latents (N, E) of the structure's voxels, as `decode_sdf` takes them. Arguments as `sample_structure`."""
         stage = self.stage_of(voxels)
         dit, E = stage.latent_dit, stage.latent_dit.config.latent_channels
-        context = image_tokens.select_foreground() if dit.config.sparse_context else image_tokens  # eq. 9
+        views = [image_tokens] if isinstance(image_tokens, ImageTokens) else image_tokens
+        if dit.config.sparse_context:
+            views = [view.select_foreground() for view in views]  # eq. 9
         guidance_scale = stage.guidance_scale if guidance_scale is None else guidance_scale
         noise = noise_for([seed ^ stage.noise_stream for seed in seeds], [(count, E) for count in voxels.counts])
-        times = time_schedule(steps or stage.steps, stage.shift)
+        times = sampler.schedule(steps or stage.steps, stage.shift)
         together = max(voxels.counts) <= GUIDED_BATCH_TOKENS
-        options = {"together": together, "half_times": self.sampling.half_times}
         with on_device(dit, self.device) as device:
-            velocity = guided_velocity(dit, context.to(device), guidance_scale, voxels.to(device), **options)
-            return stage.sdf_vae.denormalize_latents(euler_sample(velocity, noise.to(device), times, on_step))
+            options = {"half_times": self.sampling.half_times, "sampler": sampler, "together": together}
+            options["voxels"] = voxels.to(device)
+            velocity = mean_velocity(dit, [v.to(device) for v in views], guidance_scale, **options)
+            latents = euler_sample(velocity, noise.to(device), times, on_step, sampler.method)
+            return stage.sdf_vae.denormalize_latents(latents)
 
     def stage_of(self, voxels: Voxels) -> Stage:
         """The stage of latent voxels, by their resolution; the first one for any other resolution."""
         return next((stage for stage in self.stages if stage.resolution == voxels.resolution), self.stages[0])
 
     def structure_of(self, meshes: Sequence[Mesh]) -> Voxels:
-        """The structure of the second stage, from the meshes of the first: one sample for each.
-
-        As the released pipeline, a mesh is scaled to 0.95 of the cube, and a latent voxel within four SDF voxels of
-        its surface is occupied.
-        """
+        """The structure of the second stage, from the meshes of the first: see `Stage.voxelize`."""
         if len(self.stages) == 1:
             raise ModelFolderError("the model has no second stage")
-        stage = self.stages[-1]
-        samples = []
-        for i, mesh in enumerate(meshes):
-            blocks = torch.from_numpy(
-                mesh_to_structure(normalize_mesh(mesh.vertices), mesh.faces, stage.sdf_resolution)
-            )
-            samples.append(torch.nn.functional.pad(blocks, (1, 0), value=i))
-        return Voxels.sort(torch.cat(samples), stage.resolution, len(samples))[0]
+        return self.stages[-1].voxelize(meshes)
 
     def decode_sdf(
         self, latents: Tensor, voxels: Voxels, memory_budget: int | None = None, on_chunk: OnChunk | None = None
@@ -335,21 +348,7 @@ class Pipeline:
         level = self.sampling.level if level is None else level
         if not -1 < level < 1:
             raise GenerationError(f"expected the level of the surface in (-1, 1), got {level}")
-        if not blocks.values.isfinite().all():
-            message = f"the SDF came out with values that are not finite on {blocks.values.device}; try float32"
-            raise GenerationError(message)
-        options = DECODED_OPTIONS | {
-            "min_component": min_component,
-            "level": level,
-            "keep_largest": keep_largest,
-        }
-        make_mesh = device_mesh if on_cuda(blocks.values) else tensors_to_mesh
-        meshes = []
-        for coords, values in blocks.samples():
-            if not (values < level).any():
-                raise empty_result("surface", len(meshes), blocks.batch_size)
-            meshes.append(make_mesh(coords, values, blocks.resolution, **options))
-        return meshes
+        return blocks_to_meshes(blocks, min_component, level, keep_largest)
 
 
 def build_pipeline(

@@ -3,11 +3,16 @@
 A model has one stage or two. The first takes its structure from the image, the second from the mesh of the first.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from .geometry.voxels import Voxels
+from .meshes.mesh import Mesh
+from .meshes.mesh_to_sdf import normalize_mesh
+from .meshes.mesh_to_structure import mesh_to_structure
 from .networks.latent_dit import LatentDiT
 from .networks.refiner import Refiner, SignRefiner
 from .networks.sdf_vae import FACTOR, SDFVAE
@@ -51,6 +56,18 @@ class Stage:
     @property
     def refines_with_features(self) -> bool:
         return isinstance(self.refiner, Refiner)
+
+    def voxelize(self, meshes: Sequence[Mesh]) -> Voxels:
+        """Return a structure for this stage from meshes: one sample for each.
+
+        As in the released pipeline, a mesh is scaled to 0.95 of the cube, and a latent voxel within four SDF voxels of
+        its surface is occupied.
+        """
+        samples = []
+        for i, mesh in enumerate(meshes):
+            blocks = torch.from_numpy(mesh_to_structure(normalize_mesh(mesh.vertices), mesh.faces, self.sdf_resolution))
+            samples.append(torch.nn.functional.pad(blocks, (1, 0), value=i))
+        return Voxels.sort(torch.cat(samples), self.resolution, len(samples))[0]
 
     def sizes(self, hidden_size: int) -> list[tuple[str, int, int]]:
         """The sizes that must agree within the stage, and with the image encoder's: (name, expected, got)."""

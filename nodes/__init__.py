@@ -8,6 +8,7 @@ from comfy_api.latest import ComfyExtension, io
 from .comfy.folders import place_example_pictures, register_model_folder
 from .load_model import LoadD3DS2Model
 from .mesh_export import MeshExport
+from .mesh_pictures import MeshPictures
 from .remove_background import RemoveBackground
 from .sparse_structure_sample import SparseStructureSample
 from .ssa_dit_sample import SSADiTSample
@@ -24,6 +25,7 @@ NODES: list[type[io.ComfyNode]] = [
     MeshExport,
     VAEEncodeMesh,
     StructureFromMesh,
+    MeshPictures,
 ]
 
 

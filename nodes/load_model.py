@@ -43,9 +43,11 @@ class LoadD3DS2Model(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model) -> bool | str:
+    def validate_inputs(cls, model: str | None) -> bool | str:
+        """Refuse a model that is not here before the prompt runs; None is a name that another node will give."""
         try:
-            model_folder(model)
+            if model is not None:
+                model_folder(model)
         except ValueError as error:
             return without_tags(error)
         return True
@@ -91,8 +93,9 @@ class LoadD3DS2Model(io.ComfyNode):
         except ModelFolderError as error:
             raise ValueError(f"{error}. Copy or convert the model {model!r} again, or choose another one.") from None
         kernels = abilities(mm.get_torch_device()).kernels
-        progress.status(f"{name}: {pipeline.stages[-1].sdf_resolution}³, {_dtypes(networks)}, {kernels}")
-        return io.NodeOutput(Model(name, pipeline, {key: make_patcher(value) for key, value in networks.items()}))
+        model = Model(name, pipeline, {key: make_patcher(value) for key, value in networks.items()})
+        line = f"{name}: {pipeline.stages[-1].sdf_resolution}³, {_dtypes(networks)}, {kernels}"
+        return io.NodeOutput(model, ui=progress.result(line))
 
 
 def _dtypes(networks) -> str:

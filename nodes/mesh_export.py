@@ -13,7 +13,7 @@ from .comfy.errors import plain_errors, without_tags
 from .comfy.mesh_socket import from_socket, mesh_input
 from .comfy.sockets import CATEGORY
 
-FORMATS = ("glb", "obj", "ply", "stl")
+FORMATS = ("glb", "obj", "ply", "stl", "3mf")
 
 
 class MeshExport(io.ComfyNode):
@@ -23,9 +23,9 @@ class MeshExport(io.ComfyNode):
             node_id="D3DS2MeshExport",
             display_name="Mesh Export",
             category=CATEGORY,
-            description="Saves meshes to the output folder as glb, obj, ply or stl. Drop a saved GLB onto the "
+            description="Saves meshes to the output folder as glb, obj, ply, stl or 3mf. Drop a saved GLB onto the "
             "canvas to get its workflow back.",
-            search_aliases=["save mesh", "export 3d", "glb", "obj", "ply", "stl", "decimate", "d3ds2"],
+            search_aliases=["save mesh", "export 3d", "glb", "obj", "ply", "stl", "3mf", "print", "decimate", "d3ds2"],
             is_output_node=True,
             inputs=[
                 mesh_input("A mesh, a batch of meshes (one file each), or a 3D file to convert."),
@@ -35,7 +35,13 @@ class MeshExport(io.ComfyNode):
                     tooltip="Subfolder and start of the file name, inside the output folder. %year%, %month%, %day%, "
                     "%hour%, %minute% and %second% are replaced by the date and time.",
                 ),
-                io.Combo.Input("format", options=list(FORMATS), default="glb", tooltip="The file format."),
+                io.Combo.Input(
+                    "format",
+                    options=list(FORMATS),
+                    default="glb",
+                    tooltip="The file format. UVs, textures and vertex colours of the mesh are kept in a glb, UVs and "
+                    "colours in an obj, colours in a ply. stl and 3mf are for printing.",
+                ),
                 io.Int.Input(
                     "target_faces",
                     default=0,
@@ -58,6 +64,16 @@ class MeshExport(io.ComfyNode):
                     tooltip="Store the workflow in the GLB, unless ComfyUI runs with --disable-metadata.",
                     advanced=True,
                 ),
+                io.Float.Input(
+                    "size",
+                    default=1.0,
+                    min=0.0,
+                    max=10_000.0,
+                    step=0.01,
+                    optional=True,  # prompts that were saved before it was there stay valid
+                    tooltip="The longest edge of the saved object in metres; stl and 3mf are written in millimetres, "
+                    "as slicers read them. 0 keeps the mesh's own size.",
+                ),
             ],
             outputs=[
                 io.String.Output(
@@ -66,49 +82,65 @@ class MeshExport(io.ComfyNode):
                     tooltip="The file's path relative to the output folder, for Preview 3D.",
                 ),
                 io.File3DAny.Output("file_3d", is_output_list=True, tooltip="The file itself, for ComfyUI's 3D nodes."),
+                io.Custom("LOAD3D_CAMERA").Output(
+                    "camera", is_output_list=True, tooltip="A camera that sees the whole object, for Preview 3D."
+                ),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
-    def validate_inputs(cls, filename_prefix: str) -> bool | str:
-        """Refuse a prefix that cannot work before anything is sampled."""
+    def validate_inputs(cls, filename_prefix: str | None) -> bool | str:
+        """Refuse a prefix that cannot work before anything is sampled; None is one that another node will give."""
         try:
-            _check_prefix(filename_prefix)
+            if filename_prefix is not None:
+                _check_prefix(filename_prefix)
         except ValueError as error:
             return without_tags(error)
         return True
 
     @classmethod
     @plain_errors
-    def execute(cls, mesh, filename_prefix, format, target_faces, up_axis, embed_workflow) -> io.NodeOutput:
+    def execute(cls, mesh, filename_prefix, format, target_faces, up_axis, embed_workflow, size=1.0) -> io.NodeOutput:
+        from ..d3ds2.meshes.appearance import Appearance, in_words, not_held
         from ..d3ds2.meshes.decimation_process import decimate_in_process
-        from ..d3ds2.meshes.mesh_file import mesh_bytes, turn_z_up
+        from ..d3ds2.meshes.mesh_file import mesh_bytes
+        from ..d3ds2.meshes.placement import in_file_frame
+        from .comfy.mesh_looks import looks_of
         from .comfy.progress import Progress, check_cancelled, run_cancellable
         from .comfy.samples import sample
+        from .comfy.viewer_camera import camera_of
 
         meshes = from_socket(mesh)
+        looks = looks_of(mesh, meshes)
         folder, name, counter, subfolder = _save_path(filename_prefix)
         metadata = _workflow(cls.hidden) if embed_workflow and format == "glb" else {}
         progress = Progress(cls.hidden.unique_id, len(meshes))
-        files = []
-        for index, own in enumerate(meshes):
-            with sample(index, len(meshes)):
+        files, lines, cameras = [], [], []
+        for index, (own, look) in enumerate(zip(meshes, looks, strict=True)):
+            notes = []
+            with sample(index, len(meshes)), progress.compiling_shown():
                 if target_faces and len(own.faces) > target_faces:
                     progress.status(f"simplifying {len(own.faces):,} faces to {target_faces:,}")
-                    own = decimate_in_process(own, target_faces, check_cancelled)
-                if up_axis == "Z":
-                    own = turn_z_up(own)
+                    before, own = own, decimate_in_process(own, target_faces, check_cancelled)
+                    if len(own.faces) > 1.1 * target_faces:
+                        notes.append(f"fewer, such as {target_faces:,}, would change its shape too much")
+                    if look.parts and len(own.faces) < len(before.faces):
+                        notes.append(f"without {in_words(look.parts)}: it was simplified")
+                        look = Appearance()
+                if lost := not_held(look, f".{format}"):
+                    notes.append(f"without {lost}: {format} holds none")
+                own = in_file_frame(own, f".{format}", size, up_axis)
                 progress.status(f"writing {len(own.faces):,} faces")
-                data = run_cancellable(mesh_bytes, f".{format}", own, metadata)
+                data = run_cancellable(mesh_bytes, f".{format}", own, metadata, look)
                 files.append(_write(folder, name, counter, format, data))
+            lines.append("; ".join([f"{len(own.faces):,} faces in {files[-1]}", *notes]))
+            cameras.append(camera_of(own.vertices))
             progress.update(index + 1)
-        more = target_faces and len(own.faces) > 1.1 * target_faces
-        why = f"; fewer, such as {target_faces:,}, would change its shape too much" if more else ""
-        progress.status(f"{len(own.faces):,} faces in {files[-1]}{why}")
         paths = [f"{subfolder}/{file}" if subfolder else file for file in files]
         results = [{"filename": file, "subfolder": subfolder, "type": "output"} for file in files]
-        return io.NodeOutput(paths, [Types.File3D(str(folder / file), format) for file in files], ui={"3d": results})
+        file_3d = [Types.File3D(str(folder / file), format) for file in files]
+        return io.NodeOutput(paths, file_3d, cameras, ui={"3d": results} | progress.result(*lines))
 
 
 def _check_prefix(prefix: str) -> str:

@@ -24,7 +24,7 @@ class RemoveBackground(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="D3DS2RemoveBackground",
-            display_name="Remove Background",
+            display_name="Remove Background (Direct3D-S2)",
             category=CATEGORY,
             description="Cuts the object out of its background. `auto` uses the first of these that is "
             "available: the mask, the image's own alpha channel, the background removal model, rembg, a "
@@ -75,11 +75,19 @@ class RemoveBackground(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, invert_mask: str | bool) -> bool | str:
-        """Accept the booleans of workflows that were saved when this was a switch."""
-        if isinstance(invert_mask, bool) or invert_mask in INVERT_MASK:
-            return True
-        return without_tags(f"expected invert_mask of {', '.join(INVERT_MASK)}, got {invert_mask!r}")
+    def validate_inputs(cls, invert_mask: str | bool | None, method: str | None = None) -> bool | str:
+        """Refuse rembg where it is not installed, before the prompt runs; None is a value that another node will give.
+
+        The booleans of workflows that were saved when invert_mask was a switch are accepted.
+        """
+        from ..d3ds2.images.foreground import missing_for_rembg
+
+        if method not in (None, *METHODS):
+            return without_tags(f"expected a method of {', '.join(METHODS)}, got {method!r}")
+        if not isinstance(invert_mask, bool) and invert_mask not in (None, *INVERT_MASK):
+            return without_tags(f"expected invert_mask of {', '.join(INVERT_MASK)}, got {invert_mask!r}")
+        reason = missing_for_rembg() if method == "rembg" else None
+        return True if reason is None else f"method is `rembg`, but {reason}. {_ADVICE['rembg']}"
 
     @classmethod
     @plain_errors
@@ -96,16 +104,18 @@ class RemoveBackground(io.ComfyNode):
         pictures = to_pictures(image)
         masks, turned = _masks_for(image, mask, invert_mask, method)
         progress = Progress(cls.hidden.unique_id, len(pictures))
-        objects = []
+        objects, lines = [], []
         for index, picture in enumerate(pictures):
             used = _choose(method, picture, bool(masks), background_removal is not None)
             which = f"picture {index + 1}/{len(pictures)}: {used}"
             if used == "mask" and turned[index % len(masks)]:
                 which += ", inverted: it was 1 around the object"
             progress.status(which)
+            lines.append(which)
 
-            def notify(line: str, which: str = which) -> None:
-                progress.status(f"{which}; {line}")
+            def notify(line: str) -> None:
+                lines[-1] += f"; {line}"
+                progress.status(lines[-1])
 
             with sample(index, len(pictures)):
                 try:
@@ -123,7 +133,7 @@ class RemoveBackground(io.ComfyNode):
             objects.append(cut)
             progress.update(index + 1)
         object_masks = [cut.getchannel("A") for cut in objects]
-        return io.NodeOutput(to_images(objects), to_images(object_masks))
+        return io.NodeOutput(to_images(objects), to_images(object_masks), ui=progress.result(*lines))
 
 
 _ADVICE = {
@@ -172,7 +182,7 @@ def _covers_border(mask: Image.Image) -> bool:
 def _choose(method: str, picture: Image.Image, has_mask: bool, has_model: bool) -> str:
     """Return the method for a picture. Raises ValueError if a method needs an input that is not connected."""
     from ..d3ds2.images.alpha import tells_object
-    from ..d3ds2.images.foreground import rembg_is_ready
+    from ..d3ds2.images.foreground import why_rembg_cannot_run
 
     if method == "mask" and not has_mask:
         raise ValueError("method is `mask`, but no mask is connected: connect one, or choose `auto`.")
@@ -189,4 +199,4 @@ def _choose(method: str, picture: Image.Image, has_mask: bool, has_model: bool) 
         return "alpha"
     if has_model:
         return "model"
-    return "rembg" if rembg_is_ready() else "plain"
+    return "rembg" if why_rembg_cannot_run() is None else "plain"

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from .comfy.errors import plain_errors
+from .comfy.sampling import more_sampling_inputs
 from .comfy.sockets import CATEGORY, Model, ModelSocket, sampling_inputs, structure_outputs
 
 
@@ -11,7 +12,7 @@ class SparseStructureSample(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="D3DS2SparseStructureSample",
-            display_name="Sparse Structure Sample",
+            display_name="Sparse Structure Sample (Rough Shape)",
             category=CATEGORY,
             description="Stage one: finds the rough shape of the object as occupied voxels. It is quick, so "
             "check the shape before you run stage two.",
@@ -21,10 +22,14 @@ class SparseStructureSample(io.ComfyNode):
                 io.Image.Input(
                     "image",
                     tooltip="The object, cut out by Remove Background or on a plain background. A batch gives one "
-                    "structure per picture.",
+                    "structure per picture, or one structure if it shows views of one object.",
                 ),
                 *sampling_inputs(
                     "The same seed gives the same structure. Picture i of a batch, counted from 0, uses seed + i."
+                ),
+                *more_sampling_inputs(
+                    "On: the batch shows one object from 2 to 6 sides and makes one structure. Off: each picture shows "
+                    "another object."
                 ),
             ],
             outputs=structure_outputs(),
@@ -33,21 +38,43 @@ class SparseStructureSample(io.ComfyNode):
 
     @classmethod
     @plain_errors
-    def execute(cls, model: Model, image, seed, steps, guidance_scale) -> io.NodeOutput:
+    def execute(
+        cls,
+        model: Model,
+        image,
+        seed,
+        steps,
+        guidance_scale,
+        views_of_one_object=False,
+        sampler="euler",
+        guidance_start=1.0,
+        guidance_end=0.0,
+        guidance_rescale=0.0,
+        sigmas=None,
+    ) -> io.NodeOutput:
+        """Sample a structure of each object. Raises ValueError, with advice, if the inputs do not fit."""
         from ..d3ds2.images.voxel_picture import voxel_picture
-        from ..d3ds2.networks.activation_memory import image_encoder_bytes, structure_dit_bytes, structure_vae_bytes
+        from ..d3ds2.networks.activation_memory import (
+            image_encoder_bytes,
+            image_tokens_bytes,
+            structure_dit_bytes,
+            structure_vae_bytes,
+        )
         from .comfy.memory import dtype_of, load_networks
         from .comfy.progress import Progress, cancellable
-        from .comfy.samples import object_pictures, pack_structure, sample, seed_of, token_text, voxel_grid
+        from .comfy.samples import object_pictures, pack_structure, sample, seed_of, structure_results, token_text
+        from .comfy.sampling import group_views, make_sampler
 
         pipeline = model.pipeline
         encoder, dit, vae = pipeline.image_encoder, pipeline.structure_dit, pipeline.structure_vae
-        pictures = object_pictures(image)
-        steps = steps or pipeline.sampling.structure_steps
+        how = make_sampler(sampler, guidance_start, guidance_end, guidance_rescale, sigmas)
+        objects = group_views(object_pictures(image), views_of_one_object)
+        steps = how.steps(steps or pipeline.sampling.structure_steps)
         guidance_scale = guidance_scale or pipeline.sampling.structure_guidance
         needed = max(
             image_encoder_bytes(encoder.config, 1, dtype_of(encoder)),
-            structure_dit_bytes(dit.config, 1 if guidance_scale == 1 else 2, dtype_of(dit)),
+            structure_dit_bytes(dit.config, 1 if guidance_scale == 1 else 2, dtype_of(dit))
+            + image_tokens_bytes(encoder.config, len(objects[0]), dtype_of(encoder)),
             structure_vae_bytes(vae.config, dit.config.resolution, dtype_of(vae)),
         )
         load_networks(
@@ -57,10 +84,10 @@ class SparseStructureSample(io.ComfyNode):
             "sampling a structure",
             "choose precision fp16 in Load D3DS2 Model, or use a smaller model",
         )
-        progress = Progress(cls.hidden.unique_id, steps * len(pictures))
+        progress = Progress(cls.hidden.unique_id, steps * len(objects))
         parts = []
-        for index, picture in enumerate(pictures):
-            title = f"picture {index + 1}/{len(pictures)}, " if len(pictures) > 1 else ""
+        for index, views in enumerate(objects):
+            title = f"picture {index + 1}/{len(objects)}, " if len(objects) > 1 else ""
 
             def on_step(step, _x_t, x_0, index=index, title=title):
                 def draw():
@@ -70,12 +97,10 @@ class SparseStructureSample(io.ComfyNode):
 
                 progress.update(index * steps + step + 1, draw)
 
-            with sample(index, len(pictures)), cancellable(encoder, dit, vae):
+            with sample(index, len(objects)), cancellable(encoder, dit, vae), progress.compiling_shown():
                 progress.status(f"{title}reading the image")
-                image_tokens = pipeline.encode_image([picture])
-                parts.append(
-                    pipeline.sample_structure(image_tokens, [seed_of(seed, index)], steps, guidance_scale, on_step)
-                )
+                tokens = pipeline.encode_views([views])
+                seeds = [seed_of(seed, index)]
+                parts.append(pipeline.sample_structure(tokens, seeds, steps, guidance_scale, on_step, how))
         structure = pack_structure(parts)
-        progress.status(token_text(structure))
-        return io.NodeOutput(structure, voxel_grid(structure), token_text(structure))
+        return io.NodeOutput(*structure_results(structure), ui=progress.result(token_text(structure)))

@@ -33,7 +33,7 @@ class StructureFromMesh(io.ComfyNode):
         from ..d3ds2.meshes.mesh_to_structure import mesh_to_structure
         from .comfy.fitted_meshes import distances, for_each_mesh, with_sample
         from .comfy.progress import Progress
-        from .comfy.samples import pack_structure, token_text, voxel_grid
+        from .comfy.samples import pack_structure, structure_results, token_text
 
         stages = model.pipeline.stages
         resolution = stages[-1].sdf_resolution
@@ -45,10 +45,9 @@ class StructureFromMesh(io.ComfyNode):
 
         meshes = from_socket(mesh)
         progress = Progress(cls.hidden.unique_id, len(meshes))
-        parts = [
-            Voxels.sort(with_sample(blocks), stages[-1].resolution)[0]
-            for blocks in for_each_mesh(meshes, fit, resolution, progress, blocks_of)
-        ]
-        structure = pack_structure(parts)
-        progress.status(token_text(structure))
-        return io.NodeOutput(structure, voxel_grid(structure), token_text(structure))
+        parts, places = [], []
+        for blocks, place in for_each_mesh(meshes, fit, resolution, progress, blocks_of):
+            parts.append(Voxels.sort(with_sample(blocks), stages[-1].resolution)[0])
+            places.append(place)
+        structure = pack_structure(parts, places)
+        return io.NodeOutput(*structure_results(structure), ui=progress.result(token_text(structure)))

@@ -11,7 +11,7 @@ class VAEDecodeSDF(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="D3DS2VAEDecodeSDF",
-            display_name="VAE Decode SDF",
+            display_name="VAE Decode SDF (Latent to Mesh)",
             category=CATEGORY,
             description="Decodes a latent into a signed distance field and extracts the surface as a closed mesh.",
             search_aliases=["direct3d", "image to 3d", "marching cubes", "latent to mesh", "d3ds2"],
@@ -52,7 +52,11 @@ class VAEDecodeSDF(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Mesh.Output("mesh", tooltip="A closed mesh in [-1, 1]³: faces outward, Y up, front toward +Z."),
+                io.Mesh.Output(
+                    "mesh",
+                    tooltip="A closed mesh: faces outward, Y up, front toward +Z. It lies in [-0.5, 0.5]³, where "
+                    "ComfyUI's own mesh nodes expect it; one that was made of a mesh has that mesh's size and place.",
+                ),
                 SDFSocket.Output("sdf", tooltip="The decoded signed distances."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -66,6 +70,7 @@ class VAEDecodeSDF(io.ComfyNode):
         """Decode latents and extract their surfaces. Raises ValueError if the latent belongs to another model."""
         import torch
 
+        from ..d3ds2.meshes.placement import place
         from .comfy.mesh_socket import to_socket
         from .comfy.progress import Progress
         from .comfy.samples import sample, token_text
@@ -82,17 +87,18 @@ class VAEDecodeSDF(io.ComfyNode):
         progress = Progress(cls.hidden.unique_id, 2 * B)
         values, coords, meshes = [], [], []
         for index, latents in enumerate(latent.latents.split(voxels.counts)):
-            with sample(index, B):
+            with sample(index, B), progress.compiling_shown():
                 blocks = decode(model, latents, voxels.sample(index), memory_budget_gb, progress)
                 progress.update(2 * index + 1)
                 progress.status(f"extracting the surface of {blocks.values.numel():,} voxels")
                 surface = model.pipeline.sampling.level + level
                 found, blocks = extract(model, blocks, min_component, surface, keep_largest)
-                meshes += found
+                meshes += [place(mesh, latent.structure.place_of(index)) for mesh in found]
                 progress.update(2 * index + 2)
             values.append(blocks.values)
             coords.append(blocks.coords + torch.tensor([index, 0, 0, 0], dtype=torch.int32))
         faces = " + ".join(f"{len(mesh.faces):,}" for mesh in meshes)
-        progress.status(f"{faces} faces from {token_text(latent.structure)}")
+        line = f"{faces} faces from {token_text(latent.structure)}"
         sdf_resolution = model.stages[resolution].sdf_resolution
-        return io.NodeOutput(to_socket(meshes), SDF(torch.cat(values), torch.cat(coords), sdf_resolution, B))
+        sdf = SDF(torch.cat(values), torch.cat(coords), sdf_resolution, B)
+        return io.NodeOutput(to_socket(meshes), sdf, ui=progress.result(line))

@@ -1,5 +1,7 @@
 """Mesh -> latent: encodes any mesh with the SDF VAE."""
 
+from functools import partial
+
 from comfy_api.latest import io
 
 from .comfy.errors import plain_errors
@@ -12,7 +14,7 @@ class VAEEncodeMesh(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="D3DS2VAEEncodeMesh",
-            display_name="VAE Encode Mesh",
+            display_name="VAE Encode Mesh (Mesh to Latent)",
             category=CATEGORY,
             description="Turns a mesh of any quality into a watertight solid and encodes it. Follow it with VAE "
             "Decode SDF to remesh.",
@@ -46,8 +48,9 @@ class VAEEncodeMesh(io.ComfyNode):
         resolution, vae, device = stage.sdf_resolution, stage.sdf_vae, mm.get_torch_device()
         meshes = from_socket(mesh)
         progress = Progress(cls.hidden.unique_id, len(meshes))
-        parts, latents = [], []
-        for sdf in for_each_mesh(meshes, fit, resolution, progress, lambda v, f: distances(v, f, resolution, shell)):
+        parts, places, latents = [], [], []
+        as_sdf = partial(distances, resolution=resolution, shell=shell)
+        for sdf, place in for_each_mesh(meshes, fit, resolution, progress, as_sdf):
             coords, values = with_sample(sdf.coords), torch.from_numpy(sdf.sdf)[:, None]
             progress.status(f"encoding {len(coords):,} voxels")
             load_networks(
@@ -62,6 +65,7 @@ class VAEEncodeMesh(io.ComfyNode):
                 mean, _, own = run_networks(device, vae.encode, values.to(device), voxels)
             latents.append(mean.float().cpu())
             parts.append(own)
-        structure = pack_structure(parts)
-        progress.status(token_text(structure))
-        return io.NodeOutput(Latent(torch.cat(latents), structure, model.latent_space(structure.resolution)))
+            places.append(place)
+        structure = pack_structure(parts, places)
+        latent = Latent(torch.cat(latents), structure, model.latent_space(structure.resolution))
+        return io.NodeOutput(latent, ui=progress.result(token_text(structure)))

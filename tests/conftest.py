@@ -43,6 +43,7 @@ LESSER_CARDS = {  # the abilities that `pytest -m gpu --card NAME` takes from th
 
 def pytest_addoption(parser):
     parser.addoption("--card", choices=LESSER_CARDS, help="take the GPU for a lesser one: its tiles, its limits")
+    parser.addoption("--comfyui", type=Path, help="run tests/comfy in this checkout instead of the pinned ComfyUIs")
 
 
 def pytest_configure(config):

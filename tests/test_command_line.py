@@ -72,7 +72,25 @@ def test_every_format_loads_again(tmp_path, image, model, extension):
     assert main(command(image, output, model, "--steps", "1")) == 0
     loaded = trimesh.load(output, file_type=extension.lower(), force="mesh")  # merges the vertices of an STL
     assert loaded.is_watertight and loaded.is_winding_consistent and loaded.volume > 0
-    assert np.abs(loaded.bounds).max() <= 1
+    assert loaded.extents.max() == pytest.approx(1000 if extension == "stl" else 1, rel=1e-4)  # a metre
+
+
+def test_size_up_axis_and_number_of_faces(tmp_path, image, model, capsys):
+    def make(name, *more):
+        assert main(command(image, tmp_path / name, model, "--steps", "1", *more)) == 0
+        return trimesh.load(tmp_path / name, force="mesh")
+
+    own = make("own.glb", "--size", "0")
+    assert np.abs(own.bounds).max() <= 1 and own.extents.max() > 1  # the model's box
+    sized = make("sized.glb", "--size", "0.06", "--up", "Z", "--faces", "500")
+    assert "mm" not in capsys.readouterr().err
+    np.testing.assert_allclose(sized.extents[[0, 2, 1]], own.extents * 0.06 / own.extents.max(), rtol=0.1)
+    assert sized.extents.max() == pytest.approx(0.06, rel=1e-4)
+    assert len(sized.faces) < len(own.faces) and sized.is_watertight
+    assert make("sized.stl", "--size", "0.06").extents.max() == pytest.approx(60, rel=1e-4)
+    assert " mm" in capsys.readouterr().err
+    assert main(command(image, tmp_path / "a.3mf", model, "--steps", "1")) == 0
+    assert (tmp_path / "a.3mf").read_bytes()[:2] == b"PK"
 
 
 def test_glb_has_normals_and_says_how_it_was_made(tmp_path, image, model):
@@ -145,7 +163,7 @@ def save_image(folder: Path, what: str) -> Path:
         ("missing", "no such image"),
         ("text", "not an image that can be read"),
         ("empty", "not an image that can be read"),
-        ("folder", "got a folder"),
+        ("folder", "expected a folder for the meshes of"),
         ("truncated", "the image is truncated or damaged"),
         ("transparent", "the image is fully transparent"),
         ("speck", "no foreground in the image: the image is almost fully transparent"),
@@ -208,6 +226,15 @@ def test_unusable_models(tmp_path, image, model, capsys, damage, message):
         (["--precision", "fp8"], "argument --precision: invalid choice"),
         (["--preview", "a.gif"], "expected a preview that ends in .png"),
         (["--preview", "absent/a.png"], "no folder absent"),
+        (["--sampler", "rk4"], "argument --sampler: invalid choice"),
+        (["--guidance-interval", "0.8", "0.2"], "expected a guidance interval with 0 <= low <= high <= 1"),
+        (["--guidance-rescale", "2"], "expected a guidance rescale from 0 to 1, got 2.0"),
+        (["--views"], "argument --views: expected at least one argument"),
+        (["--views", "absent.png"], "no such image: absent.png"),
+        (["--size", "-1"], "expected a --size in metres of at least 0, got -1"),
+        (["--size", "nan"], "expected a --size in metres"),
+        (["--faces", "3"], "expected --faces of at least 4, got 3"),
+        (["--up", "X"], "argument --up: invalid choice"),
         (["--colour"], "unrecognized arguments: --colour"),
     ],
 )
@@ -225,6 +252,26 @@ def test_a_result_never_replaces_an_input_or_another_result(tmp_path, image, mod
         arguments = command(image, tmp_path / "a.glb", model, "--mask", mask, "--preview", preview)
         assert "expected a new file for each result, got" in error_of(capsys, arguments)
     assert (image.read_bytes(), mask.read_bytes()) == before and not (tmp_path / "a.glb").exists()
+
+
+def test_several_views_make_one_mesh(tmp_path, image, model, capsys):
+    side, empty, output = tmp_path / "side.png", tmp_path / "empty.png", tmp_path / "a.glb"
+    Image.open(image).rotate(90).save(side)
+    Image.new("RGBA", (64, 48)).save(empty)
+    few = ("--steps", "2", "--guidance-interval", "0", "0.5", "--guidance-rescale", "0.5", "--sampler", "heun")
+    assert main(command(image, output, model, *few)) == 0
+    alone = output.read_bytes()
+    assert main(command(image, output, model, *few, "--views", side, image)) == 0
+    data = output.read_bytes()
+    tree = json.loads(data[20 : 20 + struct.unpack("<I", data[12:16])[0]])
+    assert tree["asset"]["extras"]["views"] == "side.png, object.png" and data != alone
+    capsys.readouterr()
+    assert f"{empty}: the image is fully transparent" in error_of(
+        capsys, command(image, output, model, "--views", side, empty)
+    )
+    assert "expected a new file for each result" in error_of(
+        capsys, command(image, output, model, "--views", side, "--preview", side)
+    )
 
 
 def test_missing_output_is_an_error(image, capsys):

@@ -7,6 +7,7 @@ import torch
 from d3ds2.geometry.voxels import Voxels
 from d3ds2.images.image_file import ImageError
 from d3ds2.pipeline import STAGES, EmptyResultError, GenerationError, build_pipeline, load_pipeline
+from d3ds2.rectified_flow import Sampler
 from d3ds2.storage.model_folder import ModelFolderError, SamplingConfig
 from tests.support.tiny_model import SAMPLING, draw_object, make_networks, write_model
 
@@ -98,6 +99,53 @@ def test_guidance_and_steps_reach_the_sampler(pipeline):
     assert torch.equal(base, pipeline.sample_latents(voxels, tokens, [0], SAMPLING.latent_steps, 7.0))
     assert not torch.equal(base, pipeline.sample_latents(voxels, tokens, [0], guidance_scale=1.0))
     assert not torch.equal(base, pipeline.sample_latents(voxels, tokens, [0], steps=4))
+
+
+def test_a_view_given_twice_is_one_view_and_their_order_does_not_matter(pipeline):
+    front, side = draw_object(), draw_object().rotate(90)
+    views = [pipeline.encode_views([pictures]) for pictures in (front, [front, front], [front, side], [side, front])]
+    structures = [pipeline.sample_structure(tokens, [3]) for tokens in views]
+    alone, twice, both, turned = [{*map(tuple, structure.coords.tolist())} for structure in structures]
+    for one, other in ((alone, twice), (both, turned)):
+        assert len(one ^ other) <= 2  # the order of a sum may decide about a logit at the threshold
+    assert len(alone ^ both) > 2
+
+    alone, twice, both, turned = [pipeline.sample_latents(structures[0], tokens, [3]) for tokens in views]
+    for one, other in ((alone, twice), (both, turned)):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+    assert (alone - both).abs().mean() > 1e-3 * alone.std()
+
+
+def test_several_views_of_several_objects_make_a_mesh_each(pipeline):
+    objects = [[draw_object(), draw_object().rotate(90)], [draw_object((40, 90)), draw_object()]]
+    meshes = pipeline.generate_batch(objects, [3, 4])
+    alone = pipeline.generate(objects[1], 4)
+    assert len(meshes) == 2 and abs(len(meshes[1].faces) - len(alone.faces)) <= 0.01 * len(alone.faces)
+    for wrong in ([objects[0], [draw_object()]], [[], []], []):
+        with pytest.raises(ValueError, match="equally many views"):
+            pipeline.encode_views(wrong)
+
+
+def test_the_sampler_reaches_both_stages(pipeline):
+    tokens = pipeline.encode_image([draw_object()])
+    base = pipeline.sample_latents(voxels := pipeline.sample_structure(tokens, [0]), tokens, [0])
+    grids = {}
+    for name, sampler in {
+        "default": Sampler(),
+        "interval": Sampler(guidance_interval=(0.0, 0.0)),
+        "rescale": Sampler(guidance_rescale=0.7),
+        "heun": Sampler("heun"),
+        "times": Sampler(times=(1.0, 0.5, 0.0)),
+    }.items():
+        grids[name] = pipeline.sample_structure(tokens, [0], sampler=sampler)
+        latents = pipeline.sample_latents(voxels, tokens, [0], sampler=sampler)
+        assert torch.equal(latents, base) == (name == "default")
+    assert torch.equal(grids["default"].coords, voxels.coords)
+    assert torch.equal(grids["interval"].coords, pipeline.sample_structure(tokens, [0], guidance_scale=1.0).coords)
+    calls = []
+    two_steps = Sampler(times=(1.0, 0.5, 0.0))
+    pipeline.generate(draw_object(), on_progress=lambda *call: calls.append(call), sampler=two_steps)
+    assert {call[2] for call in calls if call[0] in ("structure", "latents")} == {2}
 
 
 def test_latents_are_denormalized_for_the_decoder():

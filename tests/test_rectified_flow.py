@@ -1,6 +1,7 @@
 """The flow, its schedule, its training times, noise and sampler, on problems with a known answer."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,13 @@ from d3ds2.networks.image_encoder import ImageTokens
 from d3ds2.networks.latent_dit import LatentDiT, LatentDiTConfig
 from d3ds2.networks.structure_dit import StructureDiT, StructureDiTConfig
 from d3ds2.rectified_flow import (
+    Sampler,
     euler_sample,
     guided_velocity,
     interpolate,
+    mean_velocity,
     noise_for,
+    rescaled,
     sample_t,
     time_schedule,
     velocity_target,
@@ -126,3 +130,100 @@ def test_guidance_is_one_batch_of_both_branches(kind, guidance_scale):
     unconditional = model(x_t, torch.tensor([0.4]), *geometry, tokens.zeroed())
     expected = unconditional + guidance_scale * (conditional - unconditional)
     torch.testing.assert_close(velocity, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["latent", "structure"])
+def test_a_view_given_twice_is_one_view_and_the_order_of_views_does_not_matter(kind):
+    model, x_t, voxels, tokens = make_model(kind)
+    other = replace(tokens, features=torch.randn_like(tokens.features))
+    alone, twice, both, turned = (
+        mean_velocity(model, views, 3.5, voxels=voxels)(x_t, 0.4)
+        for views in ([tokens], [tokens] * 2, [tokens, other], [other, tokens])
+    )
+    torch.testing.assert_close(twice, alone)
+    torch.testing.assert_close(both, turned)
+    torch.testing.assert_close(both, (alone + guided_velocity(model, other, 3.5, voxels)(x_t, 0.4)) / 2)
+    assert not torch.allclose(both, alone, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["latent", "structure"])
+@pytest.mark.parametrize("together", [True, False])
+def test_outside_the_guidance_interval_only_the_conditional_branch_is_evaluated(kind, together):
+    model, x_t, voxels, tokens = make_model(kind)
+    samples = []
+    model.register_forward_pre_hook(lambda _model, arguments: samples.append(arguments[-1].batch_size))
+    velocity = guided_velocity(model, tokens, 3.5, voxels, together, sampler=Sampler(guidance_interval=(0.3, 0.6)))
+    always = guided_velocity(model, tokens, 3.5, voxels, together)
+    never = guided_velocity(model, tokens, 1.0, voxels, together)
+    for t, reference, expected in ((0.2, never, 1), (0.3, always, 2), (0.6, always, 2), (0.61, never, 1)):
+        samples.clear()
+        found = velocity(x_t, t)
+        assert sum(samples) == expected
+        assert found.equal(reference(x_t, t))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["latent", "structure"])
+def test_rescaled_guidance_has_the_spread_of_the_conditional_branch(kind):
+    model, x_t, voxels, tokens = make_model(kind)
+    t = 0.7
+
+    def x_0(scale, amount):
+        sampler = Sampler(guidance_rescale=amount)
+        return x_t - t * guided_velocity(model, tokens, scale, voxels, sampler=sampler)(x_t, t)
+
+    conditional, guided = x_0(1.0, 0.0), x_0(6.0, 0.0)
+    assert not math.isclose(guided.std().item(), conditional.std().item(), rel_tol=1e-3)
+    rescaled_x_0 = x_0(6.0, 1.0)
+    torch.testing.assert_close(rescaled_x_0.std(), conditional.std())
+    torch.testing.assert_close(rescaled_x_0 / rescaled_x_0.std(), guided / guided.std(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(x_0(6.0, 0.5), (rescaled_x_0 + guided) / 2, atol=1e-4, rtol=1e-4)
+    at_the_end = [
+        guided_velocity(model, tokens, 6.0, voxels, sampler=Sampler(guidance_rescale=amount))(x_t, 0.0)
+        for amount in (0.0, 1.0)
+    ]
+    assert at_the_end[0].equal(at_the_end[1])
+
+
+def test_samples_are_rescaled_on_their_own():
+    x, guided, conditional = torch.randn(3, 7, 4).unbind()
+    together = rescaled(guided, conditional, x, 0.5, [3, 4], 0.7)
+    parts = [rescaled(guided[p], conditional[p], x[p], 0.5, [n], 0.7) for p, n in ((slice(3), 3), (slice(3, 7), 4))]
+    assert together.equal(torch.cat(parts))
+
+
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
+def test_the_error_of_a_sampler_falls_with_its_order(method, order):
+    """dx/dt = x has the solution x(0) = x(1) / e."""
+    errors, calls = [], []
+    for steps in (40, 80):
+        times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        end = euler_sample(lambda x, t: (calls.append(t), x)[1], torch.ones(1).double(), times, method=method)
+        errors.append(abs(end.item() - math.exp(-1)))
+    # the last step of Heun's method is Euler's: one step of an error of the second order
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.1)
+    assert len(calls) == (40 + 80 if method == "euler" else 79 + 159) and 0 not in calls
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "rk4"}, "euler, heun"),
+        ({"guidance_interval": (0.6, 0.4)}, "0.6 and 0.4"),
+        ({"guidance_interval": (math.nan, 1.0)}, "nan"),
+        ({"guidance_rescale": 1.5}, "1.5"),
+        ({"times": (0.9, 0.5, 0.0)}, "fall from 1 to 0"),
+        ({"times": (1.0, 0.5, 0.5, 0.0)}, "fall from 1 to 0"),
+        ({"times": (1.0,)}, "fall from 1 to 0"),
+        ({"times": (1.0, math.nan, 0.0)}, "fall from 1 to 0"),
+    ],
+)
+def test_samplers_that_cannot_be_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        Sampler(**values)
+
+
+def test_a_sampler_brings_its_own_times():
+    assert Sampler().steps(9) == 9 and Sampler().schedule(9, 3.0).equal(time_schedule(9, 3.0))
+    own = Sampler(times=(1.0, 0.25, 0.0))
+    assert own.steps(9) == 2 and own.schedule(9, 3.0).tolist() == [1.0, 0.25, 0.0]

@@ -75,6 +75,10 @@ def cut_out(
             return _with_foreground(cut, "nothing stands out from the plain background")
         if method == "plain":
             raise ImageError("the background is not plain; give an image with transparency, a mask, or use rembg")
+    reason = why_rembg_cannot_run(rembg_model)
+    if reason is not None:
+        before = "the background is not plain and " if method == "auto" else ""
+        raise ImageError(f"{before}{reason}; or give an image with transparency, a plain background or a mask")
     return _with_foreground(_rembg(image, rembg_model), "rembg found nothing")
 
 
@@ -95,27 +99,14 @@ def _with_foreground(cut: Image.Image, reason: str) -> Image.Image:
 
 
 def _rembg(image: Image.Image, name: str | None) -> Image.Image:
-    """Cut out the object with rembg and a model file that is already on this machine."""
-    advice = "give an image with transparency or a plain background, or a mask"
-    # importing rembg without onnxruntime ends the whole process, so look first
-    if find_spec("rembg") is None or find_spec("onnxruntime") is None:
-        raise ImageError(f'the background is not plain and rembg is not installed; {advice}, or install "rembg[cpu]"')
+    """Cut out the object with rembg, which can run, and the first of its model files that is on this machine."""
     from rembg import new_session, remove
-    from rembg.sessions import sessions_class
 
-    known = {session.name(): session for session in sessions_class}
-    if name is not None and name not in known:
-        raise ImageError(f"expected a rembg model of {sorted(known)}, got {name!r}")
-    wanted = [n for n in REMBG_MODELS if n in known] if name is None else [name]
-    files = {n: _rembg_file(known[n], n) for n in wanted}
-    present = [n for n in wanted if files[n].is_file()]
-    if not present:
-        place = files[name or "u2net"]
-        raise ImageError(f"the background is not plain and rembg has no model file such as {place}; {advice}")
+    model, file = next((n, file) for n, file in _rembg_files(name).items() if file.is_file())
     try:
-        return remove(image, session=new_session(present[0])).convert("RGBA")
+        return remove(image, session=new_session(model)).convert("RGBA")
     except Exception as error:  # onnxruntime has its own error class for each kind of failure
-        raise ImageError(f"rembg failed with the model {files[present[0]]}: {one_line(error)}") from error
+        raise ImageError(f"rembg failed with the model {file}: {one_line(error)}") from error
 
 
 def alpha_range(image: Image.Image) -> tuple[int, int]:
@@ -124,15 +115,42 @@ def alpha_range(image: Image.Image) -> tuple[int, int]:
     return int(alpha.min()), int(alpha.max())
 
 
-def rembg_is_ready() -> bool:
-    """Return whether rembg is installed and has a model file on this machine, so that it runs without a download."""
-    if find_spec("rembg") is None or find_spec("onnxruntime") is None:
-        return False
+def missing_for_rembg() -> str | None:
+    """Return which package rembg lacks, with advice; None if all are there. Nothing is imported."""
+    if find_spec("rembg") is None:
+        return 'rembg is not installed: pip install "rembg[cpu]"'
+    if find_spec("onnxruntime") is None:  # importing rembg without it would end the whole process
+        return "rembg cannot run, because onnxruntime is not installed: pip install onnxruntime"
+    return None
+
+
+def why_rembg_cannot_run(name: str | None = None) -> str | None:
+    """Return why rembg cannot run without a download, with advice; None if it can.
+
+    Args:
+        name: the model that it is to run; default: any of REMBG_MODELS.
+
+    Raises:
+        ImageError: rembg has no model of this name.
+    """
+    missing = missing_for_rembg()
+    if missing is not None:
+        return missing
+    files = _rembg_files(name)
+    if any(file.is_file() for file in files.values()):
+        return None
+    return f"rembg has no model file such as {files[name or 'u2net']}, and nothing is downloaded: put one there"
+
+
+def _rembg_files(name: str | None) -> dict[str, Path]:
+    """Return where rembg keeps its models, best first, or the one of this name. Raises ImageError if it has none."""
     from rembg.sessions import sessions_class
 
-    return any(
-        _rembg_file(session, session.name()).is_file() for session in sessions_class if session.name() in REMBG_MODELS
-    )
+    known = {session.name(): session for session in sessions_class}
+    if name is not None and name not in known:
+        raise ImageError(f"expected a rembg model of {sorted(known)}, got {name!r}")
+    names = [n for n in REMBG_MODELS if n in known] if name is None else [name]
+    return {n: _rembg_file(known[n], n) for n in names}
 
 
 def _rembg_file(session: type, name: str) -> Path:

@@ -156,13 +156,7 @@ class MeshRenderer:
         """
         if size < 1 or supersample < 1:
             raise ValueError(f"expected size and supersample >= 1, got {size} and {supersample}")
-        light = light or Light()
-        target = self.box.mean(axis=0) if camera.target is None else np.asarray(camera.target, dtype=np.float32)
-        radius = camera.radius
-        if radius is None:
-            radius = float(np.sqrt(np.square(self.vertices - target).sum(axis=1).max())) or 1.0
-        view = _View(camera, target, radius, size, light)
-
+        view = self._view(camera, size, light or Light())
         picture = np.zeros((size, size, 4), dtype=np.float32)  # linear, premultiplied
         top, bottom, left, right = self._window(view)
         rows, columns = np.mgrid[top:bottom, left:right].reshape(2, -1)
@@ -177,6 +171,29 @@ class MeshRenderer:
             samples = self._shade(view, (rows[:, None] + down).ravel(), (columns[:, None] + across).ravel())
             picture[rows, columns] = samples.reshape(len(rows), supersample**2, 4).mean(axis=1)
         return _encode(picture)
+
+    def depth_and_normals(self, camera: Camera, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return what is seen through the centre of each pixel, row 0 at the top.
+
+        Args:
+            size: pixels per edge.
+
+        Returns:
+            The distances (size, size) float32 from the camera's plane, in the mesh's units, infinite beside the mesh;
+            and unit normals (size, size, 3) float32 along the camera's right, up and backward axes, zero beside it.
+
+        Raises:
+            ValueError: the size is below 1.
+        """
+        if size < 1:
+            raise ValueError(f"expected size >= 1, got {size}")
+        view = self._view(camera, size, Light())
+        depth, normals = np.full(size * size, np.inf, np.float32), np.zeros((size * size, 3), np.float32)
+        rows, columns = np.mgrid[:size, :size].reshape(2, -1) + 0.5
+        hits, hit, _, normal = self._trace(view, rows, columns)
+        depth[hit] = hits["tfar"][hit]  # rays advance by 1 along the camera's axis
+        normals[hit] = normal @ view.axes.T
+        return depth.reshape(size, size), normals.reshape(size, size, 3)
 
     def _window(self, view: "_View") -> tuple[int, int, int, int]:
         """Return the pixels that the mesh's bounding box can touch: top, bottom, left, right."""
@@ -196,22 +213,10 @@ class MeshRenderer:
         out = np.zeros((len(rows), 4), dtype=np.float32)
         if len(rows) == 0:
             return out
-        rays = view.rays(rows, columns)
-        hits = self.scene.run(np.broadcast_to(view.origin, rays.shape).copy(), rays, output=1)
-        hit = np.flatnonzero(hits["primID"] >= 0)
+        hits, hit, rays, normal = self._trace(view, rows, columns)
         if len(hit) == 0:
             return out
-        face, rays = hits["primID"][hit], rays[hit]
-        normal = hits["Ng"][hit]
-        facing = np.einsum("ij,ij->i", normal, rays)
-        if self.normals is not None:
-            u, v = hits["u"][hit, None], hits["v"][hit, None]
-            a, b, c = (self.normals[self.faces[face, k]] for k in range(3))
-            normal = a + u * (b - a) + v * (c - a)
-        scale = np.sqrt(np.einsum("ij,ij->i", normal, normal))
-        normal *= (np.where(facing > 0, -1, 1) / np.maximum(scale, 1e-30)).astype(np.float32)[:, None]
-
-        light = view.light
+        face, light = hits["primID"][hit], view.light
         key = np.maximum(normal @ direction(light.elevation, light.azimuth), 0) * light.key
         if light.shadows:
             key *= self._lit(view, rays * hits["tfar"][hit, None], normal)
@@ -225,6 +230,34 @@ class MeshRenderer:
         out[hit, :3] = self._albedo(view, hits, hit, face) * intensity
         out[hit, 3] = 1
         return out
+
+    def _view(self, camera: Camera, size: int, light: Light) -> "_View":
+        target = self.box.mean(axis=0) if camera.target is None else np.asarray(camera.target, dtype=np.float32)
+        radius = camera.radius
+        if radius is None:
+            radius = float(np.sqrt(np.square(self.vertices - target).sum(axis=1).max())) or 1.0
+        return _View(camera, target, radius, size, light)
+
+    def _trace(self, view: "_View", rows: np.ndarray, columns: np.ndarray) -> tuple[dict, *tuple[np.ndarray, ...]]:
+        """Trace rays through positions (n,) in pixels.
+
+        Returns:
+            Embree's table of hits, the places of those (k,) that hit, their rays and unit normals (k,3) float32; a
+            normal that points away from the camera is reversed.
+        """
+        rays = view.rays(rows, columns)
+        hits = self.scene.run(np.broadcast_to(view.origin, rays.shape).copy(), rays, output=1)
+        hit = np.flatnonzero(hits["primID"] >= 0)
+        face, rays = hits["primID"][hit], rays[hit]
+        normal = hits["Ng"][hit]
+        facing = np.einsum("ij,ij->i", normal, rays)
+        if self.normals is not None:
+            u, v = hits["u"][hit, None], hits["v"][hit, None]
+            a, b, c = (self.normals[self.faces[face, k]] for k in range(3))
+            normal = a + u * (b - a) + v * (c - a)
+        scale = np.sqrt(np.einsum("ij,ij->i", normal, normal))
+        normal *= (np.where(facing > 0, -1, 1) / np.maximum(scale, 1e-30)).astype(np.float32)[:, None]
+        return hits, hit, rays, normal
 
     def _albedo(self, view: "_View", hits: dict, hit: np.ndarray, face: np.ndarray) -> np.ndarray:
         """Return the linear colours (n,3) or (1,3) of the points that were hit."""

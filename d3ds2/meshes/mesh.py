@@ -20,7 +20,7 @@ class Mesh:
     """A triangle mesh.
 
     Attributes:
-        vertices: (V,3) float32 in [-1,1]³.
+        vertices: (V,3) float32; in [-1,1]³ as the pipeline makes them, elsewhere once placed or scaled for a file.
         faces: (F,3) int64, counter-clockwise seen from outside.
         normals: (V,3) float32, unit length, outward.
     """
@@ -41,6 +41,12 @@ def area_weighted_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray
     normals[lengths == 0.0] = (0.0, 0.0, 1.0)
     lengths[lengths == 0.0] = 1.0
     return (normals / lengths[:, None]).astype(np.float32)
+
+
+def seamless_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Return `area_weighted_normals`, the same for all vertices in one place: those along a seam of a texture."""
+    places, same = np.unique(vertices, axis=0, return_inverse=True)
+    return area_weighted_normals(places, same.reshape(-1)[faces])[same.reshape(-1)]
 
 
 @kernel

@@ -1,4 +1,4 @@
-"""Write a mesh to a GLB, OBJ, PLY or STL file, whole or not at all; read a mesh from a file of any common kind."""
+"""Write a mesh to a GLB, OBJ, PLY, STL or 3MF file, whole or not at all; read a mesh from a file of any common kind."""
 
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -7,14 +7,16 @@ import numpy as np
 
 from ..storage.atomic_file import check_creatable, replacing
 from ..storage.one_line import OneLineError, one_line
+from .appearance import Appearance, color_bytes, gltf_visual
 from .mesh import Mesh, area_weighted_normals
+from .three_mf import three_mf_bytes
 from .triangles import checked_faces, checked_vertices, used_vertices
 
-FORMATS = (".glb", ".obj", ".ply", ".stl")
-READABLE = (*FORMATS, ".gltf", ".off")
+FORMATS = (".glb", ".obj", ".ply", ".stl", ".3mf")
+READABLE = (".glb", ".obj", ".ply", ".stl", ".gltf", ".off")
 GENERATOR = "ComfyUI-D3DS2"
 OBJ_LINES = 1 << 14  # lines formatted at once
-GREY = (0.6, 0.6, 0.6, 1.0)  # base colour of the GLB material; the format's default is white metal
+GREY = (0.22, 0.22, 0.22, 1.0)  # linear base colour of the GLB material: in the light of viewers, relief shows
 
 
 class MeshFileError(OneLineError):
@@ -55,7 +57,7 @@ def save_mesh(path: str | Path, mesh: Mesh, metadata: dict[str, str | int | floa
     """Write a mesh with its vertex normals and its axes unchanged (Y up); the extension decides the format.
 
     Args:
-        path: ends in .glb, .obj, .ply or .stl. STL has no vertex normals.
+        path: ends in one of FORMATS. STL and 3MF have no vertex normals.
         mesh: one with at least one face.
         metadata: how the mesh was made. GLB keeps it in `asset.extras`; the other formats have no place for it.
 
@@ -71,39 +73,56 @@ def save_mesh(path: str | Path, mesh: Mesh, metadata: dict[str, str | int | floa
         raise MeshFileError(f"cannot write {path}: {error.strerror}") from None
 
 
-def mesh_bytes(kind: str, mesh: Mesh, metadata: dict[str, str | int | float] | None = None) -> bytes:
-    """Return the content of a mesh file; `kind` is one of FORMATS. Arguments and errors as in `save_mesh`."""
+def mesh_bytes(
+    kind: str,
+    mesh: Mesh,
+    metadata: dict[str, str | int | float] | None = None,
+    appearance: Appearance | None = None,
+) -> bytes:
+    """Return the content of a mesh file; `kind` is one of FORMATS. Arguments and errors as in `save_mesh`.
+
+    Of the appearance, a file gets what it can hold: see `not_held`.
+    """
     import trimesh  # slow to import, and needed only at the end of a run
 
+    look = appearance or Appearance()
     if kind not in FORMATS:
         raise MeshFileError(f"expected an output that ends in {', '.join(FORMATS)}, got {kind!r}")
     if len(mesh.faces) == 0:
         raise MeshFileError("expected a mesh with faces, got none")
     if kind == ".obj":
-        return _obj_bytes(mesh)
+        return _obj_bytes(mesh, look)
+    if kind == ".3mf":
+        return three_mf_bytes(mesh.vertices, mesh.faces)
     exported = trimesh.Trimesh(
         np.asarray(mesh.vertices), np.asarray(mesh.faces), vertex_normals=np.asarray(mesh.normals), process=False
     )
     arguments: dict[str, Any] = {".stl": {}, ".ply": {"vertex_normal": True}, ".glb": {"include_normals": True}}[kind]
     if kind == ".glb":
-        material = trimesh.visual.material.PBRMaterial(baseColorFactor=GREY, metallicFactor=0.0, roughnessFactor=0.8)
-        exported.visual = trimesh.visual.TextureVisuals(material=material)
+        exported.visual = gltf_visual(look, GREY, roughness=0.8)
 
         def describe(tree: dict) -> None:
             tree["asset"] |= {"generator": GENERATOR, "extras": metadata or {}}
 
         arguments["tree_postprocessor"] = describe
+    if kind == ".ply" and look.colors is not None:
+        exported.visual.vertex_colors = color_bytes(look.colors)
     return exported.export(file_type=kind[1:], **arguments)
 
 
-def _obj_bytes(mesh: Mesh) -> bytes:
+def _obj_bytes(mesh: Mesh, look: Appearance) -> bytes:
     """Return OBJ text, made piece by piece: trimesh's writer holds the GIL for seconds, and nobody could cancel."""
     parts = [f"# {GENERATOR}\n"]
-    for line, rows in (
-        ("v %.8g %.8g %.8g\n", mesh.vertices),
-        ("vn %.5g %.5g %.5g\n", mesh.normals),
-        ("f %d//%d %d//%d %d//%d\n", np.repeat(mesh.faces + 1, 2, axis=1)),
-    ):
+    vertices = ("v %.8g %.8g %.8g\n", mesh.vertices)
+    if look.colors is not None:  # an extension that most programs read
+        vertices = ("v %.8g %.8g %.8g %.4g %.4g %.4g\n", np.hstack([mesh.vertices, look.colors[:, :3]]))
+    normals = ("vn %.5g %.5g %.5g\n", mesh.normals)
+    if look.uvs is None:
+        rest = [normals, ("f %d//%d %d//%d %d//%d\n", np.repeat(mesh.faces + 1, 2, axis=1))]
+    else:  # (0, 0) is the lower left corner
+        faces = ("f %d/%d/%d %d/%d/%d %d/%d/%d\n", np.repeat(mesh.faces + 1, 3, axis=1))
+        rest = [("vt %.7g %.7g\n", look.uvs * [1, -1] + [0, 1]), normals, faces]
+    for line, rows in (vertices, *rest):
         for start in range(0, len(rows), OBJ_LINES):
             piece = rows[start : start + OBJ_LINES]
             parts.append(line * len(piece) % tuple(piece.ravel().tolist()))

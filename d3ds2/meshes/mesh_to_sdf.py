@@ -28,6 +28,7 @@ BAND = {
     1024: 4.0,
 }  # voxels by resolution (paper, Table 1)
 SHARP_RADIUS = 2.0  # voxels
+FITTED_SCALE = 0.95  # of the cube is filled by a mesh that is fitted into it
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class SparseSDF:
         return self.values[self.active]
 
 
-def normalize_mesh(vertices: np.ndarray, scale: float = 0.95) -> np.ndarray:
+def normalize_mesh(vertices: np.ndarray, scale: float = FITTED_SCALE) -> np.ndarray:
     """Centre the bounding box of vertices (V,3) at the origin and make its longest side 2 * scale; (V,3) float32.
 
     Raises:

@@ -8,16 +8,19 @@ A kernel calls only kernels of its own file, because numba keeps the machine cod
 
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numba
+from numba.core.event import Listener, install_listener
 
 
 def kernel(function: Callable) -> Callable:
-    """Compile `function` at its first call, and keep the machine code on disk where a folder is writable.
+    """Compile `function` at its first call, and keep the machine code on disk: once per machine.
+
+    It is kept beside the source, or, where that cannot be written, in the user's cache folder.
 
     The kept code names the module that it was compiled in, and ComfyUI loads this package under a name that contains
     its path. So each such name gets its own files, which numba names after the function's qualified name.
@@ -35,6 +38,25 @@ def kernel(function: Callable) -> Callable:
 
     compiled._cache.save_overload = save_if_possible
     return compiled
+
+
+@contextmanager
+def announce_numba(notify: Callable[[], object]) -> Generator[None]:
+    """Call notify() once in the block, when a loop begins to be compiled because its machine code is not on disk."""
+    with install_listener("numba:compile", _Announcer(notify)):
+        yield
+
+
+class _Announcer(Listener):
+    def __init__(self, notify: Callable[[], object]):
+        self.notify_once: Callable[[], object] | None = notify
+
+    def on_start(self, event: Any) -> None:
+        notify, self.notify_once = self.notify_once, None
+        if notify is not None:
+            notify()
+
+    def on_end(self, event: Any) -> None: ...
 
 
 def for_ranges(function: Callable[..., None], count: int, threads: int | None, *args: Any) -> None:

@@ -27,6 +27,16 @@ def image_encoder_bytes(config: ImageEncoderConfig, images: int, dtype: torch.dt
     return _with_margin(22 * tokens * config.hidden_size * dtype.itemsize)
 
 
+def image_tokens_bytes(config: ImageEncoderConfig, images: int, dtype: torch.dtype) -> int:
+    """Estimate the bytes that the tokens of `images` views of an object take while a transformer samples.
+
+    Every view keeps its tokens, the zeros of the second guidance branch, and both as one batch.
+    """
+    patches = (config.image_size // config.patch_size) ** 2
+    tokens = (1 + config.num_registers + patches) * images
+    return int(MARGIN * 4 * tokens * (config.hidden_size * dtype.itemsize + 17))  # 17: coordinates and foreground
+
+
 def structure_dit_bytes(config: StructureDiTConfig, branches: int, dtype: torch.dtype) -> int:
     """Estimate the bytes for one step with `branches` passes: 1 for each sample, or 2 with guidance."""
     return _with_margin(16 * branches * config.resolution**3 * config.hidden_size * dtype.itemsize)

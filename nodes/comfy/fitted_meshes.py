@@ -1,4 +1,4 @@
-"""Meshes -> vertices and faces in a model's box, one mesh at a time."""
+"""Meshes -> vertices and faces in a model's box, and the way back to their own places, one mesh at a time."""
 
 from __future__ import annotations
 
@@ -14,35 +14,44 @@ if TYPE_CHECKING:
 
     from ...d3ds2.meshes.mesh import Mesh
     from ...d3ds2.meshes.mesh_to_sdf import SparseSDF
+    from ...d3ds2.meshes.placement import Placement
 
 Result = TypeVar("Result")
 
 
 def for_each_mesh(
     meshes: list[Mesh], fit: bool, resolution: int, progress: Progress, make: Callable[..., Result]
-) -> Iterator[Result]:
-    """Yield make(vertices (V, 3) in [-1, 1]³, faces (F, 3)) for each mesh. Cancel interrupts it.
+) -> Iterator[tuple[Result, Placement]]:
+    """Yield make(vertices (V, 3) in [-1, 1]³, faces (F, 3)) and the place of each mesh. Cancel interrupts it.
 
     Args:
-        fit: centre each mesh and scale it to the box; otherwise it must already lie in the box.
+        fit: centre each mesh and scale it to the box; otherwise it must already lie in core's box [-0.5, 0.5]³.
         resolution: SDF voxels per edge, for the status text.
         progress: counts the meshes.
 
     Raises:
         ValueError: a mesh extends beyond the box, and `fit` is off.
     """
-    from ...d3ds2.meshes.mesh_to_sdf import normalize_mesh
+    from ...d3ds2.meshes import placement
+    from ...d3ds2.meshes.triangles import used_vertices
 
     for index, mesh in enumerate(meshes):
         progress.status(f"mesh {index + 1}/{len(meshes)}: {len(mesh.faces):,} faces to distances at {resolution}³")
         with sample(index, len(meshes)):
-            vertices = normalize_mesh(mesh.vertices) if fit else mesh.vertices
-            reach = abs(vertices).max()
-            if reach > 1:
-                raise ValueError(
-                    f"the mesh extends beyond the box [-1, 1]³, to {reach:.3g}: turn on fit, or scale the mesh down."
-                )
-            yield run_cancellable(make, vertices, mesh.faces)
+            vertices, faces = used_vertices(mesh.vertices, mesh.faces)
+            if fit:
+                vertices, place = placement.fit(vertices)
+            else:
+                reach = abs(vertices).max()
+                if reach > 0.5:
+                    raise ValueError(
+                        f"the mesh extends beyond the box [-0.5, 0.5]³, to {reach:.3g}: turn on fit, or scale the mesh "
+                        "down."
+                    )
+                vertices, place = 2 * vertices, placement.HALF_BOX
+            with progress.compiling_shown():
+                made = run_cancellable(make, vertices, faces)
+            yield made, place
         progress.update(index + 1)
 
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = "direct3d_s2"
 TINY = "tiny"
 PICTURE_PREFIX = "d3ds2_"
+PLACED = "d3ds2_example_pictures.txt"
 
 
 def register_model_folder() -> None:
@@ -53,14 +54,21 @@ def model_folder(name: str) -> Path:
 
 
 def place_example_pictures() -> None:
-    """Copy workflows/*.png, the pictures that the workflows load, into ComfyUI's input folder. Existing files stay.
+    """Copy workflows/*.png, the pictures that the workflows load, into ComfyUI's input folder, each once.
 
-    If the folder cannot be written, nothing is copied, and the workflows ask for a picture.
+    Existing files stay, and a picture that the user has deleted does not come back: a list in ComfyUI's user folder
+    says which were placed. If a folder cannot be written, the workflows ask for a picture.
     """
-    folder = Path(folder_paths.get_input_directory())
+    folder, placed = Path(folder_paths.get_input_directory()), Path(folder_paths.get_user_directory()) / PLACED
     with suppress(OSError):
+        before = placed.read_text(encoding="utf-8").splitlines() if placed.is_file() else []
         folder.mkdir(parents=True, exist_ok=True)
-        for picture in (ROOT / "workflows").glob("*.png"):
+        pictures = sorted((ROOT / "workflows").glob("*.png"))
+        new = [picture for picture in pictures if PICTURE_PREFIX + picture.name not in before]
+        for picture in new:
             target = folder / (PICTURE_PREFIX + picture.name)
             if not target.exists():
                 shutil.copyfile(picture, target)
+        if new:
+            placed.parent.mkdir(parents=True, exist_ok=True)
+            placed.write_text("\n".join([*before, *(PICTURE_PREFIX + p.name for p in new)]) + "\n", encoding="utf-8")

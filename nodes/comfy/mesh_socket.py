@@ -33,8 +33,8 @@ def fit_inputs(shell_tooltip: str) -> list[io.Input]:
         io.Boolean.Input(
             "fit",
             default=True,
-            tooltip="Centre the mesh and scale it to the model's box. When off, the mesh must already lie in "
-            "[-1, 1]³ and is not moved.",
+            tooltip="Centre the mesh and scale it to the model's box; the result returns to the mesh's own size and "
+            "place. When off, the mesh must already lie in [-0.5, 0.5]³, as VAE Decode SDF gives it, and is not moved.",
         ),
         io.Float.Input("shell", default=0.55, min=0.5, max=4.0, step=0.05, tooltip=shell_tooltip, advanced=True),
     ]
@@ -59,13 +59,18 @@ def from_socket(socket: Types.MESH | Types.File3D) -> list[Mesh]:
     """Return the meshes of a MESH, or the one in a file. Missing normals are computed from the faces.
 
     Raises:
-        ValueError: a mesh has no faces, face indices out of range or coordinates that are not finite; a file cannot
-            be read.
+        ValueError: there is no mesh; a mesh has no faces, face indices out of range or coordinates that are not
+            finite; a file cannot be read.
     """
-    from ...d3ds2.meshes.mesh import Mesh, area_weighted_normals
+    from ...d3ds2.meshes.mesh import Mesh, area_weighted_normals, seamless_normals
     from ...d3ds2.meshes.mesh_file import read_mesh
     from ...d3ds2.meshes.triangles import checked_faces, checked_vertices
 
+    if socket is None:
+        raise ValueError(
+            "no mesh came in: Load 3D gives none while its model_file is `none`. Choose a file there, or connect a "
+            "MESH."
+        )
     if isinstance(socket, Types.File3D):
         return [run_cancellable(read_mesh, socket.get_data(), f".{socket.format}")]
     meshes = []
@@ -88,7 +93,8 @@ def from_socket(socket: Types.MESH | Types.File3D) -> list[Mesh]:
             checked_faces(faces, len(checked_vertices(vertices)))
         except ValueError as error:
             raise ValueError(f"{which} is damaged: {error}") from None
-        normals = area_weighted_normals(vertices, faces)
+        cut = getattr(socket, "uvs", None) is not None  # along the seams of its texture
+        normals = (seamless_normals if cut else area_weighted_normals)(vertices, faces)
         if isinstance(normals_given, torch.Tensor) and normals_given.shape == socket.vertices.shape:
             given = _copy(normals_given[i][:vertex_count].float())
             normals = given if np.isfinite(given).all() else normals

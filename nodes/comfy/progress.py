@@ -48,6 +48,23 @@ class Progress:
         if server is not None and self.node_id is not None:
             server.send_progress_text(without_tags(text), self.node_id, getattr(server, "client_id", None))
 
+    @contextmanager
+    def compiling_shown(self) -> Generator[None]:
+        """Say in the line of text if something is compiled in the block, as in the first run on a machine."""
+        from ...d3ds2.compiling import announce_compiling
+
+        with announce_compiling(self.status):
+            yield
+
+    def result(self, *lines: str) -> dict[str, tuple[str, ...]]:
+        """Show the last lines of text, and return them as `ui` output: newer front ends clear progress at a job's end.
+
+        web/status_text.js shows them again. They are not called `text`: ComfyUI 0.16.3 would list that as a file of the
+        job, which its own front end cannot read.
+        """
+        self.status("; ".join(lines))
+        return {"status_text": tuple(without_tags(line) for line in lines)}
+
     def update(self, done: int, picture: Callable[[], Image.Image] | None = None) -> None:
         """Report that `done` of `total` are done. This is a cancel point.
 

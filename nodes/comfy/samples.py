@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ...d3ds2.geometry.voxels import Voxels
+    from ...d3ds2.meshes.placement import Placement
 
 
 def seed_of(seed: int, index: int) -> int:
@@ -56,12 +57,12 @@ def object_pictures(images: torch.Tensor) -> list[Image.Image]:
     return cut_outs
 
 
-def pack_structure(parts: list[Voxels]) -> Structure:
-    """Return the voxels of single samples as one structure on the CPU."""
+def pack_structure(parts: list[Voxels], places: Sequence[Placement] = ()) -> Structure:
+    """Return the voxels of single samples as one structure on the CPU, with the places of the meshes they are of."""
     from ...d3ds2.geometry.voxels import Voxels
 
     voxels = Voxels.cat([part.to("cpu") for part in parts])
-    return Structure(voxels.coords, voxels.resolution, voxels.batch_size)
+    return Structure(voxels.coords, voxels.resolution, voxels.batch_size, tuple(places))
 
 
 def voxel_grid(structure: Structure) -> Types.VOXEL:
@@ -79,6 +80,12 @@ def token_text(structure: Structure) -> str:
     """Return a text such as "2,134 tokens at 32³", or "2,134 + 980 tokens at 32³" for a batch."""
     counts = structure.coords[:, 0].bincount(minlength=structure.batch_size).tolist()
     return f"{' + '.join(f'{count:,}' for count in counts)} tokens at {structure.resolution}³"
+
+
+def structure_results(structure: Structure) -> tuple[Structure, Types.VOXEL, str, int]:
+    """Return the values of `structure_outputs`."""
+    counts = structure.coords[:, 0].bincount(minlength=structure.batch_size)
+    return structure, voxel_grid(structure), token_text(structure), int(counts.max())
 
 
 def check_structure(model: Model, structure: Structure) -> None:

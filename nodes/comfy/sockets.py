@@ -18,6 +18,7 @@ from comfy_api.latest import io
 
 if TYPE_CHECKING:
     from ...d3ds2.geometry.voxels import Voxels
+    from ...d3ds2.meshes.placement import Placement
     from ...d3ds2.pipeline import Pipeline, Stage
 
 ModelSocket = io.Custom("D3DS2_MODEL")
@@ -34,9 +35,7 @@ def sampling_inputs(seed_tooltip: str) -> list[io.Input]:
     """Return the inputs of every sampling node: seed, steps and guidance_scale."""
     return [
         io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=True, tooltip=seed_tooltip),
-        io.Int.Input(
-            "steps", default=0, min=0, max=200, tooltip="The number of Euler steps; 0 uses the model's default."
-        ),
+        io.Int.Input("steps", default=0, min=0, max=200, tooltip="The number of steps; 0 uses the model's default."),
         io.Float.Input(
             "guidance_scale",
             default=0.0,
@@ -50,13 +49,14 @@ def sampling_inputs(seed_tooltip: str) -> list[io.Input]:
 
 
 def structure_outputs() -> list[io.Output]:
-    """Return the outputs of every node that makes a structure: the structure, its VOXEL, and its size as text."""
+    """Return the outputs of every node that makes a structure: itself, its VOXEL, its size as text and as a number."""
     return [
         StructureSocket.Output("structure", tooltip="For SSA-DiT Sample."),
         io.Voxel.Output(
             "voxel", tooltip="The structure as ComfyUI's VOXEL. Connect it to Voxel to Mesh to look at it."
         ),
         io.String.Output("tokens", tooltip="The number of tokens that stage two will process, as text."),
+        io.Int.Output("token_count", tooltip="The number of tokens; of a batch, that of the largest structure."),
     ]
 
 
@@ -91,12 +91,21 @@ class Model:
 class Structure:
     """Occupied latent voxels: coords (N, 4) int32 [sample, x, y, z], in the order of `Voxels`; each sample has some.
 
+    A structure that was made of meshes also has the place of each, so that what is decoded returns there.
+
     Raises ValueError for coords of another kind.
     """
 
     coords: torch.Tensor
     resolution: int
     batch_size: int
+    places: tuple[Placement, ...] = ()
+
+    def place_of(self, index: int) -> Placement:
+        """Return where the mesh of a sample belongs: where it came from, else in core's box [-0.5, 0.5]³."""
+        from ...d3ds2.meshes.placement import HALF_BOX
+
+        return self.places[index] if self.places else HALF_BOX
 
     def __post_init__(self) -> None:
         if self.coords.ndim != 2 or self.coords.shape[1] != 4 or self.coords.dtype != torch.int32:

@@ -55,6 +55,15 @@ def press_run(page: Browser, seconds: float) -> None:
         raise PageError(f"{end}: {message}")
 
 
+def status_texts(page: Browser) -> dict[str, str]:
+    """Return the line of text under each node, by the node's id, some time after the end of a run."""
+    page.js("await new Promise(done => setTimeout(done, 2000))")  # front end 1.58 clears progress texts at the end
+    return page.js(
+        "return Object.fromEntries(app.graph._nodes.map(n => [n.id, n.widgets?.find("
+        "w => w.name === '$$node-text-preview')?.value]).filter(([_, text]) => text))"
+    )
+
+
 def wait_for_mesh(page: Browser, index: int, before: np.ndarray) -> None:
     """Wait until a viewer has loaded its file and shows something solid; `before` (H, W, 3) is its picture when empty.
 

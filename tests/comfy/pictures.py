@@ -2,7 +2,8 @@
 
     .venv/bin/python -m tests.comfy.pictures [TEMPLATE ...]
 
-workflows/<template>.jpg is what its last 3D viewer shows; web/images/comfyui_<template>.jpg is the whole window.
+workflows/<template>.jpg is what its last 3D viewer shows; web/images/comfyui_<template>.jpg is the whole window. The
+latter has underscores and small letters in its name.
 """
 
 import sys
@@ -51,7 +52,7 @@ def take(page: Browser, server: ComfyServer, file: Path) -> None:
         wait_for_mesh(page, index, before)
     page.js("await new Promise(done => setTimeout(done, 3000))")  # until the notices are gone
     window = Image.fromarray(page.picture())
-    window.save(PACK / "web" / "images" / f"comfyui_{file.stem}.jpg", quality=85)
+    window.save(PACK / "web" / "images" / f"comfyui_{file.stem.lower().replace('-', '_')}.jpg", quality=85)
     page.js(CLOSE_UP)
     box = viewer_boxes(page, 1)[0]
     side = min(box["width"], box["height"]) - 2 * EDGE

@@ -13,7 +13,7 @@ from PIL import Image
 from d3ds2.pipeline import TINY
 from tests.comfy.prompts import DECODE, EXPORT, LATENT, MODEL, PICTURE, STRUCTURE, VIEW, graph
 from tests.comfy.server import ComfyServer, PromptRefused, Run
-from tests.comfy.workflow_file import WORKFLOWS, nodes_of, read, to_prompt, with_widgets
+from tests.comfy.workflow_file import BLUEPRINT, WORKFLOWS, nodes_of, read, to_prompt, with_widgets, without_subgraph
 from tests.support.tiny_model import draw_object
 
 
@@ -63,6 +63,31 @@ def test_shipped_workflows_run(server, file):
     assert sorted(shown) == sorted(str(glb.relative_to(server.output)) for glb in files)
 
 
+def test_the_blueprint_runs(server):
+    prompt = to_prompt(without_subgraph(read(BLUEPRINT), "d3ds2_demo_background.png"), server.get("/object_info"))
+    run = server.run(with_widgets(prompt, {"steps": 2, "target_faces": 5000}))
+    (file,) = files_of(server, run)
+    assert 1000 < len(geometry(file)[1]) <= 6000
+    (shown,) = [output["result"] for output in run.outputs.values() if "result" in output]
+    assert shown[0] == str(file.relative_to(server.output)) and set(shown[1]["position"]) == {"x", "y", "z"}
+
+
+def test_several_views_make_one_mesh(server):
+    """Core batches two pictures; its scheduler gives the times."""
+    draw_object(mode="RGB").rotate(90, fillcolor="white").save(server.input / "side.png")
+    prompt = graph(seed=7)
+    prompt["8"] = {"class_type": "LoadImage", "inputs": {"image": "side.png"}}
+    prompt["9"] = {"class_type": "ImageBatch", "inputs": {"image1": [PICTURE, 0], "image2": ["8", 0]}}
+    times = {"steps": 4, "sigma_max": 1.0, "sigma_min": 0.05, "rho": 7.0}
+    prompt["10"] = {"class_type": "KarrasScheduler", "inputs": times}
+    for node in (STRUCTURE, LATENT):
+        prompt[node]["inputs"] |= {"image": ["9", 0], "views_of_one_object": True, "sigmas": ["10", 0]}
+    run = server.run(prompt)
+    assert len(files_of(server, run)) == 1
+    for node in (STRUCTURE, LATENT):
+        assert [data["max"] for data in run.all("progress") if data["node"] == node][-1] == 4
+
+
 def test_each_step_is_seen(server):
     run = server.run(graph(seed=40))
     assert run.end == "execution_success", run.error
@@ -77,6 +102,9 @@ def test_each_step_is_seen(server):
 def test_a_second_run_computes_nothing(server):
     prompt = graph(seed=41)
     first, second = server.run(prompt), server.run(prompt)
+    texts = {node: output["status_text"][0] for node, output in first.outputs.items()}
+    assert "tokens" in texts[STRUCTURE] and "tokens" in texts[LATENT] and " faces in mesh_" in texts[EXPORT]
+    assert second.outputs[EXPORT] == first.outputs[EXPORT]
     assert first.executed >= {STRUCTURE, LATENT, DECODE, EXPORT}
     assert second.end == "execution_success" and not second.executed
     assert files_of(server, second) == files_of(server, first)
@@ -184,7 +212,51 @@ def test_a_latent_of_another_model_is_refused(server):
 
 
 def test_a_memory_budget_that_holds_nothing_is_refused(server):
-    assert "Raise it, or set it to 0" in server.run(graph(memory_budget_gb=0.0001)).error
+    run = server.run(graph(memory_budget_gb=0.0001))
+    assert "Raise it, or set it to 0" in run.error
+    assert run.all("execution_error")[0]["node_id"] == LATENT  # before it samples anything
+    assert not [text for text in run.all("text") if text[0] == LATENT]
+
+
+def test_the_none_of_load_3d_is_refused_in_words(server):
+    load = {"model_file": "none", "image": dict.fromkeys(("image", "mask", "normal"), "object.png"), "width": 64}
+    load["image"] |= {"recording": "", "camera_info": {}}
+    prompt = {"1": {"class_type": "Load3D", "inputs": load | {"height": 64}}}
+    info = server.get("/object_info/Load3D")["Load3D"]
+    if "none" not in str(info["input"]["required"]["model_file"]):
+        pytest.skip("this Load 3D has no `none`")
+    outputs = info["output"]
+    place = next((index for index, kind in enumerate(outputs) if kind.startswith("FILE_3D")), None)
+    if place is None:
+        pytest.skip("this Load 3D gives no file")
+    export = graph()[EXPORT]
+    export["inputs"]["mesh"] = ["1", place]
+    assert "Load 3D gives none while its model_file is `none`" in server.run(prompt | {EXPORT: export}).error
+
+
+def test_pictures_of_a_mesh_say_which_package_they_need(server):
+    """It is not installed here, because nothing else needs it."""
+    inputs = {"mesh": [DECODE, 0], "sides": 1, "azimuth": 0.0, "elevation": 15.0, "resolution": 64}
+    prompt = graph(seed=42) | {"8": {"class_type": "D3DS2MeshPictures", "inputs": inputs}}
+    prompt["9"] = {"class_type": "PreviewImage", "inputs": {"images": ["8", 1]}}
+    assert "rendering needs embreex, which is not installed: pip install embreex" in server.run(prompt).error
+
+
+def test_a_prefix_may_come_from_another_node(server):
+    prompt = graph()
+    prompt["8"] = {"class_type": "PrimitiveString", "inputs": {"value": "linked/name"}}
+    prompt[EXPORT]["inputs"]["filename_prefix"] = ["8", 0]
+    (file,) = files_of(server, server.run(prompt))
+    assert file.name.startswith("name_") and file.parent.name == "linked"
+
+
+def test_rembg_is_refused_before_the_prompt_runs(server):
+    """It is not installed here."""
+    inputs = {"image": [PICTURE, 0], "method": "rembg", "invert_mask": "auto", "foreground_ratio": 0.9}
+    prompt = graph() | {"8": {"class_type": "D3DS2RemoveBackground", "inputs": inputs}}
+    prompt[STRUCTURE]["inputs"]["image"] = ["8", 0]
+    with pytest.raises(PromptRefused, match="rembg is not installed: pip install"):
+        server.run(prompt)
 
 
 def test_an_empty_mask_says_what_to_do(server):

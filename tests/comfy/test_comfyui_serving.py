@@ -7,24 +7,25 @@ import pytest
 
 from tests.comfy.installation import PACK
 from tests.comfy.server import MODULE, PACK_NAME, ComfyServer
-from tests.comfy.workflow_file import WORKFLOWS, pictures_of, read, to_prompt
+from tests.comfy.workflow_file import BLUEPRINT, WORKFLOWS, pictures_of, read, to_prompt, without_subgraph
 
 IDS = {
     "LoadD3DS2Model": "Load D3DS2 Model",
-    "D3DS2RemoveBackground": "Remove Background",
-    "D3DS2SparseStructureSample": "Sparse Structure Sample",
-    "D3DS2SSADiTSample": "SSA-DiT Sample",
-    "D3DS2VAEDecodeSDF": "VAE Decode SDF",
+    "D3DS2RemoveBackground": "Remove Background (Direct3D-S2)",
+    "D3DS2SparseStructureSample": "Sparse Structure Sample (Rough Shape)",
+    "D3DS2SSADiTSample": "SSA-DiT Sample (Surface Detail)",
+    "D3DS2VAEDecodeSDF": "VAE Decode SDF (Latent to Mesh)",
     "D3DS2MeshExport": "Mesh Export",
-    "D3DS2VAEEncodeMesh": "VAE Encode Mesh",
+    "D3DS2VAEEncodeMesh": "VAE Encode Mesh (Mesh to Latent)",
     "D3DS2StructureFromMesh": "Structure From Mesh",
+    "D3DS2MeshPictures": "Mesh Pictures",
 }
 TEMPLATES = {
-    "image_to_mesh",
-    "image_to_mesh_with_background_removal",
-    "structure_preview",
-    "refine_mesh",
-    "low_memory",
+    "Image-to-Mesh",
+    "Image-to-Mesh-with-Background-Removal",
+    "Structure-Preview",
+    "Refine-a-Mesh",
+    "Low-Memory",
 }
 
 
@@ -81,6 +82,15 @@ def test_templates_are_listed_with_their_pictures(comfyui):
         with urllib.request.urlopen(f"{comfyui.url}/api/workflow_templates/{PACK_NAME}/{name}.jpg") as picture:
             assert picture.headers["Content-Type"] == "image/jpeg"
             assert picture.read(3) == b"\xff\xd8\xff"
+
+
+def test_the_blueprint_is_listed(comfyui, nodes):
+    listed = {entry["name"]: (key, entry) for key, entry in comfyui.get("/global_subgraphs").items()}
+    key, entry = listed[BLUEPRINT.stem]
+    assert entry["source"] == "custom_node" and entry["info"]["node_pack"] == MODULE
+    assert json.loads(comfyui.get(f"/global_subgraphs/{key}")["data"]) == read(BLUEPRINT)
+    prompt = to_prompt(without_subgraph(read(BLUEPRINT), "d3ds2_demo_input.png"), nodes)
+    assert {"LoadD3DS2Model", "D3DS2RemoveBackground", "D3DS2MeshExport"} <= {n["class_type"] for n in prompt.values()}
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)

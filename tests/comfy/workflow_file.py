@@ -9,6 +9,8 @@ from tests.comfy.installation import PACK
 from tests.comfy.server import Graph
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
+BLUEPRINT = PACK / "subgraphs" / "Image to 3D (Direct3D-S2).json"
+INPUT, OUTPUT = -10, -20  # the ids that a subgraph's own inputs and outputs have in its links
 NOTES = ("Note", "MarkdownNote")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 MUTED, BYPASSED = 2, 4
@@ -53,6 +55,67 @@ def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> Graph:
     return prompt
 
 
+def without_subgraph(blueprint: dict[str, Any], picture: str) -> dict[str, Any]:
+    """Return a blueprint as a workflow without subgraphs, which a Load Image feeds and a Preview 3D ends.
+
+    The values of the widgets are those of the node that stands for the subgraph.
+
+    Raises AssertionError where that node, the subgraph's inputs and outputs, and its links differ.
+    """
+    (host,), (subgraph,) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
+    assert host["type"] == subgraph["id"]
+    for side in ("inputs", "outputs"):
+        assert [(s["name"], s["type"]) for s in host[side]] == [(s["name"], s["type"]) for s in subgraph[side]]
+    widgets = [name for _, name in host["properties"]["proxyWidgets"]]
+    assert widgets == [socket["name"] for socket in host["inputs"] if "widget" in socket]
+    values = dict(zip(widgets, host["widgets_values"], strict=True))
+    nodes = {node["id"]: node for node in json.loads(json.dumps(subgraph["nodes"]))}
+    load, view = max(nodes) + 1, max(nodes) + 2
+    outlets = {"image": (load, 0), "mask": (load, 1)}
+    nodes[load] = {
+        "id": load,
+        "type": "LoadImage",
+        "mode": 0,
+        "inputs": [],
+        "outputs": [{"type": "IMAGE", "links": []}, {"type": "MASK", "links": []}],
+        "widgets_values": [picture, "image"],
+    }
+    nodes[view] = {
+        "id": view,
+        "type": "Preview3D",
+        "mode": 0,
+        "inputs": [{"name": "camera_info", "link": None}, {"name": "model_file", "link": None}],
+        "outputs": [],
+        "widgets_values": ["", ""],
+    }
+    links, used = [], {socket["name"]: [] for socket in (*subgraph["inputs"], *subgraph["outputs"])}
+    for link in subgraph["links"]:
+        source, slot, target, place = (link[key] for key in ("origin_id", "origin_slot", "target_id", "target_slot"))
+        if source == INPUT:
+            name = subgraph["inputs"][slot]["name"]
+            used[name].append(link["id"])
+            socket = nodes[target]["inputs"][place]
+            if name in values:
+                assert socket["widget"]["name"] == name
+                _set_widget(nodes[target], name, values[name])
+                socket["link"] = None
+                continue
+            source, slot = outlets[name]
+            nodes[source]["outputs"][slot]["links"].append(link["id"])
+        if target == OUTPUT:
+            name = subgraph["outputs"][place]["name"]
+            used[name].append(link["id"])
+            target, place = view, {"camera": 0, "path": 1}.get(name)
+            if place is None:  # nobody takes it
+                nodes[source]["outputs"][slot]["links"].remove(link["id"])
+                continue
+            nodes[view]["inputs"][place]["link"] = link["id"]
+        links.append([link["id"], source, slot, target, place, link["type"]])
+    for socket in (*subgraph["inputs"], *subgraph["outputs"]):
+        assert socket["linkIds"] == used[socket["name"]], f"links of {socket['name']}"
+    return {"nodes": [*nodes.values()], "links": links}
+
+
 def nodes_of(prompt: Graph, class_type: str) -> list[str]:
     """Return the ids of the nodes of a class."""
     return [key for key, node in prompt.items() if node["class_type"] == class_type]
@@ -72,16 +135,29 @@ def pictures_of(prompts: Iterable[Graph]) -> set[str]:
     return {prompt[key]["inputs"]["image"] for prompt in prompts for key in nodes_of(prompt, "LoadImage")}
 
 
+def _set_widget(node: dict[str, Any], name: str, value: Any) -> None:
+    """Set the value of a widget in a saved node, whose values stand in the order of its widgets."""
+    names = []
+    for socket in node["inputs"]:
+        if "widget" in socket:
+            names += [socket["name"], "control_after_generate"] if socket["name"] == "seed" else [socket["name"]]
+    node["widgets_values"][names.index(name)] = value
+
+
 def _specs(info: dict[str, Any]) -> dict[str, list]:
     return info["input"].get("required", {}) | info["input"].get("optional", {})
 
 
 def _widget_values(node: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
     values, inputs = list(node.get("widgets_values", [])), {}
+    optional = info["input"].get("optional", {})
     for name, (kind, *more) in _specs(info).items():
         options = more[0] if more else {}
         is_choice = isinstance(kind, list) or kind == "COMBO"
         if not is_choice and options.get("widgetType", kind) not in WIDGETS:
+            continue
+        if not values and name in optional:  # newer than the file: the front end takes its default
+            inputs[name] = options["default"]
             continue
         assert values, f"no value for {node['type']}.{name}"
         value = inputs[name] = values.pop(0)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from d3ds2.images import foreground
-from d3ds2.images.foreground import centre_object, cut_out, preprocess, rembg_is_ready
+from d3ds2.images.foreground import centre_object, cut_out, preprocess, why_rembg_cannot_run
 from d3ds2.images.image_file import ImageError, load_image
 from d3ds2.images.plain_background import remove_plain_background
 
@@ -259,8 +259,14 @@ def test_errors_say_what_cannot_be_cut_out(monkeypatch):
         cut_out(picture(), method="magic")
     found = importlib.util.find_spec
     monkeypatch.setattr(foreground, "find_spec", lambda name: None if name == "onnxruntime" else found(name))
-    with pytest.raises(ImageError, match="rembg is not installed"):
+    lacks = "onnxruntime is not installed: pip install onnxruntime"
+    with pytest.raises(ImageError, match=f"^the background is not plain and rembg cannot run, because {lacks}"):
         cut_out(picture("scene"))
+    with pytest.raises(ImageError, match=f"^rembg cannot run, because {lacks}"):  # plain or not: that was not looked at
+        cut_out(picture(), method="rembg")
+    monkeypatch.setattr(foreground, "find_spec", lambda name: None)
+    with pytest.raises(ImageError, match=r'^rembg is not installed: pip install "rembg\[cpu\]"'):
+        cut_out(picture(), method="rembg")
 
 
 # --- rembg, with a model made here that takes what is bright for the object
@@ -306,14 +312,14 @@ def rembg_home(tmp_path, monkeypatch):
 
 
 def test_rembg_runs_a_model_that_is_there(rembg_home):
-    assert not rembg_is_ready()
+    assert "rembg has no model file such as" in why_rembg_cannot_run()
     write_brightness_model(rembg_home, "u2net")
     image = picture("scene", color=(250, 240, 230))
     ImageDraw.Draw(image).bitmap((0, 0), MASK, fill=(250, 240, 230))
     cut = cut_out(image)
     assert overlap(cut) > 0.9
     assert overlap(cut_out(image, method="rembg", rembg_model="u2net")) > 0.9
-    assert rembg_is_ready()
+    assert why_rembg_cannot_run() is None
 
 
 def test_rembg_downloads_nothing(rembg_home):

@@ -243,3 +243,25 @@ def test_contact_sheet_refuses_what_does_not_fit():
         contact_sheet([[None, None]], labels=["a"])
     with pytest.raises(ValueError, match="1 captions"):
         contact_sheet([[None]], captions=["a", "b"])
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_depth_and_normals_of_a_ball(smooth):
+    ball = trimesh.creation.icosphere(5, radius=2.0)
+    vertices = np.asarray(ball.vertices) + np.array([7, 8, 9])
+    camera, size = Camera(elevation=20, azimuth=70), 101
+    depth, normals = MeshRenderer(vertices, ball.faces, smooth=smooth).depth_and_normals(camera, size)
+    picture = MeshRenderer(vertices, ball.faces, smooth=smooth).render(camera, size)
+    seen = np.isfinite(depth)
+    np.testing.assert_array_equal(seen, picture[..., 3] > 0)
+    centre = 2.0 * camera.distance  # from the camera
+    assert depth[50, 50] == pytest.approx(centre - 2, rel=1e-3)
+    np.testing.assert_allclose(normals[50, 50], [0, 0, 1], atol=0.05)
+    # the point behind a pixel, in the camera's axes, and the ball's normal there
+    rows, columns = np.nonzero(seen)
+    right = ((columns + 0.5) / size * 2 - 1) * camera.half_width * depth[seen]
+    up = (1 - (rows + 0.5) / size * 2) * camera.half_width * depth[seen]
+    points = np.stack([right, up, centre - depth[seen]], axis=1)
+    np.testing.assert_allclose(np.linalg.norm(points, axis=1), 2, rtol=2e-3)
+    np.testing.assert_allclose(normals[seen], points / 2, atol=0.06)
+    assert not normals[~seen].any()

@@ -12,6 +12,7 @@ from d3ds2.networks.latent_dit import LatentDiT, LatentDiTConfig
 from d3ds2.networks.sdf_vae import SDFVAE, SDFVAEConfig
 from d3ds2.networks.structure_dit import StructureDiT, StructureDiTConfig
 from d3ds2.networks.structure_vae import StructureVAE, StructureVAEConfig
+from d3ds2.rectified_flow import mean_velocity
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
@@ -51,6 +52,18 @@ def image_tokens(channels: int, count: int = 300) -> ImageTokens:
     index = torch.arange(count, dtype=torch.int32)
     coords = torch.stack([index * 0, index % 20, index // 20, index * 0], 1)
     return ImageTokens(torch.randn(count, channels), coords, torch.ones(count, dtype=torch.bool), 1)
+
+
+@DTYPES
+def test_tokens_of_several_views(dtype):
+    encoder = ImageEncoderConfig(hidden_size=1024)
+    count = 1 + encoder.num_registers + (encoder.image_size // encoder.patch_size) ** 2
+    tokens = image_tokens(encoder.hidden_size, count).to(dtype=dtype)
+    config = StructureDiTConfig(hidden_size=16, depth=1, num_heads=2, context_size=1024, resolution=2)
+    dit, x_t = StructureDiT(config).to(dtype), torch.randn(1, config.latent_channels, 2, 2, 2)
+    one, six = (peak(lambda views=views: mean_velocity(dit, [tokens] * views, 3.0)(x_t, 0.5)) for views in (1, 6))
+    estimates = [estimate.image_tokens_bytes(encoder, views, dtype) for views in (1, 6)]
+    check(estimates[1] - estimates[0], six - one, workspace=0)
 
 
 @DTYPES

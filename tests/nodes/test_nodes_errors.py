@@ -34,6 +34,8 @@ def test_a_missing_model_is_named_with_its_place(comfy):
     message = comfy.nodes["LoadD3DS2Model"].validate_inputs("none")
     assert "press R" in message and "choose one of tiny, random" in message
     assert comfy.nodes["LoadD3DS2Model"].validate_inputs("random") is True
+    assert comfy.nodes["LoadD3DS2Model"].validate_inputs(None) is True  # another node will give the name
+    assert comfy.nodes["D3DS2MeshExport"].validate_inputs(None) is True
 
 
 @pytest.mark.parametrize("name", ["../random", "../../models/direct3d_s2/random", "/etc", "", "..", "."])
@@ -115,6 +117,31 @@ def test_too_many_tokens_and_too_little_memory_are_refused_early(comfy, model, s
             comfy.run(node_id, model=model, **inputs)
 
 
+def test_a_budget_is_refused_before_the_latent_is_sampled(comfy, model, structure):
+    def sample(budget, latent=("12", 0), kind="D3DS2VAEDecodeSDF"):
+        decode = {"class_type": kind, "inputs": {"latent": list(latent), "memory_budget_gb": budget}}
+        prompt = {"12": {"class_type": "D3DS2SSADiTSample", "inputs": {}}, "13": decode}
+        comfy.run("D3DS2SSADiTSample", node="12", prompt=prompt, model=model, structure=structure, image=picture())
+
+    comfy.texts.clear()
+    with pytest.raises(ValueError, match=r"memory_budget_gb 0.001 is too small.*needs at least .* GB.*to 0"):
+        sample(0.001)
+    assert not comfy.texts  # nothing was sampled
+    for others in ({"latent": ("7", 0)}, {"kind": "Other"}, {"budget": ["3", 0]}, {"budget": 0.0}, {"budget": 1.0}):
+        sample(**{"budget": 0.001} | others)
+
+
+def test_no_mesh_is_refused_in_words(comfy, model):
+    """Load 3D gives None while its file is `none`."""
+    for node_id, inputs in (
+        ("D3DS2VAEEncodeMesh", {"model": model}),
+        ("D3DS2StructureFromMesh", {"model": model}),
+        ("D3DS2MeshExport", {}),
+    ):
+        with pytest.raises(ValueError, match=r"no mesh came in: Load 3D gives none while .* Choose a file there"):
+            comfy.run(node_id, mesh=None, **inputs)
+
+
 def test_a_result_that_is_empty_or_not_finite_is_reported(comfy):
     networks = make_networks()
     networks["structure_vae"].decoder.out_conv.bias.fill_(-1e4)
@@ -156,7 +183,7 @@ def test_damaged_meshes_are_refused(comfy, model, vertices, faces, message):
 
 def test_a_mesh_outside_the_box_is_refused_unless_it_is_fitted(comfy, model):
     large = MESH(TETRAHEDRON.vertices * 3, TRIANGLES)
-    with pytest.raises(ValueError, match=r"beyond the box \[-1, 1\]³, to 3: turn on fit, or scale the mesh down"):
+    with pytest.raises(ValueError, match=r"beyond the box \[-0.5, 0.5\]³, to 3: turn on fit, or scale the mesh down"):
         comfy.run("D3DS2StructureFromMesh", model=model, mesh=large, fit=False)
     assert comfy.run("D3DS2StructureFromMesh", model=model, mesh=large)[0].batch_size == 1
 

@@ -1,7 +1,9 @@
 """Remove Background and Mesh Export over stand-ins of ComfyUI: pictures in, files out."""
 
 import json
+import re
 import struct
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -84,8 +86,9 @@ def test_auto_uses_the_first_method_that_is_available(comfy, monkeypatch, no_rem
     run(image=picture(mode="RGB"), background_removal=model)
     run(image=picture(mode="RGB"))
     foreground = comfy.module("d3ds2.images.foreground")
-    monkeypatch.setattr(foreground, "rembg_is_ready", lambda: True)
-    with pytest.raises(ValueError, match=r"rembg is not installed.*Connect a mask"):
+    reasons = iter([None, "it was deleted meanwhile"])
+    monkeypatch.setattr(foreground, "why_rembg_cannot_run", lambda name=None: next(reasons))
+    with pytest.raises(ValueError, match=r"it was deleted meanwhile.*Connect a mask"):
         run(image=scene())
     assert comfy.texts[0][0] == "picture 1/1: rembg"
     assert used == ["mask", "alpha", "model", "plain"]
@@ -99,6 +102,15 @@ def test_the_status_says_what_was_changed(comfy, no_rembg):
     lines = [text for text, _ in comfy.texts]
     assert lines[0] == "picture 1/1: mask, inverted: it was 1 around the object"
     assert lines[1].endswith("left out of the object: 1 of 7680 pixels, faint or far from it")
+
+
+def test_methods_that_cannot_run_are_refused_before_the_prompt_runs(comfy, no_rembg):
+    validate = comfy.nodes["D3DS2RemoveBackground"].validate_inputs
+    assert validate(invert_mask="auto", method="auto") is True and validate(invert_mask=None, method=None) is True
+    message = validate(invert_mask="auto", method="rembg")
+    assert message.startswith('method is `rembg`, but rembg is not installed: pip install "rembg[cpu]". Connect a mask')
+    assert "expected a method of auto, mask" in validate(invert_mask="auto", method="magic")
+    assert "expected invert_mask of auto" in validate(invert_mask="maybe", method="auto")
 
 
 def test_the_empty_mask_of_load_image_is_ignored(comfy, no_rembg):
@@ -173,11 +185,12 @@ def test_files_hold_the_mesh(comfy, extension):
     out = comfy.run("D3DS2MeshExport", mesh=mesh, filename_prefix=f"{extension}/ball", format=extension)
     path, file = out[0][0], out[1][0]
     assert path == f"{extension}/ball_00001_.{extension}" and file.format == extension
-    assert out.ui == {"3d": [{"filename": f"ball_00001_.{extension}", "subfolder": extension, "type": "output"}]}
+    assert out.ui["3d"] == [{"filename": f"ball_00001_.{extension}", "subfolder": extension, "type": "output"}]
     assert file.source == str(comfy.folder / "output" / path)
     loaded = trimesh.load(file.source, force="mesh")
     assert len(loaded.faces) == mesh.faces.shape[1] and loaded.is_watertight and loaded.volume > 0
-    np.testing.assert_allclose(loaded.extents, [0.8, 1.0, 0.6], atol=1e-5)
+    metre = 1000 if extension == "stl" else 1
+    np.testing.assert_allclose(loaded.extents / metre, [0.8, 1.0, 0.6], atol=1e-5)
 
 
 @pytest.mark.parametrize("extension", ["glb", "obj", "ply", "stl"])
@@ -209,8 +222,8 @@ def test_a_batch_is_numbered_and_nothing_is_overwritten(comfy):
     first = comfy.run("D3DS2MeshExport", mesh=ball(2), filename_prefix="many/a")
     second = comfy.run("D3DS2MeshExport", mesh=ball(), filename_prefix="many/a")
     assert first[0] == ["many/a_00001_.glb", "many/a_00002_.glb"] and second[0] == ["many/a_00003_.glb"]
-    heights = [trimesh.load(file.source, force="mesh").extents[1] for file in first[1]]
-    np.testing.assert_allclose(heights, [1.0, 1.2], atol=1e-5)
+    widths = [trimesh.load(file.source, force="mesh").extents[0] for file in first[1]]
+    np.testing.assert_allclose(widths, [0.8, 0.8 / 1.2], atol=1e-5)
     assert sorted(file.name for file in (comfy.folder / "output" / "many").iterdir()) == [
         "a_00001_.glb",
         "a_00002_.glb",
@@ -267,6 +280,20 @@ def test_z_up_turns_the_mesh_without_mirroring_it(comfy):
     assert ((normals * loaded.vertices).sum(1) > 0).all()
 
 
+@pytest.mark.parametrize(("extension", "unit"), [("glb", 1), ("obj", 1), ("ply", 1), ("stl", 1000)])
+def test_the_longest_edge_is_the_size_in_the_unit_of_the_file(comfy, extension, unit):
+    def extents(**inputs):
+        out = comfy.run("D3DS2MeshExport", mesh=wide, filename_prefix="size/a", format=extension, **inputs)
+        return trimesh.load(out[1][0].source, force="mesh").extents
+
+    wide = ball()
+    wide.vertices = wide.vertices * 7
+    np.testing.assert_allclose(extents(size=0.08), unit * np.array([0.064, 0.08, 0.048]), rtol=1e-4)
+    np.testing.assert_allclose(extents(size=0.08, up_axis="Z"), unit * np.array([0.064, 0.048, 0.08]), rtol=1e-4)
+    np.testing.assert_allclose(extents(size=0.0), [5.6, 7.0, 4.2], rtol=1e-4)
+    np.testing.assert_allclose(extents(), unit * np.array([0.8, 1.0, 0.6]), rtol=1e-4)
+
+
 def test_the_workflow_travels_in_the_glb(comfy):
     prompt, workflow = {"1": {"class_type": "LoadD3DS2Model"}}, {"nodes": [{"id": 1, "title": "été"}]}
 
@@ -300,3 +327,51 @@ def test_pictures_survive_the_round_trip_through_pillow(comfy):
     assert torch.equal(module.to_images(module.to_pictures(image)), image)
     assert module.to_masks(torch.tensor([[[2.0, -1.0, float("nan")]]]))[0].tobytes() == bytes([255, 0, 0])
     assert isinstance(module.to_pictures(image)[0], Image.Image)
+
+
+def painted(count: int = 1) -> MESH:
+    """Return balls with UVs, a texture and colours, as newer versions of ComfyUI carry them."""
+    mesh = ball(count)
+    V = mesh.vertices.shape[1]
+    mesh.uvs = torch.rand(count, V, 2, generator=torch.manual_seed(0))
+    mesh.texture = torch.rand(count, 8, 8, 3, generator=torch.manual_seed(1))
+    mesh.vertex_colors = torch.rand(count, V, 3, generator=torch.manual_seed(2))
+    return mesh
+
+
+def test_uvs_textures_and_colours_travel_into_the_file(comfy):
+    mesh = painted(2)
+    out = comfy.run("D3DS2MeshExport", mesh=mesh, filename_prefix="painted/a")
+    for i, file in enumerate(out[1]):
+        visual = next(iter(trimesh.load(file.source, process=False).geometry.values())).visual
+        np.testing.assert_allclose(visual.uv * [1, -1] + [0, 1], mesh.uvs[i], atol=1e-6)
+        np.testing.assert_allclose(visual.vertex_attributes["color"][:, :3] / 255, mesh.vertex_colors[i], atol=1 / 255)
+        pixels = np.asarray(visual.material.baseColorTexture.convert("RGB")) / 255
+        np.testing.assert_allclose(pixels, mesh.texture[i], atol=1 / 255)
+    assert out.ui["status_text"] == ("1,280 faces in a_00001_.glb", "1,280 faces in a_00002_.glb")
+
+
+def test_the_status_says_what_a_file_does_not_hold(comfy):
+    def text(**inputs):
+        return comfy.run("D3DS2MeshExport", mesh=painted(), filename_prefix="lost/a", **inputs).ui["status_text"][0]
+
+    assert text(format="stl").endswith("a_00001_.stl; without UVs and textures and vertex colours: stl holds none")
+    assert text(format="ply").endswith("; without UVs and textures: ply holds none")
+    assert text(target_faces=300).endswith("; without UVs and textures and vertex colours: it was simplified")
+    assert text(target_faces=5000).endswith(".glb")
+
+
+def test_uvs_of_too_few_vertices_are_refused(comfy):
+    mesh = painted()
+    mesh.uvs = mesh.uvs[:, :9]
+    with pytest.raises(ValueError, match="expected uvs of all 642 vertices, got 9"):
+        comfy.run("D3DS2MeshExport", mesh=mesh)
+
+
+def test_a_3mf_is_in_millimetres(comfy):
+    out = comfy.run("D3DS2MeshExport", mesh=ball(), filename_prefix="print/a", format="3mf", size=0.05, up_axis="Z")
+    with zipfile.ZipFile(out[1][0].source) as package:
+        model = package.read("3D/3dmodel.model").decode()
+    found = np.array(re.findall(r'<vertex x="(.+?)" y="(.+?)" z="(.+?)"/>', model), float)
+    np.testing.assert_allclose(np.ptp(found, axis=0), [40, 30, 50], atol=1e-3)
+    assert 'unit="millimeter"' in model

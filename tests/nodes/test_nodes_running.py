@@ -29,6 +29,24 @@ def test_every_step_shows_a_picture_and_a_text(comfy, model, structure):
         assert any(f"step 1/{steps}: " in text and "tokens" in text for text, _ in comfy.texts)
 
 
+def test_the_last_text_of_a_node_stays_as_its_output(comfy, model, structure, latent, ball):
+    tokens = f"{len(structure.coords):,} tokens at 8³"
+    runs = [
+        ("LoadD3DS2Model", {"model": "random"}, "random: 64³, float32, torch"),
+        ("D3DS2RemoveBackground", {"image": picture(2)}, "picture 1/2: alpha; picture 2/2: alpha"),
+        ("D3DS2SparseStructureSample", {"model": model, "image": picture(), "seed": 5}, tokens),
+        ("D3DS2SSADiTSample", {"model": model, "structure": structure, "image": picture()}, tokens),
+        ("D3DS2VAEDecodeSDF", {"model": model, "latent": latent}, f" faces from {tokens}"),
+        ("D3DS2VAEEncodeMesh", {"model": model, "mesh": ball}, " tokens at 8³"),
+        ("D3DS2StructureFromMesh", {"model": model, "mesh": ball}, " tokens at 8³"),
+        ("D3DS2MeshExport", {"mesh": ball, "filename_prefix": "stays/<b>"}, "1,280 faces in ‹b›_00001_.glb"),
+    ]
+    for node_id, inputs, expected in runs:
+        comfy.texts.clear()
+        text = "; ".join(comfy.run(node_id, **inputs).ui["status_text"])
+        assert expected in text and text == comfy.texts[-1][0], node_id
+
+
 class Clock:
     """A stand-in for the module `time`: seconds pass only when `pass_by` is called."""
 
@@ -126,7 +144,12 @@ def test_inputs_are_never_changed(comfy, model, structure, latent, ball):
     comfy.run("D3DS2MeshExport", mesh=ball, target_faces=50, up_axis="Z")
     assert before == {name: digest(value.__dict__ if name == "mesh" else value) for name, value in values.items()}
     assert weights_before == digest(weights)
-    assert set(vars(structure)) == {"coords", "resolution", "batch_size"}  # no tables are kept on what ComfyUI caches
+    assert set(vars(structure)) == {
+        "coords",
+        "resolution",
+        "batch_size",
+        "places",
+    }  # no tables are kept on what ComfyUI caches
 
 
 def digest(value) -> str:
@@ -144,7 +167,8 @@ def test_the_memory_manager_loads_what_runs_with_room_for_its_tokens(comfy, mode
     assert sizes[1] > sizes[2] > 0
     bytes_of = comfy.module("d3ds2.networks.activation_memory")
     tokens, dit = len(structure.coords), model.pipeline.stages[0].latent_dit
-    assert sizes[1] == bytes_of.latent_dit_bytes(dit.config, 2 * tokens, torch.float32, torch.device("cpu"))
+    views = bytes_of.image_tokens_bytes(model.pipeline.image_encoder.config, 1, torch.float32)
+    assert sizes[1] == views + bytes_of.latent_dit_bytes(dit.config, 2 * tokens, torch.float32, torch.device("cpu"))
     assert model.patcher.model is dit and len(model.get_models()) == 5
     weights = [tensor for patcher in model.get_models() for tensor in patcher.model.state_dict().values()]
     assert not any(tensor.is_inference() for tensor in weights)  # those could not be unloaded between two prompts

@@ -11,6 +11,9 @@ import pytest
 
 from tests.support.comfy_stand_ins import ROOT
 
+SAMPLER = (
+    " views_of_one_object=False sampler=euler guidance_start=1.0 guidance_end=0.0 guidance_rescale=0.0 sigmas?SIGMAS"
+)
 # released: names, order, types and defaults never change, or saved workflows break
 SOCKETS = {
     "LoadD3DS2Model": ("model=tiny precision=auto", "D3DS2_MODEL"),
@@ -19,11 +22,12 @@ SOCKETS = {
         "IMAGE MASK",
     ),
     "D3DS2SparseStructureSample": (
-        "model:D3DS2_MODEL image:IMAGE seed=0 steps=0 guidance_scale=0.0",
-        "D3DS2_STRUCTURE VOXEL STRING",
+        "model:D3DS2_MODEL image:IMAGE seed=0 steps=0 guidance_scale=0.0" + SAMPLER,
+        "D3DS2_STRUCTURE VOXEL STRING INT",
     ),
     "D3DS2SSADiTSample": (
-        "model:D3DS2_MODEL structure:D3DS2_STRUCTURE image:IMAGE seed=0 steps=0 guidance_scale=0.0 max_tokens=250000",
+        "model:D3DS2_MODEL structure:D3DS2_STRUCTURE image:IMAGE seed=0 steps=0 guidance_scale=0.0 max_tokens=250000"
+        + SAMPLER,
         "D3DS2_LATENT",
     ),
     "D3DS2VAEDecodeSDF": (
@@ -31,13 +35,17 @@ SOCKETS = {
         "MESH D3DS2_SDF",
     ),
     "D3DS2MeshExport": (
-        "mesh:MESH,FILES filename_prefix=3d/d3ds2 format=glb target_faces=0 up_axis=Y embed_workflow=True",
-        "STRING FILE_3D",
+        "mesh:MESH,FILES filename_prefix=3d/d3ds2 format=glb target_faces=0 up_axis=Y embed_workflow=True size=1.0",
+        "STRING FILE_3D LOAD3D_CAMERA",
     ),
     "D3DS2VAEEncodeMesh": ("model:D3DS2_MODEL mesh:MESH,FILES fit=True shell=0.55", "D3DS2_LATENT"),
     "D3DS2StructureFromMesh": (
         "model:D3DS2_MODEL mesh:MESH,FILES fit=True shell=0.55",
-        "D3DS2_STRUCTURE VOXEL STRING",
+        "D3DS2_STRUCTURE VOXEL STRING INT",
+    ),
+    "D3DS2MeshPictures": (
+        "mesh:MESH,FILES sides=1 azimuth=0.0 elevation=15.0 resolution=768",
+        "IMAGE IMAGE IMAGE MASK",
     ),
 }
 
@@ -146,6 +154,14 @@ def test_the_pictures_of_the_workflows_are_placed_once(comfy):
     (folder / name).write_bytes(b"the user's own")
     module.place_example_pictures()
     assert (folder / name).read_bytes() == b"the user's own"
+    (folder / name).unlink()
+    module.place_example_pictures()
+    assert not (folder / name).exists()  # nobody wants it back
+    placed = comfy.folder / "user" / "d3ds2_example_pictures.txt"
+    assert set(placed.read_text().splitlines()) == set(pictures)
+    placed.write_text("\n".join(set(pictures) - {name}))  # a picture that came with a newer version
+    module.place_example_pictures()
+    assert (folder / name).read_bytes() == pictures[name]
 
 
 def test_an_input_folder_that_cannot_be_written_stops_nothing(comfy, monkeypatch):

@@ -267,6 +267,7 @@ class ComfyUI:
             add_model_folder_path=lambda name, path: folders.setdefault(name, ([], set()))[0].append(path),
             get_folder_paths=lambda name: folders[name][0][:],
             get_input_directory=lambda: str(self.folder / "input"),
+            get_user_directory=lambda: str(self.folder / "user"),
             get_output_directory=lambda: str(self.folder / "output"),
             get_save_image_path=self._save_path,
         )
