@@ -118,7 +118,7 @@ def mesh_to_sdf(
     if not shell >= 0.5 or not math.isfinite(shell):
         raise ValueError(f"expected a shell of at least 0.5 voxels, got {shell}")
     if not 1.0 + shell <= band <= resolution:  # both ends of a crossing grid edge must be active
-        raise ValueError(f"expected a band of 1 + shell = {1 + shell} to {resolution} voxels, got {band}")
+        raise ValueError(f"expected a band of at least 1 + shell = {1 + shell} up to {resolution} voxels, got {band}")
     vertices, faces = checked_vertices(vertices), checked_faces(faces, len(vertices))
     outermost = np.abs(vertices).max()
     if outermost > 1.0 + 1e-6:

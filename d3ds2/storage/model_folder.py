@@ -178,7 +178,7 @@ def read_tensors(folder: str | Path, name: str, expected: Mapping[str, torch.Ten
     Nothing is read before the names, shapes and dtypes in the file's header are those that are expected.
 
     Args:
-        expected: all tensors that the network has, by key; they may lie on "meta".
+        expected: all tensors of the network, of any shapes, by key; they may lie on "meta".
 
     Raises:
         ModelFolderError: the file is missing or damaged, a tensor is missing, unexpected, misshapen or of another kind

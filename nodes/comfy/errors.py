@@ -7,18 +7,22 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from ...d3ds2.storage.one_line import one_line
-
 NO_TAGS = str.maketrans("<>", "‹›")
 
 
 def without_tags(text: object) -> str:
     """Return a text, or the message of an error, as one line without angle brackets."""
+    from ...d3ds2.storage.one_line import one_line
+
     return one_line(text).translate(NO_TAGS)
 
 
 def plain_errors(execute: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a node's `execute` raise its ValueErrors, and errors about files, as ValueErrors `without_tags`."""
+    """Let a node's `execute` send errors without tags.
+
+    Raises:
+        ValueError: what `execute` raised was one, or an error about a file.
+    """
 
     @wraps(execute)
     def run(*args: Any, **inputs: Any) -> Any:

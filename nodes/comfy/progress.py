@@ -59,8 +59,8 @@ class Progress:
     def result(self, *lines: str) -> dict[str, tuple[str, ...]]:
         """Show the last lines of text, and return them as `ui` output: newer front ends clear progress at a job's end.
 
-        web/status_text.js shows them again. They are not called `text`: ComfyUI 0.16.3 would list those as a file of
-        the job, which its own front end cannot read.
+        web/status_text.js shows them again. They are not called `text`: ComfyUI 0.16.3 would list that as a file of the
+        job, which its own front end cannot read.
         """
         self.status("; ".join(lines))
         return {"status_text": tuple(without_tags(line) for line in lines)}

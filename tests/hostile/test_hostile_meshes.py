@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import zipfile
 
 import numpy as np
@@ -179,3 +180,80 @@ def test_any_arrays_are_a_solid_or_one_error(vertices, faces, shell):
     assert not isinstance(sdf, TypeError)
     if not isinstance(sdf, ValueError):
         assert np.isfinite(sdf.values).all() and sdf.block_coords.max(initial=0) < 4
+
+
+def without_view(tree: dict) -> dict:
+    """Let an accessor claim 100 million zeros: glTF needs no buffer for them."""
+    accessor = tree["accessors"][0] | {"count": 10**8}
+    accessor.pop("bufferView")
+    return tree | {"accessors": [accessor, *tree["accessors"][1:]]}
+
+
+def with_first(tree: dict, key: str, **values) -> dict:
+    return tree | {key: [tree[key][0] | values, *tree[key][1:]]}
+
+
+SPARSE = {"count": 10**9, "indices": {"bufferView": 0, "componentType": 5125}, "values": {"bufferView": 0}}
+TREES = {
+    "no buffer view": without_view,
+    "sparse": lambda tree: with_first(tree, "accessors", sparse=SPARSE),
+    "stride": lambda tree: with_first(tree, "bufferViews", byteStride=10**9),
+    "stride of 1": lambda tree: with_first(tree, "bufferViews", byteStride=1),
+    "view beyond its buffer": lambda tree: with_first(tree, "bufferViews", byteLength=10**12),
+    "offset": lambda tree: with_first(tree, "bufferViews", byteOffset=10**12),
+    "negative offset": lambda tree: with_first(tree, "bufferViews", byteOffset=-8),
+    "no such view": lambda tree: with_first(tree, "accessors", bufferView=99),
+    "matrix of NaN": lambda tree: tree | {"nodes": [{"mesh": 0, "matrix": [float("nan")] * 16}]},
+    "huge scale": lambda tree: tree | {"nodes": [{"mesh": 0, "scale": [1e300] * 3}]},
+    "quaternion of zeros": lambda tree: tree | {"nodes": [{"mesh": 0, "rotation": [0, 0, 0, 0]}]},
+    "deep": lambda tree: tree | {"extras": deep(5000)},
+}
+
+
+def deep(levels: int) -> list:
+    tree: list = []
+    for _ in range(levels):
+        tree = [tree]
+    return tree
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_gltf_that_claims_more_than_it_holds(name):
+    tree, binary = glb_parts(WHOLE[".glb"])
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)  # for writing it
+    data = as_glb(TREES[name](tree), binary)
+    sys.setrecursionlimit(limit)
+    mesh = outcome(lambda: read_mesh(io.BytesIO(data), ".glb"), MeshFileError, resident=300 << 20)
+    if not isinstance(mesh, MeshFileError):  # a reader may pass over it
+        assert_sound(mesh)
+    else:
+        assert str(mesh).startswith("the glb file is damaged or holds no mesh (")
+
+
+BOX = glb_parts(WHOLE[".glb"])[0]
+PLY = b"ply\nformat %b 1.0\nelement vertex %d\nproperty float x\nproperty float y\nproperty float z\nelement face %d\n"
+PLY += b"property list uchar int vertex_indices\nend_header\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        (".ply", PLY % (b"ascii", 10**12, 10**12) + b"0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n"),
+        (".ply", PLY % (b"binary_little_endian", 10**12, 1) + bytes(100)),
+        (".ply", PLY % (b"binary_big_endian", 3, 10**9) + bytes(100)),
+        (".ply", PLY.replace(b"uchar int", b"uint int") % (b"binary_little_endian", 3, 1) + bytes(36) + b"\xff" * 4),
+        (".stl", bytes(80) + b"\xff" * 4 + bytes(50)),
+        (".off", b"OFF\n1000000000000 1000000000000 0\n0 0 0\n"),
+        (".off", b"OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n1000000000000 0 1 2\n"),
+        (".obj", b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 1000000000000\n"),
+        (".gltf", as_json({**BOX, "buffers": [{"uri": "data:;base64,@@@", "byteLength": 9}]})),
+        (
+            ".gltf",
+            as_json({**BOX, "buffers": [{"uri": "file:///etc/passwd", "byteLength": 9}]}),
+        ),
+    ],
+)
+def test_a_file_that_claims_more_than_it_holds(kind, data):
+    error = outcome(lambda: read_mesh(io.BytesIO(data), kind), MeshFileError, resident=300 << 20)
+    assert isinstance(error, MeshFileError) or len(error.faces) == 1
