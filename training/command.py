@@ -1,4 +1,4 @@
-"""The command line of a script: an error of the input, the disk or the config is one line, and the exit code 1."""
+"""The command line of a script: an error of its input, config, disk or libraries is one line, and the exit code 1."""
 
 import signal
 import sys
@@ -26,7 +26,7 @@ def run_command(main: Callable, config_class: type) -> NoReturn:
         main(load_config(config_class, arguments))
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (OSError, ValueError, FloatingPointError, ImportError) as error:
         if debug:
             raise
         sys.exit(f"error: {one_line(error)}")

@@ -217,6 +217,10 @@ def ranks_on(name: str) -> Ranks:
     return Ranks(device, dist.get_rank(), dist.get_world_size(), group, dist.new_group(backend="gloo"))
 
 
+KNOWN_ERRORS = (ValueError, OSError, ImportError, ArithmeticError, FolderInUseError, LostRankError)
+KNOWN_ERRORS += (torch.OutOfMemoryError,)
+
+
 def run_script(work: Callable[[Any], Any], config_class: type, arguments: list[str]) -> None:
     """Run a script: read its config, do its work on every rank, and exit. `--debug` shows the traceback of an error."""
     wanted, debug = split_debug(arguments)
@@ -236,7 +240,7 @@ def run_ranks(work: Callable[[], Any], debug: bool = False) -> None:
             end()
     except KeyboardInterrupt:
         code = 130
-    except (ValueError, OSError, ArithmeticError, FolderInUseError, LostRankError, torch.OutOfMemoryError) as error:
+    except KNOWN_ERRORS as error:
         code = 1
         if debug:
             traceback.print_exc()
