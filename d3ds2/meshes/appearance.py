@@ -50,8 +50,9 @@ class Appearance:
 
 
 def in_words(parts: list[str]) -> str:
-    """Return names of fields as a reader knows them, such as "UVs and textures"."""
-    return " and ".join(IN_WORDS[part] for part in parts)
+    """Return names of fields as a reader knows them, such as "UVs, textures and vertex colours"."""
+    *first, last = [IN_WORDS[part] for part in parts] or [""]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def not_held(appearance: Appearance, kind: str) -> str:

@@ -71,7 +71,7 @@ def test_a_ply_holds_colours():
 
 @pytest.mark.parametrize("kind", [".stl", ".3mf"])
 def test_files_for_printing_hold_the_shape_alone(kind):
-    assert not_held(ALL, kind) == "UVs and textures and vertex colours"
+    assert not_held(ALL, kind) == "UVs, textures and vertex colours"
     assert mesh_bytes(kind, MESH, appearance=ALL) == mesh_bytes(kind, MESH)
 
 

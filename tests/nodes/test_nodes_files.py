@@ -355,9 +355,9 @@ def test_the_status_says_what_a_file_does_not_hold(comfy):
     def text(**inputs):
         return comfy.run("D3DS2MeshExport", mesh=painted(), filename_prefix="lost/a", **inputs).ui["status_text"][0]
 
-    assert text(format="stl").endswith("a_00001_.stl; without UVs and textures and vertex colours: stl holds none")
+    assert text(format="stl").endswith("a_00001_.stl; without UVs, textures and vertex colours: stl holds none")
     assert text(format="ply").endswith("; without UVs and textures: ply holds none")
-    assert text(target_faces=300).endswith("; without UVs and textures and vertex colours: it was simplified")
+    assert text(target_faces=300).endswith("; without UVs, textures and vertex colours: it was simplified")
     assert text(target_faces=5000).endswith(".glb")
 
 
