@@ -104,7 +104,10 @@ def write_network(
     folder, settings = Path(folder), _settings_to_change(folder)
     settings["networks"][name] = asdict(config)
     with replacing(folder / f"{name}.safetensors") as temporary:
-        save_file(written, temporary, metadata={"format": "pt"})
+        try:
+            save_file(written, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {folder / name}.safetensors: {error}") from None
     _write_settings(folder, settings)
 
 
