@@ -23,8 +23,10 @@ LONG = (
     "test_compiled_kernels",
     "test_triton_versions",
     "test_training_stages",
+    "test_distributed",
     "test_spatial_sparse_attention_triton",
     "test_pipeline_stages",
+    "test_train_diffusion",
 )
 FIRST, *OTHERS = (f"comfyui-{version}" for version in reversed(SOURCES))
 ORDER = {part: number for number, part in enumerate((FIRST, *LONG, *OTHERS))}

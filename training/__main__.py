@@ -14,11 +14,13 @@ or a failure, the same command continues: it skips finished stages and resumes t
 `python -m training.plan FOLDER gpus=8xA100` says beforehand what a recipe takes.
 """
 
+import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -26,6 +28,7 @@ from training.command import split_debug
 from training.distributed import Ranks, ranks_on, run_ranks
 from training.recipe import Job, check_recipe, read_recipe
 
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 BY_SHARE = ("prepare_shapes", "render_views")  # scripts whose ranks each take a share of the meshes
 
 
@@ -48,6 +51,7 @@ def train(jobs: list[Job], ranks: Ranks, options: list[str]) -> int:
         The exit code, equal on all ranks: 0, that of a stage that failed, or 128 + the signal that stopped it.
     """
     process, stopped_by, changed = None, 0, {}
+    end_with = end_with_parent() if sys.platform == "linux" else None
 
     def say(line: str) -> None:
         if ranks.is_first:
@@ -71,7 +75,7 @@ def train(jobs: list[Job], ranks: Ranks, options: list[str]) -> int:
             continue
         say(head if left is None else f"{head}: {left} steps left, logs in {job.run.out_dir}")
         command = [sys.executable, "-m", f"training.{job.stage.script}", *arguments_on(job, ranks), *options]
-        process = subprocess.Popen(command, env=environment_of_stage(ranks))
+        process = subprocess.Popen(command, env=environment_of_stage(ranks), preexec_fn=end_with)
         codes, signals = zip(*ranks.all((process.wait(), stopped_by)), strict=True)
         code, stopped = next((code for code in codes if code), 0), max(signals)
         is_cut_short = left and not job.run.max_minutes and ranks.from_first(job.steps_left)
@@ -87,6 +91,12 @@ def train(jobs: list[Job], ranks: Ranks, options: list[str]) -> int:
         model_dir = trained[-1].config.model_dir
         say(f"the model is in {model_dir}: python -m d3ds2 PICTURE.png -o mesh.glb --model {model_dir}")
     return 0
+
+
+def end_with_parent() -> Callable[[], None]:
+    """Return what a stage calls before it starts: Linux then stops it, as SIGTERM does, when this process is killed."""
+    library = ctypes.CDLL(None)  # loaded before the fork
+    return lambda: library.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def arguments_on(job: Job, ranks: Ranks) -> list[str]:

@@ -61,8 +61,10 @@ def _create(path: Path, text: str) -> bool:
             file.write(text)
     except FileExistsError:
         return False
-    except OSError:  # a full disk; a folder that cannot be written to has no file to delete
-        path.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno and not error.filename:  # a full disk names no file; else the folder cannot be written to
+            error.filename = str(path)
+            path.unlink(missing_ok=True)
         raise
     return True
 

@@ -18,7 +18,6 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,16 +163,6 @@ def read_checked(path: Path) -> bytes:
     return content
 
 
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Name the file in an error of the disk that names none, as that of a full one does."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
 def write_tar(tar: Tar, data_dir: Path, damaged: DamagedFiles, pool: ThreadPoolExecutor) -> int:
     """Write a tar and the table of its files; return the number of damaged files that it leaves out.
 
@@ -189,7 +178,7 @@ def write_tar(tar: Tar, data_dir: Path, damaged: DamagedFiles, pool: ThreadPoolE
             return error
 
     packed, left_out = [], 0
-    with naming(tar.path), replacing(tar.path) as temporary:
+    with replacing(tar.path) as temporary:
         with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as file:
             for first in range(0, len(tar.sources), READ_AT_ONCE):
                 sources = tar.sources[first : first + READ_AT_ONCE]

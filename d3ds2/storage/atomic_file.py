@@ -17,7 +17,7 @@ def replacing(path: str | Path) -> Generator[Path]:
             temporary.write_bytes(data)
 
     Raises:
-        OSError: the folder is missing or cannot be written to.
+        OSError: the folder is missing or cannot be written to. The error names a file.
     """
     path = Path(path)
     temporary = _create_beside(path)
@@ -26,8 +26,10 @@ def replacing(path: str | Path) -> Generator[Path]:
         with suppress(OSError):  # nothing is there, or a link that leads nowhere
             temporary.chmod(path.stat().st_mode & 0o777)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            error.filename = str(path)  # a full disk names no file
         raise
 
 

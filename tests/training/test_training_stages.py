@@ -118,6 +118,21 @@ def test_stopped_in_the_first_stage_then_trained_to_the_end_then_finished(folder
     assert made == files()
 
 
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_stage_ends_where_the_whole_is_killed(folder, data):
+    started = Started(folder, data, "train_vae.run.steps=1000000")
+    run = folder / "runs" / "mine_vae"
+    wait_for(run / "metrics.jsonl", started)
+    assert (run / "training.lock").is_file()
+    started.process.kill()
+    started.process.join()
+    while (run / "training.lock").is_file():  # for ever, if the stage trains on
+        time.sleep(0.05)
+    stopped_at = int(newest_checkpoint(run).stem[5:])
+    assert 0 < stopped_at < 1000000 and network_names(folder / "models" / "mine") == {"sdf_vae"}
+
+
 def test_a_failing_stage_ends_the_whole_with_its_exit_code(folder, data):
     code, output, errors = Started(folder, data, "train_vae.max_tokens=1").end()
     assert code == 1 and "expected items of at most 1 tokens" in errors

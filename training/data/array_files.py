@@ -50,12 +50,8 @@ def write_arrays(
         arrays |= {name: _compress(arrays[name]) for name in compressed}
     # under one key, as safetensors writes keys in a random order
     content = save(arrays, {ABOUT: json.dumps(written)})
-    try:
-        with replacing(path) as temporary:
-            temporary.write_bytes(content)  # not by safetensors, whose errors do not say that the disk is full
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk names no file
-        raise
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)  # not by safetensors, whose errors do not say that the disk is full
     return checksum_of_file(checksums)
 
 

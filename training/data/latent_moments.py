@@ -107,7 +107,7 @@ def check_latents(data_dir: str | Path, resolution: int, vae: nn.Module, model_d
     file, again = moments_path(data_dir, resolution), "run python -m training.encode_latents"
     moments, encoder = read_moments(file), encoder_fingerprint(vae)
     if not moments:
-        raise ValueError(f"the latents in {file.parent} are not finished: {again}")
+        raise ValueError(f"the latents in {file.parent} are not finished: {again}, which writes {file.name}")
     if moments.get("encoder", encoder) != encoder:  # older versions do not say it
         raise ValueError(f"the latents in {file.parent} are of another VAE than the sdf_vae in {model_dir}: {again}")
     known = (vae.config.latents_shift, vae.config.latents_scale)
