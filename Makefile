@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # tests/conftest.py decides which tests share a process, and which come first
 IN_TWO_PROCESSES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-long lint types house compile bench clean comfyui
+.PHONY: demo test test-long fuzz lint types house compile bench clean comfyui
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m d3ds2 workflows/demo_input.png -o demo.glb --preview demo.png
@@ -20,9 +20,14 @@ test:
 	$(MAKE) --jobs 3 $(VENV)/.test $(OLD_TRITON)/.done comfyui
 	$(BIN)/python -m pytest tests $(IN_TWO_PROCESSES)
 
-# the tests that take minutes: 20 steps of every trainer on 1, 2 and 4 ranks, and a Ray cluster
+# the tests that take minutes: 20 steps of every trainer on 1, 2 and 4 ranks, whole recipes, 60 kills, damaged files, a Ray
+# cluster, and more cards to compile for
 test-long: $(VENV)/.test-long
 	$(BIN)/python -m pytest tests -m long
+
+# thousands of hostile pictures, meshes, model folders, node values and arguments; `make test` draws a few hundred
+fuzz: $(VENV)/.test
+	HOSTILE_CASES=many $(BIN)/python -m pytest tests/hostile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -55,7 +60,7 @@ $(VENV)/.demo: requirements.txt constraints.txt pyproject.toml | $(BIN)/python
 
 $(VENV)/.test: $(VENV)/.demo Makefile
 	$(INSTALL) --constraint constraints.txt \
-		pytest pytest-xdist ruff codespell pyrefly tensorboard peft "fsspec[http]" onnx onnxruntime rembg \
+		pytest pytest-xdist hypothesis ruff codespell pyrefly tensorboard peft "fsspec[http]" onnx onnxruntime rembg \
 		pillow-heif DracoPy efficientnet-lite-pytorch triton websocket-client
 	touch $@
 

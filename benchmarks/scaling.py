@@ -16,12 +16,15 @@ Prints tables and writes them to benchmarks/results/scaling-*.md. `benchmarks/sc
 import argparse
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -34,7 +37,8 @@ from benchmarks.scaling_work import CASES, Work  # noqa: E402
 PARTS = ("speed", "losses", "death")
 SPEED = ["case", "GPUs", "weights", "ms", "tokens/s", "share of ideal", "GiB"]
 SPEED += ["data ms", "compute ms", "waiting ms", "update ms", "max/mean tokens"]
-SMALL = "latent DiT 256"  # for the losses and the death
+SMALL = "latent DiT 256"  # for the death
+COMPARED = ("latent DiT 256", "SDF VAE 384")  # whose losses are compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +60,8 @@ class Ended:
 
 def run_ranks(ranks: int, folder: Path, **work) -> Ended:
     """Run `scaling_work` on some ranks."""
-    logs, out = Path(tempfile.mkdtemp(dir=folder)), folder / "result.json"
-    out.unlink(missing_ok=True)
+    logs = Path(tempfile.mkdtemp(dir=folder))
+    out = logs / "result.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += ["--log-dir", str(logs), "--redirects", "3", "-m", "benchmarks.scaling_work"]
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if work.get("tiny") else {})
@@ -75,9 +79,9 @@ def run_ranks(ranks: int, folder: Path, **work) -> Ended:
     return Ended(ended.returncode, result, [lines[-1] for lines in texts if lines], seconds)
 
 
-def speed_table(cases: list[str], gpus: list[int], tiny: bool, folder: Path) -> list[list[str]]:
-    """Measure the cases on each number of GPUs, with copied and sharded weights."""
-    rows, options = [], {"tiny": tiny, "steps": 3, "warm_up": 1} if tiny else {"tiny": False}
+def speed_rows(cases: list[str], gpus: list[int], tiny: bool, folder: Path) -> Iterator[list[str]]:
+    """Measure the cases on each number of GPUs, with copied and sharded weights: a row of SPEED each."""
+    options = {"tiny": tiny, "steps": 3, "warm_up": 1} if tiny else {"tiny": False}
     for case in cases:
         alone = 0.0  # tokens a second
         for ranks in gpus:
@@ -92,21 +96,22 @@ def speed_table(cases: list[str], gpus: list[int], tiny: bool, folder: Path) -> 
                     alone = alone or rate / ranks
                     row += [f"{ms:.0f}", f"{rate:,.0f}", f"{rate / ranks / alone:.1%}", f"{found['gib']:.1f}"]
                     row += [f"{part:.1f}" for part in found["ms"].values()] + [f"{found['imbalance']:.3f}"]
-                rows.append(row)
-                print(" | ".join(row), flush=True)
-    return rows
+                yield row
 
 
-def compare_losses(ranks: int, steps: int, tiny: bool, folder: Path) -> str:
-    """Train on N ranks, and on one rank with N parts; say how far their losses differ."""
-    options = {"case": SMALL, "batch": 8, "steps": steps, "warm_up": 0, "tiny": tiny}
-    many, one = run_ranks(ranks, folder, **options), run_ranks(1, folder, accumulate=ranks, **options)
+def compare_losses(case: str, ranks: int, steps: int, tiny: bool, folder: Path) -> str:
+    """Train on N ranks and, at the same time, on one rank with N parts; say how far their losses differ."""
+    options = {"case": case, "batch": 4 * ranks, "steps": steps, "warm_up": 0, "tiny": tiny}
+    with ThreadPoolExecutor() as both:
+        several = both.submit(run_ranks, ranks, folder, **options)
+        alone = both.submit(run_ranks, 1, folder, accumulate=ranks, **options)
+    many, one = several.result(), alone.result()
     if many.code or one.code:
-        return f"{ranks} GPUs: failed: {'; '.join(many.errors + one.errors)}"
+        return f"{case}, {ranks} GPUs: failed: {'; '.join(many.errors + one.errors)}"
     pairs = list(zip(many.result["losses"].values(), one.result["losses"].values(), strict=True))
     worst = max(abs(a - b) / abs(b) for a, b in pairs)
     return (
-        f"{steps} steps of the {SMALL} on {ranks} × 1 and 1 × {ranks}: the losses differ by at most {worst:.1e} of "
+        f"{steps} steps of the {case} on {ranks} × 1 and 1 × {ranks}: the losses differ by at most {worst:.1e} of "
         f"their value; the last ones are {pairs[-1][0]:.6f} and {pairs[-1][1]:.6f}."
     )
 
@@ -143,24 +148,29 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
     device = "CPU" if arguments.tiny else torch.cuda.get_device_name()
+    several = [ranks for ranks in sorted(arguments.gpus) if ranks > 1]
     lines = ["# Training on several GPUs", ""]
     lines += [f"{datetime.date.today()}, {device}, torch {torch.__version__}. `python benchmarks/scaling.py`.", ""]
+
+    def add(*more: str) -> None:
+        """Print lines, and write all lines so far: what was measured is kept when the rest fails."""
+        print("\n".join(more), flush=True)
+        lines.extend(more)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / f"scaling-{device.split()[-1].lower()}.md").write_text("\n".join(lines).rstrip() + "\n")
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if "speed" in arguments.parts:
-            rows = speed_table(arguments.cases, sorted(arguments.gpus), arguments.tiny, folder)
-            lines += ["| " + " | ".join(row) + " |" for row in (SPEED, ["---"] * len(SPEED), *rows)] + [""]
+            add(f"| {' | '.join(SPEED)} |", f"| {' | '.join(['---'] * len(SPEED))} |")
+            for row in speed_rows(arguments.cases, sorted(arguments.gpus), arguments.tiny, folder):
+                add(f"| {' | '.join(row)} |")
+            add("")
         if "losses" in arguments.parts:
-            several = [ranks for ranks in arguments.gpus if ranks > 1]
-            lines += [
-                line for n in several for line in (compare_losses(n, arguments.steps, arguments.tiny, folder), "")
-            ]
-        if "death" in arguments.parts and max(arguments.gpus) > 1:
-            lines += [*kill_a_rank(max(arguments.gpus), arguments.tiny, folder), ""]
-    text = "\n".join(lines).rstrip() + "\n"
-    print(text)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"scaling-{device.split()[-1].lower()}.md").write_text(text)
+            for case, ranks in itertools.product(COMPARED, several):
+                add(compare_losses(case, ranks, arguments.steps, arguments.tiny, folder), "")
+        if "death" in arguments.parts and several:
+            add(*kill_a_rank(several[-1], arguments.tiny, folder), "")
 
 
 if __name__ == "__main__":

@@ -92,12 +92,18 @@ class Case(NamedTuple):
 # --- data
 
 
+def generators(step: int, batch: int, chosen: np.ndarray | slice) -> list[np.random.Generator]:
+    """One for each of the chosen samples (b,), whose numbers are then the same on any number of ranks."""
+    return [draw(0, step, 3, int(i)) for i in np.arange(batch)[chosen]]
+
+
 class Surfaces(Steps):
     """Batches of random choices from a pool of surfaces; `make` turns chosen ones into a batch."""
 
-    def __init__(self, tokens: int, batch: int, make: Callable[[list[np.ndarray], np.random.Generator], Any]):
+    def __init__(self, tokens: int, batch: int, make: Callable[[list[np.ndarray], list[np.random.Generator]], Any]):
         sizes = tokens * np.exp(draw(0, 1).normal(-(DEVIATION**2) / 2, DEVIATION, POOL))
-        self.pool = [surface_voxels(max(int(size), 8), "cpu").coords[:, 1:].numpy() for size in sizes]
+        surfaces = [surface_voxels(max(int(size), 8), "cpu").coords[:, 1:].numpy() for size in sizes]
+        self.pool = [xyz[np.lexsort(xyz.T[::-1])] for xyz in surfaces]  # in the order of stored shapes
         self.batch, self.make = batch, make
         self.resolution = (max(int(coords.max()) for coords in self.pool) // BLOCK + 1) * BLOCK
 
@@ -112,17 +118,18 @@ class Surfaces(Steps):
 
     def load(self, step: int, chosen: np.ndarray | slice) -> Any:
         """The batch of the chosen samples (b,) of a step."""
-        return self.make([self.pool[i] for i in self._choices(step)[chosen]], draw(0, step, 3))
+        return self.make([self.pool[i] for i in self._choices(step)[chosen]], generators(step, self.batch, chosen))
 
 
-def make_latents(surfaces: list[np.ndarray], rng: np.random.Generator, channels: int) -> LatentBatch:
+def make_latents(surfaces: list[np.ndarray], rngs: list[np.random.Generator], channels: int) -> LatentBatch:
     """Draw latents for the tokens of surfaces, each (m, 3)."""
     coords = join_coords(surfaces)
-    mean = torch.from_numpy(rng.standard_normal((len(coords), channels), dtype=np.float32)).half()
+    drawn = [rng.standard_normal((len(xyz), channels), np.float32) for xyz, rng in zip(surfaces, rngs, strict=True)]
+    mean = torch.from_numpy(np.concatenate(drawn)).half()
     return LatentBatch(coords, mean, torch.zeros_like(mean), torch.zeros((len(surfaces), 4, 1, 1), dtype=torch.uint8))
 
 
-def make_shapes(surfaces: list[np.ndarray], _rng: np.random.Generator, resolution: int) -> ShapeBatch:
+def make_shapes(surfaces: list[np.ndarray], _rngs: list[np.random.Generator], resolution: int) -> ShapeBatch:
     """Put the band of a plane into each block of surfaces (m, 3): an SDF's values, in about the right numbers."""
     place = (np.arange(BLOCK, dtype=np.float32) - 3.5) / BAND
     block = np.broadcast_to(place[:, None, None].clip(-1, 1), (BLOCK,) * 3).astype(np.float16)
@@ -153,8 +160,8 @@ class Structures(Steps):
 
     def load(self, step: int, chosen: np.ndarray | slice) -> Latents:
         """The latents of the chosen samples (b,) of a step."""
-        number = len(np.arange(self.batch)[chosen])
-        return Latents(torch.from_numpy(draw(0, step, 3).standard_normal((number, *self.shape), dtype=np.float32)))
+        rngs = generators(step, self.batch, chosen)
+        return Latents(torch.from_numpy(np.stack([rng.standard_normal(self.shape, np.float32) for rng in rngs])))
 
 
 def make_image_tokens(batch_size: int, channels: int, number: int, device: torch.device) -> ImageTokens:

@@ -113,7 +113,8 @@ def main() -> None:
         print(
             f"guidance {scale}, {number} views, interval {interval}, rescale {rescale}, {method} {steps} steps: "
             f"IoU {scores.mean():.3f} ({change.mean():+.4f} ± {half_width:.4f}), median {np.median(scores):.3f}, "
-            f"{made.sum((1, 2, 3)).mean():.0f} voxels; {sum(passes) / len(truth):.0f} passes, {seconds:.1f} s of CPU time",
+            f"{made.sum((1, 2, 3)).mean():.0f} voxels; "
+            f"{sum(passes) / len(truth):.0f} passes, {seconds:.1f} s of CPU time",
             flush=True,
         )
 

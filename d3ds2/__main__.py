@@ -8,6 +8,7 @@ cannot be used are named and skipped, and the exit code is then 1.
 """
 
 import argparse
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,7 +40,7 @@ from .picture_folder import list_pictures, make_meshes, make_output_folder, name
 from .pipeline import TINY, GenerationError, Pipeline, load_pipeline
 from .rectified_flow import EULER, SAMPLERS, Sampler
 from .storage.atomic_file import replacing
-from .storage.model_folder import ModelFolderError, load_settings
+from .storage.model_folder import MOST_STEPS, ModelFolderError, load_settings
 from .storage.one_line import one_line
 
 PREVIEW_SIZE = 512  # pixels of one picture in the preview
@@ -145,6 +146,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UsageError(f"expected --faces of at least 4, got {arguments.faces}")
     if arguments.steps is not None and arguments.steps < 1:
         raise UsageError(f"expected at least 1 step, got {arguments.steps}")
+    if arguments.steps is not None and arguments.steps > MOST_STEPS:
+        raise UsageError(f"expected at most {MOST_STEPS} steps, got {arguments.steps}")
     try:
         arguments.sampler = Sampler(arguments.sampler, tuple(arguments.guidance_interval), arguments.guidance_rescale)
     except ValueError as error:
@@ -159,11 +162,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def check_outputs(output: Path, preview: Path | None, inputs: list[Path]) -> None:
     """See that all that is to be written can be, before any work. Raises MeshFileError, UsageError."""
     check_mesh_path(output)
-    taken = {path.resolve() for path in inputs}
+    taken = {os.path.realpath(path) for path in inputs}  # unlike Path.resolve, it also follows links in a loop
     for path in (output, preview):
-        if path is not None and path.resolve() in taken:
+        if path is not None and os.path.realpath(path) in taken:
             raise UsageError(f"expected a new file for each result, got {path}, which another argument names")
-        taken |= set() if path is None else {path.resolve()}
+        taken |= set() if path is None else {os.path.realpath(path)}
     if preview is not None:
         if preview.suffix.lower() != ".png":
             raise UsageError(f"expected a preview that ends in .png, got {preview}")
@@ -179,8 +182,11 @@ def save_preview(path: Path, image: Image.Image, mesh: Mesh) -> None:
 
     pictures = [image, *render_sides(mesh.vertices, mesh.faces, PREVIEW_SIZE)]
     sheet = contact_sheet([pictures], ("input", "front", "right", "back", "left"), cell=PREVIEW_SIZE)
-    with replacing(path) as temporary:
-        sheet.save(temporary)
+    try:
+        with replacing(path) as temporary:
+            sheet.save(temporary)
+    except OSError as error:
+        raise MeshFileError(f"cannot write {path}: {error.strerror}; the mesh is written") from None
 
 
 def read_view(path: Path, background: str) -> Image.Image:
@@ -229,6 +235,8 @@ def write_mesh(path: Path, mesh: Mesh, picture: Path, arguments: argparse.Namesp
 
 
 def run(argv: list[str] | None) -> int:
+    if sys.flags.optimize > 1:
+        raise UsageError("transformers reads its own docstrings: run Python without -OO")
     arguments = parse_arguments(argv)
     if arguments.image.is_dir():
         return run_folder(arguments)
@@ -314,6 +322,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except torch.OutOfMemoryError:
         print("error: out of GPU memory; use --device cpu", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print("error: out of memory", file=sys.stderr)
+        return 2
+    except OSError as error:  # such as a full disk, or a folder without permission
+        reason = error if error.filename is None else f"{error.strerror}: {error.filename}"
+        print(f"error: {one_line(reason)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

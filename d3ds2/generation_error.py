@@ -1,7 +1,9 @@
 """The errors of a generation."""
 
+from .storage.one_line import OneLineError
 
-class GenerationError(ValueError):
+
+class GenerationError(OneLineError):
     """The networks ran, and made nothing that can become a mesh. The message is one line."""
 
 

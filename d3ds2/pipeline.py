@@ -343,9 +343,11 @@ class Pipeline:
 
         Raises:
             EmptyResultError: a sample has no surface.
-            GenerationError: values that are not finite, as half precision makes them when a network overflows it.
+            GenerationError: the level is out of range, or values are not finite: a network overflowed half precision.
         """
         level = self.sampling.level if level is None else level
+        if not -1 < level < 1:
+            raise GenerationError(f"expected the level of the surface in (-1, 1), got {level}")
         return blocks_to_meshes(blocks, min_component, level, keep_largest)
 
 

@@ -3,6 +3,7 @@
 Time t is in [0, 1]; 1 is noise, 0 is data. The velocity is noise - x_0, so a step from t to t' adds (t' - t) velocity.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,8 +15,10 @@ from .geometry.voxels import Voxels
 from .networks.image_encoder import ImageTokens
 from .networks.latent_dit import LatentDiT
 from .networks.structure_dit import StructureDiT
+from .storage.model_folder import MOST_STEPS
 
 SAMPLERS = ("euler", "heun")  # of integration
+MOST_GUIDANCE = 1000
 TRAINING_STEPS = 1000  # of the released scheduler; its last time before 0 follows from it
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -34,10 +37,10 @@ def time_schedule(steps: int, shift: float) -> Tensor:
     shift(1 / 1000), the times run evenly from 1 to it, and all are shifted once more; then 0.
 
     Raises:
-        ValueError: for fewer than one step or a shift that is not positive.
+        ValueError: for fewer than one step or more than MOST_STEPS, or a shift that is not positive and finite.
     """
-    if steps < 1 or shift <= 0:
-        raise ValueError(f"expected at least 1 step and a positive shift, got {steps} and {shift}")
+    if not 1 <= steps <= MOST_STEPS or not 0 < shift < math.inf:
+        raise ValueError(f"expected 1 to {MOST_STEPS} steps and a positive shift, got {steps} and {shift}")
     t_min = shift_time(torch.tensor(1 / TRAINING_STEPS, dtype=torch.float64), shift).item()
     times = shift_time(torch.linspace(1, t_min, steps, dtype=torch.float64), shift)
     return torch.cat([times, times.new_zeros(1)])
@@ -70,8 +73,10 @@ def noise_for(seeds: list[int], shapes: list[tuple[int, ...]]) -> Tensor:
     the device or its place in the batch.
 
     Raises:
-        ValueError: the numbers of seeds and shapes differ.
+        ValueError: the numbers of seeds and shapes differ, or a seed has more than 64 bits.
     """
+    if any(not -(2**63) <= seed < 2**64 for seed in seeds):
+        raise ValueError(f"expected seeds of 64 bits, got {seeds}")
     if len(seeds) != len(shapes):
         raise ValueError(f"expected a seed for each sample, got {len(seeds)} seeds and {len(shapes)} shapes")
     samples = zip(seeds, shapes, strict=True)
@@ -147,7 +152,12 @@ def guided_velocity(
 
     Returns:
         velocity(x_t, t): x_t of the model's shape, t one time for all samples.
+
+    Raises:
+        ValueError: guidance_scale is beyond MOST_GUIDANCE.
     """
+    if not abs(guidance_scale) <= MOST_GUIDANCE:
+        raise ValueError(f"expected a guidance_scale up to {MOST_GUIDANCE}, got {guidance_scale}")
     low, high = sampler.guidance_interval
     branches = [image_tokens] if guidance_scale == 1 else [image_tokens, image_tokens.zeroed()]
     passes = [ImageTokens.cat(branches)] if together and len(branches) > 1 else branches

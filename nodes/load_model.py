@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from .comfy.errors import plain_errors, without_tags
 from .comfy.folders import TINY, model_folder, model_names
 from .comfy.sockets import CATEGORY, Model, ModelSocket
 
@@ -48,15 +49,16 @@ class LoadD3DS2Model(io.ComfyNode):
             if model is not None:
                 model_folder(model)
         except ValueError as error:
-            return str(error)
+            return without_tags(error)
         return True
 
     @classmethod
     def fingerprint_inputs(cls, model, precision) -> str:
-        files = sorted(model_folder(model).glob("*.*"))
+        files = sorted(file for file in model_folder(model).glob("*.*") if file.is_file())
         return repr([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
 
     @classmethod
+    @plain_errors
     def execute(cls, model, precision) -> io.NodeOutput:
         """Load every network of a model folder. Raises ValueError, with advice, if the folder is not whole."""
         import comfy.model_management as mm

@@ -9,6 +9,7 @@ from typing import Any
 
 from comfy_api.latest import Types, io
 
+from .comfy.errors import plain_errors, without_tags
 from .comfy.mesh_socket import from_socket, mesh_input
 from .comfy.sockets import CATEGORY
 
@@ -95,10 +96,11 @@ class MeshExport(io.ComfyNode):
             if filename_prefix is not None:
                 _check_prefix(filename_prefix)
         except ValueError as error:
-            return str(error)
+            return without_tags(error)
         return True
 
     @classmethod
+    @plain_errors
     def execute(cls, mesh, filename_prefix, format, target_faces, up_axis, embed_workflow, size=1.0) -> io.NodeOutput:
         from ..d3ds2.meshes.appearance import Appearance, in_words, not_held
         from ..d3ds2.meshes.decimation_process import decimate_in_process
@@ -138,7 +140,7 @@ class MeshExport(io.ComfyNode):
         paths = [f"{subfolder}/{file}" if subfolder else file for file in files]
         results = [{"filename": file, "subfolder": subfolder, "type": "output"} for file in files]
         file_3d = [Types.File3D(str(folder / file), format) for file in files]
-        return io.NodeOutput(paths, file_3d, cameras, ui={"3d": results} | progress.result("\n".join(lines)))
+        return io.NodeOutput(paths, file_3d, cameras, ui={"3d": results} | progress.result(*lines))
 
 
 def _check_prefix(prefix: str) -> str:

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from .comfy.errors import plain_errors
 from .comfy.mesh_socket import from_socket, mesh_input
 from .comfy.sockets import CATEGORY
 
@@ -62,6 +63,7 @@ class MeshPictures(io.ComfyNode):
         )
 
     @classmethod
+    @plain_errors
     def execute(cls, mesh, sides, azimuth, elevation, resolution) -> io.NodeOutput:
         """Draw each mesh from each side. Raises ValueError, with advice, if embreex is not installed."""
         import torch

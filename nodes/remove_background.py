@@ -8,6 +8,7 @@ import numpy as np
 from comfy_api.latest import io
 from PIL import Image, ImageChops
 
+from .comfy.errors import plain_errors, without_tags
 from .comfy.sockets import CATEGORY, BackgroundRemovalSocket
 
 if TYPE_CHECKING:
@@ -82,13 +83,14 @@ class RemoveBackground(io.ComfyNode):
         from ..d3ds2.images.foreground import missing_for_rembg
 
         if method not in (None, *METHODS):
-            return f"expected a method of {', '.join(METHODS)}, got {method!r}"
+            return without_tags(f"expected a method of {', '.join(METHODS)}, got {method!r}")
         if not isinstance(invert_mask, bool) and invert_mask not in (None, *INVERT_MASK):
-            return f"expected invert_mask of {', '.join(INVERT_MASK)}, got {invert_mask!r}"
+            return without_tags(f"expected invert_mask of {', '.join(INVERT_MASK)}, got {invert_mask!r}")
         reason = missing_for_rembg() if method == "rembg" else None
         return True if reason is None else f"method is `rembg`, but {reason}. {_ADVICE['rembg']}"
 
     @classmethod
+    @plain_errors
     def execute(
         cls, image, method, invert_mask, foreground_ratio, mask=None, background_removal: Any = None
     ) -> io.NodeOutput:
@@ -131,7 +133,7 @@ class RemoveBackground(io.ComfyNode):
             objects.append(cut)
             progress.update(index + 1)
         object_masks = [cut.getchannel("A") for cut in objects]
-        return io.NodeOutput(to_images(objects), to_images(object_masks), ui=progress.result("\n".join(lines)))
+        return io.NodeOutput(to_images(objects), to_images(object_masks), ui=progress.result(*lines))
 
 
 _ADVICE = {

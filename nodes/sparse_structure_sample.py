@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from .comfy.errors import plain_errors
 from .comfy.sampling import more_sampling_inputs
 from .comfy.sockets import CATEGORY, Model, ModelSocket, sampling_inputs, structure_outputs
 
@@ -36,6 +37,7 @@ class SparseStructureSample(io.ComfyNode):
         )
 
     @classmethod
+    @plain_errors
     def execute(
         cls,
         model: Model,

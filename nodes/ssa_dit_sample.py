@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from .comfy.errors import plain_errors
 from .comfy.sampling import more_sampling_inputs
 from .comfy.sockets import (
     CATEGORY,
@@ -54,6 +55,7 @@ class SSADiTSample(io.ComfyNode):
         )
 
     @classmethod
+    @plain_errors
     def execute(
         cls,
         model: Model,

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from .comfy.errors import plain_errors
 from .comfy.mesh_socket import fit_inputs, from_socket, mesh_input
 from .comfy.sockets import CATEGORY, Model, ModelSocket, structure_outputs
 
@@ -26,6 +27,7 @@ class StructureFromMesh(io.ComfyNode):
         )
 
     @classmethod
+    @plain_errors
     def execute(cls, model: Model, mesh, fit, shell) -> io.NodeOutput:
         from ..d3ds2.geometry.voxels import Voxels
         from ..d3ds2.meshes.mesh_to_structure import mesh_to_structure

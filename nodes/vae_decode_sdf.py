@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from .comfy.errors import plain_errors
 from .comfy.sockets import CATEGORY, SDF, Latent, LatentSocket, Model, ModelSocket, SDFSocket
 
 
@@ -62,6 +63,7 @@ class VAEDecodeSDF(io.ComfyNode):
         )
 
     @classmethod
+    @plain_errors
     def execute(
         cls, model: Model, latent: Latent, level, memory_budget_gb, keep_largest, min_component
     ) -> io.NodeOutput:

@@ -4,6 +4,7 @@ from functools import partial
 
 from comfy_api.latest import io
 
+from .comfy.errors import plain_errors
 from .comfy.mesh_socket import fit_inputs, from_socket, mesh_input
 from .comfy.sockets import CATEGORY, Latent, LatentSocket, Model, ModelSocket
 
@@ -31,6 +32,7 @@ class VAEEncodeMesh(io.ComfyNode):
         )
 
     @classmethod
+    @plain_errors
     def execute(cls, model: Model, mesh, fit, shell) -> io.NodeOutput:
         import comfy.model_management as mm
         import torch

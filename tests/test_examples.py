@@ -1,5 +1,6 @@
 """Every example runs with small inputs, and its docstring gives the command that runs it."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,10 @@ from d3ds2.storage.model_folder import NETWORKS, network_names
 from tests.support.tiny_model import draw_object
 from tests.support.training_data import R, write_meshes
 from tests.training.test_training_stages import CONFIGS
+from training.config import load_config
+from training.prepare_shapes import PrepareShapesConfig
+from training.recipe import read_recipe
+from training.render_views import RenderViewsConfig
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 SHAPES = f"resolutions = [{R}]\nworkers = 1\n"
@@ -54,11 +59,32 @@ def test_attention_on_your_voxels(tmp_path):
     assert "out (" in run("attention_on_your_voxels", tmp_path, "16")
 
 
-def test_train_on_a_folder(tmp_path):
-    write_meshes(tmp_path / "meshes")
+def write_small_configs(folder: Path) -> list[str]:
+    """Write a folder of meshes and config files; return the arguments of the example that trains on them."""
+    write_meshes(folder / "meshes")
     for name, text in (CONFIGS | {"shapes": SHAPES, "views": VIEWS}).items():
-        text = text.format(name=name).replace("runs/", f"{tmp_path}/runs/")
-        (tmp_path / f"small_{name}.toml").write_text(text)
-    runs = [f"{script}.run.out_dir={tmp_path}/runs/{script}" for script in SCRIPTS]
-    out = run("train_on_a_folder", tmp_path, "meshes", "mine", f"configs={tmp_path}/small", *runs)
+        text = text.format(name=name).replace("runs/", f"{folder}/runs/")
+        (folder / f"small_{name}.toml").write_text(text)
+    runs = [f"{script}.run.out_dir={folder}/runs/{script}" for script in SCRIPTS]
+    return ["meshes", "mine", f"configs={folder}/small", *runs]
+
+
+def test_train_on_a_folder_gives_each_script_its_settings(tmp_path, monkeypatch):
+    """Check the three commands without running them; the next test runs them."""
+    commands, example = [], runpy.run_path(str(EXAMPLES / "train_on_a_folder.py"))
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: commands.append(command))
+    monkeypatch.chdir(tmp_path)
+    example["main"](*write_small_configs(tmp_path))
+    modules, (shapes, views, stages) = zip(*((module, rest) for _, _, module, *rest in commands), strict=True)
+    assert modules == ("training.prepare_shapes", "training.render_views", "training")
+    configs = [load_config(PrepareShapesConfig, shapes), load_config(RenderViewsConfig, views)]
+    configs += [job.config for job in read_recipe(stages[0], stages[1:])]
+    assert len(configs) == 7 and {config.data_dir for config in configs} == {str(tmp_path / "mine_data")}
+    assert {config.meshes for config in configs[:2]} == {str(tmp_path / "meshes")}
+    assert {config.model_dir for config in configs[2:]} == {str(tmp_path / "mine")}
+
+
+@pytest.mark.long
+def test_train_on_a_folder(tmp_path):
+    out = run("train_on_a_folder", tmp_path, *write_small_configs(tmp_path))
     assert "trained: python -m d3ds2" in out and network_names(tmp_path / "mine") == set(NETWORKS)

@@ -35,6 +35,7 @@ from d3ds2.images.surface_colors import SurfaceColors
 from d3ds2.meshes.mesh_to_sdf import normalize_mesh
 from training.command import run_command
 from training.data.meshes import SPLITS, MeshEntry, check_source, choose_meshes, read_mesh, read_textured_mesh
+from training.data.packs import open_data
 from training.data.png_files import is_whole
 from training.data.shape_files import view_folder
 from training.data.shards import Shard
@@ -245,19 +246,19 @@ def main(config: RenderViewsConfig) -> list[dict]:
 
     Raises:
         FileNotFoundError: there is no such folder of meshes.
-        ValueError: no mesh belongs to these splits.
+        ValueError: no mesh belongs to these splits, or `data_dir` is packed.
         AllFailedError: no mesh could be rendered.
         MachineError: the disk is full or cannot be written. Finished pictures stay.
     """
-    shard = Shard.parse(config.shard)
+    data_dir, shard = Path(open_data(config.data_dir)), Shard.parse(config.shard)
     _, entries = choose_meshes(config, config.splits)
-    views = Path(config.data_dir) / "views"
+    views = data_dir / "views"
     views.mkdir(parents=True, exist_ok=True)
     names = {entry.name for entry in entries}
     clear_unfinished(views, names)  # of a killed run
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the workers: each core has its own mesh
     jobs = run_engine(render_mesh, entries, config)
-    log = shard.file(Path(config.data_dir) / "view_failures.jsonl")
+    log = shard.file(data_dir / "view_failures.jsonl")
     failed = []
     rendered = sum(number for _, number in finished(jobs, len(entries), log, failed))
     clear_unfinished(views, names)  # of processes that died

@@ -20,6 +20,7 @@ from typing import Any
 from training.command import run_command
 from training.data.index_files import index_files, read_index, update_index
 from training.data.meshes import MeshEntry, check_source, choose_meshes, read_textured_mesh
+from training.data.packs import open_data
 from training.data.shards import Shard
 from training.mesh_jobs import AllFailedError, check_engine, finished, run_engine
 from training.mesh_quality import Scores, score_mesh
@@ -62,11 +63,11 @@ def main(config: ScoreMeshesConfig) -> int:
 
     Raises:
         FileNotFoundError: there is no such folder, or it has no mesh.
-        ValueError: no mesh has one of the names, or an index file is damaged.
+        ValueError: no mesh has one of the names, an index file is damaged, or `data_dir` is packed.
         AllFailedError: no mesh could be scored.
         MachineError: the disk is full or cannot be written. Finished scores stay.
     """
-    data_dir, shard = Path(config.data_dir), Shard.parse(config.shard)
+    data_dir, shard = Path(open_data(config.data_dir)), Shard.parse(config.shard)
     data_dir.mkdir(parents=True, exist_ok=True)
     _, entries = choose_meshes(config, about=True)
     known = {}

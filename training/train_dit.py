@@ -13,14 +13,15 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from d3ds2.geometry.voxels import BLOCK, Voxels
-from d3ds2.kernels.devices import make_generator
 from d3ds2.networks.image_encoder import ImageEncoder, ImageTokens
 from d3ds2.networks.latent_dit import LatentDiT, LatentDiTConfig
 from d3ds2.networks.model_files import load_network, save_network
@@ -33,9 +34,10 @@ from training.data.parts import WHOLE, Part, load_parts
 from training.data.shape_files import list_shapes
 from training.data.views import Views
 from training.distributed import Ranks, run_script
+from training.loop import run_steps
 from training.lora import LoRAConfig, add_adapters, merged
 from training.losses import FlowLossConfig, draw_noise, keep_context, training_times, velocity_loss
-from training.run import Log, RunConfig, Stop, autocast, is_save_step, seed_step, start
+from training.run import RunConfig, autocast, start
 from training.run_folder import exporting
 from training.sample_pictures import SAMPLE_LABELS, latent_samples, sampling_of
 from training.speed import token_weights
@@ -172,7 +174,6 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
     add_adapters(model, config.lora)
     state = State(model, run, ranks)
     state.load()
-    generator = make_generator(device)
 
     encoder = load_network(config.model_dir, "image_encoder", device)
     vae = load_network(config.model_dir, f"{config.prefix}sdf_vae", device)  # for the scale of its latents
@@ -194,32 +195,18 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
         config.memory_gib,
     )
 
+    def losses(part: Part, generator: torch.Generator) -> dict[str, Any]:
+        batch: LatentBatch = part.batch
+        voxels = Voxels(batch.coords, config.resolution // BLOCK, len(batch.images))
+        x_0 = draw_latents(vae, batch, config.loss.sample_posterior, generator, part)
+        with autocast(run, device):
+            image_tokens = encode_images(encoder, batch.images, config.model.sparse_context)
+            loss = flow_loss(model, image_tokens, x_0, voxels, config.loss, generator, part)
+        return {"loss": loss, "tokens": part.own(len(voxels))}
+
+    batches = load_parts(dataset, state.step, run, ranks, ("tokens",), count_tokens)
     validate = make_validation(config, ranks, state.averaged, encoder, vae)
-
-    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks, token_weights(model)) as log, state:
-        for parts in load_parts(dataset, state.step, run, ranks, ("tokens",), count_tokens):
-            for part in parts:
-                batch: LatentBatch = part.batch
-                seed_step(generator, run.seed, state.step)
-                voxels = Voxels(batch.coords, config.resolution // BLOCK, len(batch.images))
-                x_0 = draw_latents(vae, batch, config.loss.sample_posterior, generator, part)
-                with autocast(run, device):
-                    image_tokens = encode_images(encoder, batch.images, config.model.sparse_context)
-                    loss = flow_loss(model, image_tokens, x_0, voxels, config.loss, generator, part)
-                loss.backward()
-                log.add({"loss": loss, "tokens": part.own(len(voxels))})
-            grad_norm = state.update()
-
-            validate(state.step, log)
-            log(state.step, {"grad_norm": grad_norm})
-            if is_save_step(state.step, stop, run):
-                state.save()
-                averaged = state.averaged()
-                if ranks.is_first:
-                    export(config, averaged)
-                if stop:
-                    break
-    return state.averaged()
+    return run_steps(state, batches, losses, validate, partial(export, config), token_weights(model))
 
 
 def export(config: TrainDiTConfig, ema: nn.Module) -> None:

@@ -19,12 +19,12 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from d3ds2.kernels.devices import make_generator
 from d3ds2.networks.image_encoder import ImageEncoder, ImageEncoderConfig, ImageTokens
 from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.structure_dit import StructureDiT, StructureDiTConfig
@@ -39,9 +39,10 @@ from training.data.parts import WHOLE, Part, load_parts
 from training.data.shape_files import list_shapes, shape_weights
 from training.data.views import Views
 from training.distributed import Ranks, run_script
+from training.loop import run_steps
 from training.lora import LoRAConfig, add_adapters, merged
 from training.losses import FlowLossConfig, draw_noise, keep_context, training_times, velocity_loss
-from training.run import Log, RunConfig, Stop, autocast, compile_blocks, is_save_step, seed_step, start
+from training.run import RunConfig, autocast, compile_blocks, start
 from training.run_folder import exporting
 from training.sample_pictures import STRUCTURE_SAMPLE_LABELS, sampling_of, structure_samples
 from training.speed import token_weights
@@ -259,7 +260,6 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
         compile_blocks(run, nn.ModuleList([encoder.patches]))
     state = State(model, run, ranks, lambda name: config.backbone_rate if ".backbone." in name else 1.0)
     state.load()
-    generator = make_generator(device)
 
     names, _ = list_shapes(config.data_dir, config.split, config.resolution)
     views = Views(config.data_dir, names, encoder.config.image_size, config.turn_to_camera, cache=config.cache_views)
@@ -268,35 +268,25 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
     latents = StructureLatents(vae, structures, views.turns.symmetries(), device, config.device_gib)
     images_of, dataset = load_pictures(config, views, structures, not latents.are_held, device)
 
+    tokens = config.model.resolution**3
+
+    def losses(part: Part, generator: torch.Generator) -> dict[str, Any]:
+        if config.image_encoder_steps and state.step >= config.image_encoder_steps:
+            freeze_image_encoder(model, state.ema)
+        x_0 = latents.draw(part.batch, config.loss.sample_posterior, generator, part)
+        with autocast(run, device):
+            image_tokens = model["image_encoder"](images_of(part, generator))
+            loss = flow_loss(model["structure_dit"], image_tokens, x_0, config.loss, generator, part)
+        return {"loss": loss, "tokens": part.own(len(x_0) * tokens)}
+
+    def export(averaged: nn.ModuleDict) -> None:
+        with exporting(config.model_dir):
+            for name, network in averaged.items():
+                save_network(config.model_dir, name, merged(network), torch.float16)
+
+    batches = load_parts(dataset, state.step, run, ranks, ("samples",), count_samples)
     validate = make_validation(config, ranks, state.averaged, vae, encoder.config.image_size)
-
-    weights, tokens = token_weights(model["structure_dit"]), config.model.resolution**3
-    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks, weights) as log, state:
-        for parts in load_parts(dataset, state.step, run, ranks, ("samples",), count_samples):
-            if config.image_encoder_steps and state.step >= config.image_encoder_steps:
-                freeze_image_encoder(model, state.ema)
-            for part in parts:
-                seed_step(generator, run.seed, state.step)
-                x_0 = latents.draw(part.batch, config.loss.sample_posterior, generator, part)
-                with autocast(run, device):
-                    image_tokens = model["image_encoder"](images_of(part, generator))
-                    loss = flow_loss(model["structure_dit"], image_tokens, x_0, config.loss, generator, part)
-                loss.backward()
-                log.add({"loss": loss, "tokens": part.own(len(x_0) * tokens)})
-            grad_norm = state.update()
-
-            validate(state.step, log)
-            log(state.step, {"grad_norm": grad_norm})
-            if is_save_step(state.step, stop, run):
-                state.save()
-                averaged = state.averaged()
-                if ranks.is_first:
-                    with exporting(config.model_dir):
-                        for name, network in averaged.items():
-                            save_network(config.model_dir, name, merged(network), torch.float16)
-                if stop:
-                    break
-    return state.averaged()
+    return run_steps(state, batches, losses, validate, export, token_weights(model["structure_dit"]))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ Marks such as [A] say how certain a value is: see docs/paper.md.
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from d3ds2.kernels.devices import make_generator
 from d3ds2.networks.model_files import save_network
 from d3ds2.networks.structure_vae import StructureVAE, StructureVAEConfig
 from training.data.datasets import MEMORY_GIB, Structures
@@ -23,8 +23,9 @@ from training.data.latent_moments import LatentMoments, set_latent_scale
 from training.data.parts import WHOLE, Part, load_parts
 from training.data.shape_files import list_shapes
 from training.distributed import Ranks, run_script
+from training.loop import run_steps
 from training.losses import StructureLossConfig, draw_noise, structure_loss
-from training.run import Log, RunConfig, Stop, autocast, is_save_step, seed_step, start
+from training.run import RunConfig, autocast, start
 from training.run_folder import exporting
 from training.sample_pictures import STRUCTURE_LABELS, structure_reconstructions
 from training.state import State, load_start
@@ -108,7 +109,6 @@ def train_on(ranks: Ranks, config: TrainStructureVAEConfig) -> nn.Module:
     load_start(run, structure_vae=model)
     state = State(model, run, ranks)
     state.load()
-    generator = make_generator(device)
     names, tokens = list_shapes(config.data_dir, config.split, config.resolution)
     structures = Structures(
         config.data_dir,
@@ -121,30 +121,18 @@ def train_on(ranks: Ranks, config: TrainStructureVAEConfig) -> nn.Module:
         config.memory_gib,
     )
 
-    validate = make_validation(config, ranks, state.averaged)
+    def losses(part: Part, generator: torch.Generator) -> dict[str, Any]:
+        with autocast(run, device):
+            terms = vae_loss(model, part.batch, config.loss, generator, part)
+        return {**terms, "samples": len(part.batch)}
 
-    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks) as log, state:
-        for parts in load_parts(structures, state.step, run, ranks, ("samples",), count_samples):
-            for part in parts:
-                seed_step(generator, run.seed, state.step)
-                with autocast(run, device):
-                    terms = vae_loss(model, part.batch, config.loss, generator, part)
-                terms["loss"].backward()
-                log.add({**terms, "samples": len(part.batch)})
-            grad_norm = state.update()
+    def export(averaged: nn.Module) -> None:
+        set_latent_scale(averaged, measure_latents(averaged, structures, device))
+        with exporting(config.model_dir):
+            save_network(config.model_dir, "structure_vae", averaged, torch.float16)
 
-            validate(state.step, log)
-            log(state.step, {"grad_norm": grad_norm})
-            if is_save_step(state.step, stop, run):
-                state.save()
-                averaged = state.averaged()
-                if ranks.is_first:
-                    set_latent_scale(averaged, measure_latents(averaged, structures, device))
-                    with exporting(config.model_dir):
-                        save_network(config.model_dir, "structure_vae", averaged, torch.float16)
-                if stop:
-                    break
-    return state.averaged()
+    batches = load_parts(structures, state.step, run, ranks, ("samples",), count_samples)
+    return run_steps(state, batches, losses, make_validation(config, ranks, state.averaged), export)
 
 
 if __name__ == "__main__":

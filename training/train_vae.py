@@ -12,20 +12,21 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from d3ds2.geometry.voxels import BLOCK
-from d3ds2.kernels.devices import make_generator
 from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE, SDFVAEConfig
 from training.data.datasets import Shapes
 from training.data.parts import WHOLE, Part, load_parts
 from training.data.shape_batches import ShapeBatch, active_voxels
 from training.distributed import Ranks, run_script
+from training.loop import run_steps
 from training.losses import SDF_TERMS, SDFLossConfig, count_sdf, draw_noise, sdf_loss
-from training.run import Log, RunConfig, Stop, autocast, is_save_step, seed_step, start
+from training.run import RunConfig, autocast, start
 from training.run_folder import exporting
 from training.sample_pictures import SDF_LABELS, reconstructions
 from training.state import State, load_start
@@ -146,7 +147,6 @@ def train_on(ranks: Ranks, config: TrainVAEConfig) -> nn.Module:
         keep_encoder(model, run.start_from, config.start)
     state = State(model, run, ranks)
     state.load()
-    generator = make_generator(device)
     shapes = Shapes(
         config.data_dir,
         config.split,
@@ -158,29 +158,17 @@ def train_on(ranks: Ranks, config: TrainVAEConfig) -> nn.Module:
         config.cube,
     )
 
-    validate = make_validation(config, ranks, state.averaged)
+    def losses(part: Part, generator: torch.Generator) -> dict[str, Any]:
+        with autocast(run, device):
+            terms = vae_loss(model, part.batch, config.loss, generator, part)
+        return {**terms, "tokens": part.own(len(part.batch.block_coords))}
 
-    with Stop(run.max_minutes, ranks) as stop, Log(run, state.step, ranks) as log, state:
-        for parts in load_parts(shapes, state.step, run, ranks, SDF_TERMS, count_terms):
-            for part in parts:
-                seed_step(generator, run.seed, state.step)
-                with autocast(run, device):
-                    terms = vae_loss(model, part.batch, config.loss, generator, part)
-                terms["loss"].backward()
-                log.add({**terms, "tokens": part.own(len(part.batch.block_coords))})
-            grad_norm = state.update()
+    def export(averaged: nn.Module) -> None:
+        with exporting(config.model_dir):
+            save_network(config.model_dir, config.network, averaged, torch.float16)
 
-            validate(state.step, log)
-            log(state.step, {"grad_norm": grad_norm})
-            if is_save_step(state.step, stop, run):
-                state.save()
-                averaged = state.averaged()
-                if ranks.is_first:
-                    with exporting(config.model_dir):
-                        save_network(config.model_dir, config.network, averaged, torch.float16)
-                if stop:
-                    break
-    return state.averaged()
+    batches = load_parts(shapes, state.step, run, ranks, SDF_TERMS, count_terms)
+    return run_steps(state, batches, losses, make_validation(config, ranks, state.averaged), export)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from .plain_background import remove_plain_background
 
 METHODS = ("auto", "alpha", "plain", "rembg")
 SIZE, MARGIN = 518, 16  # pixels: edge of the picture that the encoder reads, and space around the object in it
+LARGEST = 8192  # pixels: a longer object is made smaller before a square is made around it
 MIN_FOREGROUND = 1e-3  # share of the pixels; what covers less is no object
 REMBG_MODELS = ("birefnet-general", "isnet-general-use", "u2net", "u2netp", "silueta", "bria-rmbg")  # best first
 
@@ -179,6 +180,8 @@ def preprocess(image: Image.Image, size: int = SIZE, margin: float = MARGIN) -> 
     alpha = image.getchannel("A")
     if (1 - alpha.histogram()[0] / (image.width * image.height)) >= MIN_FOREGROUND:
         image = image.crop(alpha.getbbox())
+    if max(image.size) > LARGEST:
+        image = image.convert("RGBa").reduce(-(-max(image.size) // LARGEST)).convert("RGBA")
     samples = np.asarray(image)
     a = samples[..., 3] / 255.0
     # float64, this order of operations, and truncation: anything else differs by 1/255 in some pixels

@@ -1,20 +1,19 @@
 """Image file -> RGB or RGBA picture of 8 bits: all that Pillow reads, and HEIC where pillow-heif is installed."""
 
-import struct
 import warnings
-import zlib
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..storage.one_line import one_line
+from ..storage.one_line import OneLineError, one_line
 
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")  # bytes 8 to 12 of such a file
+LONGEST_EDGE = 65535  # pixels
 
 
-class ImageError(ValueError):
+class ImageError(OneLineError):
     """An image that cannot be read, or shows no object that stands out from its background."""
 
 
@@ -25,7 +24,8 @@ def load_image(path: str | Path) -> Image.Image:
         An 8-bit image, RGBA if the file has transparency, else RGB. Samples of 10 to 16 bits lose their low bits.
 
     Raises:
-        ImageError: the file is missing, not an image, damaged, or has more pixels than Pillow reads (179 million).
+        ImageError: the file is missing, not an image, damaged, or has more pixels than Pillow reads (179 million) or an
+            edge of more than 65,535.
     """
     path = Path(path)
     try:
@@ -38,6 +38,9 @@ def load_image(path: str | Path) -> Image.Image:
         with warnings.catch_warnings():  # an image that is read is good enough; an error says what is wrong
             warnings.simplefilter("ignore")
             with Image.open(path) as file:
+                if max(file.size) > LONGEST_EDGE:
+                    size = " x ".join(map(str, file.size))
+                    raise ImageError(f"expected edges of at most {LONGEST_EDGE:,} pixels, got {size}: {path}")
                 file.load()
                 image = ImageOps.exif_transpose(file)
             return _to_8_bit(image)
@@ -54,18 +57,7 @@ def load_image(path: str | Path) -> Image.Image:
         if error.errno is not None:  # Pillow's own errors about the content have no errno
             raise ImageError(f"cannot read {path}: {error.strerror}") from None
         raise _damaged(path, error) from None
-    except (
-        SyntaxError,
-        ValueError,
-        EOFError,
-        LookupError,
-        ArithmeticError,
-        AttributeError,
-        TypeError,
-        RuntimeError,
-        struct.error,
-        zlib.error,
-    ) as error:  # a strange file can make Pillow's readers fail in any of these ways
+    except Exception as error:  # a strange file can make Pillow's readers fail in any way
         raise _damaged(path, error) from None
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, BLOCK_N, BLOCK_F, WARPS = 64, 4, 256, 4  # rows of a program; rows and channels at a time: few numbers a thread
+ROWS, BLOCK_N, BLOCK_F, WARPS = 128, 16, 256, 4  # rows of a program; rows and channels at a time
 
 
 @triton.jit

@@ -6,7 +6,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..storage.atomic_file import check_creatable, replacing
-from ..storage.one_line import one_line
+from ..storage.one_line import OneLineError, one_line
 from .appearance import Appearance, color_bytes, gltf_visual
 from .mesh import Mesh, area_weighted_normals
 from .three_mf import three_mf_bytes
@@ -19,7 +19,7 @@ OBJ_LINES = 1 << 14  # lines formatted at once
 GREY = (0.22, 0.22, 0.22, 1.0)  # linear base colour of the GLB material: in the light of viewers, relief shows
 
 
-class MeshFileError(ValueError):
+class MeshFileError(OneLineError):
     """A file that cannot be written or read because of its extension, folder or content. The message is one line."""
 
 
@@ -49,6 +49,8 @@ def check_writable(path: str | Path) -> None:
         check_creatable(path)
     except OSError as error:
         raise MeshFileError(f"cannot write {path}: {error.strerror}") from None
+    except ValueError as error:  # a NUL character in the name
+        raise MeshFileError(f"cannot write {path}: {error}") from None
 
 
 def save_mesh(path: str | Path, mesh: Mesh, metadata: dict[str, str | int | float] | None = None) -> None:
@@ -147,8 +149,9 @@ def read_mesh(file: BinaryIO, kind: str) -> Mesh:
         raise MeshFileError(f"expected a mesh file of {', '.join(READABLE)}, got {kind!r}")
     try:
         parts = read_parts(file.read(), kind)
-        loaded = trimesh.util.concatenate(parts) if parts else trimesh.Trimesh()
-        vertices, faces = loaded.vertices, loaded.faces
+        with np.errstate(all="ignore"):  # numbers that are not finite are an error a little later
+            loaded = trimesh.util.concatenate(parts) if parts else trimesh.Trimesh()
+            vertices, faces = loaded.vertices, loaded.faces
         if len(faces):
             vertices, faces = used_vertices(checked_vertices(vertices), checked_faces(faces, len(vertices)))
         merged = trimesh.Trimesh(vertices, faces, process=True)  # welds corners in the same place

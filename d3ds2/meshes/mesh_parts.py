@@ -6,6 +6,7 @@ triangle strips, bytes after an STL, tabs and byte order marks in an OBJ, and gl
 
 import io
 import re
+import warnings
 from bisect import bisect_left
 from pathlib import Path
 
@@ -34,6 +35,12 @@ def read_parts(source: bytes | Path, kind: str) -> list[trimesh.Trimesh]:
         OSError: the file cannot be read.
         Exception: a loader can fail in any other way with a strange file.
     """
+    with warnings.catch_warnings(), np.errstate(all="ignore"):  # an error says what is wrong
+        warnings.simplefilter("ignore")
+        return _read_parts(source, kind)
+
+
+def _read_parts(source: bytes | Path, kind: str) -> list[trimesh.Trimesh]:
     data = source.read_bytes() if isinstance(source, Path) else source
     resolver = FilePathResolver(str(source)) if isinstance(source, Path) else None
     if kind in (".glb", ".gltf"):

@@ -107,7 +107,8 @@ def mesh_to_sdf(
 
     Raises:
         ValueError: the mesh is empty, a vertex is not finite or outside the cube, an index is out of range, the
-            resolution is not a multiple of 8 up to 2048, the shell is below 0.5 voxels, or the band below 1 + shell.
+            resolution is not a multiple of 8 up to 2048, the shell is below 0.5 voxels, or the band is not between
+            1 + shell and the resolution.
     """
     if resolution < BLOCK or resolution % BLOCK or resolution > MAX_RESOLUTION:
         raise ValueError(
@@ -116,8 +117,8 @@ def mesh_to_sdf(
     band = default_band(resolution) if band is None else float(band)
     if not shell >= 0.5 or not math.isfinite(shell):
         raise ValueError(f"expected a shell of at least 0.5 voxels, got {shell}")
-    if not band >= 1.0 + shell or not math.isfinite(band):  # both ends of a crossing grid edge must be active
-        raise ValueError(f"expected a band of at least 1 + shell = {1 + shell} voxels, got {band}")
+    if not 1.0 + shell <= band <= resolution:  # both ends of a crossing grid edge must be active
+        raise ValueError(f"expected a band of at least 1 + shell = {1 + shell} up to {resolution} voxels, got {band}")
     vertices, faces = checked_vertices(vertices), checked_faces(faces, len(vertices))
     outermost = np.abs(vertices).max()
     if outermost > 1.0 + 1e-6:

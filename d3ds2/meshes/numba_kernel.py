@@ -10,7 +10,7 @@ import os
 import zlib
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numba
@@ -27,9 +27,17 @@ def kernel(function: Callable) -> Callable:
     """
     function.__qualname__ += f"_{zlib.crc32(function.__module__.encode()):08x}"
     try:
-        return numba.njit(function, nogil=True, cache=True)
+        compiled = numba.njit(function, nogil=True, cache=True)
     except RuntimeError:  # neither __pycache__ nor the user's cache folder can be written
         return numba.njit(function, nogil=True)
+    save = compiled._cache.save_overload
+
+    def save_if_possible(signature: Any, data: Any) -> None:
+        with suppress(OSError):  # a full disk: the machine code is in memory all the same
+            save(signature, data)
+
+    compiled._cache.save_overload = save_if_possible
+    return compiled
 
 
 @contextmanager

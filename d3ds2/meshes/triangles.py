@@ -6,18 +6,25 @@ Sizes:
 
 import numpy as np
 
+FARTHEST = 1e30  # in float32, differences of coordinates must fit too
+
 
 def checked_vertices(vertices: np.ndarray) -> np.ndarray:
     """Return vertices (V, 3) as float64.
 
     Raises:
-        ValueError: they have another shape, there are none, or some are not finite.
+        ValueError: they have another shape or kind, there are none, or some are not finite or too far away.
     """
-    vertices = np.asarray(vertices, np.float64)
+    vertices = np.asarray(vertices)
+    if vertices.dtype.kind not in "fiu":
+        raise ValueError(f"expected vertices of real numbers, got {vertices.dtype}")
+    vertices = vertices.astype(np.float64, copy=False)
     if vertices.ndim != 2 or vertices.shape[1] != 3 or not len(vertices):
         raise ValueError(f"expected vertices (V, 3) with V > 0, got {vertices.shape}")
     if not np.isfinite(vertices).all():
         raise ValueError(f"expected finite vertices, got {int((~np.isfinite(vertices)).any(1).sum())} that are not")
+    if np.abs(vertices).max() > FARTHEST:
+        raise ValueError(f"expected vertices up to {FARTHEST:g}, got {np.abs(vertices).max():g}")
     return vertices
 
 

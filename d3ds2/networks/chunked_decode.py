@@ -30,6 +30,7 @@ from ..geometry.voxels import Voxels
 from ..geometry.windows import Windows
 from ..kernels.device_constant import device_constant
 from ..kernels.gather_conv import gather_conv, workspace_bytes
+from ..storage.one_line import OneLineError
 from .sdf_vae import FACTOR, SDFVAE
 
 HALO = 3  # latents beyond the edge of a box that its voxels depend on
@@ -41,7 +42,7 @@ MIN_SLICE = 1024  # cells or tokens at a time, at least
 OnChunk = Callable[[int, int], None]  # takes the numbers of finished and of all latents
 
 
-class MemoryBudgetError(ValueError):
+class MemoryBudgetError(OneLineError):
     """The budget is too small for the smallest possible chunk. The message says how much is enough."""
 
 
@@ -80,6 +81,8 @@ def decode_in_chunks(
     if position_factor is None:
         position_factor = config.position_resolution / (FACTOR * voxels.resolution)
     budget = DEFAULT_BUDGET if memory_budget is None else memory_budget
+    if not 0 <= budget < 2**63:
+        raise MemoryBudgetError(f"expected a memory budget in bytes, got {budget}")
     dtype = vae.decoder.input_layer.weight.dtype
     left = budget - kept_bytes(config.hidden_size, L, dtype, latents.device)
     boxes = chunk_boxes(voxels, max_latents(config.hidden_size, left // 2, dtype))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .efficientnet_lite import BACKBONES, LARGEST_STRIDE, PIXEL_MEAN, PIXEL_STD, TOKEN_STRIDE, BackbonePatches
+from .sizes import check_sizes
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -138,6 +139,7 @@ class ImageEncoderConfig:
     backbone: str = ""
 
     def __post_init__(self):
+        check_sizes(self)
         if self.backbone and self.backbone not in BACKBONES:
             raise ValueError(f"expected a backbone of {sorted(BACKBONES)}, or none, got {self.backbone!r}")
         if self.backbone and (self.patch_size != TOKEN_STRIDE or self.image_size % LARGEST_STRIDE):
@@ -149,8 +151,6 @@ class ImageEncoderConfig:
             raise ValueError(f"expected image_size divisible by {self.patch_size}, got {self.image_size}")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"expected hidden_size divisible by {self.num_heads} heads, got {self.hidden_size}")
-        if min(self.patch_size, self.depth, self.num_heads, self.mlp_ratio) < 1 or self.num_registers < 0:
-            raise ValueError(f"expected positive sizes, got {self}")
 
 
 # names of the projections in transformers 5.2x -> names in the published weights and in all earlier versions

@@ -32,6 +32,7 @@ from ..layers.transformer import (
     zero_linear,
 )
 from .image_encoder import ImageTokens
+from .sizes import check_sizes
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class LatentDiTConfig:
     packing_channels: int = 0
 
     def __post_init__(self) -> None:
+        check_sizes(self)
         if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"expected num_kv_heads dividing num_heads dividing hidden_size, got {self.num_kv_heads}, "
@@ -77,13 +79,6 @@ class LatentDiTConfig:
         if self.compression_block < 1 or BLOCK % self.compression_block:
             raise ValueError(f"expected a compression_block that divides {BLOCK}, got {self.compression_block}")
         check_branches(self.branches, self.attention == "sequence", self.compression_block, self.pooled_conv)
-        if self.packing_channels < 0:
-            raise ValueError(f"expected packing_channels of at least 0, got {self.packing_channels}")
-        if min(self.latent_channels, self.depth, self.context_size, self.top_k, self.window) < 1:
-            raise ValueError(
-                "expected latent_channels, depth, context_size, top_k and window of at least 1, got "
-                f"{self.latent_channels}, {self.depth}, {self.context_size}, {self.top_k}, {self.window}"
-            )
 
 
 def self_attention(config: LatentDiTConfig, shift: int) -> nn.Module:

@@ -43,15 +43,14 @@ def load_network(
 
     Raises:
         ModelFolderError: a folder or file is missing or damaged, a config key is unknown, or a tensor is missing,
-            unexpected or misshapen.
+            unexpected, misshapen or not finite.
         ValueError: no network has that name.
     """
     config_class, network_class = network_classes(name)
     config = read_config(folder, name, config_class)
     with torch.device("meta"):  # no time is spent on random weights
         module = network_class(config)
-    shapes = {key: tensor.shape for key, tensor in module.state_dict().items()}
-    module.load_state_dict(read_tensors(folder, name, shapes), assign=True)
+    module.load_state_dict(read_tensors(folder, name, module.state_dict()), assign=True)
     return module.to(device, dtype).eval().requires_grad_(False)
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..kernels.volume_conv import OFFSETS, Size, rows_are_faster
 from .refiner_rows import adaptive_rows, conv_rows, unet_rows
+from .sizes import check_sizes
 
 GROUPS = 4  # of every group norm
 ADAPTIVE_STEPS = 3  # times an adaptive convolution is applied
@@ -43,10 +44,9 @@ class RefinerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))  # JSON holds lists
+        check_sizes(self)
         if not self.widths or any(width % GROUPS for width in self.widths):
             raise ValueError(f"expected widths divisible by {GROUPS}, at least one, got {self.widths}")
-        if min(self.layers, self.patch_size, self.feature_channels) < 1 or self.middle_layers < 0:
-            raise ValueError(f"expected positive layers, patch_size and feature_channels, got {self}")
         if self.patch_size % 2 ** (len(self.widths) - 1):
             raise ValueError(f"expected a patch_size that halves {len(self.widths) - 1} times, got {self.patch_size}")
 

@@ -26,6 +26,7 @@ from ..layers.sparse_conv import (
     side_by_side,
 )
 from ..layers.transformer import FeedForward, LayerNorm32, initialize_linear
+from .sizes import check_sizes
 
 FACTOR = BLOCK  # SDF voxels per edge of a latent voxel, which decodes to a block by doubling three times
 
@@ -56,6 +57,7 @@ class SDFVAEConfig:
     latents_shift: float = 0.0
 
     def __post_init__(self) -> None:
+        check_sizes(self)
         if self.hidden_size % 16 or self.hidden_size % self.num_heads:
             raise ValueError(
                 f"expected hidden_size divisible by 16 and by num_heads {self.num_heads}, got {self.hidden_size}"

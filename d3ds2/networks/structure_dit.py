@@ -24,6 +24,7 @@ from ..layers.transformer import (
     zero_linear,
 )
 from .image_encoder import ImageTokens
+from .sizes import check_sizes
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,9 @@ class StructureDiTConfig:
     share_modulation: bool = False
 
     def __post_init__(self) -> None:
+        check_sizes(self)
         if self.hidden_size % self.num_heads:
             raise ValueError(f"expected num_heads dividing hidden_size {self.hidden_size}, got {self.num_heads}")
-        if min(self.resolution, self.latent_channels, self.depth, self.context_size) < 1:
-            raise ValueError(
-                "expected resolution, latent_channels, depth and context_size of at least 1, got "
-                f"{self.resolution}, {self.latent_channels}, {self.depth}, {self.context_size}"
-            )
 
 
 class StructureBlock(nn.Module):
@@ -81,6 +78,19 @@ class StructureBlock(nn.Module):
         return gated_sum(h, gate_2, self.feed_forward(normed), None)
 
 
+def grid_embedding(resolution: int, channels: int, device: torch.device | str | None = None) -> Tensor:
+    """Return the position embeddings (R³, C) float32 of all voxels of a grid; default: on torch's default device."""
+    steps = torch.arange(resolution, device=device)
+    grid = torch.stack(torch.meshgrid(steps, steps, steps, indexing="ij"), dim=-1).flatten(0, 2)  # (R³, 3)
+    return absolute_position_embedding(grid, channels)
+
+
+def _make_position(module: "StructureDiT", _keys: object) -> None:
+    """Compute the position of a network that was built on "meta", once weights of its shapes are there."""
+    if module.position.is_meta:
+        module.position = grid_embedding(module.config.resolution, module.config.hidden_size, "cpu")
+
+
 class StructureDiT(nn.Module):
     """Velocity of the rectified flow on dense structure latents.
 
@@ -95,9 +105,8 @@ class StructureDiT(nn.Module):
         self.time_embedder = TimestepEmbedder(C)
         self.shared_modulation = modulation_projection(C) if config.share_modulation else nn.Identity()
         self.input_layer = nn.Linear(config.latent_channels, C)
-        steps = torch.arange(config.resolution, device="cpu")  # the buffer needs values even if the rest is on "meta"
-        grid = torch.stack(torch.meshgrid(steps, steps, steps, indexing="ij"), dim=-1).flatten(0, 2)  # (R³, 3)
-        self.register_buffer("position", absolute_position_embedding(grid, C), persistent=False)
+        self.register_buffer("position", grid_embedding(config.resolution, C), persistent=False)
+        self.register_load_state_dict_post_hook(_make_position)
         self.blocks = nn.ModuleList(StructureBlock(config) for _ in range(config.depth))
         self.norm_out = LayerNorm32(C, eps=1e-5)
         self.output_layer = nn.Linear(C, config.latent_channels)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..geometry.voxels import Voxels
+from .sizes import check_sizes
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class StructureVAEConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "encoder_widths", tuple(self.encoder_widths))  # JSON and TOML hold lists
         object.__setattr__(self, "decoder_widths", tuple(self.decoder_widths))
+        check_sizes(self)
         if not self.encoder_widths or len(self.encoder_widths) != len(self.decoder_widths):
             raise ValueError(
                 f"expected as many encoder_widths as decoder_widths, at least one, got {self.encoder_widths} and "

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..networks.structure_dit import grid_embedding
 from ..storage.one_line import one_line
 from .config import OfficialError, describe
 from .weights import NAMINGS, our_layout
@@ -148,8 +149,10 @@ def _check_archive(file: Path) -> None:
 
 def _check_position(module: nn.Module, tensor: Tensor, file: Path) -> None:
     """Check the position embedding, which the official transformer keeps among its weights and ours computes."""
-    position = module.position
-    if tensor.shape != position.shape or (tensor.float() - position).abs().max() > 2e-3:  # it may be in float16
+    resolution, channels = module.config.resolution, module.config.hidden_size
+    same_shape = tensor.shape == (resolution**3, channels)
+    # it may be in float16
+    if not same_shape or (tensor.float() - grid_embedding(resolution, channels, "cpu")).abs().max() > 2e-3:
         raise OfficialError(f"{file}: pos_emb {tuple(tensor.shape)} is not the embedding of the grid")
 
 

@@ -14,7 +14,7 @@ from ..networks.structure_dit import StructureDiTConfig
 from ..networks.structure_vae import StructureVAEConfig
 from ..storage.dataclass_values import from_dict
 from ..storage.model_folder import FineSamplingConfig, SamplingConfig
-from ..storage.one_line import one_line
+from ..storage.one_line import OneLineError, one_line
 
 VERSIONS = {  # (pooled_conv, sparse_context, compression_block) of the latent transformers
     (True, True, 4): "v1.0",
@@ -24,6 +24,7 @@ STRUCTURE_STEPS, LATENT_STEPS, FINE_STEPS, GUIDANCE = 50, 30, 15, 7.0  # default
 LEVEL = 0.2  # value of the SDF at the surface; after refinement it is twice as much
 LATENT_FACTOR = 8  # SDF voxels along the edge of a latent voxel
 MAX_GROUPS = 32  # groups of the group norms in the SDF encoder
+LARGEST, MOST_LISTS = 1 << 16, 500  # bytes and lists of a config.yaml
 FIXED_SETTINGS = {  # of the transformers: our networks can run these values alone
     "pe_mode": "ape",
     "use_shift": True,
@@ -34,7 +35,7 @@ FIXED_SETTINGS = {  # of the transformers: our networks can run these values alo
 }
 
 
-class OfficialError(ValueError):
+class OfficialError(OneLineError):
     """Released files that are missing, damaged, of another version, or hold more than data. The message is one line."""
 
 
@@ -254,8 +255,17 @@ def _read_yaml(file: Path) -> dict:
     if not file.is_file():
         raise OfficialError(f"missing file {file}")
     try:
-        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        if file.stat().st_size > LARGEST:
+            raise OfficialError(f"expected a config.yaml of at most {LARGEST:,} bytes: {file}")
+        text = file.read_text(encoding="utf-8")
+        if text.count("[") + text.count("{") > MOST_LISTS:  # the parser takes minutes for lists inside one another
+            raise OfficialError(f"expected a config.yaml of at most {MOST_LISTS} lists: {file}")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):  # lists of lists may multiply
+            raise OfficialError(f"expected a config.yaml without aliases: {file}")
+        entries = yaml.safe_load(text)
+    except OfficialError:
+        raise
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise OfficialError(f"damaged file {file} ({one_line(error)})") from None
     if not isinstance(entries, dict):
         raise OfficialError(f"{file} is not a config.yaml of Direct3D-S2")

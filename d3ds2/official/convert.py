@@ -4,9 +4,11 @@ The folder holds config.yaml and five .ckpt files. The image encoder comes from 
 The model folder appears whole or not at all.
 """
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from ..networks import network_classes
 from ..networks.model_files import save_network
+from ..storage.atomic_file import STEM_LETTERS
 from ..storage.model_folder import save_settings
 from ..storage.one_line import one_line
 from .checkpoint import check_version, our_state_dict, read_checkpoint, refiner_widths
@@ -49,9 +52,19 @@ def convert(source: Path, target: Path, image_encoder: Path | None = None, on_fi
     Raises:
         OfficialError: something is missing, damaged, of another version, or more than data. Then nothing is written.
     """
-    source, report = find_release(source), on_file or (lambda name: None)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise OfficialError(f"{target} exists already; give a folder that does not")
+    try:
+        return _convert(source, target, image_encoder, on_file or (lambda name: None))
+    except OSError as error:  # a name that is too long, a folder without permission, a full disk
+        raise OfficialError(f"cannot read or write {error.filename or target}: {error.strerror or error}") from None
+
+
+def _convert(source: Path, target: Path, image_encoder: Path | None, report: OnFile) -> str:
+    if "\0" in f"{source}{target}{image_encoder}":
+        raise OfficialError("expected paths without a NUL character")
+    source, given = find_release(source), target
+    target = Path(os.path.realpath(given))  # where a link leads
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
+        raise OfficialError(f"{given} exists already; give a folder that does not")
     if absent := [name for name in ("config.yaml", *FILES) if not (source / name).is_file()]:
         raise OfficialError(f"missing in {source}: {', '.join(absent)}")
     image_encoder = image_encoder or source / IMAGE_ENCODER_FILE
@@ -61,9 +74,10 @@ def convert(source: Path, target: Path, image_encoder: Path | None = None, on_fi
         )
     official = read_official_config(source / "config.yaml")
     made = [folder for folder in target.parents if not folder.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    unfinished = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name[:STEM_LETTERS]}.", dir=target.parent))
         check_space(unfinished, sum((source / name).stat().st_size for name in FILES))
         report(image_encoder.name)
         encoder = load_dinov2(image_encoder)
@@ -80,9 +94,11 @@ def convert(source: Path, target: Path, image_encoder: Path | None = None, on_fi
         unfinished.chmod(0o755)
         unfinished.rename(target)
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if unfinished is not None:
+            shutil.rmtree(unfinished, ignore_errors=True)
         for folder in made:
-            folder.rmdir()
+            with suppress(OSError):  # it was not made
+                folder.rmdir()
         raise
     return official.version
 

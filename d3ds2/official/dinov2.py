@@ -1,6 +1,8 @@
 """Pretrained DINOv2 with registers -> `ImageEncoder`: from the torch.hub file or a local folder of transformers."""
 
+import logging
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -31,10 +33,16 @@ def load_dinov2(path: Path) -> ImageEncoder:
     """
     if not path.is_dir():
         return from_hub_state_dict(read_tensors(path), path)
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # an error says what is wrong
     try:
-        return ImageEncoder.from_dinov2(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ImageEncoder.from_dinov2(path)
     except Exception as error:  # transformers raises anything for a damaged folder
         raise OfficialError(f"{path}: {one_line(error)[:200]}") from None
+    finally:
+        logging.disable(level)
 
 
 def from_hub_state_dict(hub: dict[str, Tensor], file: Path) -> ImageEncoder:

@@ -23,7 +23,7 @@ def replacing(path: str | Path) -> Generator[Path]:
     temporary = _create_beside(path)
     try:
         yield temporary
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # nothing is there, or a link that leads nowhere
             temporary.chmod(path.stat().st_mode & 0o777)
         temporary.replace(path)
     except BaseException:

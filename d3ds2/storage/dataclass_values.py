@@ -34,6 +34,9 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return from_dict(hint, value, f"{key}.")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
+        section = next((argument for argument in arguments if dataclasses.is_dataclass(argument)), None)
+        if section is not None and isinstance(value, dict):
+            return _convert(section, value, key)  # its own errors say more
         for argument in arguments:
             try:
                 return _convert(argument, value, key)
@@ -56,7 +59,10 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
             raise _wrong_type(key, hint, value)
         return {name: _convert(arguments[1], v, f"{key}.{name}") for name, v in value.items()}
     if hint is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{key}: expected a number below 1e308, got one of {len(str(value))} digits") from None
     if type(value) is not hint:  # not isinstance: a bool is not an int here
         raise _wrong_type(key, hint, value)
     return value

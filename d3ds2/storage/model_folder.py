@@ -7,25 +7,31 @@ read. `networks/model_files.py` builds, saves and loads the networks themselves.
 """
 
 import json
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from .atomic_file import replacing
 from .dataclass_values import from_dict
-from .one_line import one_line
+from .one_line import OneLineError, one_line
 
 FORMAT = 1
 NETWORKS = ("image_encoder", "structure_vae", "structure_dit", "latent_dit", "sdf_vae")  # every model has them
 EXTRA_NETWORKS = ("fine_latent_dit", "fine_sdf_vae", "refiner", "fine_refiner")  # a model may have them
 ALL_NETWORKS = NETWORKS + EXTRA_NETWORKS
+MOST_STEPS = 10_000  # of a sampler
+FINEST = 2048  # voxels along an edge of an SDF
+LARGEST_CONFIG = 1 << 20  # bytes
+FLOATS = ("F16", "BF16", "F32", "F64")  # the dtypes that a floating tensor may have in a file
 
 
-class ModelFolderError(ValueError):
+class ModelFolderError(OneLineError):
     """A model folder that is missing, damaged, or of a format that cannot be read. The message is one line."""
 
 
@@ -42,10 +48,13 @@ class FineSamplingConfig:
     guidance: float = 7.0
 
     def __post_init__(self):
-        if self.sdf_resolution < 64 or self.sdf_resolution % 64:
-            raise ValueError(f"expected a fine sdf_resolution divisible by 64, got {self.sdf_resolution}")
+        if not 64 <= self.sdf_resolution <= FINEST or self.sdf_resolution % 64:
+            raise ValueError(
+                f"expected a fine sdf_resolution divisible by 64 up to {FINEST}, got {self.sdf_resolution}"
+            )
         if self.steps < 1 or self.shift <= 0:
             raise ValueError(f"expected at least one fine step and a positive shift, got {self.steps}, {self.shift}")
+        _check_sampling(astuple(self), self.steps)
 
 
 @dataclass(frozen=True)
@@ -70,14 +79,22 @@ class SamplingConfig:
     fine: FineSamplingConfig | None = None
 
     def __post_init__(self):
-        if self.sdf_resolution < 64 or self.sdf_resolution % 64:
-            raise ValueError(f"expected sdf_resolution divisible by 64, got {self.sdf_resolution}")
+        if not 64 <= self.sdf_resolution <= FINEST or self.sdf_resolution % 64:
+            raise ValueError(f"expected sdf_resolution divisible by 64 up to {FINEST}, got {self.sdf_resolution}")
         if min(self.structure_steps, self.latent_steps) < 1:
             raise ValueError(f"expected at least one step, got {self.structure_steps} and {self.latent_steps}")
         if min(self.structure_shift, self.latent_shift) <= 0:
             raise ValueError(f"expected positive shifts, got {self.structure_shift} and {self.latent_shift}")
         if not -1 < self.level < 1:
             raise ValueError(f"expected a level in (-1, 1), got {self.level}")
+        _check_sampling(astuple(self), max(self.structure_steps, self.latent_steps))
+
+
+def _check_sampling(values: Iterable[Any], steps: int) -> None:
+    if not_finite := [value for value in values if isinstance(value, float) and not math.isfinite(value)]:
+        raise ValueError(f"expected finite numbers, got {not_finite[0]}")
+    if steps > MOST_STEPS:
+        raise ValueError(f"expected at most {MOST_STEPS} steps, got {steps}")
 
 
 def write_network(
@@ -104,7 +121,10 @@ def write_network(
     folder, settings = Path(folder), _settings_to_change(folder)
     settings["networks"][name] = asdict(config)
     with replacing(folder / f"{name}.safetensors") as temporary:
-        save_file(written, temporary, metadata={"format": "pt"})
+        try:
+            save_file(written, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:  # such as a full disk
+            raise OSError(f"cannot write {folder / name}.safetensors ({one_line(error)})") from None
     _write_settings(folder, settings)
 
 
@@ -128,7 +148,10 @@ def load_settings(folder: str | Path) -> tuple[str, SamplingConfig]:
     folder = Path(folder)
     settings = _read_settings(folder)
     sampling = _from_dict(SamplingConfig, settings.get("sampling", {}), "sampling.", folder)
-    return settings.get("name", folder.name), sampling
+    name = settings.get("name", folder.name)
+    if not isinstance(name, str):
+        raise ModelFolderError(f"{folder / 'config.json'}: name: expected a text, got {name!r}")
+    return name, sampling
 
 
 def network_names(folder: str | Path) -> set[str]:
@@ -149,36 +172,51 @@ def read_config(folder: str | Path, name: str, config_class: type) -> Any:
     return _from_dict(config_class, networks[name], f"networks.{name}.", folder)
 
 
-def read_tensors(folder: str | Path, name: str, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+def read_tensors(folder: str | Path, name: str, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the state dict in `<name>.safetensors`, on the CPU.
 
+    Nothing is read before the names, shapes and dtypes in the file's header are those that are expected.
+
     Args:
-        shapes: of all tensors that the network has, by key.
+        expected: all tensors of the network, of any shapes, by key; they may lie on "meta".
 
     Raises:
-        ModelFolderError: the file is missing or damaged, or a tensor is missing, unexpected or misshapen.
+        ModelFolderError: the file is missing or damaged, a tensor is missing, unexpected, misshapen or of another kind
+            of number, or a value is not finite.
     """
     file = Path(folder) / f"{name}.safetensors"
-    if not file.is_file():
-        raise ModelFolderError(f"missing file {file}")
     try:
+        if not file.is_file():
+            raise ModelFolderError(f"missing file {file}")
+        _check_header(file, expected)
         tensors = load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
+    except ModelFolderError:
+        raise
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise ModelFolderError(f"damaged file {file} ({one_line(error)})") from None
-    _check_tensors(file, shapes, tensors)
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
+            raise ModelFolderError(f"{file} has values that are not finite: {key}")
     return tensors
 
 
-def _check_tensors(file: Path, expected: dict[str, torch.Size], tensors: dict[str, torch.Tensor]) -> None:
-    misshapen = [
-        f"{key} {tuple(tensors[key].shape)} instead of {tuple(shape)}"
-        for key, shape in expected.items()
-        if key in tensors and tensors[key].shape != shape
-    ]
+def _check_header(file: Path, expected: Mapping[str, torch.Tensor]) -> None:
+    """Compare the header of a file with tensors, whose values are not read."""
+    with safe_open(file, "pt") as header:
+        entries = {key: header.get_slice(key) for key in header.keys()}  # noqa: SIM118
+        found = {key: (tuple(entry.get_shape()), entry.get_dtype()) for key, entry in entries.items()}
+    misshapen, misfit = [], []
+    for key, tensor in expected.items():
+        shape, dtype = found.get(key, (tuple(tensor.shape), FLOATS[0]))
+        if shape != tuple(tensor.shape):
+            misshapen.append(f"{key} {shape} instead of {tuple(tensor.shape)}")
+        if dtype not in FLOATS:
+            misfit.append(f"{key} of {dtype} instead of {', '.join(FLOATS)}")
     for problem, names in (
-        ("misses", sorted(expected.keys() - tensors.keys())),
-        ("has unexpected", sorted(tensors.keys() - expected.keys())),
+        ("misses", sorted(expected.keys() - found.keys())),
+        ("has unexpected", sorted(found.keys() - expected.keys())),
         ("has misshapen", misshapen),
+        ("has no floats in", misfit),
     ):
         if names:
             rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -194,14 +232,20 @@ def _settings_to_change(folder: str | Path) -> dict[str, Any]:
 
 def _read_settings(folder: Path) -> dict[str, Any]:
     """Return config.json after the checks that the config dataclasses do not make."""
-    if not folder.is_dir():
-        raise ModelFolderError(f"no model folder {folder}")
     file = folder / "config.json"
-    if not file.is_file():
-        raise ModelFolderError(f"not a model folder: no config.json in {folder}")
     try:
+        if not folder.is_dir():
+            raise ModelFolderError(f"no model folder {folder}")
+        if not file.is_file():
+            raise ModelFolderError(f"not a model folder: no config.json in {folder}")
+        if file.stat().st_size > LARGEST_CONFIG:
+            raise ModelFolderError(f"expected a config.json of at most {LARGEST_CONFIG:,} bytes: {file}")
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except ModelFolderError:
+        raise
+    except OSError as error:
+        raise ModelFolderError(f"cannot read {file}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise ModelFolderError(f"damaged file {file} ({one_line(error)})") from None
     if not isinstance(settings, dict) or settings.get("format") != FORMAT:
         raise ModelFolderError(f"expected a model of format {FORMAT} in {file}")

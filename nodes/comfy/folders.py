@@ -11,6 +11,8 @@ from pathlib import Path
 
 import folder_paths
 
+from .errors import without_tags
+
 ROOT = Path(__file__).parents[2]
 FOLDER = "direct3d_s2"
 TINY = "tiny"
@@ -38,13 +40,16 @@ def model_folder(name: str) -> Path:
     roots = [Path(root) for root in folder_paths.get_folder_paths(FOLDER)]
     inside = name and not Path(name).is_absolute() and ".." not in Path(name).parts
     for root in roots:
-        if inside and (root / name / "config.json").is_file():
-            return root / name
+        with suppress(OSError):  # a name that is too long, or a folder without permission
+            if inside and (root / name / "config.json").is_file():
+                return root / name
     if name == TINY:
         return ROOT / "d3ds2" / "weights" / TINY
     raise ValueError(
-        f"no model folder {name!r}: expected {roots[0] / name} with config.json and its .safetensors files. "
-        f"Put the folder there and press R in ComfyUI, or choose one of {', '.join(model_names())}."
+        without_tags(
+            f"no model folder {name!r}: expected {roots[0] / name} with config.json and its .safetensors files. "
+            f"Put the folder there and press R in ComfyUI, or choose one of {', '.join(model_names())}."
+        )
     )
 
 

@@ -74,9 +74,16 @@ def from_socket(socket: Types.MESH | Types.File3D) -> list[Mesh]:
     if isinstance(socket, Types.File3D):
         return [run_cancellable(read_mesh, socket.get_data(), f".{socket.format}")]
     meshes = []
+    for name in ("vertices", "faces"):
+        rows = getattr(socket, name, None)
+        if not isinstance(rows, torch.Tensor) or rows.ndim != 3 or rows.is_complex():
+            found = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, torch.Tensor) else type(rows).__name__
+            raise ValueError(f"expected a MESH with {name} (batch, rows, 3), got {found}")
+    if len(socket.vertices) != len(socket.faces):
+        raise ValueError(f"expected faces of all {len(socket.vertices)} meshes, got {len(socket.faces)}")
     normals_given = getattr(socket, "normals", None)
     for i in range(len(socket.vertices)):
-        vertex_count, face_count = (_count(socket, name, i) for name in ("vertex_counts", "face_counts"))
+        vertex_count, face_count = (_count(socket, name, i) for name in ("vertices", "faces"))
         vertices = _copy(socket.vertices[i][:vertex_count].float())
         faces = _copy(socket.faces[i][:face_count].long())
         which = f"mesh {i + 1} of {len(socket.vertices)}"
@@ -88,8 +95,9 @@ def from_socket(socket: Types.MESH | Types.File3D) -> list[Mesh]:
             raise ValueError(f"{which} is damaged: {error}") from None
         cut = getattr(socket, "uvs", None) is not None  # along the seams of its texture
         normals = (seamless_normals if cut else area_weighted_normals)(vertices, faces)
-        if normals_given is not None and normals_given.shape == socket.vertices.shape:
-            normals = _copy(normals_given[i][:vertex_count].float())
+        if isinstance(normals_given, torch.Tensor) and normals_given.shape == socket.vertices.shape:
+            given = _copy(normals_given[i][:vertex_count].float())
+            normals = given if np.isfinite(given).all() else normals
         meshes.append(Mesh(vertices, faces, normals))
     if not meshes:
         raise ValueError("the batch of meshes is empty")
@@ -101,12 +109,16 @@ def _copy(values: torch.Tensor) -> np.ndarray:
 
 
 def _count(socket: Types.MESH, name: str, index: int) -> int | None:
-    counts = getattr(socket, name, None)
+    """The rows of one mesh that are real: those of `vertices` or of `faces`."""
+    counts = getattr(socket, {"vertices": "vertex_counts", "faces": "face_counts"}[name], None)
     if counts is None:
         return None
     if len(counts) <= index:
-        raise ValueError(f"expected {name} of all {len(socket.vertices)} meshes, got {len(counts)}")
-    return int(counts[index])
+        raise ValueError(f"expected counts of the {name} of all {len(socket.vertices)} meshes, got {len(counts)}")
+    count, rows = int(counts[index]), getattr(socket, name).shape[1]
+    if not 0 <= count <= rows:
+        raise ValueError(f"expected at most {rows} {name} in mesh {index + 1}, got {count}")
+    return count
 
 
 def _pad(arrays: list[np.ndarray]) -> torch.Tensor:

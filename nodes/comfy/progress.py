@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, TypeVar
 import comfy.model_management as mm
 import comfy.utils
 
+from .errors import without_tags
+
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
 POLL = 0.1  # seconds between two checks of the Cancel button
 PREVIEW_SIZE = 512  # pixels: the longest side of a live picture
-NO_TAGS = str.maketrans("<>", "‹›")
 PREVIEW_SHARE = 0.2  # of the time, at most, goes into drawing pictures
 
 Result = TypeVar("Result")
@@ -45,7 +46,7 @@ class Progress:
 
         server = getattr(PromptServer, "instance", None)  # none when nodes run without a server
         if server is not None and self.node_id is not None:
-            server.send_progress_text(text.translate(NO_TAGS), self.node_id, getattr(server, "client_id", None))
+            server.send_progress_text(without_tags(text), self.node_id, getattr(server, "client_id", None))
 
     @contextmanager
     def compiling_shown(self) -> Generator[None]:
@@ -55,14 +56,14 @@ class Progress:
         with announce_compiling(self.status):
             yield
 
-    def result(self, text: str) -> dict[str, tuple[str]]:
-        """Show the last line of text, and return it as `ui` output: newer front ends clear progress when a job ends.
+    def result(self, *lines: str) -> dict[str, tuple[str, ...]]:
+        """Show the last lines of text, and return them as `ui` output: newer front ends clear progress at a job's end.
 
-        web/status_text.js shows it again. It is not called `text`: ComfyUI 0.16.3 would list that as a file of the job,
-        which its own front end cannot read.
+        web/status_text.js shows them again. They are not called `text`: ComfyUI 0.16.3 would list that as a file of the
+        job, which its own front end cannot read.
         """
-        self.status(text)
-        return {"status_text": (text.translate(NO_TAGS),)}
+        self.status("; ".join(lines))
+        return {"status_text": tuple(without_tags(line) for line in lines)}
 
     def update(self, done: int, picture: Callable[[], Image.Image] | None = None) -> None:
         """Report that `done` of `total` are done. This is a cancel point.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ...d3ds2.meshes.mesh import Mesh
     from ...d3ds2.networks.sdf_vae import SDFVAE
 
+MOST_GB = 1_000_000
 FREE_SHARE = 0.8  # of the free memory may be used; the rest is for what cannot be foreseen
 
 
@@ -68,6 +69,8 @@ def decode(model: Model, latents: Tensor, voxels: Voxels, memory_budget_gb: floa
     Raises:
         ValueError: the budget is too small; the message says how much is needed.
     """
+    if not 0 <= memory_budget_gb < MOST_GB:
+        raise ValueError(f"expected a memory_budget_gb from 0 to {MOST_GB:,}, got {memory_budget_gb}")
     stage, N = model.stages[voxels.resolution], len(voxels)
     name, vae = f"{stage.prefix}sdf_vae", stage.sdf_vae
     check_budget(model, voxels.resolution, N, memory_budget_gb)

@@ -89,9 +89,11 @@ class Model:
 
 @dataclass(frozen=True)
 class Structure:
-    """Occupied latent voxels: coords (N, 4) int32 [sample, x, y, z], in the order of `Voxels`.
+    """Occupied latent voxels: coords (N, 4) int32 [sample, x, y, z], in the order of `Voxels`; each sample has some.
 
     A structure that was made of meshes also has the place of each, so that what is decoded returns there.
+
+    Raises ValueError for coords of another kind.
     """
 
     coords: torch.Tensor
@@ -105,6 +107,12 @@ class Structure:
 
         return self.places[index] if self.places else HALF_BOX
 
+    def __post_init__(self) -> None:
+        if self.coords.ndim != 2 or self.coords.shape[1] != 4 or self.coords.dtype != torch.int32:
+            raise ValueError(f"expected coords (N, 4) int32, got {self.coords.dtype} {tuple(self.coords.shape)}")
+        if self.coords[:, 0].unique_consecutive().tolist() != list(range(self.batch_size)) or not self.batch_size:
+            raise ValueError(f"expected voxels of each of {self.batch_size} samples, in turn")
+
     def voxels(self) -> Voxels:
         """Return new `Voxels` with these coordinates."""
         from ...d3ds2.geometry.voxels import Voxels
@@ -117,11 +125,18 @@ class Structure:
 
 @dataclass(frozen=True)
 class Latent:
-    """Latents (N, E) float32 of a structure, for the VAE that `made_for` identifies."""
+    """Latents (N, E) float32 of a structure, for the VAE that `made_for` identifies. Raises ValueError if N differs."""
 
     latents: torch.Tensor
     structure: Structure
     made_for: tuple[str, Any]  # the model's name and the config of its SDF VAE
+
+    def __post_init__(self) -> None:
+        if self.latents.ndim != 2 or len(self.latents) != len(self.structure.coords):
+            raise ValueError(
+                f"expected latents (N, E) of the structure's {len(self.structure.coords)} voxels, got "
+                f"{tuple(self.latents.shape)}"
+            )
 
     def _comfy_cache_tensors(self) -> tuple[torch.Tensor, ...]:
         return self.latents, self.structure.coords

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import scaling
@@ -25,6 +26,17 @@ def test_ranks_measure_a_case(tmp_path, case):
     assert all(ms > 0 for ms in found["ms"].values()) and found["imbalance"] >= 1 and len(found["losses"]) == 3
     data = CASES[case][0](work).data
     assert found["tokens"] == (data.sizes(1).sum() + data.sizes(2).sum()) / 2
+
+
+def test_shapes_have_their_blocks_in_order():
+    blocks = CASES["SDF VAE 384"][0](Work("", "", batch=4)).data.load(0, np.arange(4)).block_coords.numpy()
+    assert len(blocks) > 20000 and (np.lexsort(blocks.T[::-1]) == np.arange(len(blocks))).all()
+
+
+def test_samples_are_the_same_in_any_part():
+    data = CASES["latent DiT 256"][0](Work("", "", batch=4, tiny=True)).data
+    whole, part = data.load(5, np.arange(4)), data.load(5, np.arange(2, 4))
+    assert whole.mean[whole.coords[:, 0] >= 2].equal(part.mean) and part.mean.std() > 0.9
 
 
 def test_tokens_of_the_ranks_are_those_of_the_batch():

@@ -112,7 +112,8 @@ def run_and_look(browser, prompt):
         wait_for_mesh(browser, index, before)
     texts = status_texts(browser)
     ours = {key: node["class_type"] for key, node in prompt.items() if "D3DS2" in node["class_type"]}
-    assert set(ours) <= set(texts), f"no text on {set(ours) - set(texts)}"
-    for key, name in ours.items():
+    missing = {ours[key] for key in set(ours) - set(texts)}
+    assert missing <= {"LoadD3DS2Model"}, missing  # its result may be in the cache, from another template
+    for key, name in ((key, name) for key, name in ours.items() if key in texts):
         expected = {"D3DS2MeshExport": "faces in", "LoadD3DS2Model": "tiny: ", "D3DS2RemoveBackground": "picture 1/1"}
         assert expected.get(name, "tokens") in texts[key], (name, texts[key])

@@ -234,6 +234,14 @@ def test_the_none_of_load_3d_is_refused_in_words(server):
     assert "Load 3D gives none while its model_file is `none`" in server.run(prompt | {EXPORT: export}).error
 
 
+def test_pictures_of_a_mesh_say_which_package_they_need(server):
+    """It is not installed here, because nothing else needs it."""
+    inputs = {"mesh": [DECODE, 0], "sides": 1, "azimuth": 0.0, "elevation": 15.0, "resolution": 64}
+    prompt = graph(seed=42) | {"8": {"class_type": "D3DS2MeshPictures", "inputs": inputs}}
+    prompt["9"] = {"class_type": "PreviewImage", "inputs": {"images": ["8", 1]}}
+    assert "rendering needs embreex, which is not installed: pip install embreex" in server.run(prompt).error
+
+
 def test_a_prefix_may_come_from_another_node(server):
     prompt = graph()
     prompt["8"] = {"class_type": "PrimitiveString", "inputs": {"value": "linked/name"}}

@@ -141,7 +141,7 @@ def test_wrong_inputs_are_named(encoder):
         ImageEncoderConfig(image_size=57)
     with pytest.raises(ValueError, match="divisible by 5 heads, got 24"):
         ImageEncoderConfig(hidden_size=24, num_heads=5)
-    with pytest.raises(ValueError, match="expected positive sizes"):
+    with pytest.raises(ValueError, match="expected depth from 1 to 256, got 0"):
         ImageEncoderConfig(depth=0)
     with pytest.raises(ValueError, match=r"expected features \(L, C\)"):
         ImageTokens(torch.zeros(3, 2), torch.zeros(2, 4, dtype=torch.int32), torch.ones(3, dtype=torch.bool), 1)

@@ -1,6 +1,9 @@
 """Wrong use of the nodes: the node raises an error that says what to do, before any long work."""
 
+import dataclasses
+import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,12 +145,11 @@ def test_no_mesh_is_refused_in_words(comfy, model):
 def test_a_result_that_is_empty_or_not_finite_is_reported(comfy):
     networks = make_networks()
     networks["structure_vae"].decoder.out_conv.bias.fill_(-1e4)
-    networks["sdf_vae"].decoder.out_layer.bias.fill_(float("nan"))
     folder = comfy.folder / "models" / "direct3d_s2" / "empty"
     write_model(folder)
-    for name in ("structure_vae", "sdf_vae"):
-        save_file(networks[name].state_dict(), folder / f"{name}.safetensors")
+    save_file(networks["structure_vae"].state_dict(), folder / "structure_vae.safetensors")
     model = comfy.run("LoadD3DS2Model", model="empty")[0]
+    model.pipeline.stages[0].sdf_vae.decoder.out_layer.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="structure of image came out empty; try another seed"):
         comfy.run("D3DS2SparseStructureSample", model=model, image=picture())
     with pytest.raises(ValueError, match="sample 1 of 2: the structure of image came out empty"):
@@ -223,3 +225,124 @@ def test_a_write_that_fails_leaves_nothing(comfy, monkeypatch):
     with pytest.raises(ValueError, match=r"cannot write .*x_00001_.glb: No space left.*free up disk space"):
         comfy.run("D3DS2MeshExport", mesh=TETRAHEDRON, filename_prefix="full/x")
     assert not list((comfy.folder / "output" / "full").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vertices": None}, r"expected a MESH with vertices \(batch, rows, 3\), got NoneType"),
+        ({"faces": TRIANGLES[0]}, r"expected a MESH with faces \(batch, rows, 3\), got torch.int64 \(4, 3\)"),
+        ({"vertices": TETRAHEDRON.vertices.to(torch.complex64)}, "got torch.complex64"),
+        ({"faces": TRIANGLES.repeat(2, 1, 1)}, "expected faces of all 1 meshes, got 2"),
+        ({"vertex_counts": torch.tensor([])}, "expected counts of the vertices of all 1 meshes, got 0"),
+        ({"vertex_counts": torch.tensor([5])}, "expected at most 4 vertices in mesh 1, got 5"),
+        ({"face_counts": torch.tensor([-1])}, "expected at most 4 faces in mesh 1, got -1"),
+        ({"face_counts": torch.tensor([0])}, "mesh 1 of 1 is empty: it has 4 vertices and 0 faces"),
+        ({"vertices": TETRAHEDRON.vertices.double() * 1e300}, "expected vertices up to 1e.30, got|that are not"),
+    ],
+)
+def test_a_socket_that_is_no_mesh_is_refused(comfy, changes, message):
+    mesh = MESH(TETRAHEDRON.vertices, TRIANGLES)
+    for name, value in changes.items():
+        setattr(mesh, name, value)
+    with pytest.raises(ValueError, match=message):
+        comfy.run("D3DS2MeshExport", mesh=mesh)
+
+
+def test_normals_that_are_not_finite_are_computed(comfy):
+    mesh = MESH(TETRAHEDRON.vertices, TRIANGLES)
+    mesh.normals = torch.full((1, 4, 3), float("nan"))
+    file = comfy.run("D3DS2MeshExport", mesh=mesh, filename_prefix="normals", format="obj")[1][0]
+    text = Path(file.source).read_text()
+    assert text.count("vn ") == 4 and "nan" not in text
+
+
+def test_latents_and_structures_that_do_not_fit_are_refused(comfy, structure, latent):
+    with pytest.raises(ValueError, match=r"expected latents \(N, E\) of the structure's \d+ voxels, got \(3, 16\)"):
+        type(latent)(latent.latents[:3], structure, latent.made_for)
+    for coords, batch_size, message in (
+        (structure.coords.long(), 1, r"expected coords \(N, 4\) int32, got torch.int64"),
+        (structure.coords[:, :3], 1, r"expected coords \(N, 4\) int32"),
+        (structure.coords[:0], 1, "expected voxels of each of 1 samples"),
+        (structure.coords, 2, "expected voxels of each of 2 samples"),
+        (structure.coords[:0], 0, "expected voxels of each of 0 samples"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            type(structure)(coords, 8, batch_size)
+
+
+@pytest.mark.parametrize(
+    ("node_id", "inputs", "message"),
+    [
+        ("D3DS2SSADiTSample", {"steps": 10**12}, "expected 1 to 10000 steps"),
+        ("D3DS2SSADiTSample", {"steps": -1}, "expected 1 to 10000 steps"),
+        ("D3DS2SSADiTSample", {"guidance_scale": float("nan")}, "expected a guidance_scale up to 1000, got nan"),
+        ("D3DS2SSADiTSample", {"guidance_scale": float("inf")}, "expected a guidance_scale up to 1000, got inf"),
+        ("D3DS2SparseStructureSample", {"steps": 2**64}, "expected 1 to 10000 steps"),
+        ("D3DS2SparseStructureSample", {"guidance_scale": 10**30}, "expected a guidance_scale up to 1000"),
+        ("D3DS2VAEDecodeSDF", {"memory_budget_gb": float("inf")}, "expected a memory_budget_gb from 0 to 1,000,000"),
+        ("D3DS2VAEDecodeSDF", {"memory_budget_gb": float("nan")}, "expected a memory_budget_gb from 0 to 1,000,000"),
+        ("D3DS2VAEDecodeSDF", {"level": float("nan")}, r"expected the level of the surface in \(-1, 1\), got nan"),
+        ("D3DS2VAEDecodeSDF", {"min_component": float("nan")}, "expected min_component ›= 0, got nan"),
+        ("D3DS2StructureFromMesh", {"shell": float("nan")}, "expected a shell of at least 0.5 voxels, got nan"),
+        (
+            "D3DS2StructureFromMesh",
+            {"shell": 1e9},
+            "band of at least 1 . shell = 1000000001.0 up to 64",
+        ),
+        ("D3DS2MeshExport", {"target_faces": -1}, "target_faces of at least 4, got -1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(comfy, model, structure, latent, node_id, inputs, message):
+    sockets = {
+        "D3DS2SSADiTSample": {"model": model, "structure": structure, "image": picture()},
+        "D3DS2SparseStructureSample": {"model": model, "image": picture()},
+        "D3DS2VAEDecodeSDF": {"model": model, "latent": latent},
+        "D3DS2StructureFromMesh": {"model": model, "mesh": TETRAHEDRON},
+        "D3DS2MeshExport": {"mesh": TETRAHEDRON},
+    }[node_id]
+    with pytest.raises(ValueError, match=message):
+        comfy.run(node_id, **sockets, **inputs)
+
+
+TAG = "<img src=x onerror=alert(1)>"
+
+
+def test_no_text_of_an_error_holds_tags(comfy, model, structure, latent, tmp_path):
+    """Names and files of others come back in the texts of errors, which the browser shows."""
+    named, other = dataclasses.replace(model, name=TAG), type(structure)(structure.coords, 16, 1)
+    folder = comfy.folder / "models" / "direct3d_s2" / TAG
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"format": 1, "networks": {TAG: {}}}))
+    tree = {"asset": {"version": "2.0"}, "extensionsRequired": [TAG]}
+    (tmp_path / "a.gltf").write_text(json.dumps(tree))
+    file = comfy.module("nodes.comfy.mesh_socket").Types.File3D(str(tmp_path / "a.gltf"), "gltf")
+    gone = type(file)(str(tmp_path / TAG), "glb")
+    for node_id, inputs in (
+        ("LoadD3DS2Model", {"model": TAG}),
+        ("LoadD3DS2Model", {"model": f"{TAG}/no"}),
+        ("D3DS2SSADiTSample", {"model": named, "structure": other, "image": picture()}),
+        ("D3DS2VAEDecodeSDF", {"model": model, "latent": dataclasses.replace(latent, made_for=(TAG, None))}),
+        ("D3DS2MeshExport", {"mesh": file}),
+        ("D3DS2MeshExport", {"mesh": gone}),
+        ("D3DS2MeshExport", {"mesh": TETRAHEDRON, "filename_prefix": f"../{TAG}"}),
+    ):
+        with pytest.raises(ValueError) as raised:
+            comfy.run(node_id, **inputs)
+        assert "‹img" in str(raised.value) and "<" not in str(raised.value) and "\n" not in str(raised.value)
+    assert "‹img" in comfy.nodes["LoadD3DS2Model"].validate_inputs(f"{TAG}/no")
+    assert "‹img" in comfy.nodes["D3DS2MeshExport"].validate_inputs(f"../{TAG}")
+    shutil.rmtree(folder)
+
+
+def test_a_model_name_that_is_too_long_or_a_link_in_a_loop(comfy):
+    root = comfy.folder / "models" / "direct3d_s2"
+    (root / "loop").symlink_to(root / "loop")
+    for name in ("x" * 300, "a\0b", "loop", "loop/x"):
+        assert "no model folder" in comfy.nodes["LoadD3DS2Model"].validate_inputs(name)
+    (root / "linked").mkdir()
+    (root / "linked" / "config.json").write_text("{}")
+    (root / "linked" / "sdf_vae.safetensors").symlink_to(root / "nothing")
+    assert "config.json" in comfy.nodes["LoadD3DS2Model"].fingerprint_inputs("linked", "auto")
+    (root / "loop").unlink()
+    shutil.rmtree(root / "linked")

@@ -348,7 +348,7 @@ def test_uvs_textures_and_colours_travel_into_the_file(comfy):
         np.testing.assert_allclose(visual.vertex_attributes["color"][:, :3] / 255, mesh.vertex_colors[i], atol=1 / 255)
         pixels = np.asarray(visual.material.baseColorTexture.convert("RGB")) / 255
         np.testing.assert_allclose(pixels, mesh.texture[i], atol=1 / 255)
-    assert out.ui["status_text"] == ("1,280 faces in a_00001_.glb\n1,280 faces in a_00002_.glb",)
+    assert out.ui["status_text"] == ("1,280 faces in a_00001_.glb", "1,280 faces in a_00002_.glb")
 
 
 def test_the_status_says_what_a_file_does_not_hold(comfy):

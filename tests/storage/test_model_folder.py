@@ -131,7 +131,7 @@ def test_wrong_config_is_named(folder, change, message):
 
 def test_wrong_sampling_is_named(folder):
     edit(folder, lambda s: s.update(sampling={"sdf_resolution": 100}))
-    with pytest.raises(ModelFolderError, match="expected sdf_resolution divisible by 64, got 100"):
+    with pytest.raises(ModelFolderError, match="expected sdf_resolution divisible by 64 up to 2048, got 100"):
         load_settings(folder)
 
 

@@ -9,13 +9,13 @@ import sys
 
 import torch
 
-from training import train_vae
+from training import loop, train_vae
 from training.config import load_config
 from training.distributed import run_ranks
 
 
 def main(toml: str, rank: str, after: str) -> None:
-    train_vae.Log = dying(train_vae.Log, int(rank), int(after))
+    loop.Log = dying(loop.Log, int(rank), int(after))
     train_vae.train(load_config(train_vae.TrainVAEConfig, [toml]))
 
 

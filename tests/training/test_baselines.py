@@ -14,15 +14,15 @@ from training.evaluation.score_tables import confidence_interval, format_summary
 
 
 def test_solid_cells_agree_with_the_mesh():
-    mesh = trimesh.util.concatenate([trimesh.creation.icosphere(4, 0.8), trimesh.creation.box((1.9, 0.2, 0.2))])
-    sdf = mesh_to_sdf(np.array(mesh.vertices), np.array(mesh.faces), 256)
-    assert len(sdf.block_coords) < 32**3 / 4  # the inside of the ball is not stored
-    surface = sdf_to_mesh(sdf.block_coords, sdf.values, 256)
-    for cells in (32, 64, 128):
-        cut = solid_cells(sdf.block_coords, sdf.values, 256, cells)
+    mesh = trimesh.util.concatenate([trimesh.creation.icosphere(3, 0.8), trimesh.creation.box((1.9, 0.2, 0.2))])
+    sdf = mesh_to_sdf(np.array(mesh.vertices), np.array(mesh.faces), 128)
+    assert len(sdf.block_coords) < 16**3 / 3.5  # the inside of the ball is not stored
+    surface = sdf_to_mesh(sdf.block_coords, sdf.values, 128)
+    for cells in (16, 32, 64):
+        cut = solid_cells(sdf.block_coords, sdf.values, 128, cells)
         assert volume_iou(cut, solid_grid(surface.vertices, surface.faces, cells)) > 0.97
     with pytest.raises(ValueError, match="cells"):
-        solid_cells(sdf.block_coords, sdf.values, 256, 16)
+        solid_cells(sdf.block_coords, sdf.values, 128, 8)
 
 
 def test_a_jar_is_not_filled():

@@ -19,7 +19,7 @@ import torch
 
 from tests.support.training_chain import Chain, copy_model
 from tests.support.training_data import R, prepared, write_toml
-from training import distributed, encode_latents, train_dit, train_structure_dit, train_structure_vae, train_vae
+from training import distributed, encode_latents, loop, train_dit, train_structure_dit, train_structure_vae, train_vae
 from training.checkpoints import fault_of, open_checkpoint, read_into
 from training.data.datasets import LatentViews, Shapes, Structures, StructureViews
 from training.data.latent_moments import moments_path
@@ -159,17 +159,21 @@ def assert_equal_runs(folder: Path, other: Path) -> None:
 def test_ranks_and_parts_train_as_one_process(chain, tmp_path, steps):
     """Any ranks, parts and shards end with the weights of one rank with whole batches.
 
-    1 rank × 4 parts, 2 × 2, 4 × 1, 2 sharded, 2 sharded → 1 → 4 ranks; with more steps, 1 → 2 → 4 sharded too.
+    2 ranks × 2 parts, and 2 sharded → 1 rank; with more steps also 1 × 4, 4 × 1, 2 sharded, 2 sharded → 1 → 4, and
+    1 → 2 → 4 sharded.
     """
     train_all(chain, tmp_path / "whole", 1, steps=steps)
-    train_all(chain, tmp_path / "1x4", 1, steps=steps, accumulate=4)
     train_all(chain, tmp_path / "2x2", 2, steps=steps, accumulate=2)
-    train_all(chain, tmp_path / "4x1", 4, steps=steps)
-    train_all(chain, tmp_path / "sharded", 2, steps=steps, sharded=True)
-    for ranks, until in ((2, steps // 4), (1, steps // 2), (4, steps)):
-        train_all(chain, tmp_path / "resumed", ranks, steps=until, sharded=ranks == 2)
-    for ranks, until in ((1, steps // 4), (2, steps // 2), (4, steps)) if steps > 4 else ():
-        train_all(chain, tmp_path / "resharded", ranks, steps=until, sharded=ranks > 1)
+    for ranks, until in ((2, steps // 2), (1, steps)):
+        train_all(chain, tmp_path / "2 sharded, 1", ranks, steps=until, sharded=ranks == 2)
+    if steps > 4:
+        train_all(chain, tmp_path / "1x4", 1, steps=steps, accumulate=4)
+        train_all(chain, tmp_path / "4x1", 4, steps=steps)
+        train_all(chain, tmp_path / "sharded", 2, steps=steps, sharded=True)
+        for ranks, until in ((2, steps // 4), (1, steps // 2), (4, steps)):
+            train_all(chain, tmp_path / "resumed", ranks, steps=until, sharded=ranks == 2)
+        for ranks, until in ((1, steps // 4), (2, steps // 2), (4, steps)):
+            train_all(chain, tmp_path / "resharded", ranks, steps=until, sharded=ranks > 1)
     for name in sorted(path.name for path in tmp_path.iterdir()):
         assert_equal_runs(tmp_path / "whole", tmp_path / name)
 
@@ -250,7 +254,7 @@ def test_signal_to_one_rank_stops_all(chain, tmp_path):
     config = configs_in(chain, tmp_path, steps=100_000)["structure_vae"]
 
     def signalled() -> None:
-        train_structure_vae.Log = signalling(train_structure_vae.Log)
+        loop.Log = signalling(loop.Log)
         train_structure_vae.train(config)
 
     on_ranks(2, signalled)

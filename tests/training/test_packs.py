@@ -24,6 +24,10 @@ from training.data.views import Views
 from training.pack import PackConfig
 from training.prepare_shapes import PrepareShapesConfig
 from training.prepare_shapes import main as prepare_shapes
+from training.render_views import RenderViewsConfig
+from training.render_views import main as render_views
+from training.score_meshes import ScoreMeshesConfig
+from training.score_meshes import main as score_meshes
 
 CPU = torch.device("cpu")
 
@@ -121,8 +125,13 @@ def test_a_pack_is_read_as_a_folder_and_not_written_to(folder, packed, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"missing file .*packed/shapes/32/none\.safetensors"):
         load_shape(shape_path(root, R, "none"))
     write_meshes(tmp_path / "meshes")
-    with pytest.raises(ValueError, match="expected a folder that can be written to, got the packed files in"):
-        prepare_shapes(PrepareShapesConfig(meshes=str(tmp_path / "meshes"), data_dir=str(packed)))
+    for main, config in (
+        (prepare_shapes, PrepareShapesConfig),
+        (render_views, RenderViewsConfig),
+        (score_meshes, ScoreMeshesConfig),
+    ):
+        with pytest.raises(ValueError, match="expected a folder that can be written to, got the packed files in"):
+            main(config(meshes=str(tmp_path / "meshes"), data_dir=str(packed)))
     with tarfile.open(packed / "shapes" / str(R) / "00000.tar") as file:  # any tool unpacks it
         assert sorted(file.getnames()) == sorted(
             f"shapes/{R}/{path.name}" for path in (folder / "shapes" / str(R)).iterdir()

@@ -123,7 +123,7 @@ def test_a_mesh_that_exhausts_its_process_fails_alone(config, tmp_path, monkeypa
     (meshes / "cone.ply").unlink()
     sphere = trimesh.creation.icosphere(subdivisions=2)
     faces = np.tile(sphere.faces, (16_250, 1)).astype(np.uint32)
-    np.savez_compressed(meshes / "huge.npz", v=sphere.vertices.astype(np.float32), f=faces)
+    np.savez(meshes / "huge.npz", v=sphere.vertices.astype(np.float32), f=faces)
     (tmp_path / "views.toml").write_text("views = 1\nsize = 32\nworkers = 1\n")
     arguments = f"{tmp_path}/views.toml meshes={meshes} data_dir={config.data_dir}"
     # numba and OpenBLAS reserve much address space for threads

@@ -1,9 +1,8 @@
 """The SDF VAE's training: the loss falls, and a killed run continues to the same parameters."""
 
 import dataclasses
+import multiprocessing
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,9 @@ from d3ds2.geometry.voxels import Voxels
 from d3ds2.kernels import packed_attention
 from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE, SDFVAEConfig
-from tests.support.training_data import COARSE, R, prepared, write_toml
+from tests.support.train_vae_and_die import dying
+from tests.support.training_data import COARSE, R, prepared
+from training import loop
 from training.data.datasets import Shapes
 from training.data.latent_moments import LatentMoments, set_latent_scale
 from training.data.loading import to_device
@@ -102,31 +103,21 @@ def test_step_asks_the_device_for_nothing(data_dir, monkeypatch):
     assert all(p.grad is not None for p in model.parameters())
 
 
-DIE_AFTER_STEP_10 = """
-import os, signal, sys
-from training import train_vae
-from training.config import load_config
-
-class Log(train_vae.Log):
-    def __call__(self, step, metrics):
-        super().__call__(step, metrics)
-        if step == 10:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-train_vae.Log = Log
-train_vae.train(load_config(train_vae.TrainVAEConfig, sys.argv[1:]))
-"""
-
-
-def test_killed_run_continues_to_equal_parameters(data_dir, tmp_path):
+def test_killed_run_continues_to_equal_parameters(data_dir, tmp_path, monkeypatch):
     whole = train(make_config(data_dir, tmp_path / "whole", steps=12, save_every=4))
 
     config = make_config(data_dir, tmp_path / "killed", steps=12, save_every=4)
-    write_toml(tmp_path / "vae.toml", config)
-    command = [sys.executable, "-c", DIE_AFTER_STEP_10, str(tmp_path / "vae.toml"), "run.workers=1"]
-    with open(tmp_path / "stderr", "w") as stderr:  # a pipe would stay open as long as the process that loads data
-        killed = subprocess.run(command, cwd=ROOT, stderr=stderr, timeout=600)
-    assert killed.returncode == -signal.SIGKILL, (tmp_path / "stderr").read_text()
+
+    def die_after_step_10() -> None:
+        loop.Log = dying(loop.Log, 0, 10)
+        train(dataclasses.replace(config, run=dataclasses.replace(config.run, workers=1)))
+
+    monkeypatch.setenv("RANK", "0")
+    killed = multiprocessing.get_context("fork").Process(target=die_after_step_10)
+    killed.start()
+    monkeypatch.undo()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     names = [path.name for path in checkpoints(config.run.out_dir)]
     assert names in (["step_00000004"], ["step_00000008", "step_00000004"])  # the newest may have been in the making
     assert [record["step"] for record in read_metrics(config.run.out_dir)] == list(range(1, 11))

@@ -95,7 +95,7 @@ def test_help_tells_what_a_script_does_and_all_its_keys(capsys):
         assert line in lines
 
 
-@pytest.mark.parametrize("script", ["evaluate", "train_vae"])
+@pytest.mark.parametrize("script", ["train_vae", pytest.param("evaluate", marks=pytest.mark.long)])
 def test_help_needs_no_config_file(script):
     command = [sys.executable, "-m", f"training.{script}", "--help"]
     done = subprocess.run(command, cwd=CONFIGS.parents[1], capture_output=True, text=True)

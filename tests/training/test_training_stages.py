@@ -1,9 +1,8 @@
 """`python -m training` runs all stages of a model in order; it stops, fails and continues as it says."""
 
 import json
+import multiprocessing
 import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -49,17 +48,36 @@ def data(tmp_path_factory) -> str:
     return f"data_dir={prepared(tmp_path_factory)}"
 
 
-def start(folder: Path, *overrides: str) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "training", "small", "model_dir=models/mine", *overrides]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+class Started:
+    """`python -m training small ...` in a forked process, which need not import everything; its stages are commands.
+
+    Its output goes to files in `folder`/said.
+    """
+
+    def __init__(self, folder: Path, *overrides: str):
+        self.files = [folder / "said" / name for name in ("out", "err")]
+        self.files[0].parent.mkdir(exist_ok=True)
+        arguments = ["small", "model_dir=models/mine", *overrides]
+        self.process = multiprocessing.get_context("fork").Process(target=self._run, args=(arguments,))
+        self.process.start()
+
+    def _run(self, arguments: list[str]) -> None:
+        for number, file in enumerate(self.files, start=1):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w") for number in (1, 2))
+        os.environ["PYTHONPATH"] = str(ROOT)
+        sys.exit(main(arguments))
+
+    def end(self) -> tuple[int, str, str]:
+        """Wait for the end; return the exit code, the output and the errors."""
+        self.process.join()
+        return self.process.exitcode, *(file.read_text() for file in self.files)
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
+def wait_for(path: Path, started: Started) -> None:
     """Wait until the process has written the first bytes of a file."""
     while not (path.is_file() and path.stat().st_size):
-        assert process.poll() is None, process.communicate()
+        assert started.process.is_alive(), started.end()
         time.sleep(0.05)
 
 
@@ -72,36 +90,37 @@ def fake_run(out_dir: str, model_dir: str, step: int) -> None:
 
 
 def test_stopped_in_the_first_stage_then_trained_to_the_end_then_finished(folder, data):
-    process = start(folder, data, "train_vae.run.steps=1000000")
+    started = Started(folder, data, "train_vae.run.steps=1000000")
     run = folder / "runs" / "mine_vae"
-    wait_for(run / "metrics.jsonl", process)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate()
-    assert process.returncode == 143 and "stopped in train_vae; the same command continues from there" in output
+    wait_for(run / "metrics.jsonl", started)
+    started.process.terminate()
+    code, output, _ = started.end()
+    assert code == 143 and "stopped in train_vae; the same command continues from there" in output
     stopped_at = int(newest_checkpoint(run).stem[5:])
     assert 0 < stopped_at < 1000000 and network_names(folder / "models" / "mine") == {"sdf_vae"}
 
     steps = f"train_vae.run.steps={stopped_at + 2}"
-    process = start(folder, data, steps)
-    output, _ = process.communicate()
-    assert process.returncode == 0 and "[1/5] train_vae: 2 steps left, logs in runs/mine_vae" in output
+    code, output, _ = Started(folder, data, steps).end()
+    assert code == 0 and "[1/5] train_vae: 2 steps left, logs in runs/mine_vae" in output
     assert [record["step"] for record in read_metrics(run)] == list(range(1, stopped_at + 3))
     assert network_names(folder / "models" / "mine") == set(NETWORKS)
     for name in ("structure_vae", "structure_dit", "dit"):
         assert len(read_metrics(folder / "runs" / f"mine_{name}")) == 2
 
-    made = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    process = start(folder, data, steps)
-    output, _ = process.communicate()
-    assert process.returncode == 0 and output.count(": finished, ") == 4
+    def files() -> dict[Path, int]:
+        made = (path for path in folder.rglob("*") if path.is_file() and path.parent.name != "said")
+        return {path: path.stat().st_mtime_ns for path in made}
+
+    made = files()
+    code, output, _ = Started(folder, data, steps).end()
+    assert code == 0 and output.count(": finished, ") == 4
     assert "are up to date" in output and "to train it again" not in output
-    assert made == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert made == files()
 
 
 def test_a_failing_stage_ends_the_whole_with_its_exit_code(folder, data):
-    process = start(folder, data, "train_vae.max_tokens=1")
-    output, errors = process.communicate()
-    assert process.returncode == 1 and "expected items of at most 1 tokens" in errors
+    code, output, errors = Started(folder, data, "train_vae.max_tokens=1").end()
+    assert code == 1 and "expected items of at most 1 tokens" in errors
     assert "train_vae failed with exit code 1, see above; fix the cause and run the same command to continue" in output
     assert "[2/5]" not in output and not Path("runs/mine_structure_vae").exists()
 
@@ -155,6 +174,6 @@ def test_a_stage_that_learned_from_what_has_changed_since_is_named(folder, data)
     for name in ("structure_vae", "structure_dit", "dit"):
         fake_run(f"runs/mine_{name}", "models/mine", step=2)
         (model / f"{'latent_dit' if name == 'dit' else name}.safetensors").touch()
-    output, _ = start(folder, data).communicate()
+    _, output, _ = Started(folder, data).end()
     line = "before train_vae went on: delete runs/mine_dit to train it again"
     assert f"[5/5] train_dit: finished, 2 steps\n  {line}" in output and output.count("to train it again") == 1

@@ -11,7 +11,9 @@ Meshes are expected with Y up and the front toward +Z, as in glTF; only ShapeNet
 import dataclasses
 import errno
 import json
+import math
 import sys
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,7 @@ import trimesh
 from d3ds2.images.surface_colors import SurfaceColors
 from d3ds2.meshes.mesh_parts import read_parts
 from d3ds2.meshes.triangles import used_vertices
+from d3ds2.storage.one_line import one_line
 from training.data.mesh_collections import (
     OBJAVERSE,
     OBJAVERSE_XL,
@@ -41,6 +44,7 @@ CORPUS, FOLDER = "corpus", "folder"
 SOURCES = (CORPUS, FOLDER, OBJAVERSE, OBJAVERSE_XL, SHAPENET)
 KNOWN_ABOUT = {"name": "title", "licence": "licence", "attribution": "author", "url": "url", "category": "category"}
 
+SMALL_ARCHIVE, MOST_COMPRESSED = 64 << 20, 100  # bytes that any .npz may unpack to; times its size
 LOST_STORAGE = {  # errors of a disk or a network drive, whatever the file
     getattr(errno, name) for name in ("EIO", "ESTALE", "ENOTCONN", "EMFILE", "ENFILE") if hasattr(errno, name)
 }
@@ -188,13 +192,15 @@ def _read(entry: MeshEntry, colors_of: Callable) -> tuple:
     if not path.is_file():
         raise FileNotFoundError(f"expected a mesh at {path}, found no file")
     try:
-        vertices, faces, colors = _read_npz(path) if path.suffix.lower() == ".npz" else _read_parts(path, colors_of)
+        with np.errstate(all="ignore"):  # numbers that are not finite are an error a little later
+            vertices, faces, colors = _read_npz(path) if path.suffix.lower() == ".npz" else _read_parts(path, colors_of)
     except MemoryError:
         raise
     except Exception as error:  # a loader meets a strange file with any error
         if isinstance(error, OSError) and error.errno in LOST_STORAGE:
             raise
-        raise ValueError(f"expected a mesh in {path}, got a file that cannot be read as one: {error}") from error
+        reason = one_line(error) or type(error).__name__
+        raise ValueError(f"expected a mesh in {path}, got a file that cannot be read as one: {reason}") from error
     if len(faces) == 0:
         raise ValueError(f"expected at least one triangle in {path}, got none")
     if not np.isfinite(vertices).all():
@@ -206,7 +212,24 @@ def _read(entry: MeshEntry, colors_of: Callable) -> tuple:
     return *used_vertices(vertices, faces), None if entry.has_color is False else colors
 
 
+def _check_npz(path: Path) -> None:
+    """Check that the arrays of a .npz are as large as its zip says, and that the file can hold that much."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        for entry in entries:
+            with archive.open(entry) as stream:
+                version = np.lib.format.read_magic(stream)
+                read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                shape, _, dtype = read_header[version](stream)
+                if math.prod(shape) * dtype.itemsize + stream.tell() != entry.file_size:
+                    raise ValueError(f"{entry.filename} claims {shape} of {dtype}, but has {entry.file_size} bytes")
+    held, size = sum(entry.file_size for entry in entries), path.stat().st_size
+    if held > max(SMALL_ARCHIVE, MOST_COMPRESSED * size):
+        raise ValueError(f"its {size:,} bytes unpack to {held:,}")
+
+
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    _check_npz(path)
     with np.load(path, allow_pickle=False) as file:
         vertices, faces = file["v"], file["f"].astype(np.int64)
         colors = file["pal"][file["fc"]].astype(np.uint8) if "fc" in file and "pal" in file else None
