@@ -38,7 +38,7 @@ def test_schedule_without_shift_is_even():
 
 @pytest.mark.parametrize(("steps", "shift"), [(0, 1.0), (5, 0.0)])
 def test_wrong_schedules_are_named(steps, shift):
-    with pytest.raises(ValueError, match="at least 1 step"):
+    with pytest.raises(ValueError, match="steps and a positive shift"):
         time_schedule(steps, shift)
 
 

@@ -55,8 +55,9 @@ def test_the_blueprint_opens_and_runs(comfyui, browser):
         assert (values[name]["seed"], values[name]["steps"]) == (11, 1)
     assert (values["D3DS2MeshExport"]["target_faces"], values["LoadD3DS2Model"]["model"]) == (5000, "tiny")
     assert "mask" in values["D3DS2RemoveBackground"]
-    press_run(browser, RUN_SECONDS)
-    assert list((comfyui.output / "3d").glob("blueprint_*.glb"))
+    if comfyui.installation.version == NEWEST:
+        press_run(browser, RUN_SECONDS)
+        assert list((comfyui.output / "3d").glob("blueprint_*.glb"))
     errors = [error for error in browser.errors if not any(part in error for part in NOT_OURS)]
     assert not errors, errors
 
