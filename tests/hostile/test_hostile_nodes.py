@@ -201,12 +201,11 @@ def test_any_view_of_a_mesh(comfy, inputs):
 
 
 TEXTURES = (None, "text", *(torch.full(shape, 0.5) for shape in ((1, 4, 4, 3), (2, 4, 4, 3), (4, 4, 3), (1, 0, 4, 3))))
+STRANGE = (torch.full((1, 4, 4, 3), float("nan")), torch.ones(1, 4, 4), torch.ones(1))
 LOOKS = {
     "uvs": tensors(BOX[:, :2]),
     "vertex_colors": tensors(BOX),
-    "texture": st.sampled_from(
-        (*TEXTURES, torch.full((1, 4, 4, 3), float("nan")), torch.zeros(1, 4, 4), torch.ones(1))
-    ),
+    "texture": st.sampled_from((*TEXTURES, *STRANGE)),
 }
 
 
