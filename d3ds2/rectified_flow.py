@@ -115,8 +115,9 @@ class Sampler:
             raise ValueError(f"expected a guidance rescale from 0 to 1, got {self.guidance_rescale}")
         if self.times is not None:
             falling = all(t > t_next for t, t_next in pairwise(self.times))
-            if len(self.times) < 2 or not falling or self.times[0] != 1 or self.times[-1] != 0:
-                raise ValueError(f"expected times that fall from 1 to 0, got {list(self.times)}")
+            if not 2 <= len(self.times) <= MOST_STEPS + 1 or not falling or self.times[0] != 1 or self.times[-1] != 0:
+                found = f"{len(self.times)} from {self.times[:1]} to {self.times[-1:]}"
+                raise ValueError(f"expected up to {MOST_STEPS + 1} times that fall from 1 to 0, got {found}")
 
     def steps(self, default: int) -> int:
         """Return the number of steps: that of `times`, or the default."""

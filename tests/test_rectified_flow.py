@@ -36,10 +36,24 @@ def test_schedule_without_shift_is_even():
     assert torch.allclose(time_schedule(4, 1.0)[:-1], torch.linspace(1, 1e-3, 4, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(("steps", "shift"), [(0, 1.0), (5, 0.0)])
+@pytest.mark.parametrize(
+    ("steps", "shift"), [(0, 1.0), (5, 0.0), (-1, 1.0), (10**12, 1.0), (2**64, 1.0), (5, math.inf), (5, math.nan)]
+)
 def test_wrong_schedules_are_named(steps, shift):
-    with pytest.raises(ValueError, match="steps and a positive shift"):
+    with pytest.raises(ValueError, match="expected 1 to 10000 steps and a positive shift"):
         time_schedule(steps, shift)
+
+
+@pytest.mark.parametrize("guidance_scale", [math.nan, math.inf, -math.inf, 1e30, 10**400])
+def test_guidance_out_of_range_is_named(guidance_scale):
+    with pytest.raises(ValueError, match="expected a guidance_scale up to 1000, got"):
+        guided_velocity(None, None, guidance_scale)
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 10**30])
+def test_seeds_out_of_range_are_named(seed):
+    with pytest.raises(ValueError, match="expected seeds of 64 bits"):
+        noise_for([0, seed], [(1, 2)] * 2)
 
 
 @pytest.mark.parametrize("steps", [1, 7])

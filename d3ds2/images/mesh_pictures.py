@@ -7,6 +7,7 @@ import numpy as np
 
 from .render import Camera, Light, MeshRenderer
 
+MOST_PIXELS, MOST_SIDES, TURN = 4096, 64, 360  # per edge; of a mesh; degrees
 FARTHEST = 0.1  # the depth picture's grey at the farthest point, so that it stands out from the black beside the object
 TOWARD_CAMERA = (0.5, 0.5, 1.0)  # the colour of a normal that points at the camera
 
@@ -35,7 +36,9 @@ def draw_sides(
     azimuth: float = 0.0,
     elevation: float = 15.0,
 ) -> Iterator[MeshPicture]:
-    """Yield pictures of a mesh from `sides` equal angles around it; the light turns with the camera.
+    """Return pictures of a mesh from `sides` equal angles around it, each drawn when it is asked for.
+
+    The light turns with the camera.
 
     Args:
         vertices: (V, 3), Y up, the front toward +Z.
@@ -45,9 +48,16 @@ def draw_sides(
 
     Raises:
         ImportError: embreex is not installed.
-        ValueError: the size is below 1, or the mesh has no faces.
+        ValueError: the size, the sides or an angle is out of range, or the mesh has no faces.
     """
-    renderer = MeshRenderer(vertices, faces, smooth=True)
+    if not 1 <= size <= MOST_PIXELS or not 1 <= sides <= MOST_SIDES:
+        raise ValueError(f"expected 1 to {MOST_SIDES} sides of 1 to {MOST_PIXELS} pixels, got {sides} of {size}")
+    if not abs(azimuth) <= TURN or not abs(elevation) <= TURN:
+        raise ValueError(f"expected angles up to {TURN} degrees, got {azimuth} and {elevation}")
+    return _draw(MeshRenderer(vertices, faces, smooth=True), size, sides, azimuth, elevation)
+
+
+def _draw(renderer: MeshRenderer, size: int, sides: int, azimuth: float, elevation: float) -> Iterator[MeshPicture]:
     for side in range(sides):
         angle = azimuth + 360 * side / sides
         camera, light = Camera(elevation, angle), Light(azimuth=angle + Light.azimuth, shadows=True)

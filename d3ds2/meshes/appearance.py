@@ -36,11 +36,22 @@ class Appearance:
         uvs: (V, 2) float32; (0, 0) is the upper left corner of a texture, as in glTF.
         textures: (H, W, 3) uint8 by the names of GLTF_TEXTURES.
         colors: (V, 3) or (V, 4) float32 in [0, 1], as glTF multiplies them with the texture.
+
+    Raises:
+        ValueError: for another shape, or a number that is not finite.
     """
 
     uvs: np.ndarray | None = None
     textures: dict[str, np.ndarray] = field(default_factory=dict)
     colors: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        for name, rows, widths in (("uvs", self.uvs, (2,)), ("colors", self.colors, (3, 4))):
+            if rows is not None and (rows.ndim != 2 or rows.shape[1] not in widths or not np.isfinite(rows).all()):
+                raise ValueError(f"expected finite {name} (V, {' or '.join(map(str, widths))}), got {rows.shape}")
+        for name, pixels in self.textures.items():
+            if pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+                raise ValueError(f"expected a {name} (H, W, 3), got {pixels.shape}")
 
     @property
     def parts(self) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 if TYPE_CHECKING:
     from comfy_api.latest import Types
@@ -28,7 +29,8 @@ def looks_of(socket: Types.MESH | Types.File3D, meshes: list[Mesh]) -> list[Appe
         for name in GLTF_TEXTURES:
             texture = _item(socket, name, index)
             if texture is not None:
-                textures[name] = (texture[..., :3].clip(0, 1) * 255).round().astype(np.uint8)
+                pixels = np.nan_to_num(texture[..., :3]) if texture.ndim else texture
+                textures[name] = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
         if "metallic_roughness" in textures and getattr(socket, "occlusion_in_mr", False):
             textures["occlusion"] = textures["metallic_roughness"]
         uvs, colors = (_of_vertices(socket, name, index, mesh) for name in ("uvs", "vertex_colors"))
@@ -39,7 +41,11 @@ def looks_of(socket: Types.MESH | Types.File3D, meshes: list[Mesh]) -> list[Appe
 def _item(socket: Any, name: str, index: int) -> np.ndarray | None:
     """Return an item of a batch of tensors; one that has a single item is shared by all meshes."""
     batch = getattr(socket, name, None)
-    if batch is None or not len(batch):
+    if batch is None:
+        return None
+    if not isinstance(batch, torch.Tensor) or not batch.ndim or batch.is_complex():
+        raise ValueError(f"expected a tensor of {name}, got {type(batch).__name__}")
+    if not len(batch):
         return None
     return batch[min(index, len(batch) - 1)].detach().float().cpu().numpy()
 
@@ -48,6 +54,6 @@ def _of_vertices(socket: Any, name: str, index: int, mesh: Mesh) -> np.ndarray |
     values = _item(socket, name, index)
     if values is None:
         return None
-    if len(values) < len(mesh.vertices):
-        raise ValueError(f"expected {name} of all {len(mesh.vertices):,} vertices, got {len(values):,}")
+    if not values.ndim or len(values) < len(mesh.vertices):
+        raise ValueError(f"expected {name} of all {len(mesh.vertices):,} vertices, got {values.shape}")
     return values[: len(mesh.vertices)]

@@ -57,7 +57,19 @@ def run(comfy, node_id, **inputs):
     return result
 
 
-SAMPLING = {"seed": INTS, "steps": st.one_of(INTS, st.just(1)), "guidance_scale": st.one_of(FLOATS, INTS)}
+SIGMAS = st.sampled_from(
+    ([], [1.0], [1.0, 0.0], [1.0, 0.5, 0.0], [14.6, 7.0, 0.0], [1.0, float("nan"), 0.0], [0.0, 1.0], [[1.0], [0.0]])
+)
+SAMPLING = {
+    "seed": INTS,
+    "steps": st.one_of(INTS, st.just(1)),
+    "guidance_scale": st.one_of(FLOATS, INTS),
+    "sampler": st.one_of(st.just("heun"), NAMES),
+    "guidance_start": FLOATS,
+    "guidance_end": FLOATS,
+    "guidance_rescale": FLOATS,
+    "sigmas": SIGMAS.map(torch.tensor),
+}
 
 
 @st.composite
@@ -91,10 +103,19 @@ def test_any_decoding(comfy, model, latent, inputs):
         assert result[0].vertices.isfinite().all() and result[0].vertices.abs().max() <= 1
 
 
-@given(prefix=NAMES, target=INTS, format=st.sampled_from(("glb", "stl", "obj", "ply")))
-def test_any_export(comfy, prefix, target, format):
+EXPORT = {
+    "filename_prefix": NAMES,
+    "target_faces": INTS,
+    "size": st.one_of(FLOATS, INTS),
+    "up_axis": NAMES,
+    "format": st.one_of(st.sampled_from(("stl", "obj", "ply", "3mf")), NAMES),
+}
+
+
+@given(inputs=one_wrong(EXPORT, {"filename_prefix": "right"}), kind=st.sampled_from(("glb", "stl", "3mf")))
+def test_any_export(comfy, inputs, kind):
     mesh = MESH(BOX[None], BOX_FACES[None])
-    result = run(comfy, "D3DS2MeshExport", mesh=mesh, filename_prefix=prefix, target_faces=target, format=format)
+    result = run(comfy, "D3DS2MeshExport", mesh=mesh, **{"format": kind, **inputs})
     if not isinstance(result, ValueError):
         for path in result[0]:
             file = comfy.folder / "output" / path
@@ -130,7 +151,7 @@ def tensors(draw, right):
     if kind <= 4:
         numbers = NUMBERS if made.is_floating_point() else st.sampled_from((-1, 8, 2**31, 2**62))
         made = made.double() if made.is_floating_point() else made
-        made[0, draw(st.integers(0, made.shape[1] - 1)), draw(st.integers(0, 2))] = draw(numbers)
+        made[0, draw(st.integers(0, made.shape[1] - 1)), draw(st.integers(0, made.shape[2] - 1))] = draw(numbers)
     return made
 
 
@@ -167,3 +188,32 @@ def test_any_picture_in_a_socket(comfy, data):
     result = run(comfy, "D3DS2RemoveBackground", image=image, mask=mask, method=method, foreground_ratio=ratio)
     if not isinstance(result, ValueError):
         assert result[0].isfinite().all() and result[0].shape[-1] == 4 and result[1].shape == result[0].shape[:3]
+
+
+PICTURES = {"sides": INTS, "azimuth": FLOATS, "elevation": FLOATS, "resolution": INTS}
+
+
+@given(inputs=one_wrong(PICTURES, {"sides": 1, "azimuth": 0.0, "elevation": 15.0, "resolution": 16}))
+def test_any_view_of_a_mesh(comfy, inputs):
+    result = run(comfy, "D3DS2MeshPictures", mesh=MESH(BOX[None], BOX_FACES[None]), **inputs)
+    if not isinstance(result, ValueError):
+        assert all(part.isfinite().all() and len(part) == inputs["sides"] for part in result.args)
+
+
+TEXTURES = (None, "text", *(torch.full(shape, 0.5) for shape in ((1, 4, 4, 3), (2, 4, 4, 3), (4, 4, 3), (1, 0, 4, 3))))
+STRANGE = (torch.full((1, 4, 4, 3), float("nan")), torch.ones(1, 4, 4), torch.ones(1))
+LOOKS = {
+    "uvs": tensors(BOX[:, :2]),
+    "vertex_colors": tensors(BOX),
+    "texture": st.sampled_from((*TEXTURES, *STRANGE)),
+}
+
+
+@given(looks=st.fixed_dictionaries(LOOKS), kind=st.sampled_from(("glb", "obj", "ply", "stl", "3mf")))
+def test_any_look_of_a_mesh(comfy, looks, kind):
+    mesh = PaddedMESH(BOX[None], BOX_FACES[None])
+    for name, value in looks.items():
+        setattr(mesh, name, value)
+    result = run(comfy, "D3DS2MeshExport", mesh=mesh, filename_prefix="look/a", format=kind)
+    if not isinstance(result, ValueError):
+        assert (comfy.folder / "output" / result[0][0]).stat().st_size > 84
