@@ -25,7 +25,7 @@ test:
 test-long: $(VENV)/.test-long
 	$(BIN)/python -m pytest tests -m long
 
-# thousands of hostile pictures, meshes, model folders, node values and arguments; `make test` draws a few hundred
+# thousands of hostile pictures, meshes, model folders, node values and arguments; `make test` draws some 200
 fuzz: $(VENV)/.test
 	HOSTILE_CASES=many $(BIN)/python -m pytest tests/hostile
 

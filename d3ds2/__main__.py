@@ -25,7 +25,7 @@ from .images.image_file import ImageError, load_image
 from .kernels.devices import PRECISIONS, find_device, find_dtype
 from .meshes.mesh import Mesh, decimate
 from .meshes.mesh_file import FORMATS, MeshFileError, check_mesh_path, check_writable, save_mesh
-from .meshes.placement import UP_AXES, in_file_frame, unit_of
+from .meshes.placement import UP_AXES, check_size, in_file_frame, unit_of
 from .networks.chunked_decode import MemoryBudgetError
 from .official.config import OfficialError
 from .official.convert import (
@@ -140,8 +140,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UsageError(f"expected a positive number of GiB for --memory, got {arguments.memory}")
     if not 0 <= arguments.seed < 2**64:
         raise UsageError(f"expected a seed from 0 to 2^64 - 1, got {arguments.seed}")
-    if not 0 <= arguments.size < float("inf"):
-        raise UsageError(f"expected a --size in metres of at least 0, got {arguments.size}")
+    try:
+        check_size(arguments.size)
+    except ValueError as error:
+        raise UsageError(f"--size: {error}") from None
     if arguments.faces is not None and arguments.faces < 4:
         raise UsageError(f"expected --faces of at least 4, got {arguments.faces}")
     if arguments.steps is not None and arguments.steps < 1:

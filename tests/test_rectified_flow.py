@@ -241,3 +241,10 @@ def test_a_sampler_brings_its_own_times():
     assert Sampler().steps(9) == 9 and Sampler().schedule(9, 3.0).equal(time_schedule(9, 3.0))
     own = Sampler(times=(1.0, 0.25, 0.0))
     assert own.steps(9) == 2 and own.schedule(9, 3.0).tolist() == [1.0, 0.25, 0.0]
+
+
+@pytest.mark.parametrize("times", [(1.0,), (1.0, math.nan, 0.0), tuple(1 - i / 20_000 for i in range(20_001))])
+def test_times_that_are_too_many_or_not_finite_are_named(times):
+    with pytest.raises(ValueError, match="expected up to 10001 times that fall from 1 to 0, got") as raised:
+        Sampler(times=times)
+    assert len(str(raised.value)) < 150

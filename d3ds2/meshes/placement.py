@@ -14,6 +14,7 @@ from .mesh_to_sdf import FITTED_SCALE, normalize_mesh
 from .triangles import used_vertices
 
 MILLIMETRES = (".stl", ".3mf")  # files that programs for 3D printing read as millimetres; all others are in metres
+SMALLEST, LARGEST = 1e-6, 1e6  # metres
 UP_AXES = ("Y", "Z")
 
 
@@ -50,6 +51,12 @@ def unit_of(kind: str) -> str:
     return "mm" if kind in MILLIMETRES else "m"
 
 
+def check_size(size: float) -> None:
+    """Raise ValueError unless a size in metres is 0, or one at which float32 keeps the shape."""
+    if size != 0 and not SMALLEST <= size <= LARGEST:
+        raise ValueError(f"expected a size in metres from {SMALLEST:g} to {LARGEST:g}, or 0, got {size}")
+
+
 def in_file_frame(mesh: Mesh, kind: str, size: float = 1.0, up_axis: str = "Y") -> Mesh:
     """Return a mesh as a file is to hold it: of a real size, in the file's unit, with its up axis.
 
@@ -60,10 +67,9 @@ def in_file_frame(mesh: Mesh, kind: str, size: float = 1.0, up_axis: str = "Y") 
         up_axis: "Y" or "Z".
 
     Raises:
-        ValueError: the size is negative or not finite, the axis is another one, or all vertices lie in one point.
+        ValueError: the size is out of range, the axis is another one, or all vertices lie in one point.
     """
-    if not (np.isfinite(size) and size >= 0):
-        raise ValueError(f"expected a size in metres of at least 0, got {size}")
+    check_size(size)
     if up_axis not in UP_AXES:
         raise ValueError(f"expected an up axis of {' or '.join(UP_AXES)}, got {up_axis!r}")
     if size:

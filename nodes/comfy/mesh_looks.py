@@ -54,6 +54,7 @@ def _of_vertices(socket: Any, name: str, index: int, mesh: Mesh) -> np.ndarray |
     values = _item(socket, name, index)
     if values is None:
         return None
-    if not values.ndim or len(values) < len(mesh.vertices):
-        raise ValueError(f"expected {name} of all {len(mesh.vertices):,} vertices, got {values.shape}")
+    count = len(values) if values.ndim else 0
+    if count < len(mesh.vertices):
+        raise ValueError(f"expected {name} of all {len(mesh.vertices):,} vertices, got {count:,}")
     return values[: len(mesh.vertices)]

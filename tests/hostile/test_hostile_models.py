@@ -161,7 +161,7 @@ def copied(model, tmp_path):
             {"encoder_widths": [8] * 100, "decoder_widths": [8] * 100},
             "at most 8 encoder_widths",
         ),
-        ("structure_vae", {"decoder_res_blocks": 200}, "misses tensors: .* more"),
+        ("structure_vae", {"decoder_res_blocks": 40}, "misses tensors: .* more"),
         ("refiner", {"widths": [4, HUGE]}, "expected widths from 1 to 65536"),
         ("refiner", {"patch_size": HUGE}, "expected patch_size from 1 to 512"),
     ],

@@ -43,3 +43,18 @@ def test_depth_falls_from_the_nearest_to_the_farthest_point():
     assert left[0] < 0.2 < 0.8 < right[0]  # red: to the right
     (above,) = draw_sides(*box((1, 1, 1)), 64, elevation=60)
     assert above.normals[..., 1].max() == pytest.approx((1 + 0.5) / 2)  # green: up, seen from 60 degrees
+
+
+@pytest.mark.parametrize(
+    ("size", "sides", "azimuth", "message"),
+    [
+        (64, 10**12, 0.0, "expected 1 to 64 sides of 1 to 4096 pixels, got 1000000000000 of 64"),
+        (64, 0, 0.0, "expected 1 to 64 sides"),
+        (10**9, 1, 0.0, "1 to 4096 pixels, got 1 of 1000000000"),
+        (64, 1, float("nan"), "expected angles up to 360 degrees, got nan and 15.0"),
+        (64, 1, float("inf"), "expected angles up to 360 degrees"),
+    ],
+)
+def test_views_out_of_range_are_refused_before_any_is_drawn(size, sides, azimuth, message):
+    with pytest.raises(ValueError, match=message):
+        draw_sides(np.eye(3), np.array([[0, 1, 2]]), size, sides, azimuth)

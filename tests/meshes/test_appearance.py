@@ -101,3 +101,19 @@ def test_the_seams_of_a_texture_are_not_seen():
     corners = np.asarray(ball.triangles, np.float32).reshape(-1, 3)  # every edge is a seam
     normals = seamless_normals(corners, np.arange(len(corners)).reshape(-1, 3))
     np.testing.assert_allclose(normals, corners, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("look", "message"),
+    [
+        ({"uvs": np.zeros((4, 3))}, r"expected finite uvs \(V, 2\), got \(4, 3\)"),
+        ({"uvs": np.full((4, 2), np.nan)}, "expected finite uvs"),
+        ({"colors": np.zeros(4)}, r"expected finite colors \(V, 3 or 4\), got \(4,\)"),
+        ({"colors": np.full((4, 3), np.inf)}, "expected finite colors"),
+        ({"textures": {"texture": np.zeros((0, 4, 3), np.uint8)}}, r"expected a texture \(H, W, 3\), got \(0, 4, 3\)"),
+        ({"textures": {"normal_map": np.zeros((4, 4), np.uint8)}}, r"expected a normal_map \(H, W, 3\), got \(4, 4\)"),
+    ],
+)
+def test_looks_of_another_shape_are_refused(look, message):
+    with pytest.raises(ValueError, match=message):
+        Appearance(**look)

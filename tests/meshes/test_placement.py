@@ -50,7 +50,10 @@ def test_z_up_turns_without_mirroring():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((".glb", -1.0), "expected a size in metres of at least 0, got -1"),
+        ((".glb", -1.0), "expected a size in metres from 1e-06 to 1e.06, or 0, got -1"),
+        ((".glb", 1e300), "expected a size in metres from"),
+        ((".glb", 2**64), "expected a size in metres from"),
+        ((".glb", float("nan")), "expected a size in metres from"),
         ((".glb", float("nan")), "expected a size"),
         ((".glb", float("inf")), "expected a size"),
         ((".glb", 1.0, "X"), "expected an up axis of Y or Z, got 'X'"),
