@@ -50,7 +50,8 @@ def main() -> None:
     prepare(meshes, work)
     half = make_half_a_million(work / "half")
     text = f"{header()}\n"
-    for lines in (start_table(half), camera_table(work), file_table(work), wait_table(work)):
+    for measure, folder in ((start_table, half), (camera_table, work), (file_table, work), (wait_table, work)):
+        lines = measure(folder)
         text += "\n" + "\n".join(lines) + "\n"
         print(*lines, sep="\n", flush=True)
         (ROOT / "benchmarks" / "results" / "data-cpu.md").write_text(text)  # also if it is stopped before the end
