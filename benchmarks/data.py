@@ -49,10 +49,12 @@ def main() -> None:
     meshes, work = sys.argv[1], Path(sys.argv[2])
     prepare(meshes, work)
     half = make_half_a_million(work / "half")
-    lines = [header(), "", *start_table(half), "", *camera_table(work), "", *file_table(work), "", *wait_table(work)]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    (ROOT / "benchmarks" / "results" / "data-cpu.md").write_text(text)
+    text = f"{header()}\n"
+    for measure, folder in ((start_table, half), (camera_table, work), (file_table, work), (wait_table, work)):
+        lines = measure(folder)
+        text += "\n" + "\n".join(lines) + "\n"
+        print(*lines, sep="\n", flush=True)
+        (ROOT / "benchmarks" / "results" / "data-cpu.md").write_text(text)  # also if it is stopped before the end
 
 
 def header() -> str:
