@@ -110,7 +110,8 @@ def run_and_look(browser, prompt, seed):
     empty = [browser.picture(box) for box in viewer_boxes(browser, count)]
     browser.js(
         f"const values = {{steps: 1, seed: {seed}}};"
-        "for (const w of app.graph._nodes.flatMap(n => n.widgets ?? [])) if (w.name in values) w.value = values[w.name];"
+        "const widgets = app.graph._nodes.flatMap(node => node.widgets ?? []);"
+        "for (const w of widgets) if (w.name in values) w.value = values[w.name];"
     )
     press_run(browser, RUN_SECONDS)
     for index, before in enumerate(empty):
