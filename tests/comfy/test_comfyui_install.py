@@ -48,9 +48,9 @@ def test_the_archive_of_the_registry_is_small_and_whole(tmp_path):
     assert archive.stat().st_size < 45 << 20
     with zipfile.ZipFile(archive) as packed:
         names = set(packed.namelist())
-    assert {"__init__.py", "nodes/mesh_export.py", "web/status_text.js", "workflows/image_to_mesh.json"} <= names
+    assert {"__init__.py", "nodes/mesh_export.py", "web/status_text.js", "workflows/Image-to-Mesh.json"} <= names
     assert {f"d3ds2/weights/tiny/{name}.safetensors" for name in ("latent_dit", "sdf_vae")} <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "."))]
     tracked = subprocess.run(["git", "ls-files"], cwd=clone, capture_output=True, text=True, check=True).stdout
-    parts = ("d3ds2/", "nodes/", "training/", "web/", "locales/", "workflows/")
+    parts = ("d3ds2/", "nodes/", "training/", "web/", "locales/", "workflows/", "subgraphs/")
     assert {name for name in tracked.splitlines() if name.startswith(parts)} <= names
