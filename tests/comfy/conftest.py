@@ -21,6 +21,15 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("comfyui", versions.values(), ids=ids, indirect=True, scope="session")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Leave tests marked `newest` to `make test-long` in an older ComfyUI."""
+    newest = [*SOURCES][-1]
+    for item in items:
+        if item.get_closest_marker("newest") and item.callspec.params["comfyui"] != newest:
+            item.add_marker(pytest.mark.long)
+
+
 @pytest.fixture(scope="session")
 def comfyui(request, tmp_path_factory) -> Iterator[ComfyServer]:
     """A running server of each version, with two small models: `random`, and `other` in an extra model path."""

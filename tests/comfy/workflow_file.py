@@ -8,7 +8,7 @@ from typing import Any
 from tests.comfy.installation import PACK
 from tests.comfy.server import Graph
 
-WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
+WORKFLOWS = sorted((PACK / "workflows").glob("*.json"), key=lambda file: file.stem)
 BLUEPRINT = PACK / "subgraphs" / "Image to 3D (Direct3D-S2).json"
 INPUT, OUTPUT = -10, -20  # the ids that a subgraph's own inputs and outputs have in its links
 NOTES = ("Note", "MarkdownNote")
