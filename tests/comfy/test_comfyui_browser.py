@@ -1,7 +1,7 @@
 """A real front end in headless Chromium: each template opens, runs at a press of Run, and shows its meshes.
 
-In an older ComfyUI the first opens and runs, and the others open in `make test-long`; test_comfyui_prompts.py runs all
-of them in every version.
+`make test` opens the first in every ComfyUI and the one with two viewers in the newest, `make test-long` the others;
+test_comfyui_prompts.py runs all of them in every version.
 """
 
 import json
@@ -26,7 +26,10 @@ NEWEST = [*SOURCES][-1]
 FIRST_WIDGETS = {"D3DS2MeshExport": 5, "D3DS2SparseStructureSample": 4, "D3DS2SSADiTSample": 5}
 
 
-TEMPLATES = [WORKFLOWS[0], *(pytest.param(file, marks=pytest.mark.newest) for file in WORKFLOWS[1:])]
+TEMPLATES = [WORKFLOWS[0]]
+for file in WORKFLOWS[1:]:
+    mark = pytest.mark.newest if file.stem == "Refine-a-Mesh" else pytest.mark.long
+    TEMPLATES.append(pytest.param(file, marks=mark))
 
 
 @pytest.mark.parametrize("file", TEMPLATES, ids=lambda file: file.stem)

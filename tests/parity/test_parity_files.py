@@ -69,6 +69,7 @@ def run_parity_tests(folder, chosen="not another_collection and not small_folder
     return done, counts
 
 
+@pytest.mark.long
 def test_the_files_of_another_collection_pass(tmp_path):
     """Accept other sizes, seeds, names and numbers of samples; then change one tensor in each of three files."""
     write_collection(tmp_path)

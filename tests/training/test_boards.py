@@ -11,6 +11,7 @@ from training.boards import open_boards
 from training.run import Log, RunConfig, read_metrics
 
 
+@pytest.mark.long
 def test_wandb_keeps_a_run_in_its_folder_where_nobody_is_logged_in(tmp_path, monkeypatch, capsys):
     wandb = pytest.importorskip("wandb")
     for key in ("WANDB_API_KEY", "WANDB_MODE"):

@@ -39,6 +39,7 @@ def train_all(chain: Chain, tensor_type: type) -> list[float]:
     return found
 
 
+@pytest.mark.long
 def test_every_network_trains(tmp_path_factory, tmp_path, monkeypatch):
     data_dir = prepared(tmp_path_factory)
     for name in ("on_cpu", "there"):

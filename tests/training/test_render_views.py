@@ -117,6 +117,7 @@ def test_tasks_of_an_array_share_the_meshes_and_leave_each_other_s_files(config,
     assert [path.name for path in views.iterdir()] == [".other.11112222"]
 
 
+@pytest.mark.long
 def test_a_mesh_that_exhausts_its_process_fails_alone(config, tmp_path, monkeypatch):
     """A mesh of 5.2 million faces, where a process may take little memory."""
     meshes = Path(config.meshes)

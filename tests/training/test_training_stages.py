@@ -183,6 +183,7 @@ def test_config_files_are_missing(capsys):
     assert "expected a config file training/configs/none_vae.toml; give the part before" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_stage_that_learned_from_what_has_changed_since_is_named(folder, data):
     model = folder / "models" / "mine"
     model.mkdir(parents=True)

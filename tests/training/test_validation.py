@@ -48,6 +48,7 @@ def runs(tmp_path_factory) -> tuple[Chain, dict, dict]:
     return watched, seen, run_all(plain, validate_every=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TRAINERS)
 def test_training_does_not_notice_validation(runs, name):
     _, watched, plain = runs
@@ -56,6 +57,7 @@ def test_training_does_not_notice_validation(runs, name):
     assert watched[name].training == plain[name].training
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TRAINERS)
 def test_losses_and_pictures_reach_the_records_and_the_board(runs, name):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
