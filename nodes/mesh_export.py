@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from comfy_api.latest import Types, io
@@ -146,7 +146,8 @@ class MeshExport(io.ComfyNode):
 def _check_prefix(prefix: str) -> str:
     """Return the absolute path that a prefix stands for.
 
-    Raises ValueError if it has no file name, begins a hidden file, or points outside the output folder.
+    Raises ValueError if it has no file name, begins a hidden file, points outside the output folder, or into a folder
+    that Windows cannot make.
     """
     import folder_paths
 
@@ -164,6 +165,9 @@ def _check_prefix(prefix: str) -> str:
         raise ValueError(f"filename_prefix {prefix!r} has no file name: use a prefix such as 3d/name.")
     if file.startswith("."):
         raise ValueError(f"filename_prefix {prefix!r} makes a hidden file: use a prefix such as 3d/name.")
+    devices = [part for part in prefix.split("/")[:-1] if PureWindowsPath(part).is_reserved()]  # a file gets a number
+    if devices:
+        raise ValueError(f"filename_prefix {prefix!r}: Windows keeps {devices[0]} for a device: use another folder.")
     return target
 
 

@@ -253,7 +253,13 @@ def test_prompts_at_once_get_a_file_each(comfy):
 
 @pytest.mark.parametrize(
     ("prefix", "message"),
-    [("../x", "points outside"), ("a/", "no file name"), ("a/.x", "hidden file"), ("a\0b", "NUL character")],
+    [
+        ("../x", "points outside"),
+        ("a/", "no file name"),
+        ("a/.x", "hidden file"),
+        ("a\0b", "NUL character"),
+        ("3d/con/x", "con for a device"),
+    ],
 )
 def test_a_prefix_that_cannot_work_is_refused_before_the_prompt_runs(comfy, prefix, message):
     node = comfy.nodes["D3DS2MeshExport"]
