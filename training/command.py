@@ -8,6 +8,8 @@ from typing import NoReturn
 from d3ds2.storage.one_line import one_line
 from training.config import load_config
 
+KNOWN_ERRORS = (OSError, ValueError, FloatingPointError, ImportError)  # of a script; each becomes one line
+
 
 def split_debug(arguments: list[str]) -> tuple[list[str], bool]:
     """Return the arguments without `--debug`, and whether it was among them."""
@@ -26,7 +28,7 @@ def run_command(main: Callable, config_class: type) -> NoReturn:
         main(load_config(config_class, arguments))
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, ValueError, FloatingPointError, ImportError) as error:
+    except KNOWN_ERRORS as error:
         if debug:
             raise
         sys.exit(f"error: {one_line(error)}")

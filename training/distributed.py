@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from d3ds2.kernels.devices import find_device, sums_between
 from d3ds2.storage.one_line import one_line
-from training.command import split_debug
+from training.command import KNOWN_ERRORS, split_debug
 from training.config import load_config
 from training.folder_lock import FolderInUseError
 
@@ -217,8 +217,7 @@ def ranks_on(name: str) -> Ranks:
     return Ranks(device, dist.get_rank(), dist.get_world_size(), group, dist.new_group(backend="gloo"))
 
 
-KNOWN_ERRORS = (ValueError, OSError, ImportError, ArithmeticError, FolderInUseError, LostRankError)
-KNOWN_ERRORS += (torch.OutOfMemoryError,)
+RANK_ERRORS = (*KNOWN_ERRORS, ArithmeticError, FolderInUseError, LostRankError, torch.OutOfMemoryError)
 
 
 def run_script(work: Callable[[Any], Any], config_class: type, arguments: list[str]) -> None:
@@ -240,7 +239,7 @@ def run_ranks(work: Callable[[], Any], debug: bool = False) -> None:
             end()
     except KeyboardInterrupt:
         code = 130
-    except KNOWN_ERRORS as error:
+    except RANK_ERRORS as error:
         code = 1
         if debug:
             traceback.print_exc()
