@@ -230,7 +230,7 @@ def score(config: AblationsConfig, training: TrainDiTConfig, pool: Executor) -> 
         coords, mean, _ = zip(*(example.latents for example in batch), strict=True)
         voxels = Voxels(join_coords(coords).to(device), training.resolution // BLOCK, len(batch))
         with torch.no_grad(), autocast(training.run, device):
-            tokens = encode_images(encoder, images, dit.config.sparse_context)
+            tokens = encode_images(encoder, images.float() / 255, dit.config.sparse_context)
             x_0 = vae.normalize_latents(join(mean).float().to(device))
             losses = loss_of_samples(dit, tokens, x_0, voxels, [example.seed for example in batch], config, training)
             made = make_blocks(dit, vae, tokens, voxels, [example.seed for example in batch], config)

@@ -223,17 +223,17 @@ class Pipeline:
             options = {"half_times": self.sampling.half_times, "sampler": sampler}
             velocity = mean_velocity(self.structure_dit, [v.to(device) for v in views], guidance_scale, **options)
             latents = euler_sample(velocity, noise.to(device), times, on_step, sampler.method)
-        voxels = self.decode_structure(latents)
+        voxels = self.decode_structure(latents, self.sampling.structure_widening)
         if 0 in voxels.counts:
             raise empty_result("structure", voxels.counts.index(0), voxels.batch_size)
         return voxels
 
     @torch.no_grad()
-    def decode_structure(self, latents: Tensor) -> Voxels:
-        """Decode latents of the structure DiT (B, E, R, R, R) to the occupied voxels, maybe none."""
+    def decode_structure(self, latents: Tensor, widen: int = 0) -> Voxels:
+        """Decode latents (B, E, R, R, R) to the occupied voxels, maybe none; `widen`: see `StructureVAE.occupied`."""
         vae = self.structure_vae
         with on_device(vae, self.device) as device:
-            return vae.occupied(vae.decode(vae.denormalize_latents(latents.to(device))))
+            return vae.occupied(vae.decode(vae.denormalize_latents(latents.to(device))), widen=widen)
 
     @torch.no_grad()
     def sample_latents(
@@ -288,11 +288,12 @@ class Pipeline:
         on_chunk: OnChunk | None = None,
         features_out: Tensor | None = None,
     ) -> SDFBlocks:
-        """`decode_sdf` without the bulky voxel coordinates; features_out (512 N, channels): see `decode_in_chunks`."""
-        vae = self.stage_of(voxels).sdf_vae
+        """Decode what `Stage.without_surplus` keeps; features_out (512 N, channels): see `decode_in_chunks`."""
+        stage = self.stage_of(voxels)
+        vae = stage.sdf_vae
         budget = self.memory_budget if memory_budget is None else memory_budget
         with on_device(vae, self.device) as device:
-            latents, voxels = latents.to(device), voxels.to(device)
+            latents, voxels = stage.without_surplus(latents.to(device), voxels.to(device))
             return decode_in_chunks(vae, latents, voxels, budget, on_chunk=on_chunk, features_out=features_out)
 
     def decode_surface(
@@ -308,6 +309,7 @@ class Pipeline:
             return self.decode_blocks(latents, voxels), level
         if stage.refiner is None:
             raise ModelFolderError("the model has no refiner of this stage")
+        latents, voxels = stage.without_surplus(latents, voxels.to(latents.device))
         if stage.refines_with_features:
             weight = next(stage.sdf_vae.parameters())
             shape = FACTOR**3 * len(voxels), stage.refiner.config.feature_channels

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .generation_error import empty_result
 from .geometry.voxels import Voxels
 from .meshes.mesh import Mesh
 from .meshes.mesh_to_sdf import normalize_mesh
@@ -56,6 +57,27 @@ class Stage:
     @property
     def refines_with_features(self) -> bool:
         return isinstance(self.refiner, Refiner)
+
+    def without_surplus(self, latents: Tensor, voxels: Voxels) -> tuple[Tensor, Voxels]:
+        """Leave out the voxels whose latents say that no surface is there, see `LatentDiTConfig.surplus_value`.
+
+        Args:
+            latents: (N, E) as the SDF VAE decodes them, on the device of the voxels.
+            voxels: the structure that they were sampled for.
+
+        Raises:
+            EmptyResultError: no voxel of some sample is left.
+        """
+        value = self.latent_dit.config.surplus_value
+        if not value:
+            return latents, voxels
+        kept = self.sdf_vae.normalize_latents(latents.float()).mean(1) < value / 2
+        if kept.all():
+            return latents, voxels
+        left = Voxels(voxels.coords[kept], voxels.resolution, voxels.batch_size, check=False)
+        if 0 in left.counts:
+            raise empty_result("latents", left.counts.index(0), left.batch_size)
+        return latents[kept], left
 
     def voxelize(self, meshes: Sequence[Mesh]) -> Voxels:
         """Return a structure for this stage from meshes: one sample for each.

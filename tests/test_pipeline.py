@@ -1,5 +1,7 @@
 """Image -> mesh with random weights: the stages fit together, a seed always gives the same mesh, errors are named."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -220,3 +222,38 @@ def test_half_precision_runs(tmp_path):
 def test_sampling_config_is_checked(change):
     with pytest.raises(ValueError, match="expected"):
         SamplingConfig(**change)
+
+
+def test_surplus_voxels_are_left_out_before_decoding(pipeline):
+    dit = pipeline.stages[0].latent_dit
+    tokens = pipeline.encode_image([draw_object()])
+    voxels = pipeline.sample_structure(tokens, [0])
+    latents = pipeline.sample_latents(voxels, tokens, [0])
+    whole = pipeline.decode_blocks(latents, voxels)
+    plain, vae = dit.config, pipeline.stages[0].sdf_vae
+    surplus = torch.arange(len(voxels)) % 5 == 0
+    value = torch.full_like(latents[:1], 50.0 / vae.config.latents_scale + vae.config.latents_shift)
+    marked = torch.where(surplus[:, None], value, latents)
+    try:
+        dit.config = dataclasses.replace(plain, surplus_value=50.0)
+        kept = Voxels(voxels.coords[~surplus], voxels.resolution, 1)
+        made, expected = pipeline.decode_blocks(marked, voxels), pipeline.decode_blocks(latents[~surplus], kept)
+        assert torch.equal(made.coords, expected.coords) and torch.equal(made.values, expected.values)
+        assert torch.equal(pipeline.decode_blocks(latents, voxels).values, whole.values)
+        with pytest.raises(EmptyResultError, match="the latents of image came out empty"):
+            pipeline.decode_blocks(value.expand_as(latents), voxels)
+    finally:
+        dit.config = plain
+
+
+def test_structure_can_be_widened(pipeline):
+    tokens = pipeline.encode_image([draw_object()])
+    latents = torch.randn(1, 4, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain, wide = pipeline.decode_structure(latents), pipeline.decode_structure(latents, 1)
+    steps = torch.tensor([[0, 0, 0], *torch.eye(3).tolist(), *(-torch.eye(3)).tolist()]).int()
+    around = (plain.coords[:, None, 1:] + steps).flatten(0, 1)
+    around = around[((around >= 0) & (around < plain.resolution)).all(1)].unique(dim=0)
+    assert torch.equal(wide.coords[:, 1:].unique(dim=0), around)
+    sampling = dataclasses.replace(pipeline.sampling, structure_widening=1)
+    widened = dataclasses.replace(pipeline, sampling=sampling).sample_structure(tokens, [0])
+    assert len(widened) > len(pipeline.sample_structure(tokens, [0]))

@@ -29,6 +29,8 @@ from d3ds2.networks.sdf_vae import SDFVAE
 from d3ds2.rectified_flow import interpolate
 from d3ds2.storage.model_folder import SamplingConfig, load_settings, save_settings
 from training.data.datasets import MEMORY_GIB, LatentBatch, LatentViews
+from training.data.imperfect_pictures import make_imperfect as make_imperfect_pictures
+from training.data.imperfect_structures import make_imperfect
 from training.data.latent_moments import check_latents
 from training.data.parts import WHOLE, Part, load_parts
 from training.data.shape_files import list_shapes
@@ -58,6 +60,8 @@ class TrainDiTConfig:
     cache_views: bool = False  # keep all decoded pictures in memory
     cache_latents: bool = True  # keep all latents in memory up to the size of memory_gib
     memory_gib: float = MEMORY_GIB  # of each process
+    imperfect_pictures: bool = False  # change pictures as those of train_structure_dit [D]
+    imperfect_structures: bool = False  # add and remove blocks, see imperfect_structures.py [D]
     gradient_checkpointing: bool = False  # compute blocks again in the backward pass, to hold less memory
     recompute_all: bool = False  # then attention and feed-forward too: 13 kB less a token and block, but slower
     run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/dit"))
@@ -70,6 +74,8 @@ class TrainDiTConfig:
     export_dir: str = ""  # where the network is written; "": to model_dir
 
     def __post_init__(self):
+        if self.imperfect_structures and not self.model.surplus_value:
+            raise ValueError("expected model.surplus_value above 0 beside imperfect_structures, got 0")
         if self.sampling is None:
             return
         own = self.sampling.fine if self.fine else self.sampling
@@ -98,8 +104,8 @@ def draw_latents(
 
 @torch.no_grad()
 def encode_images(encoder: ImageEncoder, images: Tensor, sparse_context: bool) -> ImageTokens:
-    """Encode pictures (B, 4, S, S) uint8; `sparse_context` keeps only the tokens of the object (eq. 9)."""
-    image_tokens = encoder(images.float() / 255)
+    """Encode pictures (B, 4, S, S) in [0, 1]; `sparse_context` keeps only the tokens of the object (eq. 9)."""
+    image_tokens = encoder(images)
     return image_tokens.select_foreground() if sparse_context else image_tokens
 
 
@@ -111,15 +117,25 @@ def flow_loss(
     loss: FlowLossConfig,
     generator: torch.Generator,
     part: Part = WHOLE,
+    surplus_value: float | None = None,
 ) -> Tensor:
-    """Compute eq. 10-11 on packed latents x_0 (M, C); at random, some samples get no image."""
-    B = voxels.batch_size
+    """Compute eq. 10-11 on packed latents x_0 (M, C); at random, some samples get no image.
+
+    With a `surplus_value`, the structures are changed as `imperfect_structures` says; the loss is then the mean over as
+    many tokens as the true structures have.
+    """
+    B, M = voxels.batch_size, len(voxels)
     keep = part.draw_samples(B, lambda B: keep_context(B, loss, generator)).to(x_0.device)
     t = part.draw_samples(B, lambda B: training_times(B, loss, generator)).to(x_0.device)
     noise = draw_noise(x_0, generator, part.draw_tokens)
+    if surplus_value is not None:
+        voxels, rows, is_surplus = make_imperfect(voxels, generator, part.draw_samples)
+        other_noise = draw_noise(x_0, generator, part.draw_tokens)  # no two surplus tokens have the same row
+        x_0 = torch.where(is_surplus[:, None], surplus_value, x_0[rows])
+        noise = torch.where(is_surplus[:, None], other_noise[rows], noise[rows])
     x_t = interpolate(x_0, noise, t[voxels.batch_index, None])  # eq. 10
     mean = velocity_loss(model(x_t, t, voxels, image_tokens.where(keep)), x_0, noise)  # eq. 11
-    return part.weigh("tokens", mean)
+    return part.weigh("tokens", mean * (len(voxels) / M))
 
 
 def count_tokens(batch: LatentBatch) -> Tensor:
@@ -147,11 +163,11 @@ def make_validation(
     def loss(dit: LatentDiT, batch: LatentBatch, generator: torch.Generator) -> dict[str, Tensor]:
         voxels = Voxels(batch.coords, R // BLOCK, len(batch.images))
         x_0 = draw_latents(vae, batch, False, generator)
-        image_tokens = encode_images(encoder, batch.images, config.model.sparse_context)
+        image_tokens = encode_images(encoder, batch.images.float() / 255, config.model.sparse_context)
         return {"loss": flow_loss(dit, image_tokens, x_0, voxels, flow, generator)}
 
     def draw(dit: LatentDiT, batch: LatentBatch, number: int) -> list:
-        image_tokens = encode_images(encoder, batch.images[:number], config.model.sparse_context)
+        image_tokens = encode_images(encoder, batch.images[:number].float() / 255, config.model.sparse_context)
         return latent_samples(
             dit, vae, image_tokens, batch, number, R, config.sampling or sampling_of(config.model_dir)
         )
@@ -195,13 +211,18 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
         config.memory_gib,
     )
 
+    surplus_value = config.model.surplus_value if config.imperfect_structures else None
+
     def losses(part: Part, generator: torch.Generator) -> dict[str, Any]:
         batch: LatentBatch = part.batch
         voxels = Voxels(batch.coords, config.resolution // BLOCK, len(batch.images))
         x_0 = draw_latents(vae, batch, config.loss.sample_posterior, generator, part)
         with autocast(run, device):
-            image_tokens = encode_images(encoder, batch.images, config.model.sparse_context)
-            loss = flow_loss(model, image_tokens, x_0, voxels, config.loss, generator, part)
+            images = batch.images.float() / 255
+            if config.imperfect_pictures:
+                images = make_imperfect_pictures(images, generator, part.draw_samples)
+            image_tokens = encode_images(encoder, images, config.model.sparse_context)
+            loss = flow_loss(model, image_tokens, x_0, voxels, config.loss, generator, part, surplus_value)
         return {"loss": loss, "tokens": part.own(len(voxels))}
 
     batches = load_parts(dataset, state.step, run, ranks, ("tokens",), count_tokens)

@@ -46,6 +46,9 @@ class LatentDiTConfig:
     8³ voxels ("spatial"), blocks of 64 consecutive tokens and a sliding window ("sequence", as NSA), or all tokens of a
     sample ("full"). With `packing_channels` above 0, residual blocks of so many channels pack 2³ voxels into a token
     before the transformer and unpack them after it, as TRELLIS does with 128.
+
+    With `surplus_value` above 0, the network was trained on structures with surplus blocks. Their latents, in the form
+    in which the network samples them, have this value in every channel, and are left out before decoding.
     """
 
     latent_channels: int = 16
@@ -66,6 +69,7 @@ class LatentDiTConfig:
     branches: tuple[Branch, ...] = BRANCHES
     attention: Literal["spatial", "sequence", "full"] = "spatial"
     packing_channels: int = 0
+    surplus_value: float = 0.0
 
     def __post_init__(self) -> None:
         check_sizes(self)

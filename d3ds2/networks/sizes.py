@@ -17,6 +17,7 @@ LIMITS = {  # by field: the least and the greatest value
     "middle_layers": (0, MOST_LAYERS),
     "num_registers": (0, 1024),
     "packing_channels": (0, MOST),
+    "surplus_value": (0, 100),
     "mlp_ratio": (1, 64),
     "image_size": (1, 4096),  # pixels
     "patch_size": (1, 512),  # pixels or voxels

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from ..geometry.voxels import Voxels
 from .sizes import check_sizes
 
+FACE_NEIGHBORS = (((3, 1, 1), (1, 0, 0)), ((1, 3, 1), (0, 1, 0)), ((1, 1, 3), (0, 0, 1)))  # kernels and their padding
+
 
 @dataclass(frozen=True)
 class StructureVAEConfig:
@@ -199,13 +201,17 @@ class StructureVAE(nn.Module):
             )
         return self.decoder(latents.to(self.decoder.input_conv.weight.dtype), self._run).float()
 
-    def occupied(self, logits: Tensor, threshold: float | None = None) -> Voxels:
+    def occupied(self, logits: Tensor, threshold: float | None = None, widen: int = 0) -> Voxels:
         """Return the voxels whose probability is at least `threshold` (default: the config's).
 
         Args:
             logits: (B, 1, S, S, S).
+            widen: layers of voxels that are added around them, across faces.
         """
         threshold = self.config.threshold if threshold is None else threshold
+        for _ in range(widen):
+            along = [F.max_pool3d(logits, kernel, 1, padding) for kernel, padding in FACE_NEIGHBORS]
+            logits = torch.stack(along).amax(0)
         coords = (logits[:, 0].sigmoid() >= threshold).nonzero()  # (N, 4): batch, x, y, z
         return Voxels.sort(coords, logits.shape[-1], len(logits))[0]
 

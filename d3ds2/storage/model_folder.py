@@ -62,6 +62,8 @@ class SamplingConfig:
     """How to sample a model. The defaults are those of the released pipeline (certainty B) at 512³ and below.
 
     Attributes:
+        structure_widening: layers of voxels that are added around the structure, for a latent DiT that leaves out what
+            has no surface.
         level: value of the SDF at the surface, 0 if the network learned a signed distance.
         half_times: round the times that the transformers receive to float16.
         fine: the second stage, if the model has one.
@@ -71,6 +73,7 @@ class SamplingConfig:
     structure_steps: int = 50
     structure_shift: float = 6.0
     structure_guidance: float = 7.0
+    structure_widening: int = 0
     latent_steps: int = 30
     latent_shift: float = 6.0
     latent_guidance: float = 7.0
@@ -85,6 +88,8 @@ class SamplingConfig:
             raise ValueError(f"expected at least one step, got {self.structure_steps} and {self.latent_steps}")
         if min(self.structure_shift, self.latent_shift) <= 0:
             raise ValueError(f"expected positive shifts, got {self.structure_shift} and {self.latent_shift}")
+        if not 0 <= self.structure_widening <= 4:
+            raise ValueError(f"expected structure_widening from 0 to 4, got {self.structure_widening}")
         if not -1 < self.level < 1:
             raise ValueError(f"expected a level in (-1, 1), got {self.level}")
         _check_sampling(astuple(self), max(self.structure_steps, self.latent_steps))

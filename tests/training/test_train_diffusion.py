@@ -345,3 +345,42 @@ def test_time_limit_saves_and_exports(chain, tmp_path):
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_00000001"]
     exported = load_network(tmp_path / "model", "structure_vae")
     assert torch.equal(next(exported.parameters()), next(stopped.parameters()).half().float())
+
+
+def test_dit_learns_to_tell_surplus_blocks(chain, tmp_path):
+    model = dataclasses.replace(chain.dit.model, surplus_value=2.0)
+    run = dataclasses.replace(chain.dit.run, steps=4)
+    imperfect = {"imperfect_structures": True, "imperfect_pictures": True}
+    config = dataclasses.replace(chain.dit, run=run, model=model, **imperfect)
+    copy_model(chain, tmp_path, "sdf_vae", "image_encoder")
+    with pytest.raises(ValueError, match=r"expected model\.surplus_value above 0"):
+        dataclasses.replace(config, model=chain.dit.model)
+    assert_equal_parameters(*resumed(train_dit.train, config, tmp_path))
+
+
+@pytest.mark.parametrize("surplus", [False, True])
+def test_loss_of_imperfect_structures_counts_every_token(surplus):
+    """A network that knows x_0 and the noise has no loss on any token, so what is added has the stated value."""
+    coords = torch.cartesian_prod(torch.arange(2), torch.arange(3, 7), torch.arange(3, 7), torch.arange(3, 5))
+    voxels = Voxels.sort(coords, 16, 2)[0]
+    x_0, seen = torch.zeros(len(voxels), 4), []
+
+    def model(x_t, t, voxels, tokens):
+        seen.append((x_t, t, voxels))
+        return torch.zeros_like(x_t)
+
+    class Tokens:
+        def where(self, keep):
+            return self
+
+    loss = FlowLossConfig(noise_alone=1.0)  # x_t is the noise
+    value = train_dit.flow_loss(
+        model, Tokens(), x_0, voxels, loss, torch.Generator().manual_seed(4), surplus_value=2.0 if surplus else None
+    )
+    noise, _, changed = seen[0]
+    true = {tuple(row) for row in voxels.coords.tolist()}
+    added = torch.tensor([tuple(row) not in true for row in changed.coords.tolist()])
+    assert added.any() == surplus
+    expected = (noise - 2.0 * added[:, None]).square().mean() * (len(changed) / len(voxels))
+    torch.testing.assert_close(value, expected)
+    assert len({*noise.flatten().tolist()}) == noise.numel()  # every token has its own noise
