@@ -54,7 +54,7 @@ class Work:
     Attributes:
         case: a key of CASES.
         batch: samples of the whole batch.
-        steps: measured steps, after `warm_up` others.
+        steps: measured steps, after `warm_up` others, which compile kernels for most sizes of shapes.
         tiny: a small network and small shapes, for a CPU.
         out: JSON that the first rank writes.
         run_dir: folder for checkpoints; "": none.
@@ -65,7 +65,7 @@ class Work:
     out: str
     batch: int
     steps: int = 10
-    warm_up: int = 3
+    warm_up: int = 10
     accumulate: int = 1
     sharded: bool = False
     tiny: bool = False
@@ -102,8 +102,7 @@ class Surfaces(Steps):
 
     def __init__(self, tokens: int, batch: int, make: Callable[[list[np.ndarray], list[np.random.Generator]], Any]):
         sizes = tokens * np.exp(draw(0, 1).normal(-(DEVIATION**2) / 2, DEVIATION, POOL))
-        surfaces = [surface_voxels(max(int(size), 8), "cpu").coords[:, 1:].numpy() for size in sizes]
-        self.pool = [xyz[np.lexsort(xyz.T[::-1])] for xyz in surfaces]  # in the order of stored shapes
+        self.pool = [surface_voxels(max(int(size), 8), "cpu").coords[:, 1:].numpy() for size in sizes]  # as `Voxels`
         self.batch, self.make = batch, make
         self.resolution = (max(int(coords.max()) for coords in self.pool) // BLOCK + 1) * BLOCK
 
@@ -134,7 +133,7 @@ def make_shapes(surfaces: list[np.ndarray], _rngs: list[np.random.Generator], re
     place = (np.arange(BLOCK, dtype=np.float32) - 3.5) / BAND
     block = np.broadcast_to(place[:, None, None].clip(-1, 1), (BLOCK,) * 3).astype(np.float16)
     stored = []
-    for coords in surfaces:
+    for coords in (xyz[np.lexsort(xyz.T[::-1])] for xyz in surfaces):  # in the order of stored shapes
         sdf = np.repeat(block[None], len(coords), axis=0)
         stored.append(StoredShape(coords.astype(np.int32), sdf, np.abs(sdf) < 0.2))
     return pack_shapes(stored, resolution)
@@ -182,7 +181,7 @@ def latent_dit(work: Work, tokens: int, top_k: int) -> Case:
         config = LatentDiTConfig(
             latent_channels=4, hidden_size=32, depth=2, num_heads=16, num_kv_heads=1, context_size=16, top_k=1
         )
-        tokens = 40
+        tokens = 400  # in several blocks
     image_tokens = 8 if work.tiny else IMAGE_TOKENS
     data = Surfaces(tokens, work.batch, partial(make_latents, channels=config.latent_channels))
     resolution = data.resolution
