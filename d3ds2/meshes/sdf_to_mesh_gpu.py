@@ -1,9 +1,9 @@
 """`sdf_to_mesh` for values on a GPU: the same mesh, with the same faces bit for bit, made on the GPU.
 
-One bit of each voxel goes to the CPU, where the flood fill works on blocks, and comes back. To close gaps, values on the
-faces of blocks go there too, and further blocks come back (`gap_fill`). Tensor operations then find the cubes, vertices
-and faces of some blocks at a time. Vertices and faces are numbered as in `marching_cubes`: by owner block, by axis or
-cube, and by place.
+One bit of each voxel goes to the CPU, where the flood fill works on blocks, and comes back. To close gaps, the values
+of some faces of blocks go there too, and further blocks come back (`gap_fill`). Tensor operations then find the cubes,
+vertices and faces of some blocks at a time. Vertices and faces are numbered as in `marching_cubes`: by owner block, by
+axis or cube, and by place.
 
 Sizes:
     R  voxels per edge     G = R / 8  blocks per edge     B  stored blocks     W  owners     V  vertices     F  faces
