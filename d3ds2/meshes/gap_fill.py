@@ -1,15 +1,16 @@
-"""Fill the gaps of a surface smoothly: SDF values for the missing blocks about the border between inside and outside.
+"""Fill the gaps of a surface smoothly: SDF values for the missing blocks where inside and outside meet.
 
-`gap_closing` judges which missing blocks are inside. Where such a block touches a missing block outside, no stored
-value says how the surface goes on across the gap. So the missing blocks in two layers on either side of that border
-get values u, which solve Laplace's equation ∇²u = 0 on their voxels. Around them, u is the stored value in a stored
-block, -1 in another missing block inside, and +1 in another one outside or beyond the grid. The surface u = 0 is
-smooth, and ends at the stored surfaces.
+`gap_closing` judges which missing blocks are inside. Where such a block touches the outside, or a missing block outside
+touches a solid voxel, no stored value says how the surface goes on. So the missing blocks in two layers on either side
+of such places get values u, which solve Laplace's equation ∇²u = 0 on their voxels. Around them, u is the stored value
+in a stored block, -1 in another missing block inside, and +1 in another one outside or beyond the grid. The surface
+u = 0 is smooth, and ends at the stored surfaces.
 
-Where the inside is thinner than its layers, no block is left at -1, and the gap would open again. Such blocks solve
-∇²u = (u + 1) / SCREENING² instead, which draws u to -1; likewise to +1 where the outside is that thin. A SCREENING of
-one block keeps about the thickness of a sheet of one block: between layers d thick, u = 0 lies on the faces of a sheet
-2 w thick if tanh(w / SCREENING) / SCREENING = 1 / d; with w = 4 and d = 16 voxels, that is 0.058 = 0.063.
+Where the inside is not much thicker than its layers, no block near is left at -1, and the gap would open again. Such
+blocks solve ∇²u = (u + 1) / SCREENING² instead, which draws u to -1; likewise to +1 where the outside is that thin. A
+SCREENING of one block keeps about the thickness of a sheet of one block: between layers d thick, u = 0 lies on the
+faces of a sheet 2 w thick if tanh(w / SCREENING) / SCREENING = 1 / d; with w = 4 and d = 16 voxels, that is
+0.058 = 0.063.
 
 The outside cannot leak in. The missing blocks inside are closed at first, and a stored voxel that the outside does not
 reach then is solid for good. A new voxel is outside only if u is positive there and the outside reaches it.
@@ -19,7 +20,6 @@ grows no faster than the number of blocks.
 
 Sizes:
     G = R / 8  blocks per edge     B  stored blocks     n  blocks that get values     m  cells per edge of a block
-    S  missing blocks that are inside
 """
 
 from collections.abc import Callable
@@ -43,12 +43,13 @@ FaceValues = Callable[[int, int, np.ndarray], np.ndarray]
 
 
 class FilledGaps(NamedTuple):
-    """The blocks that close the gaps, and what `fill_from_outside` needs with them."""
+    """The blocks that close the gaps, and what is outside once they are stored after the others."""
 
     coords: np.ndarray  # (n,3) integers, ascending, x slowest
     values: np.ndarray  # (n,8,8,8) float32 relative to the level, negative inside
-    positive: np.ndarray  # (B+n,8) uint64: the voxels that the outside may enter; the stored blocks come first
-    solid: np.ndarray  # (S,3) the other missing blocks that are inside
+    rows: np.ndarray  # (G³,) of all B + n blocks; this and the rest is what `fill_from_outside` returns
+    outside: np.ndarray  # (B+n,8) uint64
+    empty: np.ndarray  # (G³,) bool
 
 
 def fill_gaps(
@@ -59,7 +60,7 @@ def fill_gaps(
     grid: int,
     outer_only: bool = True,
 ) -> FilledGaps:
-    """Find the missing blocks that close the gaps, and their values; none where no missing block breaks the surface.
+    """Find the missing blocks that close the gaps, and their values; none if no block is missing from the surface.
 
     Args:
         block_coords: (B,3) integers in [0, G), each block once.
@@ -74,39 +75,60 @@ def fill_gaps(
         ValueError: a block is given twice.
     """
     solid = enclosed_solid_blocks(block_coords, face_sums, grid)
-    unchanged = FilledGaps(np.zeros((0, 3), np.int64), np.zeros((0, BLOCK, BLOCK, BLOCK), np.float32), positive, solid)
-    if not len(solid):
-        return unchanged
-    rows, outside, empty = fill_from_outside(block_coords, positive, grid, outer_only, solid)
-    rows = np.pad(rows.reshape((grid,) * 3), 1, constant_values=-1)  # from here on with a margin beyond the grid
+    filled = fill_from_outside(block_coords, positive, grid, outer_only, solid)
+    _, outside, empty = filled
+    rows = np.pad(filled[0].reshape((grid,) * 3), 1, constant_values=-1)  # from here on with a margin beyond the grid
     is_open = np.pad(empty.reshape((grid,) * 3), 1, constant_values=True)
     is_inside = (rows < 0) & ~is_open
-    chosen, is_thin = _layers_about_the_border(is_inside, is_open)
-    if not chosen.any():
-        return unchanged
-    side = np.where(is_inside, -1.0, 1.0)
-    near, fixed = _surroundings(np.argwhere(chosen), rows, outside, side, face_values)
-    values = _solve(near, fixed, np.where(is_thin, side, 0.0)[chosen]).astype(np.float32)
-    positive = np.concatenate([outside, pack_bits(values >= 0)])
-    return FilledGaps(np.argwhere(chosen) - 1, values, positive, np.argwhere(is_inside & ~chosen) - 1)
+    chosen, is_thin = _layers_about_the_border(is_inside, is_open, block_coords + 1, outside)
+    coords = np.argwhere(chosen)
+    if not len(coords):
+        return FilledGaps(coords, np.zeros((0, BLOCK, BLOCK, BLOCK), np.float32), *filled)
+    side = np.where(is_inside, np.int8(-1), np.int8(1))
+    near, fixed = _surroundings(coords, rows, outside, side, face_values)
+    values = _solve(near, fixed, np.where(is_thin[chosen], side[chosen], 0.0)).astype(np.float32)
+    coords, positive = coords - 1, np.concatenate([outside, pack_bits(values >= 0)])
+    closed = np.argwhere(is_inside & ~chosen) - 1
+    filled = fill_from_outside(np.concatenate([block_coords, coords]), positive, grid, outer_only, closed)
+    return FilledGaps(coords, values, *filled)
 
 
-def _layers_about_the_border(is_inside: np.ndarray, is_open: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Choose the missing blocks about the border between inside and outside.
+def _layers_about_the_border(
+    is_inside: np.ndarray, is_open: np.ndarray, stored: np.ndarray, outside: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose the missing blocks about the places where a missing block touches the other side.
 
     Args:
         is_inside, is_open: the missing blocks on either side, (G+2,) * 3 bool, with a margin that is open.
+        stored: (B,3) integers, which count the margin.
+        outside: words (B,8) uint64 of the stored voxels that are outside.
 
     Returns:
-        The chosen blocks, (G+2,) * 3 bool; and those of them that have no other block of their side within LAYERS.
+        The chosen blocks, (G+2,) * 3 bool; and those of them that have no other missing block of their side near.
     """
     in_grid = np.pad(np.ones([size - 2 for size in is_open.shape], bool), 1)
-    first = is_inside & ndimage.binary_dilation(is_open)  # across faces
-    inner = _grown(first, is_inside, LAYERS - 1)
-    outer = _grown(first, is_open & in_grid, LAYERS)
-    is_thin = inner & ~_grown(is_inside & ~inner, is_inside, LAYERS)
-    is_thin |= outer & ~_grown(is_open & ~outer, is_open, LAYERS)
+    meets_open, meets_inside = ndimage.binary_dilation(is_open), ndimage.binary_dilation(is_inside)  # across faces
+    for axis in range(3):
+        for end in range(2):
+            beside = stored.copy()
+            beside[:, axis] += 2 * end - 1
+            mask = _face_mask(axis, end)
+            meets_open[tuple(beside[(outside & mask).any(1)].T)] = True
+            meets_inside[tuple(beside[(~outside & mask).any(1)].T)] = True
+    can_fill = is_open & in_grid
+    inner, outer = is_inside & meets_open, can_fill & meets_inside
+    inner, outer = inner | (widened(outer) & is_inside), outer | (widened(inner) & can_fill)
+    inner, outer = _grown(inner, is_inside, LAYERS - 1), _grown(outer, can_fill, LAYERS - 1)
+    is_thin = inner & ~_grown(is_inside & ~inner, is_inside, LAYERS + 1)
+    is_thin |= outer & ~_grown(is_open & ~outer, is_open, LAYERS + 1)
     return inner | outer, is_thin
+
+
+def _face_mask(axis: int, end: int) -> np.ndarray:
+    """Return the bits of a block's first or last layer along an axis, (8,) uint64."""
+    layer = np.zeros((BLOCK,) * 3, bool)
+    np.moveaxis(layer, axis, 0)[-end] = True
+    return pack_bits(layer[None])[0]
 
 
 def _grown(mask: np.ndarray, among: np.ndarray, steps: int) -> np.ndarray:
@@ -131,7 +153,7 @@ def _surroundings(
         See `_solve`: near and fixed.
     """
     n = len(coords)
-    numbers = np.full(rows.shape, n)
+    numbers = np.full(rows.shape, n, np.int32)
     numbers[tuple(coords.T)] = np.arange(n)
     near, fixed = np.empty((3, 2, n), np.int64), np.empty((3, 2, n, BLOCK, BLOCK))
     for axis in range(3):

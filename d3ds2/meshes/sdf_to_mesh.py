@@ -60,7 +60,6 @@ def sdf_to_mesh(
     if not min_component >= 0.0:
         raise ValueError(f"expected min_component >= 0, got {min_component}")
     grid = resolution // BLOCK
-    solid = np.zeros((0, 3), np.int64)
     positive = pack_bits(values >= level)
     if close_gaps:
 
@@ -71,11 +70,12 @@ def sdf_to_mesh(
             return (values.take(layer, axis=axis + 1) - level).sum((1, 2))
 
         gaps = fill_gaps(block_coords, positive, face_sums, face_values, grid, outer_only)
-        positive, solid = gaps.positive, gaps.solid
+        rows, outside, empty = gaps.rows, gaps.outside, gaps.empty
         if len(gaps.coords):
             block_coords = np.concatenate([block_coords, gaps.coords])
             values = np.concatenate([values, gaps.values + np.float32(level)])
-    rows, outside, empty = fill_from_outside(block_coords, positive, grid, outer_only, solid)
+    else:
+        rows, outside, empty = fill_from_outside(block_coords, positive, grid, outer_only)
 
     owners = owners_of(block_coords, grid)
     crossed, ranks = np.empty((len(owners), EDGE_WORDS), np.uint64), np.empty((len(owners), EDGE_WORDS), np.int16)

@@ -51,22 +51,23 @@ def device_mesh(
         ValueError: a block is given twice, there is no surface at this level, or min_component is too large.
     """
     grid, coords = resolution // BLOCK, block_coords.cpu().numpy().astype(np.int64)
-    positive, solid = _pack(values >= level), np.zeros((0, 3), np.int64)
+    positive = _pack(values >= level)
     if close_gaps:
 
         def face_values(axis: int, layer: int, rows: np.ndarray) -> np.ndarray:
-            faces = values.select(axis + 1, layer)[torch.from_numpy(rows).to(values.device)]
+            faces = values.select(axis + 1, layer)[torch.from_numpy(rows).to(values.device, torch.long)]
             return (faces - level).cpu().numpy()
 
         def face_sums(axis: int, layer: int) -> np.ndarray:
             return (values.select(axis + 1, layer) - level).sum((1, 2)).cpu().numpy()
 
         gaps = fill_gaps(coords, positive, face_sums, face_values, grid)
-        positive, solid = gaps.positive, gaps.solid
+        rows, words, empty = gaps.rows, gaps.outside, gaps.empty
         if len(gaps.coords):
             coords = np.concatenate([coords, gaps.coords])
             values = torch.cat([values, torch.from_numpy(gaps.values + np.float32(level)).to(values.device)])
-    rows, words, empty = fill_from_outside(coords, positive, grid, True, solid)
+    else:
+        rows, words, empty = fill_from_outside(coords, positive, grid)
     surface = _Surface(owners_of(coords, grid), values, level, grid, rows, _unpack(words, values.device), empty)
     return finish_mesh(*surface.extract(), min_component, keep_largest)
 

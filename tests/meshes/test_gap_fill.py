@@ -5,7 +5,7 @@ import pytest
 
 from d3ds2.meshes import gap_fill
 from d3ds2.meshes.fill import fill_from_outside
-from d3ds2.meshes.flood_fill import pack_bits
+from d3ds2.meshes.flood_fill import pack_bits, unpack_bits
 from d3ds2.meshes.gap_closing import enclosed_solid_blocks
 from d3ds2.meshes.sdf_to_mesh import sdf_to_mesh
 from tests.meshes.test_sdf_to_mesh import assert_closed, band_blocks, grid_points, part_volumes, sphere, to_blocks
@@ -102,7 +102,27 @@ def test_missing_blocks_off_the_surface_change_nothing():
     coords, values = band_blocks(sphere(R), R)
     positive = pack_bits(values >= 0)
     gaps = gap_fill.fill_gaps(coords, positive, *faces_of(values), R // 8)
-    assert gaps.positive is positive and len(gaps.coords) == 0 and len(gaps.solid) > 400
+    assert len(gaps.coords) == len(gaps.values) == 0
+    for actual, expected in zip(gaps[2:], fill_from_outside(coords, positive, R // 8), strict=True):
+        assert np.array_equal(actual, expected)
+
+
+def test_the_end_of_a_rod_is_round_and_a_short_gap_is_bridged():
+    """Blocks that are missing from a rod 14 voxels thick are not judged to be inside; without a fill, it ends flat."""
+    rod = np.maximum(np.hypot(POINTS[..., 1] - 0.06, POINTS[..., 2] - 0.06) - 7 / 64, abs(POINTS[..., 0]) - 0.7)
+    blocks = band_blocks(rod, R)
+    for number, parts in ((1, 1), (5, 2)):  # layers of blocks without the rod
+        kept = abs(blocks[0][:, 0] - 8) >= (number + 1) // 2
+        flat = sdf_to_mesh(blocks[0][kept], blocks[1][kept], R)
+        assert block_plates(flat.vertices, flat.faces, R).count == 2
+        mesh = sdf_to_mesh(blocks[0][kept], blocks[1][kept], R, close_gaps=True)
+        assert len(part_volumes(mesh)) == parts and block_plates(mesh.vertices, mesh.faces, R).count == 0
+        plain = assert_closed(mesh)
+        if number == 1:
+            assert plain.volume == pytest.approx(assert_closed(sdf_to_mesh(*blocks, R)).volume, rel=0.03)
+        else:  # missing from voxel 48 to 88; half balls would end at 55 and 81
+            x = (mesh.vertices[:, 0] + 1) * R / 2
+            assert 50 < x[x < 68].max() < 55 and 81 < x[x > 68].min() < 86
 
 
 def faces_of(values):
@@ -124,10 +144,11 @@ def test_nothing_leaks_in(seed, outer_only):
     gaps = gap_fill.fill_gaps(coords, positive, *faces_of(values), 7, outer_only)
     assert len(gaps.coords) > 0 and np.abs(gaps.values).max() <= 1 + 1e-3
     solid = enclosed_solid_blocks(coords, faces_of(values)[0], 7)
-    _, before, empty = fill_from_outside(coords, positive, 7, outer_only, solid)
-    everywhere = np.concatenate([coords, gaps.coords])
-    _, after, still_empty = fill_from_outside(everywhere, gaps.positive, 7, outer_only, gaps.solid)
-    assert not (after[: len(coords)] & ~before).any() and not (still_empty & ~empty).any()
+    rows, outside, empty = fill_from_outside(coords, positive, 7, outer_only, solid)
+    assert not (gaps.outside[: len(coords)] & ~outside).any() and not (gaps.empty & ~empty).any()
+    deep = ~empty & (gaps.rows < 0) & (rows < 0)
+    assert (unpack_bits(gaps.outside[len(coords) :]).reshape(gaps.values.shape) <= (gaps.values >= 0)).all()
+    assert not gaps.empty[deep].any()
     assert_closed(sdf_to_mesh(coords, values, 56, outer_only=outer_only, close_gaps=True))
 
 

@@ -108,9 +108,10 @@ def test_blocks_that_close_gaps_are_as_if_stored():
         lambda axis, layer, rows: values[rows].take(layer, axis + 1),
         12,
     )
-    assert len(gaps.coords) > 50 and len(gaps.solid) > 50
-    filled = np.concatenate([values, gaps.values, np.full((len(gaps.solid), 8, 8, 8), -1, np.float32)])
-    expected = sdf_to_mesh(np.concatenate([coords, gaps.coords, gaps.solid]), filled, 96)
+    solid = np.argwhere(((gaps.rows < 0) & ~gaps.empty).reshape(12, 12, 12))
+    assert len(gaps.coords) > 50 and len(solid) > 50
+    filled = np.concatenate([values, gaps.values, np.full((len(solid), 8, 8, 8), -1, np.float32)])
+    expected = sdf_to_mesh(np.concatenate([coords, gaps.coords, solid]), filled, 96)
     actual = sdf_to_mesh(coords, values, 96, close_gaps=True)
     assert np.array_equal(actual.vertices, expected.vertices)
     assert {*map(tuple, actual.faces.tolist())} == {*map(tuple, expected.faces.tolist())}
