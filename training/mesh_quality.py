@@ -1,7 +1,7 @@
 """Scores of a mesh by which training data is chosen: whether it is closed, one object, thick enough, coloured.
 
 Lengths are shares of the longest side of the bounding box. Random points on the surface, which many scores are means
-over, follow from a fixed seed.
+over, follow from a fixed seed. `block_plates` looks at a generated mesh instead, in voxels of its SDF.
 
 Sizes:
     V  vertices     F  faces     n  points
@@ -18,6 +18,7 @@ from scipy.spatial import ConvexHull, QhullError
 from d3ds2.images.render import MeshRenderer
 from d3ds2.images.srgb import to_bytes
 from d3ds2.images.surface_colors import PLAIN, SurfaceColors
+from d3ds2.meshes.block import BLOCK
 
 WELD = 1e-5  # vertices nearer than this are one
 THIN = 1 / 128  # as thick as two voxels of a grid of 256
@@ -27,6 +28,8 @@ SURFACE_POINTS, RAY_POINTS, DIRECTIONS = 60_000, 2_000, 16
 GROUND_RAYS = 64  # along an edge
 GROUND_HEIGHT = 0.05  # of the mesh's height
 HULL_POINTS = 100_000
+PLATE_AREA = BLOCK**2  # voxels²: the face of a block
+PLATE_DEPTH = 0.05  # voxels that the corners of a plate may lie beside the border of blocks
 SEED = 0
 
 
@@ -85,6 +88,40 @@ def score_mesh(vertices: np.ndarray, faces: np.ndarray, colors: SurfaceColors | 
         textured=textured,
         colors=spread,
     )
+
+
+class BlockPlates(NamedTuple):
+    """The flat regions of a surface that lie in borders between blocks."""
+
+    count: int
+    area: float  # of all, in voxels²
+
+
+def block_plates(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> BlockPlates:
+    """Count the flat regions that lie in a plane between blocks of 8³ voxels and are as large as a face of a block.
+
+    Where blocks of a generated SDF are missing, the surface may follow their faces. An object's own flat side lies in
+    such a plane only by chance, so the count says most beside that of the true mesh.
+
+    Args:
+        vertices: (V,3) floats in [-1,1]³, as `sdf_to_mesh` gives them.
+        faces: (F,3) integers; faces hang together where they share a vertex.
+        resolution: R, voxels per edge of the cube.
+    """
+    places = (np.asarray(vertices, np.float64) + 1) * (resolution / 2)  # voxel i reaches from i to i + 1
+    areas = []
+    for axis in range(3):
+        height = places[:, axis]
+        is_near = np.abs(height - np.round(height / BLOCK) * BLOCK) < PLATE_DEPTH
+        flat = faces[is_near[faces].all(1) & (np.ptp(height[faces], axis=1) < 2 * PLATE_DEPTH)]
+        sides = np.concatenate([flat[:, :2], flat[:, 1:]])
+        graph = coo_array((np.ones(len(sides)), sides.T), (len(places),) * 2)
+        _, region = connected_components(graph, directed=False)
+        a, b, c = places[flat].transpose(1, 0, 2)
+        areas.append(np.bincount(region[flat[:, 0]], np.linalg.norm(np.cross(b - a, c - a), axis=1) / 2))
+    plates = np.concatenate(areas)
+    plates = plates[plates > PLATE_AREA * (1 - 1e-6)]
+    return BlockPlates(len(plates), float(plates.sum()))
 
 
 class _Points(NamedTuple):

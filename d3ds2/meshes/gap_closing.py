@@ -1,8 +1,8 @@
-"""Close the gaps where a network left blocks out of a surface, so that the outside does not leak into the solid.
+"""Judge which missing blocks are inside, where a network left blocks out of a surface.
 
 A truncated SDF stores the blocks along the surface; a flood fill decides whether a block that is not stored is inside
-or outside. One block missing from the surface lets the fill in, and the solid comes out hollow. Here a missing block is
-made solid if its surroundings say so, in either of two ways:
+or outside. One block missing from the surface lets the fill in, and the solid comes out hollow. Here a missing block
+counts as solid if its surroundings say so, in either of two ways. `gap_fill` then makes the surface across the gap.
 
 - It looks along 26 lines. The values on the face of the first stored block on a line tell whether that face is seen
   from inside or from outside; a line that leaves the grid is a weak sign of the outside. The mean decides. This closes
@@ -10,7 +10,7 @@ made solid if its surroundings say so, in either of two ways:
 - It belongs to a region that the outside reaches only through openings narrower than three blocks, and the values
   around the region are negative on average.
 
-If no block is missing from the surface, nothing changes.
+If no block is missing from the surface, only blocks that the outside does not reach are judged to be inside.
 
 Sizes:
     G = R / 8  blocks per edge     B  stored blocks     S  missing blocks that are solid
@@ -47,21 +47,6 @@ def enclosed_solid_blocks(block_coords: np.ndarray, face_sums: FaceSums, grid: i
     return np.argwhere(solid) - 1
 
 
-def border_of_solid(block_coords: np.ndarray, solid: np.ndarray, grid: int) -> np.ndarray:
-    """Select those of the solid blocks (S,3) that touch an open missing block or the border of the grid.
-
-    Args:
-        block_coords: (B,3) integers in [0, G), the stored blocks.
-        solid: (S,3) integers in [0, G), see `enclosed_solid_blocks`.
-        grid: G.
-    """
-    if not len(solid):
-        return solid
-    is_open = np.ones((grid + 2,) * 3, bool)
-    is_open[tuple(block_coords.T + 1)] = is_open[tuple(solid.T + 1)] = False
-    return solid[_widened(is_open)[tuple(solid.T + 1)]]
-
-
 def _sight(block_coords: np.ndarray, faces: dict[tuple[int, int], np.ndarray], stored: np.ndarray) -> np.ndarray:
     """Sum what each block sees along the 26 lines: (G+2,) * 3 float32, negative where that is the inside."""
     total = np.zeros(stored.shape, np.float32)
@@ -91,9 +76,9 @@ def _negative_regions(
     block_coords: np.ndarray, faces: dict[tuple[int, int], np.ndarray], stored: np.ndarray
 ) -> np.ndarray:
     """Mark missing blocks in nearly closed regions whose surroundings are negative on average, (G+2,) * 3 bool."""
-    narrowed = np.pad(~_widened(stored), 1, constant_values=True)
+    narrowed = np.pad(~widened(stored), 1, constant_values=True)
     labels = ndimage.label(narrowed)[0]
-    outside = _widened(labels == labels[0, 0, 0])[1:-1, 1:-1, 1:-1]
+    outside = widened(labels == labels[0, 0, 0])[1:-1, 1:-1, 1:-1]
     labels, count = ndimage.label(~stored & ~outside)
     total = np.zeros(count + 1)  # sum of the values that touch each region
     for (axis, layer), values in faces.items():  # the face of a stored block toward its neighbour
@@ -103,7 +88,7 @@ def _negative_regions(
     return (labels > 0) & (total < 0)[labels]
 
 
-def _widened(mask: np.ndarray) -> np.ndarray:
+def widened(mask: np.ndarray) -> np.ndarray:
     """Add to a mask (X,Y,Z) the neighbours of what is in it, across faces, edges and corners."""
     for axis in range(3):
         before, mask = np.moveaxis(mask, axis, 0), mask.copy()

@@ -15,7 +15,7 @@ import numpy as np
 from .block import BLOCK, MAX_RESOLUTION
 from .fill import fill_from_outside
 from .flood_fill import pack_bits
-from .gap_closing import border_of_solid, enclosed_solid_blocks
+from .gap_fill import fill_gaps
 from .marching_cubes import EDGE_WORDS, count_surface, make_faces, make_vertices
 from .marching_cubes_table import marching_cubes_table
 from .mesh import Mesh, area_weighted_normals, drop_parts
@@ -46,8 +46,8 @@ def sdf_to_mesh(
         outer_only: make solid whatever the outside does not reach. Otherwise cavities keep their surface.
         min_component: drop connected parts with fewer faces than this; below 1, a share of the largest part's faces.
         keep_largest: drop all parts but the one with the most faces.
-        close_gaps: before the fill, make solid the missing blocks that `gap_closing` judges to be inside. This is for
-            values from a network, which may have left blocks out of the surface.
+        close_gaps: close the surface smoothly where blocks are missing from it (`gap_closing`, `gap_fill`). This is
+            for values from a network.
         threads: threads that share the work. Default: one for each core. The result does not depend on it.
 
     Raises:
@@ -60,14 +60,24 @@ def sdf_to_mesh(
     if not min_component >= 0.0:
         raise ValueError(f"expected min_component >= 0, got {min_component}")
     grid = resolution // BLOCK
-    solid = np.zeros((0, 3), np.int64)
+    positive = pack_bits(values >= level)
     if close_gaps:
-        solid = enclosed_solid_blocks(
-            block_coords, lambda axis, layer: (values.take(layer, axis=axis + 1) - level).sum((1, 2)), grid
-        )
-    rows, outside, empty = fill_from_outside(block_coords, pack_bits(values >= level), grid, outer_only, solid)
 
-    owners = owners_of(np.concatenate([block_coords, border_of_solid(block_coords, solid, grid)]), grid)
+        def face_values(axis: int, layer: int, rows: np.ndarray) -> np.ndarray:
+            return np.moveaxis(values, axis + 1, 1)[rows, layer] - level
+
+        def face_sums(axis: int, layer: int) -> np.ndarray:
+            return (values.take(layer, axis=axis + 1) - level).sum((1, 2))
+
+        gaps = fill_gaps(block_coords, positive, face_sums, face_values, grid, outer_only)
+        rows, outside, empty = gaps.rows, gaps.outside, gaps.empty
+        if len(gaps.coords):
+            block_coords = np.concatenate([block_coords, gaps.coords])
+            values = np.concatenate([values, gaps.values + np.float32(level)])
+    else:
+        rows, outside, empty = fill_from_outside(block_coords, positive, grid, outer_only)
+
+    owners = owners_of(block_coords, grid)
     crossed, ranks = np.empty((len(owners), EDGE_WORDS), np.uint64), np.empty((len(owners), EDGE_WORDS), np.int16)
     sizes = np.empty((len(owners), 2), np.int64)
     table, counts = marching_cubes_table()

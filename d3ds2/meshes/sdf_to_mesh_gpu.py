@@ -1,8 +1,9 @@
 """`sdf_to_mesh` for values on a GPU: the same mesh, with the same faces bit for bit, made on the GPU.
 
-One bit of each voxel goes to the CPU, where the flood fill and the gap closing work on blocks, and comes back. Tensor
-operations then find the cubes, vertices and faces of some blocks at a time. Vertices and faces are numbered as in
-`marching_cubes`: by owner block, by axis or cube, and by place.
+One bit of each voxel goes to the CPU, where the flood fill works on blocks, and comes back. To close gaps, the values
+of some faces of blocks go there too, and further blocks come back (`gap_fill`). Tensor operations then find the cubes,
+vertices and faces of some blocks at a time. Vertices and faces are numbered as in `marching_cubes`: by owner block, by
+axis or cube, and by place.
 
 Sizes:
     R  voxels per edge     G = R / 8  blocks per edge     B  stored blocks     W  owners     V  vertices     F  faces
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .block import BLOCK, BLOCK_BITS, BLOCK_LAST, BLOCK_VOXELS
 from .fill import fill_from_outside
-from .gap_closing import border_of_solid, enclosed_solid_blocks
+from .gap_fill import fill_gaps
 from .marching_cubes import MARGIN
 from .marching_cubes_table import CORNERS, EDGES, marching_cubes_table
 from .mesh import Mesh
@@ -50,14 +51,24 @@ def device_mesh(
         ValueError: a block is given twice, there is no surface at this level, or min_component is too large.
     """
     grid, coords = resolution // BLOCK, block_coords.cpu().numpy().astype(np.int64)
-    solid = np.zeros((0, 3), np.int64)
+    positive = _pack(values >= level)
     if close_gaps:
-        solid = enclosed_solid_blocks(
-            coords, lambda axis, layer: (values.select(axis + 1, layer) - level).sum((1, 2)).cpu().numpy(), grid
-        )
-    rows, words, empty = fill_from_outside(coords, _pack(values >= level), grid, True, solid)
-    owners = owners_of(np.concatenate([coords, border_of_solid(coords, solid, grid)]), grid)
-    surface = _Surface(owners, values, level, grid, rows, _unpack(words, values.device), empty)
+
+        def face_values(axis: int, layer: int, rows: np.ndarray) -> np.ndarray:
+            faces = values.select(axis + 1, layer)[torch.from_numpy(rows).to(values.device, torch.long)]
+            return (faces - level).cpu().numpy()
+
+        def face_sums(axis: int, layer: int) -> np.ndarray:
+            return (values.select(axis + 1, layer) - level).sum((1, 2)).cpu().numpy()
+
+        gaps = fill_gaps(coords, positive, face_sums, face_values, grid)
+        rows, words, empty = gaps.rows, gaps.outside, gaps.empty
+        if len(gaps.coords):
+            coords = np.concatenate([coords, gaps.coords])
+            values = torch.cat([values, torch.from_numpy(gaps.values + np.float32(level)).to(values.device)])
+    else:
+        rows, words, empty = fill_from_outside(coords, positive, grid)
+    surface = _Surface(owners_of(coords, grid), values, level, grid, rows, _unpack(words, values.device), empty)
     return finish_mesh(*surface.extract(), min_component, keep_largest)
 
 

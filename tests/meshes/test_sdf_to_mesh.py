@@ -195,7 +195,7 @@ def test_large_holes_are_closed(cut):
     height = 0.7 - cut  # of the missing cap
     volume = 4 / 3 * np.pi * 0.7**3 - np.pi * height**2 * (0.7 - height / 3)
     assert assert_closed(hollow).volume < 0.6 * volume
-    assert assert_closed(closed).volume == pytest.approx(volume, rel=0.15)  # whole blocks are filled
+    assert 0.97 * volume < assert_closed(closed).volume < 1.01 * 4 / 3 * np.pi * 0.7**3  # flat, or up to the cap
     assert len(part_volumes(closed)) == 1
 
 

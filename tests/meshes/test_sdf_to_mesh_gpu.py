@@ -6,7 +6,7 @@ import torch
 
 from d3ds2.meshes import sdf_to_mesh_gpu as device_meshing
 from d3ds2.meshes.flood_fill import pack_bits
-from d3ds2.meshes.gap_closing import border_of_solid, enclosed_solid_blocks
+from d3ds2.meshes.gap_fill import fill_gaps
 from d3ds2.meshes.sdf_to_mesh import DECODED_OPTIONS, sdf_to_mesh
 from d3ds2.meshes.sdf_to_mesh_gpu import _pack, _unpack, device_mesh
 
@@ -84,18 +84,34 @@ def test_words_of_a_fill():
     assert np.array_equal(words, pack_bits(mask.numpy())) and torch.equal(_unpack(words, mask.device), mask)
 
 
-def test_solid_missing_blocks_are_as_if_stored():
-    """Blocks that gap closing makes solid store no values, yet the mesh is that of values of -1 in them."""
+def ball_with_a_hole():
+    """A ball of 96³ voxels without the 4 x 4 blocks at a pole."""
     volume = ball(96, 40.0)
     coords, values = blocks_of(volume, torch.nn.functional.max_pool3d(1 - volume.abs()[None], 8)[0] > 0)
-    kept = ~((coords[:, 0] > 8) & ((coords[:, 1:] - 5.5).abs().amax(1) < 2))  # a hole of 4 x 4 blocks at a pole
-    coords, values = coords[kept], values[kept]
-    sums = {(a, k): values.select(a + 1, k).sum((1, 2)).numpy() for a in range(3) for k in (0, 7)}
-    solid = enclosed_solid_blocks(coords.numpy(), lambda axis, layer: sums[axis, layer], 12)
-    border = border_of_solid(coords.numpy(), solid, 12)
-    assert 0 < len(border) < len(solid)
-    stored = torch.cat([coords, torch.from_numpy(solid)]), torch.cat([values, -torch.ones(len(solid), 8, 8, 8)])
-    expected = sdf_to_mesh(stored[0].numpy(), stored[1].numpy(), 96)
-    actual = sdf_to_mesh(coords.numpy(), values.numpy(), 96, close_gaps=True)
+    kept = ~((coords[:, 0] > 8) & ((coords[:, 1:] - 5.5).abs().amax(1) < 2))
+    return coords[kept], values[kept]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("level", [0.0, 0.06])
+def test_a_gap_filled_smoothly(device, level):
+    assert_same(device, *ball_with_a_hole(), 96, level, **DECODED_OPTIONS)
+
+
+def test_blocks_that_close_gaps_are_as_if_stored():
+    """The mesh is that of the filled blocks' values, and of -1 in the blocks that are solid."""
+    coords, values = (tensor.numpy() for tensor in ball_with_a_hole())
+    gaps = fill_gaps(
+        coords,
+        pack_bits(values >= 0),
+        lambda axis, layer: values.take(layer, axis + 1).sum((1, 2)),
+        lambda axis, layer, rows: values[rows].take(layer, axis + 1),
+        12,
+    )
+    solid = np.argwhere(((gaps.rows < 0) & ~gaps.empty).reshape(12, 12, 12))
+    assert len(gaps.coords) > 50 and len(solid) > 50
+    filled = np.concatenate([values, gaps.values, np.full((len(solid), 8, 8, 8), -1, np.float32)])
+    expected = sdf_to_mesh(np.concatenate([coords, gaps.coords, solid]), filled, 96)
+    actual = sdf_to_mesh(coords, values, 96, close_gaps=True)
     assert np.array_equal(actual.vertices, expected.vertices)
     assert {*map(tuple, actual.faces.tolist())} == {*map(tuple, expected.faces.tolist())}

@@ -16,7 +16,7 @@ from training.data.name_lists import read_names
 from training.data.shape_files import list_shapes, load_shape, shape_path
 from training.data.shards import Shard
 from training.mesh_jobs import AllFailedError, Failure
-from training.mesh_quality import score_mesh
+from training.mesh_quality import block_plates, score_mesh
 from training.score_meshes import ScoreMeshesConfig
 from training.select_meshes import Condition, SelectMeshesConfig
 from training.select_meshes import main as select_meshes
@@ -103,6 +103,22 @@ def test_colours_and_textures_are_measured():
     texture[6:] = -1
     scores = scores_of(mesh, SurfaceColors(np.full((12, 3, 3), 255), uv, texture, [board]))
     assert scores.textured == pytest.approx(0.5, abs=0.02) and 0.1 < scores.colors < 0.5
+
+
+def test_plates_are_flat_regions_between_blocks():
+    def in_voxels(mesh):  # of a grid of 64³, whose centre is a corner of blocks
+        return mesh.vertices / 32, mesh.faces, 64
+
+    assert block_plates(*in_voxels(box(16, 16, 32))) == (6, pytest.approx(2 * 16 * 16 + 4 * 16 * 32))
+    assert block_plates(*in_voxels(box(16, 20, 32, at=(0.5, 0, 0)))) == (2, pytest.approx(2 * 16 * 20))  # only along z
+    assert block_plates(*in_voxels(box(8, 8, 8, at=(4, 4, 4)))) == (6, pytest.approx(6 * 64))
+    assert block_plates(*in_voxels(box(16, 7, 7))) == (0, 0)  # at most 49 voxels²
+    pair = together(box(16, 16, 16, at=(-16, 0, 0)), box(16, 16, 16, at=(8, 0, 0)))
+    assert block_plates(*in_voxels(pair)) == (12, pytest.approx(12 * 256))
+    tilted = box(16, 16, 16)
+    tilted.apply_transform(trimesh.transformations.rotation_matrix(0.02, (1, 1, 1)))
+    assert block_plates(*in_voxels(tilted)) == (0, 0)
+    assert block_plates(*in_voxels(trimesh.creation.icosphere(4, 24))) == (0, 0)
 
 
 def test_what_has_no_surface_is_refused():
