@@ -39,7 +39,7 @@ from training.evaluation.generation_scores import (
 )
 from training.evaluation.learned_scores import LearnedScores, WeightsConfig
 from training.evaluation.mean_solid import CELLS, packed_solid
-from training.evaluation.shape_scores import ScoreConfig, Shape, compare, score_round_trip
+from training.evaluation.shape_scores import TRUTH, ScoreConfig, Shape, cleanliness, compare, score_round_trip
 from training.prepare_shapes import PrepareShapesConfig, prepare
 from training.render_views import RenderViewsConfig, render_mesh
 
@@ -171,6 +171,17 @@ def test_empty_results_are_scored_as_the_worst(scoring):
         assert scores["chamfer"] == pytest.approx(0.7 + 0.55 * 2 / R, abs=0.005)
 
 
+def test_cleanliness_counts_parts_tunnels_and_plates(scoring):
+    ring, ball = trimesh.creation.torus(0.5, 0.2), trimesh.creation.icosphere(2, 0.2)
+    assert cleanliness(Shape(ring.vertices, ring.faces, scoring), scoring) == {"bodies": 1, "genus": 1, "plates": 0}
+    both = trimesh.util.concatenate([ring, ball])
+    assert cleanliness(Shape(both.vertices, both.faces, scoring), scoring) == {"bodies": 2, "genus": 1, "plates": 0}
+    box = trimesh.creation.box((1, 1, 1))  # its sides lie at block borders
+    assert cleanliness(Shape(box.vertices, box.faces, scoring), scoring) == {"bodies": 1, "genus": 0, "plates": 6}
+    nothing = Shape(np.zeros((0, 3)), np.zeros((0, 3)), scoring)
+    assert cleanliness(nothing, scoring) == {"bodies": 0, "genus": 0, "plates": 0}
+
+
 def test_round_trip_of_the_shape_itself_is_perfect(root, scoring):
     (entry,) = [e for e in list_meshes(root / "meshes") if e.name == "other"]
     sdf = mesh_to_sdf(*_normalized("other"), R)
@@ -266,7 +277,7 @@ def test_model_alone_has_the_same_scores(root, scoring):
     alone, nothing = generation.run(
         pipeline, {"box_again": "made"}, dataclasses.replace(config, baselines=False), 0, scoring, Inline(), NO_WEIGHTS
     )
-    assert about is not None and nothing is None and set(alone[0].scores) == {MODEL}
+    assert about is not None and nothing is None and set(alone[0].scores) == {MODEL, TRUTH}
     assert alone[0].scores[MODEL] == whole.scores[MODEL]
     summaries, text = report(alone, pipeline.sampling, "train", None, scoring)
     assert set(summaries) == {MODEL} and "| model " in text and MEAN not in text
@@ -320,6 +331,8 @@ def make_item(name, ours, theirs, scoring):
         value = ours if method == MODEL else theirs
         item.scores[method] = {"iou": value, "chamfer": 1 - value, "f1": value, "f1_voxel": value / 2}
     item.scores[MODEL] |= {"watertight": 1.0, "outer_shells": 1, "inner_shells": 0, "tokens": 100}
+    item.scores[MODEL] |= {"bodies": 2, "genus": 3, "plates": 4}
+    item.scores[TRUTH] = {"bodies": 1, "genus": 0.5, "plates": 0}
     return item
 
 
@@ -342,6 +355,11 @@ def test_report_counts_wins_and_differences(root, scoring):
     assert summaries[MEAN]["chamfer"]["win_rate_of_model"] == pytest.approx(2 / 3)  # lower is better
     assert summaries[MEAN]["iou"]["model_minus_this"]["mean"] == pytest.approx(1 / 6)
     assert "| 67 % | 67 % | 67 % | 67 % |" in text and "4 views of 3 shapes" in text
+    assert "| genus | 3, 3.00 | 0.5, 0.50 |" in text and "the mean is cut" in text
+    for item in items:
+        del item.scores[MEAN]
+    without = report(items, sampling, "train", {"shapes": 3, "pictures": 6}, scoring)[1]
+    assert MEAN not in without and "the mean is cut" not in without and "| made (3) |" in without
 
 
 def test_scored_item_has_pictures_and_the_turned_truth(root, scoring):

@@ -38,6 +38,7 @@ class GenerationConfig:
     turn_to_camera: bool = True  # as in training, see symmetry.py
     baselines: bool = True  # false: score the model alone, e.g. to tune its guidance
     baseline_views: int = 8  # pictures compared of each training shape
+    mean_shape: bool = True  # among the baselines; for thousands of shapes it takes minutes to make
     sheet: int = 24  # samples on the contact sheet, drawn by the seed, not picked
     workers: int = 0  # processes that read pictures
 
@@ -53,7 +54,7 @@ class Baselines:
 
     nearest: NearestView
     names: list[str]  # of the training shapes
-    mean_mesh: tuple[np.ndarray, np.ndarray]
+    mean_mesh: tuple[np.ndarray, np.ndarray] | None
     about: dict[str, float]  # for the report
 
 
@@ -66,11 +67,11 @@ def sample(pipeline: Pipeline, image_tokens: ImageTokens, seeds: list[int]) -> l
     """Sample one shape for each image: block_coords (M,3) and SDF values (M,8,8,8) fp16; M = 0 if it came out empty."""
     try:
         voxels = pipeline.sample_structure(image_tokens, seeds)
+        return split_blocks(*pipeline.decode_sdf(pipeline.sample_latents(voxels, image_tokens, seeds), voxels))
     except EmptyResultError:
         if len(seeds) == 1:
             return [NOTHING]
         return [sample(pipeline, image_tokens.sample(i), [seed])[0] for i, seed in enumerate(seeds)]
-    return split_blocks(*pipeline.decode_sdf(pipeline.sample_latents(voxels, image_tokens, seeds), voxels))
 
 
 def make_baselines(
@@ -79,14 +80,17 @@ def make_baselines(
     """Prepare the baselines from all shapes of the training split."""
     names, _ = list_shapes(scoring.data_dir, config.train_split, scoring.resolution)
     views = Views(scoring.data_dir, names, encoder.config.image_size, config.turn_to_camera, augment=False)
-    solids = [pool.submit(packed_solid, scoring.data_dir, scoring.resolution, name) for name in views.names]
     chosen = choose_views(views, config.baseline_views, seed)
     pictures = Pictures(views, chosen, DESCRIBED_AT_ONCE)
     device = next(encoder.parameters()).device
     nearest = NearestView(encoder, chosen, load_batches(pictures, 0, len(pictures), config.workers, device))
+    about: dict[str, float] = {"shapes": len(views.names), "pictures": len(nearest.chosen)}
+    if not config.mean_shape:
+        return Baselines(nearest, views.names, None, about)
+    solids = [pool.submit(packed_solid, scoring.data_dir, scoring.resolution, name) for name in views.names]
     symmetries = [views.symmetries_of(shape) for shape in range(len(views.names))]
     mean = mean_solid((solid.result(), s) for solid, s in zip(solids, symmetries, strict=True))
-    about = {"level": mean.level, "iou_on_train": mean.iou, "shapes": len(views.names), "pictures": len(nearest.chosen)}
+    about |= {"level": mean.level, "iou_on_train": mean.iou}
     return Baselines(nearest, views.names, mesh_of_mean(mean.mean, mean.level), about)
 
 

@@ -18,12 +18,14 @@ from d3ds2.images.render import Camera, Light, MeshRenderer
 from d3ds2.storage.model_folder import SamplingConfig
 from training.evaluation.score_tables import Column, format_summary, markdown_table, summarize, win_rate
 from training.evaluation.shape_scores import (
+    CLEANLINESS,
     F_DISTANCE,
     RESULT,
     TRUTH,
     Appearance,
     ScoreConfig,
     Shape,
+    cleanliness,
     compare,
     topology,
 )
@@ -83,6 +85,8 @@ def score_item(
     truth = Shape.of_file(item.name, item.symmetry, config)
     result = Shape.of_blocks(block_coords, values, config, decoded=True)
     item.scores[MODEL] = compare(result, truth, config) | topology(result) | {"tokens": len(block_coords)}
+    item.scores[MODEL] |= cleanliness(result, config)
+    item.scores[TRUTH] = cleanliness(truth, config)
     for kind, (name, symmetry) in item.nearest.items():
         item.scores[NEAREST[kind]] = compare(Shape.of_file(name, symmetry, config), truth, config)
     if mean_mesh is not None:
@@ -124,6 +128,8 @@ def summarize_items(items: list[Item]) -> dict:
         summaries[method] = {c.score: summarize(by_shape(items, method, c.score)) for c in COLUMNS.values()}
         if method == MODEL:
             summaries[method] |= {s: summarize(by_shape(items, method, s)) for s in TOPOLOGY}
+            summaries[method] |= {s: summarize(by_shape(items, method, s)) for s in CLEANLINESS}
+            summaries[method] |= {f"true_{s}": summarize(by_shape(items, TRUTH, s)) for s in CLEANLINESS}
             continue
         for column in COLUMNS.values():
             ours, theirs = by_shape(items, MODEL, column.score), by_shape(items, method, column.score)
@@ -161,9 +167,12 @@ def report(
         paragraphs += [win_table(summaries), source_table(items)]
         topology += (
             f" Baselines see the {baselines['shapes']} shapes of split {train_split}: {baselines['pictures']} "
-            f"pictures, mirrored ones included; the mean is cut at {baselines['level']:.3f}, IoU "
-            f"{baselines['iou_on_train']:.3f} there."
+            "pictures, mirrored ones included"
         )
+        if "level" in baselines:
+            topology += f"; the mean is cut at {baselines['level']:.3f}, IoU {baselines['iou_on_train']:.3f} there"
+        topology += "."
+    paragraphs.append(cleanliness_table(made))
     return summaries, "\n\n".join([text.strip("\n") for text in (*paragraphs, topology)]) + "\n"
 
 
@@ -186,7 +195,7 @@ def score_table(summaries: dict) -> str:
 def win_table(summaries: dict) -> str:
     """A table of how often the model is better than each baseline."""
     rows = []
-    for method in METHODS[1:]:
+    for method in (method for method in METHODS[1:] if method in summaries):
         cells = [summaries[method][column.score] for column in COLUMNS.values()]
         rows.append([method, *(f"{100 * cell['win_rate_of_model']:.0f} %" for cell in cells)])
     return markdown_table(["model better than", *COLUMNS], rows)
@@ -194,13 +203,22 @@ def win_table(summaries: dict) -> str:
 
 def source_table(items: list[Item]) -> str:
     """A table of the volume IoU of the model and the baselines for each source of meshes."""
-    rows = []
+    rows, means = [], [MEAN] if MEAN in methods_of(items) else []
     for source in sorted({item.source for item in items}):
         group = [item for item in items if item.source == source]
         best = max(NEAREST.values(), key=lambda method: np.mean(by_shape(group, method, "iou")))
-        cells = [format_summary(summarize(by_shape(group, method, "iou"))) for method in (MODEL, best, MEAN)]
+        cells = [format_summary(summarize(by_shape(group, method, "iou"))) for method in (MODEL, best, *means)]
         rows.append([f"{source} ({len({item.name for item in group})})", *cells])
-    return markdown_table(["volume IoU by source", MODEL, "better of the nearest", MEAN], rows)
+    return markdown_table(["volume IoU by source", MODEL, "better of the nearest", *means], rows)
+
+
+def cleanliness_table(made: dict) -> str:
+    """A table of how clean the results are, beside the true shapes: median and mean."""
+    rows = []
+    for score, title in zip(CLEANLINESS, ("connected parts", "genus", "plates at block borders"), strict=True):
+        cells = [f"{made[key]['median']:g}, {made[key]['mean']:.2f}" for key in (score, f"true_{score}")]
+        rows.append([title, *cells])
+    return markdown_table(["median, mean", MODEL, TRUTH], rows)
 
 
 def sheet_of(items: list[Item], samples_per_row: int = 2, cell: int = 128) -> Image.Image | None:

@@ -186,6 +186,12 @@ def is_watertight(faces: np.ndarray) -> bool:
     return bool((along == against).all() and (np.diff(along) > 0).all())
 
 
+def connected_parts(number: int, faces: np.ndarray) -> np.ndarray:
+    """Label the connected part of each of `number` vertices, (V,) int32; a vertex without faces is a part."""
+    edges = coo_array((np.ones(2 * len(faces)), (faces[:, [0, 1]].ravel(), faces[:, [1, 2]].ravel())), (number,) * 2)
+    return connected_components(edges, directed=False)[1]
+
+
 def count_shells(vertices: np.ndarray, faces: np.ndarray) -> tuple[int, int]:
     """Count the connected parts of a closed mesh that are visible from outside, and those that are not: (outer, inner).
 
@@ -195,10 +201,7 @@ def count_shells(vertices: np.ndarray, faces: np.ndarray) -> tuple[int, int]:
     if len(faces) == 0:
         return 0, 0
     vertices = np.asarray(vertices, dtype=np.float64)
-    edges = coo_array(
-        (np.ones(2 * len(faces)), (faces[:, [0, 1]].ravel(), faces[:, [1, 2]].ravel())), (len(vertices),) * 2
-    )
-    _, label_of_vertex = connected_components(edges, directed=False)
+    label_of_vertex = connected_parts(len(vertices), faces)
     _, label = np.unique(label_of_vertex[faces[:, 0]], return_inverse=True)  # (F,); vertices without faces are no part
     triangles = vertices[faces]
     volume = np.bincount(label, np.einsum("fi,fi->f", triangles[:, 0], np.cross(triangles[:, 1], triangles[:, 2])))

@@ -10,8 +10,17 @@ from d3ds2.meshes.mesh_to_sdf import normalize_mesh
 from d3ds2.meshes.sdf_to_mesh import DECODED_OPTIONS, sdf_to_mesh
 from training.data.meshes import MeshEntry, read_mesh
 from training.data.shape_files import load_shape, shape_path
-from training.evaluation.metrics import Surface, SurfaceDistances, count_shells, is_watertight, solid_grid, volume_iou
+from training.evaluation.metrics import (
+    Surface,
+    SurfaceDistances,
+    connected_parts,
+    count_shells,
+    is_watertight,
+    solid_grid,
+    volume_iou,
+)
 from training.evaluation.normal_pictures import normal_pictures
+from training.mesh_quality import block_plates
 
 PAPER_DISTANCES = {"f1_0.005": 0.005, "f1_0.001": 0.001}  # of the paper's table of VAEs, here in [-1,1]
 F_DISTANCE = 0.02  # in [-1,1]: 1 % of the cube's edge, a threshold that does not depend on the resolution
@@ -20,6 +29,7 @@ F_DISTANCE = 0.02  # in [-1,1]: 1 % of the cube's edge, a threshold that does no
 RESULT, TRUTH = "model", "truth"  # whose appearance it is
 POINTS = 10_000  # of a surface, for networks that look at points
 RENDER = 336  # pixels per edge, for networks that look at a render
+CLEANLINESS = ("bodies", "genus", "plates")
 
 
 @dataclass(frozen=True)
@@ -112,6 +122,18 @@ def topology(shape: Shape) -> dict[str, float]:
     """Say whether a shape is watertight (1 or 0), and count its outer and inner shells."""
     outer, inner = count_shells(shape.vertices, shape.faces)
     return {"watertight": float(is_watertight(shape.faces)), "outer_shells": outer, "inner_shells": inner}
+
+
+def cleanliness(shape: Shape, config: ScoreConfig) -> dict[str, float]:
+    """Count the connected parts of a closed mesh, its tunnels (genus), and its plates at block borders."""
+    if not len(shape.faces):
+        return dict.fromkeys(CLEANLINESS, 0.0)
+    labels = connected_parts(len(shape.vertices), shape.faces)
+    used = np.unique(shape.faces)
+    bodies = len(np.unique(labels[used]))
+    euler = len(used) - len(shape.faces) // 2  # V - E + F, with 3 F / 2 edges
+    plates = block_plates(shape.vertices, shape.faces, config.resolution)
+    return {"bodies": float(bodies), "genus": bodies - euler / 2, "plates": float(plates.count)}
 
 
 def score_round_trip(
