@@ -9,8 +9,8 @@ u = 0 is smooth, and ends at the stored surfaces.
 Where the inside is not much thicker than its layers, no block near is left at -1, and the gap would open again. Such
 blocks solve ∇²u = (u + 1) / SCREENING² instead, which draws u to -1; likewise to +1 where the outside is that thin. A
 SCREENING of one block keeps about the thickness of a sheet of one block: between layers d thick, u = 0 lies on the
-faces of a sheet 2 w thick if tanh(w / SCREENING) / SCREENING = 1 / d; with w = 4 and d = 16 voxels, that is
-0.058 = 0.063.
+faces of a sheet 2 w thick if tanh(w / SCREENING) / SCREENING = 1 / d; with w = 4 and d = 16 voxels, the two
+sides are 0.058 and 0.063.
 
 The outside cannot leak in. The missing blocks inside are closed at first, and a stored voxel that the outside does not
 reach then is solid for good. A new voxel is outside only if u is positive there and the outside reaches it.
