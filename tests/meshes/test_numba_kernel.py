@@ -25,15 +25,18 @@ def same(x):
 """
 PROGRAM = """
 import importlib.util, sys
-name = sys.argv[1]
-spec = importlib.util.spec_from_file_location(name, "package/__init__.py")
-sys.modules[name] = package = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(package)
-double = importlib.import_module(f"{name}.doubling").double
-lines = []
-with importlib.import_module(f"{name}.numba_kernel").announce_numba(lambda: lines.append("compiling")):
-    print(double(21), double(2.5), end=" ")
-print(len(lines), sum(double.stats.cache_hits.values()))
+names = [path.replace(".", "_x_") for path in sys.argv[1:]]  # as ComfyUI names its packs
+for name, path in zip(names, sys.argv[1:]):
+    spec = importlib.util.spec_from_file_location(name, f"{path}/__init__.py")
+    sys.modules[name] = package = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+    importlib.import_module(f"{name}.doubling")
+for name in names:
+    double = sys.modules[f"{name}.doubling"].double
+    lines = []
+    with sys.modules[f"{name}.numba_kernel"].announce_numba(lambda: lines.append("compiling")):
+        print(double(21), double(2.5), end=" ")
+    print(len(lines), sum(double.stats.cache_hits.values()))
 """
 COMPILED, LOADED = "42 5.0 1 0\n", "42 5.0 0 2\n"
 
@@ -49,30 +52,36 @@ def install(folder: Path) -> Path:
     return package
 
 
-def run(package: Path, home: Path, name: str = "package", chosen: Path | str = "") -> str:
+def run(home: Path, *packages: Path, chosen: Path | str = "") -> str:
     """Run PROGRAM with `home` as the user's cache folder and `chosen` as NUMBA_CACHE_DIR; return what it printed."""
     environment = os.environ | {"XDG_CACHE_HOME": str(home), "NUMBA_CACHE_DIR": str(chosen)}
-    command = [sys.executable, "-c", PROGRAM, name]
-    done = subprocess.run(command, cwd=package.parent, capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-c", PROGRAM, *map(str, packages)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert not done.stderr
     return done.stdout
 
 
 def test_a_fresh_clone_compiles_nothing(tmp_path):
     first, home = install(tmp_path / "first"), tmp_path / "home"
-    assert [run(first, home), run(first, home)] == [COMPILED, LOADED]
+    assert [run(home, first), run(home, first)] == [COMPILED, LOADED]
     assert not list(first.rglob("*.nb?"))
-    second = install(tmp_path / "second" / "ComfyUI")
+    second = install(tmp_path / "second" / "ComfyUI-0.33")
     for path in second.iterdir():
         os.utime(path, (1e9, 1e9))
     shutil.rmtree(first)
-    assert run(second, home) == LOADED
-    assert run(second, home, name="/ComfyUI/custom_nodes/A-pack") == LOADED
+    assert run(home, second) == LOADED
+
+
+def test_two_versions_in_one_process(tmp_path):
+    home, packages = tmp_path / "home", [install(tmp_path / name) for name in ("one", "the_same", "another")]
+    (packages[2] / "factor.py").write_text("FACTOR = 4\n")
+    assert run(home, *packages) == COMPILED + LOADED + "84 10.0 1 0\n"
+    assert run(home, *packages) == LOADED + LOADED + "84 10.0 0 2\n"
 
 
 def test_a_changed_source_is_compiled(tmp_path):
     package, home = install(tmp_path), tmp_path / "home"
-    assert run(package, home) == COMPILED
+    assert run(home, package) == COMPILED
     for name, old, new, result in (
         ("doubling.py", "1 * x", "3 * x", "126 15.0 1 0\n"),
         ("factor.py", "2", "4", "252 30.0 1 0\n"),
@@ -83,23 +92,23 @@ def test_a_changed_source_is_compiled(tmp_path):
         assert old in path.read_text()
         path.write_text(path.read_text().replace(old, new))
         os.utime(path, (age, age))
-        assert run(package, home) == result
+        assert run(home, package) == result
 
 
 def test_the_user_chooses_the_folder(tmp_path):
     package, home, chosen = install(tmp_path), tmp_path / "home", tmp_path / "chosen"
-    assert [run(package, home, chosen=chosen), run(package, home, chosen=chosen)] == [COMPILED, LOADED]
+    assert [run(home, package, chosen=chosen), run(home, package, chosen=chosen)] == [COMPILED, LOADED]
     assert list(chosen.rglob("*.nbc")) and not home.exists()
 
 
 def test_a_home_that_cannot_be_written(tmp_path):
     package, home = install(tmp_path), tmp_path / "home"
     home.write_text("a file, because permissions do not stop root")
-    assert [run(package, home), run(package, home)] == [COMPILED, LOADED]
+    assert [run(home, package), run(home, package)] == [COMPILED, LOADED]
     assert list((package / "__pycache__").rglob("*.nbc"))
     shutil.rmtree(package / "__pycache__")
     (package / "__pycache__").write_text("a file, too")
-    assert run(package, home) == COMPILED
+    assert run(home, package) == COMPILED
 
 
 def test_a_function_without_a_source_file_is_compiled_in_memory():
@@ -113,9 +122,9 @@ def test_what_was_not_used_for_months_is_deleted(tmp_path):
         (kept / name).mkdir(parents=True)
         (kept / name / "f.nbc").touch()
         os.utime(kept / name, (time.time() - days * 24 * 3600,) * 2)
-    run(package, home)
+    run(home, package)
     assert sorted(path.name.split("_")[0] for path in kept.iterdir()) == ["doubling", "used"]
     (folder,) = kept.glob("doubling_*")
     os.utime(folder, (1e9, 1e9))
-    run(package, home)
+    run(home, package)
     assert folder.stat().st_mtime > time.time() - 3600
