@@ -163,6 +163,18 @@ def test_templates_name_no_model_that_has_to_be_fetched():
     assert loaders == ["tiny"] * 6
 
 
+def test_the_app_of_a_template_shows_inputs_and_outputs_that_it_has():
+    for file in (ROOT / "workflows").glob("*.json"):
+        workflow = json.loads(file.read_text(encoding="utf-8"))
+        nodes = {node["id"]: node for node in nodes_of(workflow)}
+        app = workflow["extra"]["linearData"]
+        assert {nodes[number]["type"] for number in app["outputs"]} == {"Preview3D"}, file
+        for number, name in app["inputs"]:
+            inputs = {port["name"] for port in nodes[number]["inputs"] if "widget" in port}
+            assert name in inputs, (file, number, name)
+        assert {"image", "seed"} <= {name for _, name in app["inputs"]}, file
+
+
 def test_the_pictures_of_the_workflows_are_placed_once(comfy):
     folder = comfy.folder / "input"
     pictures = {f"d3ds2_{file.name}": file.read_bytes() for file in (ROOT / "workflows").glob("*.png")}
