@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -25,7 +26,7 @@ from typing import Any
 import numba
 import numpy as np
 from numba.core import config
-from numba.core.caching import CompileResultCacheImpl, FunctionCache
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
 from numba.core.event import Listener, install_listener
 from numba.misc.appdirs import AppDirs
 
@@ -140,8 +141,28 @@ class _CacheFiles(CompileResultCacheImpl):
     _locator_classes = [_Locator]  # noqa: RUF012 -- numba's name
 
 
+class _Files(IndexDataCacheFile):
+    """The files of one function: each signature and processor has its own.
+
+    numba numbers them. Two processes that compile at once for different processors, as on a cluster with one home for
+    all, would take the same number, and the index of one could point to the machine code of the other.
+    """
+
+    def save(self, key: Any, data: Any) -> None:
+        name = self._data_name_pattern.format(number=zlib.crc32(repr(key).encode()))
+        overloads = self._load_index()
+        if overloads.get(key) != name:
+            self._save_index(overloads | {key: name})
+        self._save_data(name, data)
+
+
 class _Cache(FunctionCache):
     _impl_class = _CacheFiles
+
+    def __init__(self, function: FunctionType):
+        super().__init__(function)
+        locator = self._impl.locator
+        self._cache_file = _Files(locator.get_cache_path(), self._impl.filename_base, locator.get_source_stamp())
 
     def save_overload(self, sig: Any, data: Any) -> None:
         with suppress(OSError):  # a full disk: the machine code is in memory all the same

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from d3ds2.meshes.numba_kernel import kernel
+from d3ds2.meshes.numba_kernel import _Files, kernel
 
 SOURCE = Path(__file__).parents[2] / "d3ds2" / "meshes" / "numba_kernel.py"
 MODULE = """from .factor import FACTOR
@@ -113,6 +113,19 @@ def test_a_home_that_cannot_be_written(tmp_path):
 
 def test_a_function_without_a_source_file_is_compiled_in_memory():
     assert kernel(eval("lambda x: x + 1"))(2) == 3
+
+
+def test_two_processes_that_save_at_once_never_mix_their_machine_code(tmp_path):
+    """Both read the index before either writes it; the index of one and the machine code of the other come last."""
+    zen, lake, later = (_Files(str(tmp_path), "double", "stamp") for _ in range(3))
+    zen._load_index = lake._load_index = dict
+    zen.save(("int64", "zen4"), "for zen4")
+    lake.save(("int64", "skylake"), "for skylake")
+    zen._save_index = print
+    zen.save(("int64", "zen4"), "for zen4")
+    assert (later.load(("int64", "zen4")), later.load(("int64", "skylake"))) == (None, "for skylake")
+    later.save(("int64", "zen4"), "for zen4")
+    assert (later.load(("int64", "zen4")), later.load(("int64", "skylake"))) == ("for zen4", "for skylake")
 
 
 def test_what_was_not_used_for_months_is_deleted(tmp_path):
