@@ -1,6 +1,7 @@
 """ComfyUI's page: open a template, press Run, look into the 3D viewers."""
 
 import time
+from itertools import combinations
 
 import numpy as np
 
@@ -39,6 +40,21 @@ def viewer_boxes(page: Browser, count: int) -> list[dict[str, float]]:
     )
     page.wait_for(same, SECONDS, "the page's rest")
     return [{key: box[key] for key in BOX} for box in page.js(f"return {VIEWERS}")]
+
+
+def overlapping(page: Browser) -> list[tuple[str, str]]:
+    """Return the pairs of nodes, by their titles, that cover one another; classic nodes and those of Nodes 2.0."""
+    boxes = page.js(
+        "const drawn = [...document.querySelectorAll('[data-node-id]')];"
+        "if (!LiteGraph.vueNodesMode) return app.graph._nodes.map(n => [n.title, ...n.getBounding()]);"
+        "return drawn.map(e => [e, e.getBoundingClientRect()])"
+        ".map(([e, r]) => [e.innerText.split('\\n')[0], r.x, r.y, r.width, r.height])"
+    )
+    return [
+        (one[0], other[0])
+        for one, other in combinations(boxes, 2)
+        if all(one[axis] < other[axis] + other[axis + 2] and other[axis] < one[axis] + one[axis + 2] for axis in (1, 2))
+    ]
 
 
 def press_run(page: Browser, seconds: float) -> None:

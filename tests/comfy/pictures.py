@@ -1,9 +1,9 @@
 """Make the pictures of the templates and of the README in a real ComfyUI; each template runs as shipped.
 
-    .venv/bin/python -m tests.comfy.pictures [TEMPLATE ...]
+    .venv/bin/python -m tests.comfy.pictures [TEMPLATE ...] [Nodes-2]
 
 workflows/<template>.jpg is what its last 3D viewer shows; web/images/comfyui_<template>.jpg is the whole window. The
-latter has underscores and small letters in its name.
+latter has underscores and small letters in its name. comfyui_nodes_2.jpg is the window of Image-to-Mesh in Nodes 2.0.
 """
 
 import sys
@@ -39,10 +39,15 @@ def main(names: list[str]) -> None:
         page.call("Emulation.setDeviceMetricsOverride", **WINDOW)
         for file in WORKFLOWS:
             if not names or file.stem in names:
-                take(page, server, file)
+                take_window(page, server, file, file.stem)
+                take_thumbnail(page, file)
+        if not names or "Nodes-2" in names:
+            server.post("/settings/Comfy.VueNodes.Enabled", True)
+            take_window(page, server, WORKFLOWS[0], "Nodes-2")
 
 
-def take(page: Browser, server: ComfyServer, file: Path) -> None:
+def take_window(page: Browser, server: ComfyServer, file: Path, name: str) -> None:
+    """Run a template and take the whole window."""
     workflow = read(file)
     open_template(page, server, file.stem, len(workflow["nodes"]))
     count = sum(node["type"] == "Preview3D" for node in workflow["nodes"])
@@ -52,7 +57,11 @@ def take(page: Browser, server: ComfyServer, file: Path) -> None:
         wait_for_mesh(page, index, before)
     page.js("await new Promise(done => setTimeout(done, 3000))")  # until the notices are gone
     window = Image.fromarray(page.picture())
-    window.save(PACK / "web" / "images" / f"comfyui_{file.stem.lower().replace('-', '_')}.jpg", quality=85)
+    window.save(PACK / "web" / "images" / f"comfyui_{name.lower().replace('-', '_')}.jpg", quality=85)
+
+
+def take_thumbnail(page: Browser, file: Path) -> None:
+    """Take the last 3D viewer of the template that has just run."""
     page.js(CLOSE_UP)
     box = viewer_boxes(page, 1)[0]
     side = min(box["width"], box["height"]) - 2 * EDGE

@@ -9,7 +9,7 @@ import json
 import pytest
 
 from tests.comfy.installation import SOURCES
-from tests.comfy.page import open_template, press_run, status_texts, viewer_boxes, wait_for_mesh
+from tests.comfy.page import open_template, overlapping, press_run, status_texts, viewer_boxes, wait_for_mesh
 from tests.comfy.workflow_file import BLUEPRINT, WORKFLOWS, nodes_of, read, to_prompt
 
 RUN_SECONDS = 600
@@ -22,6 +22,7 @@ NOT_OURS = (  # console messages that come without any template as well
     "https://huggingface.co/Comfy-Org/",  # models of the front end's own first workflow, which it cannot reach
 )
 NEWEST = [*SOURCES][-1]
+NODES_2 = "Comfy.VueNodes.Enabled"
 # the widgets of the first release; after a seed comes one of the front end's own
 FIRST_WIDGETS = {"D3DS2MeshExport": 5, "D3DS2SparseStructureSample": 4, "D3DS2SSADiTSample": 5}
 
@@ -37,6 +38,21 @@ def test_templates_open_run_and_show_their_meshes(comfyui, browser, file):
     prompt = open_and_compare(comfyui, browser, file)
     if comfyui.installation.version == NEWEST or file == WORKFLOWS[0]:
         run_and_look(browser, prompt, seed=WORKFLOWS.index(file))
+    errors = [error for error in browser.errors if not any(part in error for part in NOT_OURS)]
+    assert not errors, errors
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
+def test_templates_open_run_and_show_their_meshes_in_nodes_2(comfyui, browser, file):
+    comfyui.post(f"/settings/{NODES_2}", True)
+    try:
+        prompt = open_and_compare(comfyui, browser, file)
+        browser.wait_for("return LiteGraph.vueNodesMode", 30, "Nodes 2.0")
+        browser.js("await app.extensionManager.command.execute('Comfy.Canvas.FitView')")  # front end 1.39 spreads nodes
+        run_and_look(browser, prompt, seed=len(WORKFLOWS) + WORKFLOWS.index(file))
+    finally:
+        comfyui.post(f"/settings/{NODES_2}", False)
     errors = [error for error in browser.errors if not any(part in error for part in NOT_OURS)]
     assert not errors, errors
 
@@ -115,17 +131,18 @@ def open_and_compare(comfyui, browser, file):
 
 
 def run_and_look(browser, prompt, seed):
-    """Run a template with one step; with a seed of its own, so that no result comes from another template's run."""
+    """Run a template with one step; a seed and a ratio of its own keep out results of other templates."""
     count = len(nodes_of(prompt, "Preview3D"))
     empty = [browser.picture(box) for box in viewer_boxes(browser, count)]
     browser.js(
-        f"const values = {{steps: 1, seed: {seed}}};"
+        f"const values = {{steps: 1, seed: {seed}, foreground_ratio: {0.9 - seed / 100}}};"
         "const widgets = app.graph._nodes.flatMap(node => node.widgets ?? []);"
         "for (const w of widgets) if (w.name in values) w.value = values[w.name];"
     )
     press_run(browser, RUN_SECONDS)
     for index, before in enumerate(empty):
         wait_for_mesh(browser, index, before)
+    assert not overlapping(browser)
     texts = status_texts(browser)
     ours = {key: node["class_type"] for key, node in prompt.items() if "D3DS2" in node["class_type"]}
     missing = {ours[key] for key in set(ours) - set(texts)}

@@ -2,14 +2,13 @@
 
 import importlib
 
-import numba
 import numpy as np
 import pytest
 import trimesh
 
 from d3ds2.meshes.flood_fill import flood_fill, pack_bits, unpack_bits
 from d3ds2.meshes.mesh_to_sdf import default_band, mesh_to_sdf, normalize_mesh
-from d3ds2.meshes.numba_kernel import for_ranges, kernel
+from d3ds2.meshes.numba_kernel import for_ranges
 from d3ds2.meshes.triangle_distance import blocks_near_triangles, measure_blocks, triangle_distance_reference
 
 SHELL = 0.55
@@ -355,15 +354,3 @@ def test_kernels_call_only_kernels_of_their_own_file():
             assert all(v in own for v in used if isinstance(v, dispatcher)), function
             checked += 1
     assert checked > 20
-
-
-def test_kernels_compile_where_no_cache_can_be_written(monkeypatch):
-    compile_kernel = numba.njit
-
-    def njit(function, **options):
-        if options.get("cache"):
-            raise RuntimeError("cannot cache function: no locator available")
-        return compile_kernel(function, **options)
-
-    monkeypatch.setattr(numba, "njit", njit)
-    assert kernel(lambda x: x + 1)(2) == 3

@@ -1,75 +1,143 @@
-"""numba finds its machine code on disk again, whatever name the package is loaded under."""
+"""numba finds its machine code on disk again: by the content of the source, wherever and whenever it was installed."""
 
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+from d3ds2.meshes.numba_kernel import _Files, kernel
+
 SOURCE = Path(__file__).parents[2] / "d3ds2" / "meshes" / "numba_kernel.py"
-MODULE = "from .numba_kernel import kernel\n\n\n@kernel\ndef double(x):\n    return 2 * x\n"
+MODULE = """from .factor import FACTOR
+from .numba_kernel import kernel
+
+
+@kernel
+def double(x):
+    return FACTOR * same(x)
+
+
+@kernel
+def same(x):
+    return 1 * x
+"""
 PROGRAM = """
 import importlib.util, sys
-spec = importlib.util.spec_from_file_location(sys.argv[1], "package/__init__.py")
-sys.modules[sys.argv[1]] = package = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(package)
-double = importlib.import_module(f"{sys.argv[1]}.doubling").double
-print(double(21), sum(double.stats.cache_hits.values()))
+names = [path.replace(".", "_x_") for path in sys.argv[1:]]  # as ComfyUI names its packs
+for name, path in zip(names, sys.argv[1:]):
+    spec = importlib.util.spec_from_file_location(name, f"{path}/__init__.py")
+    sys.modules[name] = package = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+    importlib.import_module(f"{name}.doubling")
+for name in names:
+    double = sys.modules[f"{name}.doubling"].double
+    lines = []
+    with sys.modules[f"{name}.numba_kernel"].announce_numba(lambda: lines.append("compiling")):
+        print(double(21), double(2.5), end=" ")
+    print(len(lines), sum(double.stats.cache_hits.values()))
 """
+COMPILED, LOADED = "42 5.0 1 0\n", "42 5.0 0 2\n"
 
 
-def test_each_name_of_the_package_finds_its_own(tmp_path):
-    package = tmp_path / "package"
-    package.mkdir()
+def install(folder: Path) -> Path:
+    """Write a package with kernels into a new folder, as a clone would: the files are as old as the clone."""
+    package = folder / "package"
+    package.mkdir(parents=True)
     (package / "__init__.py").touch()
+    (package / "factor.py").write_text("FACTOR = 2\n")
     (package / "doubling.py").write_text(MODULE)
-    shutil.copy(SOURCE, package)
-    results = [
-        subprocess.run(
-            [sys.executable, "-c", PROGRAM, name], cwd=tmp_path, capture_output=True, text=True, check=True
-        ).stdout
-        for name in ("package", "/ComfyUI/custom_nodes/A-pack", "package", "/ComfyUI/custom_nodes/A-pack")
-    ]
-    assert results == ["42 0\n", "42 0\n", "42 1\n", "42 1\n"]
-
-
-ANNOUNCED = """
-from package.doubling import double
-from package.numba_kernel import announce_numba
-lines = []
-with announce_numba(lambda: lines.append("compiling")):
-    double(21), double(2.5)
-print(len(lines), sum(double.stats.cache_hits.values()))
-"""
-
-
-def run_package(folder: Path, home: Path) -> list[str]:
-    """Run ANNOUNCED twice with `home` as the user's cache folder, and return what each run printed."""
-    environment = os.environ | {"XDG_CACHE_HOME": str(home), "NUMBA_CACHE_DIR": ""}
-    command = [sys.executable, "-c", ANNOUNCED]
-    return [
-        subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, env=environment).stdout
-        for _ in range(2)
-    ]
-
-
-def copy_package(tmp_path: Path) -> Path:
-    package = tmp_path / "package"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "doubling.py").write_text(MODULE)
-    shutil.copy(SOURCE, package)
+    shutil.copyfile(SOURCE, package / SOURCE.name)
     return package
 
 
-def test_compiling_is_announced_once_and_only_in_the_first_run(tmp_path):
-    copy_package(tmp_path)
-    assert run_package(tmp_path, tmp_path / "home") == ["1 0\n", "0 2\n"]
-    assert not (tmp_path / "home").exists()
+def run(home: Path, *packages: Path, chosen: Path | str = "") -> str:
+    """Run PROGRAM with `home` as the user's cache folder and `chosen` as NUMBA_CACHE_DIR; return what it printed."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(home), "NUMBA_CACHE_DIR": str(chosen)}
+    command = [sys.executable, "-c", PROGRAM, *map(str, packages)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert not done.stderr
+    return done.stdout
 
 
-def test_a_package_that_cannot_be_written_is_kept_in_the_cache_of_the_user(tmp_path):
-    package = copy_package(tmp_path)
-    (package / "__pycache__").write_text("a file, because permissions do not stop root")
-    assert run_package(tmp_path, tmp_path / "home") == ["1 0\n", "0 2\n"]
-    assert list((tmp_path / "home").rglob("*.nbc"))
+def test_a_fresh_clone_compiles_nothing(tmp_path):
+    first, home = install(tmp_path / "first"), tmp_path / "home"
+    assert [run(home, first), run(home, first)] == [COMPILED, LOADED]
+    assert not list(first.rglob("*.nb?"))
+    second = install(tmp_path / "second" / "ComfyUI-0.33")
+    for path in second.iterdir():
+        os.utime(path, (1e9, 1e9))
+    shutil.rmtree(first)
+    assert run(home, second) == LOADED
+
+
+def test_two_versions_in_one_process(tmp_path):
+    home, packages = tmp_path / "home", [install(tmp_path / name) for name in ("one", "the_same", "another")]
+    (packages[2] / "factor.py").write_text("FACTOR = 4\n")
+    assert run(home, *packages) == COMPILED + LOADED + "84 10.0 1 0\n"
+    assert run(home, *packages) == LOADED + LOADED + "84 10.0 0 2\n"
+
+
+def test_a_changed_source_is_compiled(tmp_path):
+    package, home = install(tmp_path), tmp_path / "home"
+    assert run(home, package) == COMPILED
+    for name, old, new, result in (
+        ("doubling.py", "1 * x", "3 * x", "126 15.0 1 0\n"),
+        ("factor.py", "2", "4", "252 30.0 1 0\n"),
+        ("numba_kernel.py", "plain threads", "threads", "252 30.0 1 0\n"),
+    ):
+        path = package / name
+        age = path.stat().st_mtime
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+        os.utime(path, (age, age))
+        assert run(home, package) == result
+
+
+def test_the_user_chooses_the_folder(tmp_path):
+    package, home, chosen = install(tmp_path), tmp_path / "home", tmp_path / "chosen"
+    assert [run(home, package, chosen=chosen), run(home, package, chosen=chosen)] == [COMPILED, LOADED]
+    assert list(chosen.rglob("*.nbc")) and not home.exists()
+
+
+def test_a_home_that_cannot_be_written(tmp_path):
+    package, home = install(tmp_path), tmp_path / "home"
+    home.write_text("a file, because permissions do not stop root")
+    assert [run(home, package), run(home, package)] == [COMPILED, LOADED]
+    assert list((package / "__pycache__").rglob("*.nbc"))
+    shutil.rmtree(package / "__pycache__")
+    (package / "__pycache__").write_text("a file, too")
+    assert run(home, package) == COMPILED
+
+
+def test_a_function_without_a_source_file_is_compiled_in_memory():
+    assert kernel(eval("lambda x: x + 1"))(2) == 3
+
+
+def test_two_processes_that_save_at_once_never_mix_their_machine_code(tmp_path):
+    """Both read the index before either writes it; the index of one and the machine code of the other come last."""
+    zen, lake, later = (_Files(str(tmp_path), "double", "stamp") for _ in range(3))
+    zen._load_index = lake._load_index = dict
+    zen.save(("int64", "zen4"), "for zen4")
+    lake.save(("int64", "skylake"), "for skylake")
+    zen._save_index = print
+    zen.save(("int64", "zen4"), "for zen4")
+    assert (later.load(("int64", "zen4")), later.load(("int64", "skylake"))) == (None, "for skylake")
+    later.save(("int64", "zen4"), "for zen4")
+    assert (later.load(("int64", "zen4")), later.load(("int64", "skylake"))) == ("for zen4", "for skylake")
+
+
+def test_what_was_not_used_for_months_is_deleted(tmp_path):
+    package, home = install(tmp_path), tmp_path / "home"
+    kept = home / "numba" / "d3ds2"
+    for name, days in (("unused", 100), ("used", 80)):
+        (kept / name).mkdir(parents=True)
+        (kept / name / "f.nbc").touch()
+        os.utime(kept / name, (time.time() - days * 24 * 3600,) * 2)
+    run(home, package)
+    assert sorted(path.name.split("_")[0] for path in kept.iterdir()) == ["doubling", "used"]
+    (folder,) = kept.glob("doubling_*")
+    os.utime(folder, (1e9, 1e9))
+    run(home, package)
+    assert folder.stat().st_mtime > time.time() - 3600

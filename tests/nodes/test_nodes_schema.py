@@ -146,6 +146,35 @@ def test_only_the_v3_entry_is_exported(comfy):
     assert comfy.pack.__all__ == ["WEB_DIRECTORY", "comfy_entrypoint"]
 
 
+def nodes_of(workflow: dict) -> list[dict]:
+    return [
+        node for graph in (workflow, *workflow.get("definitions", {}).get("subgraphs", ())) for node in graph["nodes"]
+    ]
+
+
+def test_templates_name_no_model_that_has_to_be_fetched():
+    """ComfyUI's missing-model dialog fetches single files; `tiny` is here, and other models are folders."""
+    loaders, files = [], (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".onnx", ".gguf")
+    for file in [*(ROOT / "workflows").glob("*.json"), *(ROOT / "subgraphs").glob("*.json")]:
+        nodes = nodes_of(json.loads(file.read_text(encoding="utf-8")))
+        loaders += [node["widgets_values"][0] for node in nodes if node["type"] == "LoadD3DS2Model"]
+        values = [value for node in nodes for value in node.get("widgets_values") or () if isinstance(value, str)]
+        assert not [value for value in values if value.lower().endswith(files)], file
+    assert loaders == ["tiny"] * 6
+
+
+def test_the_app_of_a_template_shows_inputs_and_outputs_that_it_has():
+    for file in (ROOT / "workflows").glob("*.json"):
+        workflow = json.loads(file.read_text(encoding="utf-8"))
+        nodes = {node["id"]: node for node in nodes_of(workflow)}
+        app = workflow["extra"]["linearData"]
+        assert {nodes[number]["type"] for number in app["outputs"]} == {"Preview3D"}, file
+        for number, name in app["inputs"]:
+            inputs = {port["name"] for port in nodes[number]["inputs"] if "widget" in port}
+            assert name in inputs, (file, number, name)
+        assert {"image", "seed"} <= {name for _, name in app["inputs"]}, file
+
+
 def test_the_pictures_of_the_workflows_are_placed_once(comfy):
     folder = comfy.folder / "input"
     pictures = {f"d3ds2_{file.name}": file.read_bytes() for file in (ROOT / "workflows").glob("*.png")}

@@ -88,6 +88,22 @@ def test_the_table_has_every_stage_and_says_what_does_not_fit(capsys):
     assert "train_dit_512 does not fit" not in capsys.readouterr().out
 
 
+def test_the_page_about_the_paper_shows_what_the_plan_prints(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    assert main([PAPER, "gpus=8xA100"]) == 0
+    output = capsys.readouterr().out
+
+    def rows(text):
+        cells = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
+        return [row for row in cells if set("".join(row)) != {"-"}]
+
+    printed, shown = rows(output), rows(page)
+    start = shown.index(printed[0])
+    assert shown[start : start + len(printed)] == printed
+    total = next(line for line in output.splitlines() if line.startswith("all stages"))
+    assert f"A{total[1:]}." in page
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
