@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +41,15 @@ from training.data.views import Views
 from training.distributed import Ranks, run_script
 from training.loop import run_steps
 from training.lora import LoRAConfig, add_adapters, merged
-from training.losses import FlowLossConfig, draw_noise, keep_context, training_times, velocity_loss
+from training.losses import (
+    FlowLossConfig,
+    StructureLossConfig,
+    draw_noise,
+    keep_context,
+    structure_loss,
+    training_times,
+    velocity_loss,
+)
 from training.run import RunConfig, autocast, compile_blocks, start
 from training.run_folder import exporting
 from training.sample_pictures import STRUCTURE_SAMPLE_LABELS, sampling_of, structure_samples
@@ -77,6 +85,7 @@ class TrainStructureDiTConfig:
     image_encoder: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
     model: StructureDiTConfig = field(default_factory=StructureDiTConfig)
     loss: FlowLossConfig = field(default_factory=FlowLossConfig)
+    occupancy: StructureLossConfig | None = None  # also of what the prediction at t = 1 decodes to [D]
     lora: LoRAConfig = field(default_factory=LoRAConfig)  # train adapters on the structure DiT of run.start_from
 
 
@@ -146,15 +155,43 @@ def flow_loss(
     loss: FlowLossConfig,
     generator: torch.Generator,
     part: Part = WHOLE,
+    decoded: "DecodedLoss | None" = None,
 ) -> Tensor:
-    """Compute eq. 10-11 on a batch x_0 (B, C, g, g, g); at random, some samples get no image."""
+    """Compute eq. 10-11 on a batch x_0 (B, C, g, g, g), and a `DecodedLoss`; at random, some samples get no image."""
     B = len(x_0)
     keep = part.draw_samples(B, lambda B: keep_context(B, loss, generator)).to(x_0.device)
     t = part.draw_samples(B, lambda B: training_times(B, loss, generator)).to(x_0.device)
     noise = draw_noise(x_0, generator, part.draw_samples)
     x_t = interpolate(x_0, noise, t[:, None, None, None, None])  # eq. 10
-    mean = velocity_loss(model(x_t, t, image_tokens.where(keep)), x_0, noise)  # eq. 11
+    velocity = model(x_t, t, image_tokens.where(keep))
+    mean = velocity_loss(velocity, x_0, noise)  # eq. 11
+    if decoded is not None:
+        mean = mean + decoded.of(noise - velocity, x_0, t == 1)
     return part.weigh("samples", mean)
+
+
+class DecodedLoss(NamedTuple):
+    """The loss of the occupancy that predicted latents decode to, where x_t is noise alone.
+
+    There the prediction is the mean of all shapes that the image may show. One evaluation gives it: a structure in one
+    step, `SamplingConfig.structure_steps` 1, at guidance 1. Its latents decode to a better structure if their loss is
+    that of the structure. The decoded true latents are the target.
+    """
+
+    vae: StructureVAE  # frozen
+    config: StructureLossConfig
+
+    def of(self, predicted: Tensor, x_0: Tensor, counts: Tensor) -> Tensor:
+        """Sum the losses of the samples that count, (B,) bool, and divide by B: predicted, x_0 (B, C, g, g, g)."""
+        predicted, x_0 = predicted.float()[counts], x_0[counts]
+        if not len(x_0):
+            return predicted.sum()  # zero, with a gradient
+        logits = self.vae.decode(self.vae.denormalize_latents(predicted))
+        with torch.no_grad():
+            target = self.vae.decode(self.vae.denormalize_latents(x_0)) > 0
+        nothing = torch.zeros(1, device=x_0.device)
+        terms = structure_loss(logits, target, nothing, nothing, self.config)  # no posterior, so no KL
+        return terms["loss"] * (len(x_0) / len(counts))
 
 
 def count_samples(batch: ViewBatch | Choice) -> Tensor:
@@ -269,6 +306,7 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
     images_of, dataset = load_pictures(config, views, structures, not latents.are_held, device)
 
     tokens = config.model.resolution**3
+    decoded = DecodedLoss(vae, config.occupancy) if config.occupancy is not None else None
 
     def losses(part: Part, generator: torch.Generator) -> dict[str, Any]:
         if config.image_encoder_steps and state.step >= config.image_encoder_steps:
@@ -276,7 +314,7 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
         x_0 = latents.draw(part.batch, config.loss.sample_posterior, generator, part)
         with autocast(run, device):
             image_tokens = model["image_encoder"](images_of(part, generator))
-            loss = flow_loss(model["structure_dit"], image_tokens, x_0, config.loss, generator, part)
+            loss = flow_loss(model["structure_dit"], image_tokens, x_0, config.loss, generator, part, decoded)
         return {"loss": loss, "tokens": part.own(len(x_0) * tokens)}
 
     def export(averaged: nn.ModuleDict) -> None:

@@ -5,6 +5,8 @@ import torch
 
 from d3ds2.geometry.voxels import Voxels
 from training.data.imperfect_structures import MOST_MISSING, make_imperfect
+from training.losses import FlowLossConfig
+from training.train_dit import flow_loss
 
 G = 16
 
@@ -70,3 +72,31 @@ def test_changes_are_a_function_of_the_generator_and_of_the_row():
     rows = make_imperfect(own, torch.Generator().manual_seed(2), part)
     expected = Voxels.cat([whole.voxels.sample(1), whole.voxels.sample(3)])
     assert torch.equal(rows.voxels.coords, expected.coords)
+
+
+@pytest.mark.parametrize("surplus", [False, True])
+def test_loss_of_imperfect_structures_counts_every_token(surplus):
+    """A network that knows x_0 and the noise has no loss on any token, so what is added has the stated value."""
+    coords = torch.cartesian_prod(torch.arange(2), torch.arange(3, 7), torch.arange(3, 7), torch.arange(3, 5))
+    voxels = Voxels.sort(coords, 16, 2)[0]
+    x_0, seen = torch.zeros(len(voxels), 4), []
+
+    def model(x_t, t, voxels, tokens):
+        seen.append((x_t, t, voxels))
+        return torch.zeros_like(x_t)
+
+    class Tokens:
+        def where(self, keep):
+            return self
+
+    loss = FlowLossConfig(noise_alone=1.0)  # x_t is the noise
+    value = flow_loss(
+        model, Tokens(), x_0, voxels, loss, torch.Generator().manual_seed(4), surplus_value=2.0 if surplus else None
+    )
+    noise, _, changed = seen[0]
+    true = {tuple(row) for row in voxels.coords.tolist()}
+    added = torch.tensor([tuple(row) not in true for row in changed.coords.tolist()])
+    assert added.any() == surplus
+    expected = (noise - 2.0 * added[:, None]).square().mean() * (len(changed) / len(voxels))
+    torch.testing.assert_close(value, expected)
+    assert len({*noise.flatten().tolist()}) == noise.numel()  # every token has its own noise

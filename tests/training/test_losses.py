@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, kl
 
+from d3ds2.networks.structure_vae import StructureVAE, StructureVAEConfig
 from training.losses import (
     SDFLossConfig,
     StructureLossConfig,
@@ -13,6 +14,7 @@ from training.losses import (
     structure_loss,
     velocity_loss,
 )
+from training.train_structure_dit import DecodedLoss
 
 
 def test_sdf_loss_is_equation_3():
@@ -77,3 +79,20 @@ def test_velocity_loss_counts_tokens_equally():
     x_0, noise = torch.zeros(3, 2), torch.ones(3, 2)
     predicted = torch.tensor([[1.0, 1.0], [1.0, 1.0], [4.0, 1.0]])
     assert velocity_loss(predicted, x_0, noise).item() == pytest.approx(9 / 6)
+
+
+def test_decoded_loss_is_that_of_the_samples_at_noise_alone():
+    torch.manual_seed(0)
+    config = StructureVAEConfig(2, (8, 8), (8, 8), *[1] * 4)
+    vae, generator = StructureVAE(config).requires_grad_(False), torch.Generator().manual_seed(0)
+    x_0 = torch.randn(4, 2, 4, 4, 4, generator=generator)
+    predicted = torch.randn(x_0.shape, generator=generator).requires_grad_()
+    loss = DecodedLoss(vae, StructureLossConfig(dice=0.5))
+    counts = torch.tensor([True, False, True, False])
+    value = loss.of(predicted, x_0, counts)
+    value.backward()
+    assert (predicted.grad.flatten(1).abs().sum(1) > 0).tolist() == counts.tolist()
+    single = [loss.of(predicted[i : i + 1], x_0[i : i + 1], torch.tensor([True])) for i in range(4)]
+    torch.testing.assert_close(value, (single[0] + single[2]) / 4)
+    assert loss.of(x_0, x_0, counts) < value
+    assert loss.of(predicted, x_0, ~counts & counts) == 0

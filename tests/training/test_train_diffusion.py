@@ -28,7 +28,7 @@ from training.data.parts import Part
 from training.data.shape_batches import active_voxels
 from training.data.shape_files import latent_path, list_shapes, load_shape, read_arrays, shape_path
 from training.data.views import Views
-from training.losses import FlowLossConfig
+from training.losses import FlowLossConfig, StructureLossConfig
 from training.run import read_metrics
 from training.run_folder import checkpoints
 
@@ -358,29 +358,14 @@ def test_dit_learns_to_tell_surplus_blocks(chain, tmp_path):
     assert_equal_parameters(*resumed(train_dit.train, config, tmp_path))
 
 
-@pytest.mark.parametrize("surplus", [False, True])
-def test_loss_of_imperfect_structures_counts_every_token(surplus):
-    """A network that knows x_0 and the noise has no loss on any token, so what is added has the stated value."""
-    coords = torch.cartesian_prod(torch.arange(2), torch.arange(3, 7), torch.arange(3, 7), torch.arange(3, 5))
-    voxels = Voxels.sort(coords, 16, 2)[0]
-    x_0, seen = torch.zeros(len(voxels), 4), []
-
-    def model(x_t, t, voxels, tokens):
-        seen.append((x_t, t, voxels))
-        return torch.zeros_like(x_t)
-
-    class Tokens:
-        def where(self, keep):
-            return self
-
-    loss = FlowLossConfig(noise_alone=1.0)  # x_t is the noise
-    value = train_dit.flow_loss(
-        model, Tokens(), x_0, voxels, loss, torch.Generator().manual_seed(4), surplus_value=2.0 if surplus else None
-    )
-    noise, _, changed = seen[0]
-    true = {tuple(row) for row in voxels.coords.tolist()}
-    added = torch.tensor([tuple(row) not in true for row in changed.coords.tolist()])
-    assert added.any() == surplus
-    expected = (noise - 2.0 * added[:, None]).square().mean() * (len(changed) / len(voxels))
-    torch.testing.assert_close(value, expected)
-    assert len({*noise.flatten().tolist()}) == noise.numel()  # every token has its own noise
+def test_structure_dit_learns_what_its_prediction_decodes_to(chain, tmp_path):
+    loss = dataclasses.replace(chain.structure_dit.loss, noise_alone=0.6)
+    trained = []
+    for folder, occupancy in (("with", StructureLossConfig(dice=1.0)), ("without", None)):
+        (tmp_path / folder).mkdir()
+        copy_model(chain, tmp_path / folder, "structure_vae")
+        config = dataclasses.replace(chain.structure_dit, loss=loss, occupancy=occupancy)
+        trained += resumed(train_structure_dit.train, config, tmp_path / folder)
+    assert_equal_parameters(*trained[:2])
+    first = [next(model["structure_dit"].parameters()) for model in trained]
+    assert not torch.equal(first[0], first[2])
