@@ -39,7 +39,6 @@ from .offload import on_device
 from .rectified_flow import EULER, OnStep, Sampler, euler_sample, mean_velocity, noise_for
 from .stage import FINE_STAGES, STAGES, Stage, stages_of
 from .storage.model_folder import ModelFolderError, SamplingConfig, network_names
-from .structure_samples import mean_logits, seeds_of, tokens_of
 
 TINY = Path(__file__).parent / "weights" / "tiny"  # the shipped model
 GUIDED_BATCH_TOKENS = 32768  # tokens of a sample up to which both guidance branches run as one batch
@@ -218,13 +217,11 @@ class Pipeline:
         R, E = self.structure_dit.config.resolution, self.structure_dit.config.latent_channels
         guidance_scale = self.sampling.structure_guidance if guidance_scale is None else guidance_scale
         views = [image_tokens] if isinstance(image_tokens, ImageTokens) else image_tokens
-        number = self.sampling.structure_samples
-        noise = noise_for(seeds_of(seeds, number), [(1, E, R, R, R)] * (number * views[0].batch_size))
+        noise = noise_for(list(seeds), [(1, E, R, R, R)] * views[0].batch_size)
         times = sampler.schedule(steps or self.sampling.structure_steps, self.sampling.structure_shift)
         with on_device(self.structure_dit, self.device) as device:
-            views = [tokens_of(view.to(device), number) for view in views]
             options = {"half_times": self.sampling.half_times, "sampler": sampler}
-            velocity = mean_velocity(self.structure_dit, views, guidance_scale, **options)
+            velocity = mean_velocity(self.structure_dit, [v.to(device) for v in views], guidance_scale, **options)
             latents = euler_sample(velocity, noise.to(device), times, on_step, sampler.method)
         voxels = self.decode_structure(latents, self.sampling.structure_widening)
         if 0 in voxels.counts:
@@ -233,14 +230,11 @@ class Pipeline:
 
     @torch.no_grad()
     def decode_structure(self, latents: Tensor, widen: int = 0) -> Voxels:
-        """Decode n B latents (n B, E, R, R, R), in the order of `structure_samples`, to the voxels of B samples.
-
-        There may be none. For `widen` see `StructureVAE.occupied`.
-        """
+        """Decode latents (B, E, R, R, R) to the occupied voxels, maybe none; `widen`: see `StructureVAE.occupied`."""
         vae = self.structure_vae
         with on_device(vae, self.device) as device:
             logits = vae.decode(vae.denormalize_latents(latents.to(device)))
-            return vae.occupied(mean_logits(logits, self.sampling.structure_samples), widen=widen)
+            return vae.occupied(logits, self.sampling.structure_threshold, widen)
 
     @torch.no_grad()
     def sample_latents(
@@ -325,9 +319,16 @@ class Pipeline:
         with on_device(stage.refiner, self.device) as device:
             return refine_surface(stage.refiner, decoded, features, level, device, on_patch), level
 
-    def to_mesh(self, sdf: Tensor, voxels: Voxels, **options) -> list[Mesh]:
-        """`blocks_to_meshes` of an sdf (512 N, 1) and its voxels, as `decode_sdf` returns them; options as there."""
-        return self.blocks_to_meshes(SDFBlocks.of_voxels(sdf, voxels), **options)
+    def to_mesh(
+        self,
+        sdf: Tensor,
+        voxels: Voxels,
+        min_component: float = DECODED_OPTIONS["min_component"],
+        level: float | None = None,
+        keep_largest: bool = False,
+    ) -> list[Mesh]:
+        """`blocks_to_meshes` of an sdf (512 N, 1) and its voxels, as `decode_sdf` returns them."""
+        return self.blocks_to_meshes(SDFBlocks.of_voxels(sdf, voxels), min_component, level, keep_largest)
 
     def blocks_to_meshes(
         self,

@@ -71,10 +71,9 @@ class SparseStructureSample(io.ComfyNode):
         objects = group_views(object_pictures(image), views_of_one_object)
         steps = how.steps(steps or pipeline.sampling.structure_steps)
         guidance_scale = guidance_scale or pipeline.sampling.structure_guidance
-        passes = (1 if guidance_scale == 1 else 2) * pipeline.sampling.structure_samples
         needed = max(
             image_encoder_bytes(encoder.config, 1, dtype_of(encoder)),
-            structure_dit_bytes(dit.config, passes, dtype_of(dit))
+            structure_dit_bytes(dit.config, 1 if guidance_scale == 1 else 2, dtype_of(dit))
             + image_tokens_bytes(encoder.config, len(objects[0]), dtype_of(encoder)),
             structure_vae_bytes(vae.config, dit.config.resolution, dtype_of(vae)),
         )

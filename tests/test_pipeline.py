@@ -257,3 +257,14 @@ def test_structure_can_be_widened(pipeline):
     sampling = dataclasses.replace(pipeline.sampling, structure_widening=1)
     widened = dataclasses.replace(pipeline, sampling=sampling).sample_structure(tokens, [0])
     assert len(widened) > len(pipeline.sample_structure(tokens, [0]))
+
+
+def test_a_threshold_of_the_settings_replaces_that_of_the_network(pipeline):
+    latents = torch.randn(1, 4, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    counts = []
+    for threshold in (0.3, None, 0.7):
+        sampling = dataclasses.replace(pipeline.sampling, structure_threshold=threshold)
+        counts.append(len(dataclasses.replace(pipeline, sampling=sampling).decode_structure(latents)))
+    assert counts[0] > counts[1] > counts[2] and 0.3 < pipeline.structure_vae.config.threshold < 0.7
+    with pytest.raises(ValueError, match=r"structure_threshold in \(0, 1\), got 1"):
+        dataclasses.replace(SAMPLING, structure_threshold=1.0)

@@ -62,7 +62,7 @@ class SamplingConfig:
     """How to sample a model. The defaults are those of the released pipeline (certainty B) at 512³ and below.
 
     Attributes:
-        structure_samples: structures that are sampled of an image; their probabilities are averaged.
+        structure_threshold: probability from which a voxel is occupied; None: that of the structure VAE.
         structure_widening: layers of voxels that are added around the structure, for a latent DiT that leaves out what
             has no surface.
         level: value of the SDF at the surface, 0 if the network learned a signed distance.
@@ -74,7 +74,7 @@ class SamplingConfig:
     structure_steps: int = 50
     structure_shift: float = 6.0
     structure_guidance: float = 7.0
-    structure_samples: int = 1
+    structure_threshold: float | None = None
     structure_widening: int = 0
     latent_steps: int = 30
     latent_shift: float = 6.0
@@ -90,8 +90,8 @@ class SamplingConfig:
             raise ValueError(f"expected at least one step, got {self.structure_steps} and {self.latent_steps}")
         if min(self.structure_shift, self.latent_shift) <= 0:
             raise ValueError(f"expected positive shifts, got {self.structure_shift} and {self.latent_shift}")
-        if not 1 <= self.structure_samples <= 64:
-            raise ValueError(f"expected structure_samples from 1 to 64, got {self.structure_samples}")
+        if self.structure_threshold is not None and not 0 < self.structure_threshold < 1:
+            raise ValueError(f"expected a structure_threshold in (0, 1), got {self.structure_threshold}")
         if not 0 <= self.structure_widening <= 4:
             raise ValueError(f"expected structure_widening from 0 to 4, got {self.structure_widening}")
         if not -1 < self.level < 1:
