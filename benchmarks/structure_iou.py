@@ -3,6 +3,7 @@
     python -m benchmarks.structure_iou data/tiny d3ds2/weights/tiny --split val --every 4 --guidance 1 2
     python -m benchmarks.structure_iou data/tiny --split test --mean-split none --views 1 2 4 --rescale 0 0.7
     python -m benchmarks.structure_iou data/tiny --split test --mean-split none --intervals 0-1 0.5-1 --samplers heun
+    python -m benchmarks.structure_iou data/tiny --guidance 1 --steps 1 12 --thresholds 0.1 0.5
 
 Reads the files of prepare_shapes and render_views. Takes the first views of every n-th shape of the split. The mean
 structure averages the unturned shapes of another split, and is cut at the level that fits that split best.
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--views", type=int, nargs="+", default=[1], help="pictures of each shape")
     parser.add_argument("--intervals", nargs="+", default=["0-1"], help="times between which guidance acts")
     parser.add_argument("--rescale", type=float, nargs="+", default=[0.0], help="of guidance")
+    parser.add_argument("--thresholds", type=float, nargs="+", help="probabilities; default: the model's")
     parser.add_argument("--samplers", choices=SAMPLERS, nargs="+", default=["euler"])
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
@@ -93,6 +95,7 @@ def main() -> None:
     dit, config = pipeline.structure_dit, pipeline.structure_dit.config
     noise = noise_for(list(range(len(truth))), [(1, config.latent_channels, *(config.resolution,) * 3)] * len(truth))
     noise, passes, first = noise.to(arguments.device), [], None
+    own_threshold = sampling.structure_threshold or pipeline.structure_vae.config.threshold
     dit.register_forward_pre_hook(lambda _dit, inputs: passes.append(len(inputs[0])))
     options = (arguments.guidance, arguments.views, arguments.intervals, arguments.rescale, arguments.samplers)
     for scale, number, interval, rescale, method, steps in itertools.product(*options, arguments.steps):
@@ -105,18 +108,19 @@ def main() -> None:
         latents = euler_sample(velocity, noise, times, method=method)
         seconds = time.process_time() - begin
         logits = pipeline.structure_vae.decode(pipeline.structure_vae.denormalize_latents(latents))[:, 0]
-        made = (logits.sigmoid() >= pipeline.structure_vae.config.threshold).cpu().numpy()
-        scores = iou(made, truth)
-        first = scores if first is None else first
-        change = scores - first
-        half_width = 1.96 * change.std(ddof=1) / len(change) ** 0.5
-        print(
-            f"guidance {scale}, {number} views, interval {interval}, rescale {rescale}, {method} {steps} steps: "
-            f"IoU {scores.mean():.3f} ({change.mean():+.4f} ± {half_width:.4f}), median {np.median(scores):.3f}, "
-            f"{made.sum((1, 2, 3)).mean():.0f} voxels; "
-            f"{sum(passes) / len(truth):.0f} passes, {seconds:.1f} s of CPU time",
-            flush=True,
-        )
+        for threshold in arguments.thresholds or [own_threshold]:
+            made = (logits.sigmoid() >= threshold).cpu().numpy()
+            scores = iou(made, truth)
+            first = scores if first is None else first
+            change = scores - first
+            half_width = 1.96 * change.std(ddof=1) / len(change) ** 0.5
+            print(
+                f"guidance {scale}, {number} views, interval {interval}, rescale {rescale}, {method} {steps} steps, "
+                f"threshold {threshold}: IoU {scores.mean():.3f} ({change.mean():+.4f} ± {half_width:.4f}), "
+                f"median {np.median(scores):.3f}, {made.sum((1, 2, 3)).mean():.0f} voxels; "
+                f"{sum(passes) / len(truth):.0f} passes, {seconds:.1f} s of CPU time",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
