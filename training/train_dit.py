@@ -2,9 +2,9 @@
 
     python -m training.train_dit training/configs/tiny_dit.toml data_dir=data/mine
 
-Needs the pictures of render_views, the latents of encode_latents, and the image encoder in `model_dir`, which does not
-change. A stopped run resumes from the newest checkpoint in `run.out_dir`. With every checkpoint, the EMA weights are
-exported to `model_dir`.
+Needs the pictures of render_views, the latents of encode_latents, and the image encoder in `model_dir`; for
+`predicted_structures`, also the structure DiT and VAE there. None of these change. A stopped run resumes from the newest
+checkpoint in `run.out_dir`. With every checkpoint, the EMA weights are exported to `model_dir`.
 
 Marks such as [A] say how certain a value is: see docs/paper.md.
 """
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,14 @@ from d3ds2.rectified_flow import interpolate
 from d3ds2.storage.model_folder import SamplingConfig, load_settings, save_settings
 from training.data.datasets import MEMORY_GIB, LatentBatch, LatentViews
 from training.data.imperfect_pictures import make_imperfect as make_imperfect_pictures
-from training.data.imperfect_structures import make_imperfect
+from training.data.imperfect_structures import (
+    Draw,
+    drawer,
+    on_structures,
+    predicted_structures,
+    random_structures,
+    rows_of,
+)
 from training.data.latent_moments import check_latents
 from training.data.parts import WHOLE, Part, load_parts
 from training.data.shape_files import list_shapes
@@ -62,6 +69,7 @@ class TrainDiTConfig:
     memory_gib: float = MEMORY_GIB  # of each process
     imperfect_pictures: bool = False  # change pictures as those of train_structure_dit [D]
     imperfect_structures: bool = False  # add and remove blocks, see imperfect_structures.py [D]
+    predicted_structures: float = 0.0  # share of samples on the structure that `model_dir` predicts of the picture [D]
     gradient_checkpointing: bool = False  # compute blocks again in the backward pass, to hold less memory
     recompute_all: bool = False  # then attention and feed-forward too: 13 kB less a token and block, but slower
     run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/dit"))
@@ -74,8 +82,10 @@ class TrainDiTConfig:
     export_dir: str = ""  # where the network is written; "": to model_dir
 
     def __post_init__(self):
-        if self.imperfect_structures and not self.model.surplus_value:
-            raise ValueError("expected model.surplus_value above 0 beside imperfect_structures, got 0")
+        if (self.imperfect_structures or self.predicted_structures) and not self.model.surplus_value:
+            raise ValueError("expected model.surplus_value above 0 for structures with surplus blocks, got 0")
+        if not 0 <= self.predicted_structures <= 1:
+            raise ValueError(f"expected predicted_structures in [0, 1], got {self.predicted_structures}")
         if self.sampling is None:
             return
         own = self.sampling.fine if self.fine else self.sampling
@@ -109,6 +119,27 @@ def encode_images(encoder: ImageEncoder, images: Tensor, sparse_context: bool) -
     return image_tokens.select_foreground() if sparse_context else image_tokens
 
 
+class Structures(NamedTuple):
+    """Other structures for the latents of a batch, see `imperfect_structures`."""
+
+    surplus_value: float
+    imperfect: bool  # random ones
+    share: float  # of the samples that get a predicted one
+    predict: Callable[[Draw], Tensor] | None  # returns (B, G, G, G) bool
+
+    def change(self, x_0: Tensor, voxels: Voxels, draw: Draw) -> tuple[Tensor, Voxels, Tensor]:
+        """Return latents and noise, (M, C) each, for the tokens of other structures, and these."""
+        occupied = rows_of(voxels) >= 0
+        chosen = random_structures(occupied, draw) if self.imperfect else occupied
+        if self.predict is not None:
+            is_predicted = draw(torch.rand)[:, None, None, None] < self.share
+            chosen = torch.where(is_predicted, self.predict(draw), chosen)
+        other, rows = on_structures(voxels, chosen)
+        x_0 = torch.where((rows < 0)[:, None], self.surplus_value, x_0[rows.clamp(min=0)])
+        noise = draw(torch.randn, *[voxels.resolution] * 3, x_0.shape[1])[tuple(other.coords.long().t())]
+        return x_0, other, noise
+
+
 def flow_loss(
     model: LatentDiT,
     image_tokens: ImageTokens,
@@ -117,22 +148,19 @@ def flow_loss(
     loss: FlowLossConfig,
     generator: torch.Generator,
     part: Part = WHOLE,
-    surplus_value: float | None = None,
+    structures: Structures | None = None,
 ) -> Tensor:
     """Compute eq. 10-11 on packed latents x_0 (M, C); at random, some samples get no image.
 
-    With a `surplus_value`, the structures are changed as `imperfect_structures` says; the loss is then the mean over as
-    many tokens as the true structures have.
+    With other `structures`, the loss is the mean over as many tokens as the true ones have.
     """
     B, M = voxels.batch_size, len(voxels)
     keep = part.draw_samples(B, lambda B: keep_context(B, loss, generator)).to(x_0.device)
     t = part.draw_samples(B, lambda B: training_times(B, loss, generator)).to(x_0.device)
-    noise = draw_noise(x_0, generator, part.draw_tokens)
-    if surplus_value is not None:
-        voxels, rows, is_surplus = make_imperfect(voxels, generator, part.draw_samples)
-        other_noise = draw_noise(x_0, generator, part.draw_tokens)  # no two surplus tokens have the same row
-        x_0 = torch.where(is_surplus[:, None], surplus_value, x_0[rows])
-        noise = torch.where(is_surplus[:, None], other_noise[rows], noise[rows])
+    if structures is None:
+        noise = draw_noise(x_0, generator, part.draw_tokens)
+    else:
+        x_0, voxels, noise = structures.change(x_0, voxels, drawer(B, generator, part.draw_samples, x_0.device))
     x_t = interpolate(x_0, noise, t[voxels.batch_index, None])  # eq. 10
     mean = velocity_loss(model(x_t, t, voxels, image_tokens.where(keep)), x_0, noise)  # eq. 11
     return part.weigh("tokens", mean * (len(voxels) / M))
@@ -211,7 +239,9 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
         config.memory_gib,
     )
 
-    surplus_value = config.model.surplus_value if config.imperfect_structures else None
+    first_stage = None
+    if config.predicted_structures:
+        first_stage = [load_network(config.model_dir, name, device) for name in ("structure_dit", "structure_vae")]
 
     def losses(part: Part, generator: torch.Generator) -> dict[str, Any]:
         batch: LatentBatch = part.batch
@@ -221,8 +251,14 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
             images = batch.images.float() / 255
             if config.imperfect_pictures:
                 images = make_imperfect_pictures(images, generator, part.draw_samples)
-            image_tokens = encode_images(encoder, images, config.model.sparse_context)
-            loss = flow_loss(model, image_tokens, x_0, voxels, config.loss, generator, part, surplus_value)
+            image_tokens, structures = encode_images(encoder, images, False), None
+            if config.imperfect_structures or first_stage:
+                predict = partial(predicted_structures, *first_stage, image_tokens) if first_stage else None
+                share = config.predicted_structures
+                structures = Structures(config.model.surplus_value, config.imperfect_structures, share, predict)
+            if config.model.sparse_context:
+                image_tokens = image_tokens.select_foreground()
+            loss = flow_loss(model, image_tokens, x_0, voxels, config.loss, generator, part, structures)
         return {"loss": loss, "tokens": part.own(len(voxels))}
 
     batches = load_parts(dataset, state.step, run, ranks, ("tokens",), count_tokens)

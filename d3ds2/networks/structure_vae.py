@@ -21,6 +21,11 @@ from .sizes import check_sizes
 FACE_NEIGHBORS = (((3, 1, 1), (1, 0, 0)), ((1, 3, 1), (0, 1, 0)), ((1, 1, 3), (0, 0, 1)))  # kernels and their padding
 
 
+def widened(logits: Tensor) -> Tensor:
+    """Give each voxel (B, 1, S, S, S) the highest logit among itself and its neighbours across faces."""
+    return torch.stack([F.max_pool3d(logits, kernel, 1, padding) for kernel, padding in FACE_NEIGHBORS]).amax(0)
+
+
 @dataclass(frozen=True)
 class StructureVAEConfig:
     """Sizes of the structure VAE; the defaults are the released ones.
@@ -210,8 +215,7 @@ class StructureVAE(nn.Module):
         """
         threshold = self.config.threshold if threshold is None else threshold
         for _ in range(widen):
-            along = [F.max_pool3d(logits, kernel, 1, padding) for kernel, padding in FACE_NEIGHBORS]
-            logits = torch.stack(along).amax(0)
+            logits = widened(logits)
         coords = (logits[:, 0].sigmoid() >= threshold).nonzero()  # (N, 4): batch, x, y, z
         return Voxels.sort(coords, logits.shape[-1], len(logits))[0]
 

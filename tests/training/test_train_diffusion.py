@@ -350,9 +350,9 @@ def test_time_limit_saves_and_exports(chain, tmp_path):
 def test_dit_learns_to_tell_surplus_blocks(chain, tmp_path):
     model = dataclasses.replace(chain.dit.model, surplus_value=2.0)
     run = dataclasses.replace(chain.dit.run, steps=4)
-    imperfect = {"imperfect_structures": True, "imperfect_pictures": True}
+    imperfect = {"imperfect_structures": True, "imperfect_pictures": True, "predicted_structures": 0.5}
     config = dataclasses.replace(chain.dit, run=run, model=model, **imperfect)
-    copy_model(chain, tmp_path, "sdf_vae", "image_encoder")
+    copy_model(chain, tmp_path, "sdf_vae", "image_encoder", "structure_dit", "structure_vae")
     with pytest.raises(ValueError, match=r"expected model\.surplus_value above 0"):
         dataclasses.replace(config, model=chain.dit.model)
     assert_equal_parameters(*resumed(train_dit.train, config, tmp_path))
