@@ -3,8 +3,8 @@
     python -m training.train_dit training/configs/tiny_dit.toml data_dir=data/mine
 
 Needs the pictures of render_views, the latents of encode_latents, and the image encoder in `model_dir`; for
-`predicted_structures`, also the structure DiT and VAE there. None of these change. A stopped run resumes from the newest
-checkpoint in `run.out_dir`. With every checkpoint, the EMA weights are exported to `model_dir`.
+`predicted_structures`, also the structure DiT and VAE there. None of these change. A stopped run resumes from the
+newest checkpoint in `run.out_dir`. With every checkpoint, the EMA weights are exported to `model_dir`.
 
 Marks such as [A] say how certain a value is: see docs/paper.md.
 """
