@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import FunctionType
 
 from d3ds2.meshes.numba_kernel import _Files, kernel
 
@@ -55,6 +56,7 @@ def install(folder: Path) -> Path:
 def run(home: Path, *packages: Path, chosen: Path | str = "") -> str:
     """Run PROGRAM with `home` as the user's cache folder and `chosen` as NUMBA_CACHE_DIR; return what it printed."""
     environment = os.environ | {"XDG_CACHE_HOME": str(home), "NUMBA_CACHE_DIR": str(chosen)}
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"  # Python's own cache goes by time and size, which a test may keep
     command = [sys.executable, "-c", PROGRAM, *map(str, packages)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert not done.stderr
@@ -112,7 +114,8 @@ def test_a_home_that_cannot_be_written(tmp_path):
 
 
 def test_a_function_without_a_source_file_is_compiled_in_memory():
-    assert kernel(eval("lambda x: x + 1"))(2) == 3
+    code = (lambda x: x + 1).__code__.replace(co_filename="<string>")
+    assert kernel(FunctionType(code, {}, "increase"))(2) == 3
 
 
 def test_two_processes_that_save_at_once_never_mix_their_machine_code(tmp_path):

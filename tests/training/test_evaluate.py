@@ -131,7 +131,7 @@ def test_script_on_a_random_model(root, tmp_path):
     made = written["generation"]
     assert [s["name"] for s in made["scores"]] == ["box_again", "other"]
     for score in made["scores"]:
-        assert set(score["scores"]) == set(METHODS)
+        assert set(score["scores"]) == {*METHODS, TRUTH}
         assert all(0 <= score["scores"][m]["iou"] <= 1 and score["scores"][m]["chamfer"] >= 0 for m in METHODS)
         assert score["scores"][MODEL]["watertight"] == 1
     text = (tmp_path / "out" / "evaluation.md").read_text()

@@ -14,6 +14,7 @@ from d3ds2.storage.model_folder import SamplingConfig
 from training.config import load_config
 from training.encode_latents import EncodeLatentsConfig
 from training.help_text import help_text
+from training.losses import StructureLossConfig
 from training.prepare_shapes import PrepareShapesConfig
 from training.recipe import has_key
 from training.render_views import RenderViewsConfig
@@ -104,7 +105,12 @@ def test_help_needs_no_config_file(script):
 
 @pytest.mark.parametrize(
     "config",
-    [TrainVAEConfig(), TrainStructureDiTConfig(), TrainDiTConfig(sampling=SamplingConfig()), PrepareShapesConfig()],
+    [
+        TrainVAEConfig(),
+        TrainStructureDiTConfig(occupancy=StructureLossConfig()),
+        TrainDiTConfig(sampling=SamplingConfig()),
+        PrepareShapesConfig(),
+    ],
 )
 def test_every_key_of_the_help_is_one_of_the_config(config):
     keys = re.findall(r"^  ([a-z_.0-9]+) +=", help_text(type(config)), re.MULTILINE)
