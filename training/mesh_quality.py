@@ -19,6 +19,7 @@ from d3ds2.images.render import MeshRenderer
 from d3ds2.images.srgb import to_bytes
 from d3ds2.images.surface_colors import PLAIN, SurfaceColors
 from d3ds2.meshes.block import BLOCK
+from training.evaluation.metrics import connected_parts
 
 WELD = 1e-5  # vertices nearer than this are one
 THIN = 1 / 128  # as thick as two voxels of a grid of 256
@@ -114,9 +115,7 @@ def block_plates(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> Bl
         height = places[:, axis]
         is_near = np.abs(height - np.round(height / BLOCK) * BLOCK) < PLATE_DEPTH
         flat = faces[is_near[faces].all(1) & (np.ptp(height[faces], axis=1) < 2 * PLATE_DEPTH)]
-        sides = np.concatenate([flat[:, :2], flat[:, 1:]])
-        graph = coo_array((np.ones(len(sides)), sides.T), (len(places),) * 2)
-        _, region = connected_components(graph, directed=False)
+        region = connected_parts(len(places), flat)
         a, b, c = places[flat].transpose(1, 0, 2)
         areas.append(np.bincount(region[flat[:, 0]], np.linalg.norm(np.cross(b - a, c - a), axis=1) / 2))
     plates = np.concatenate(areas)

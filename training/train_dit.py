@@ -119,7 +119,7 @@ def encode_images(encoder: ImageEncoder, images: Tensor, sparse_context: bool) -
     return image_tokens.select_foreground() if sparse_context else image_tokens
 
 
-class Structures(NamedTuple):
+class ChangedStructures(NamedTuple):
     """Other structures for the latents of a batch, see `imperfect_structures`."""
 
     surplus_value: float
@@ -148,7 +148,7 @@ def flow_loss(
     loss: FlowLossConfig,
     generator: torch.Generator,
     part: Part = WHOLE,
-    structures: Structures | None = None,
+    structures: ChangedStructures | None = None,
 ) -> Tensor:
     """Compute eq. 10-11 on packed latents x_0 (M, C); at random, some samples get no image.
 
@@ -255,7 +255,7 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
             if config.imperfect_structures or first_stage:
                 predict = partial(predicted_structures, *first_stage, image_tokens) if first_stage else None
                 share = config.predicted_structures
-                structures = Structures(config.model.surplus_value, config.imperfect_structures, share, predict)
+                structures = ChangedStructures(config.model.surplus_value, config.imperfect_structures, share, predict)
             if config.model.sparse_context:
                 image_tokens = image_tokens.select_foreground()
             loss = flow_loss(model, image_tokens, x_0, voxels, config.loss, generator, part, structures)

@@ -16,7 +16,7 @@ from training.data.imperfect_structures import (
     rows_of,
 )
 from training.losses import FlowLossConfig, draw_all
-from training.train_dit import Structures, flow_loss
+from training.train_dit import ChangedStructures, flow_loss
 
 G = 16
 
@@ -135,8 +135,8 @@ def test_loss_on_other_structures_counts_every_token(kind):
     everywhere = torch.ones(2, G, G, G, dtype=torch.bool)
     structures = {
         "true": None,
-        "random": Structures(2.0, True, 0.0, None),
-        "predicted": Structures(2.0, True, 1.0, lambda draw: everywhere),
+        "random": ChangedStructures(2.0, True, 0.0, None),
+        "predicted": ChangedStructures(2.0, True, 1.0, lambda draw: everywhere),
     }[kind]
     generator = torch.Generator().manual_seed(4)
     value = flow_loss(knowing_noise(seen), Tokens(), x_0, voxels, loss, generator, structures=structures)
