@@ -46,6 +46,7 @@ class PrepareShapesConfig:
     sharp_angle: float = 30.0  # degrees between the faces of a sharp edge [D]
     source: str = ""  # corpus, folder, objaverse, objaverse-xl or shapenet; "": seen from the files in `meshes`
     names: str = ""  # file with the names of the meshes to take, one on each line; "": all
+    deformed: int = 0  # 1, 2, ...: take deformed copies of the training meshes, another series for each number [D]
     engine: str = "processes"  # of this machine; or "ray": a running Ray cluster (docs/cluster.md)
     workers: int = 0  # processes of this machine; 0: one per core
     limit: int = 0  # only the first meshes; 0: all
@@ -139,7 +140,7 @@ def main(config: PrepareShapesConfig) -> list[dict]:
         MachineError: the disk is full or cannot be written. Finished files and all records stay.
     """
     data_dir, shard = Path(open_data(config.data_dir)), Shard.parse(config.shard)
-    listed, entries = choose_meshes(config)
+    listed, entries = choose_meshes(config, deformed=config.deformed)
     for R in config.resolutions:
         folder = shape_path(data_dir, R, "").parent
         folder.mkdir(parents=True, exist_ok=True)
@@ -149,7 +150,8 @@ def main(config: PrepareShapesConfig) -> list[dict]:
     records, failed, bad, num_outdated, num_unknown = [], [], set(), 0, 0
 
     def is_gone(record: dict) -> bool:
-        is_ours = record.get("meshes", folder) == folder
+        series = config.deformed if record["split"] == "train" else 0
+        is_ours = record.get("meshes", folder) == folder and record.get("deformed", 0) == series
         return is_ours and (record["name"] in bad or ("meshes" in record and record["name"] not in names))
 
     def write_index(at_the_end: bool) -> None:
@@ -159,7 +161,9 @@ def main(config: PrepareShapesConfig) -> list[dict]:
     try:
         written = time.monotonic()
         for entry, made in finished(prepare_all(entries, config), len(entries), log, failed):
-            record = {"name": entry.name, "source": entry.source, "split": entry.split}
+            record: dict[str, Any] = {"name": entry.name, "source": entry.source, "split": entry.split}
+            if entry.deformed:
+                record["deformed"] = config.deformed
             records.append(record | {"num_tokens": made.num_tokens, "checksums": made.checksums, "meshes": folder})
             num_outdated, num_unknown = num_outdated + made.num_outdated, num_unknown + made.num_unknown
             if time.monotonic() - written > SECONDS_BETWEEN_INDEXES:

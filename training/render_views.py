@@ -73,6 +73,7 @@ class RenderViewsConfig:
     seed: int = 0
     source: str = ""  # corpus, folder, objaverse, objaverse-xl or shapenet; "": seen from the files in `meshes`
     names: str = ""  # file with the names of the meshes to take, one on each line; "": all
+    deformed: int = 0  # as in prepare_shapes
     engine: str = "processes"  # of this machine; or "ray": a running Ray cluster (docs/cluster.md)
     workers: int = 0  # processes of this machine; 0: one per core
     limit: int = 0  # only the first meshes; 0: all
@@ -98,7 +99,8 @@ class RenderViewsConfig:
     @property
     def settings(self) -> dict:
         """The settings that the pictures depend on, as in cameras.json."""
-        elsewhere = ("meshes", "source", "names", "data_dir", "splits", "engine", "workers", "limit", "shard", "verify")
+        chosen = ("meshes", "source", "names", "splits", "deformed", "limit", "shard")  # which meshes, not how
+        elsewhere = (*chosen, "data_dir", "engine", "workers", "verify")
         return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(self).items() if k not in elsewhere}))
 
 
@@ -251,7 +253,7 @@ def main(config: RenderViewsConfig) -> list[dict]:
         MachineError: the disk is full or cannot be written. Finished pictures stay.
     """
     data_dir, shard = Path(open_data(config.data_dir)), Shard.parse(config.shard)
-    _, entries = choose_meshes(config, config.splits)
+    _, entries = choose_meshes(config, config.splits, deformed=config.deformed)
     views = data_dir / "views"
     views.mkdir(parents=True, exist_ok=True)
     names = {entry.name for entry in entries}

@@ -21,6 +21,7 @@ class MeshEntry:
     nonmanifold_edges: int | None = None
     components: int | None = None
     turned: bool = False  # its front looks toward -Z; `read_mesh` turns it
+    deformed: bool = False  # `read_mesh` deforms it, see deformed_meshes.py
     about: dict[str, str] = field(default_factory=dict, hash=False)  # title, licence, author, ...: what is known
 
 

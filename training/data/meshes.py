@@ -26,6 +26,7 @@ from d3ds2.images.surface_colors import SurfaceColors
 from d3ds2.meshes.mesh_parts import read_parts
 from d3ds2.meshes.triangles import used_vertices
 from d3ds2.storage.one_line import one_line
+from training.data.deformed_meshes import deform, name_of_copy
 from training.data.mesh_collections import (
     OBJAVERSE,
     OBJAVERSE_XL,
@@ -90,17 +91,24 @@ def check_source(source: str) -> None:
 
 
 def choose_meshes(
-    config: Any, splits: tuple[str, ...] = SPLITS, about: bool = False
+    config: Any, splits: tuple[str, ...] = SPLITS, about: bool = False, deformed: int = 0
 ) -> tuple[list[MeshEntry], list[MeshEntry]]:
     """List the meshes of a config with the keys meshes, source, names, limit and shard.
+
+    Args:
+        about: read what is known of each mesh, which takes longer.
+        deformed: take the copies of this series in place of the training meshes, see deformed_meshes.py; 0: no copies.
 
     Returns:
         All meshes of the folder, and those of the splits that this task works on.
 
     Raises:
         OSError: the folder or the list of names cannot be read.
-        ValueError: as `list_meshes`; or no mesh has one of the names and belongs to one of the splits.
+        ValueError: as `list_meshes`; no mesh has one of the names and belongs to one of the splits; or the series is
+            negative.
     """
+    if deformed < 0:
+        raise ValueError(f"expected deformed as 0 or the number of a series, got {deformed}")
     listed = list_meshes(config.meshes, config.source, about)
     chosen = [entry for entry in listed if entry.split in splits]
     if config.names:
@@ -110,7 +118,16 @@ def choose_meshes(
         named = f" with names of {config.names}" if config.names else ""
         raise ValueError(f"expected meshes of the splits {splits}{named} in {config.meshes}, got none")
     shard = Shard.parse(config.shard)
+    if deformed:
+        listed, chosen = ([_copy(entry, deformed) for entry in entries] for entries in (listed, chosen))
     return listed, [entry for entry in chosen[: config.limit or None] if shard.has(entry.name)]
+
+
+def _copy(entry: MeshEntry, series: int) -> MeshEntry:
+    """Return the deformed copy of a training mesh; other meshes stay."""
+    if entry.split != "train":
+        return entry
+    return dataclasses.replace(entry, name=name_of_copy(entry.name, series), deformed=True)
 
 
 def _with_own_names(entries: list[MeshEntry]) -> list[MeshEntry]:
@@ -209,7 +226,10 @@ def _read(entry: MeshEntry, colors_of: Callable) -> tuple:
         raise ValueError(f"expected face indices in [0, {len(vertices)}) in {path}, got {faces.min()}..{faces.max()}")
     if entry.turned:
         vertices = vertices * np.array([-1, 1, -1], np.float32)
-    return *used_vertices(vertices, faces), None if entry.has_color is False else colors
+    vertices, faces = used_vertices(vertices, faces)
+    if entry.deformed:
+        vertices = deform(vertices, entry.name)
+    return vertices, faces, None if entry.has_color is False else colors
 
 
 def _check_npz(path: Path) -> None:
