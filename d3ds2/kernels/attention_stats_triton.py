@@ -11,7 +11,7 @@ from torch import Tensor
 BLOCK = 64  # rows (token, query head) of a program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS"])
 def _stats_kernel(out, dout, lse, stats, ROWS, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr):
     """One program: lse and the sum of out * dout of BLOCK rows, side by side."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

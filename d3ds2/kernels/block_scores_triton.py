@@ -77,7 +77,7 @@ def _count(row, low, blocks, RANKED: tl.constexpr, LANES: tl.constexpr):
     return count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _select_kernel(
     q, keys, lse, block_key_offsets, block_order, tile_offsets, tile_samples, query_offsets, sample_blocks,
     block_indices, scratch, scale_log2, B, STRIDE, K, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,

@@ -21,7 +21,7 @@ from .segment_sum_triton import segment_sum_triton
 MAX_BLOCK_N, MAX_BLOCK_C = 64, 64  # rows and channels at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "N"])
 def _pool_kernel(
     x, statistics, weight, bias, coords, offsets, ids, pooled, skip, B, N,
     C: tl.constexpr, G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -62,7 +62,7 @@ def _pool_kernel(
         tl.store(skip + to, tl.sum(sum_x, 0) / count, mask=is_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M"])
 def _pool_gradient_kernel(
     x, parent, offsets, dpooled, dx, N, M,
     C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,

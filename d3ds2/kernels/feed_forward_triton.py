@@ -12,7 +12,7 @@ from torch import Tensor
 ROWS, BLOCK_N, BLOCK_F, WARPS = 128, 16, 256, 4  # rows of a program; rows and channels at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _gelu_backward_kernel(
     u, dhidden, hidden, du, partial, N, F: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,

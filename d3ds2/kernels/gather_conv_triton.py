@@ -27,7 +27,7 @@ STAGES, DEEP_STAGES = 3, 5  # stages of the pipeline; with few rows at a time, p
 BLOCK_S, SUMMED = 8, 512  # slices, and numbers of each, summed at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M"])
 def _conv_kernel(
     x, neighbors, weight, bias, added, out, N, M,
     K: tl.constexpr, CIN: tl.constexpr, COUT: tl.constexpr, CB: tl.constexpr,
@@ -66,7 +66,7 @@ def _conv_kernel(
     tl.store(out + to, acc.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _dweight_kernel(
     x, neighbors, dout, partial, N, SLICE,
     K: tl.constexpr, CIN: tl.constexpr, COUT: tl.constexpr,
@@ -107,7 +107,7 @@ def _dweight_kernel(
         tl.store(partial + K * CIN * COUT + offs_o, tl.sum(total, 0), mask=is_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _sum_slices_kernel(partial, out, S, SIZE, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
     """One program: BLOCK numbers of out (SIZE,), the sum of partial (S, SIZE)."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -118,12 +118,13 @@ def _sum_slices_kernel(partial, out, S, SIZE, BLOCK_S: tl.constexpr, BLOCK: tl.c
     tl.store(out + offs, tl.sum(acc, 0).to(out.dtype.element_ty), mask=offs < SIZE)
 
 
-@triton.jit
-def _take_rows_kernel(x, order, out, SIZE, C: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: BLOCK elements of the rows x[order], SIZE in all."""
+@triton.jit(do_not_specialize=["M"])
+def _take_rows_kernel(x, order, out, M, C: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: BLOCK elements of the M rows x[order]."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    valid = offs < SIZE
-    row = tl.load(order + offs // C, mask=valid, other=0)
+    place = offs // C
+    valid = place < M  # so the compiler knows that C neighbours agree: it loads and stores them together
+    row = tl.load(order + place, mask=valid, other=0)
     tl.store(out + offs, tl.load(x + row * C + offs % C, mask=valid), mask=valid)
 
 
@@ -220,6 +221,6 @@ def take_rows_triton(x: Tensor, order: Tensor) -> Tensor:
     if out.numel():
         BLOCK = 1024
         _take_rows_kernel[(triton.cdiv(out.numel(), BLOCK),)](
-            x.contiguous(), order, out, out.numel(), C=x.shape[1], BLOCK=BLOCK
+            x.contiguous(), order, out, len(order), C=x.shape[1], BLOCK=BLOCK
         )
     return out

@@ -60,7 +60,7 @@ def silu_gradient(z):
     return s * (1 + z * (1 - s))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "N"])
 def _statistics_kernel(
     x, keys, values, position, place, offsets, tile_offsets, tile_samples, partial, B, N, SIZE,
     C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, JOIN: tl.constexpr,
@@ -140,7 +140,7 @@ def _merge_statistics_kernel(
     tl.store(to + T * B * G, 1 / tl.sqrt(deviations / numbers + eps), mask=offs_g < G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "N"])
 def _normalize_kernel(
     x, statistics, weight, bias, out, offsets, tile_offsets, tile_samples, B, N, SIZE,
     C: tl.constexpr, G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, SILU: tl.constexpr,
@@ -165,7 +165,7 @@ def _normalize_kernel(
         tl.store(out + at, b_y.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "N", "M"])
 def _gradient_kernel(
     x, statistics, weight, bias, dy, parent, cells, skip, group_means, partial, dx,
     offsets, tile_offsets, tile_samples, B, N, M, SIZE,
@@ -224,7 +224,7 @@ def _gradient_kernel(
         tl.store(partial + to + C, sum_dy_normed, mask=is_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _merge_sums_kernel(
     partial, offsets, tile_offsets, weight, group_means, dweight, dbias, B,
     C: tl.constexpr, G: tl.constexpr, J: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,

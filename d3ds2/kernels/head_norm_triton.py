@@ -16,7 +16,7 @@ TOKENS, BACKWARD_TOKENS, BLOCK_T = 64, 512, 32  # of a program, forward and back
 SMALLEST = tl.constexpr(1e-12)  # length by which shorter vectors are divided, as in torch's `normalize`
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _head_norm_kernel(
     x, gamma, out, T, STRIDE, H, D: tl.constexpr, DP: tl.constexpr, TOKENS: tl.constexpr, BLOCK_T: tl.constexpr,
     ROOT: tl.constexpr,
@@ -32,7 +32,7 @@ def _head_norm_kernel(
         tl.store(out + (token[:, None] * H + h) * D + offs_d, b_x / length[:, None] * b_gamma, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _head_norm_backward_kernel(
     x, gamma, dout, dx, partial, T, STRIDE, H, D: tl.constexpr, DP: tl.constexpr, TOKENS: tl.constexpr,
     BLOCK_T: tl.constexpr, ROOT: tl.constexpr,

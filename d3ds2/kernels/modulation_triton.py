@@ -64,7 +64,7 @@ def _normed(b_h, is_c, C: tl.constexpr, EPS: tl.constexpr):
     return centred * rstd, rstd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "B"])
 def _norm_kernel(
     h, gate, x, shift, scale, total, out, offsets, tile_offsets, tile_samples, N, B,
     GATE_STRIDE, SHIFT_STRIDE, SCALE_STRIDE,
@@ -94,7 +94,7 @@ def _norm_kernel(
         tl.store(out + at, normed * b_factor + b_shift, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "B"])
 def _norm_backward_kernel(
     h, gate, x, scale, dtotal, dout, dh, dx, partial, offsets, tile_offsets, tile_samples, N, B,
     GATE_STRIDE, SCALE_STRIDE,
@@ -141,7 +141,7 @@ def _norm_backward_kernel(
         tl.store(to + 2 * C, b_dgate, mask=offs_c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "B"])
 def _gate_kernel(
     h, gate, x, out, offsets, tile_offsets, tile_samples, N, B, STRIDE,
     C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr,
@@ -159,7 +159,7 @@ def _gate_kernel(
         tl.store(out + at, b_h + b_gate * b_x, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "B"])
 def _gate_backward_kernel(
     gate, x, dout, dx, partial, offsets, tile_offsets, tile_samples, N, B, STRIDE,
     C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr,

@@ -19,7 +19,7 @@ from .ragged_attention_triton import LOG2_E, _dot, _load_stats, kernel_arguments
 CHUNK_PAIRS = 512  # that a program takes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "M", "LONGEST"])
 def _dkdv_chunk_kernel(
     q, k, v, chunk_offsets, chunk_segments, slots, query_offsets, query_ids, key_offsets, stats, dout, dk, dv,
     partial_dk, partial_dv, scale, scale_log2, S, M, LONGEST, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
@@ -70,7 +70,7 @@ def _dkdv_chunk_kernel(
                 tl.store(partial_dv + to, b_dv, mask=is_key[:, None] & is_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "LONGEST"])
 def _add_chunks_kernel(
     partial_dk, partial_dv, chunk_offsets, slots, tile_offsets, tile_segments, key_offsets, dk, dv, M, LONGEST,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -33,7 +33,7 @@ MAX_LISTS = 256  # the counting sort takes fewer
 MAX_PAIRS = 1 << 18  # that the counting sort takes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # the compiler must see that 16 divides PAIRS: it then loads four at once
 def _list_kernel(block_indices, lists, PAIRS, Hk, K, M, BLOCK: tl.constexpr):
     """One program: the lists of BLOCK pairs."""
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -41,7 +41,7 @@ def _list_kernel(block_indices, lists, PAIRS, Hk, K, M, BLOCK: tl.constexpr):
     tl.store(lists + pair, tl.where(block < 0, Hk * M, pair // K % Hk * M + block), mask=pair < PAIRS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PAIRS", "M", "TILES"])
 def _count_kernel(block_indices, lists, counts, PAIRS, Hk, K, M, TILES, BLOCK: tl.constexpr, COMPARED: tl.constexpr):
     """One program: the lists of the BLOCK pairs of a tile, and how many of these pairs each list has.
 
@@ -60,14 +60,14 @@ def _count_kernel(block_indices, lists, counts, PAIRS, Hk, K, M, TILES, BLOCK: t
         tl.store(counts + some * TILES + tile, count.to(tl.int32), mask=some <= Hk * M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PAIRS", "LISTS", "TILES"])
 def _place_kernel(
     lists, counts, ends, pair_offsets, pair_ids, PAIRS, LISTS, TILES,
     BLOCK: tl.constexpr, COMPARED: tl.constexpr, LP: tl.constexpr,
 ):  # fmt: skip
     """One program: puts the pairs of a tile behind those of earlier tiles in the same list.
 
-    LISTS is their number without the last; LP is LISTS + 1 rounded up to a power of 2.
+    LISTS is their number without the last; LP is a power of 2 above it.
     """
     tile = tl.program_id(0)
     if tile == 0:
@@ -120,6 +120,6 @@ def count_pairs(block_indices: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]
     ends = counts.cumsum(0, dtype=torch.int32)
     _place_kernel[(num_tiles,)](
         lists, counts, ends, pair_offsets, pair_ids, pairs, num_lists, num_tiles,
-        **sizes, LP=triton.next_power_of_2(num_lists + 1),
+        **sizes, LP=MAX_LISTS,
     )  # fmt: skip
     return pair_offsets, pair_ids

@@ -123,7 +123,7 @@ def _dq_step(
     return acc + _dot(b_ds.to(b_k.dtype), b_k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "M"])
 def _forward_kernel(
     q, k, v, tile_offsets, tile_segments, query_offsets, query_ids, key_offsets, key_ids, key_norms, out, lse,
     scale_log2, S, M, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
@@ -185,7 +185,7 @@ def _forward_kernel(
         tl.store(lse + to, tl.where(has_keys, m + tl.log2(denom), float("-inf")), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Tk"])
 def _key_norm_kernel(k, norm_bits, Tk, H, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr):
     """One program: the length of the longest of BLOCK keys of one head.
 
@@ -198,7 +198,7 @@ def _key_norm_kernel(k, norm_bits, Tk, H, D: tl.constexpr, DP: tl.constexpr, BLO
     tl.atomic_max(norm_bits + h, norm.to(tl.int32, bitcast=True))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "M"])
 def _dq_kernel(
     q, k, v, tile_offsets, tile_segments, query_offsets, query_ids, key_offsets, key_ids, stats, dout, dq,
     scale, scale_log2, S, M, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
@@ -240,16 +240,16 @@ def _dq_kernel(
         tl.store(dq + (out_rows * G + g)[:, None] * D + offs_d, acc * scale, mask=valid[:, None] & is_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _dkdv_kernel(
     q, k, v, tile_offsets, tile_segments, query_offsets, query_ids, key_offsets, key_ids, stats, dout, dk, dv,
     scale, scale_log2, M, SIZE, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
-    GP: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-    HAS_QUERY_IDS: tl.constexpr, HAS_KEY_IDS: tl.constexpr,
+    GP: tl.constexpr, DP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_QUERY_IDS: tl.constexpr, HAS_KEY_IDS: tl.constexpr, HAS_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One program: dk and dv of BLOCK_K keys of one segment and head, over one of SPLITS parts of its query rows.
+    """One program: dk and dv of BLOCK_K keys of one segment and head, over its query rows.
 
-    dk and dv hold SPLITS partial sums, SIZE numbers apart.
+    With HAS_PARTS, it takes one part of the rows; dk and dv hold the partial sums of all parts, SIZE numbers apart.
     """
     tile, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     key_segment = tl.load(tile_segments + tile)
@@ -268,9 +268,10 @@ def _dkdv_kernel(
         b_dv = tl.zeros([BLOCK_K, DP], dtype=tl.float32)
 
         first, last = tl.load(query_offsets + segment), tl.load(query_offsets + segment + 1)
-        part = tl.cdiv(tl.cdiv(last - first, SPLITS), BLOCK_Q) * BLOCK_Q
-        first = first + split * part
-        last = tl.minimum(last, first + part)
+        if HAS_PARTS:
+            part = tl.cdiv(tl.cdiv(last - first, tl.num_programs(2)), BLOCK_Q) * BLOCK_Q
+            first = first + split * part
+            last = tl.minimum(last, first + part)
         for i in range(first, last, BLOCK_Q):
             offs_i, g = i + offs // GP, offs % GP
             valid = offs_i < last
@@ -388,6 +389,6 @@ def ragged_attention_dkdv(
     if len(tiles[1]):
         _dkdv_kernel[len(tiles[1]), sizes["H"], tile.splits](
             q, k, v, *tiles, *lists, stats, dout, dk, dv, scale, scale * LOG2_E,
-            len(segments.keys), k.numel(), **sizes, SPLITS=tile.splits,
+            len(segments.keys), k.numel(), **sizes, HAS_PARTS=tile.splits > 1,
         )  # fmt: skip
     return (dk[0], dv[0]) if tile.splits == 1 else (dk.sum(0), dv.sum(0))

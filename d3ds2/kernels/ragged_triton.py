@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_SEGMENTS, TILES = 1024, 128  # segments, and tiles of a segment, at a time
+SEGMENTS, TILES = 1024, 128  # segments, and tiles of a segment, at a time
 
 
-@triton.jit
-def _tile_offsets_kernel(offsets, tile_offsets, S, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["S", "SIZE"])
+def _tile_offsets_kernel(offsets, tile_offsets, S, SIZE, BLOCK: tl.constexpr):
     """One program for all segments: the number of tiles before each."""
     tl.store(tile_offsets, 0)
     before = 0
@@ -25,7 +25,7 @@ def _tile_offsets_kernel(offsets, tile_offsets, S, SIZE: tl.constexpr, BLOCK: tl
         before += tl.sum(tiles, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "CAPACITY"])
 def _tile_segments_kernel(tile_offsets, tile_segments, S, CAPACITY, BLOCK: tl.constexpr):
     """One program: the tiles of one segment; those beyond the last belong to segment S."""
     segment = tl.program_id(0)
@@ -39,7 +39,6 @@ def cut_triton(offsets: Tensor, size: int, capacity: int) -> tuple[Tensor, Tenso
     """`cut_reference`: first tile of each segment (S + 1,) and segment of each tile (capacity,), both int32."""
     S = offsets.numel() - 1
     tile_offsets, tile_segments = offsets.new_empty(S + 1), offsets.new_empty(capacity)
-    block = min(MAX_SEGMENTS, triton.next_power_of_2(S + 1))
-    _tile_offsets_kernel[(1,)](offsets, tile_offsets, S, SIZE=size, BLOCK=block)
+    _tile_offsets_kernel[(1,)](offsets, tile_offsets, S, size, BLOCK=SEGMENTS)
     _tile_segments_kernel[(S + 1,)](tile_offsets, tile_segments, S, capacity, BLOCK=TILES)
     return tile_offsets, tile_segments

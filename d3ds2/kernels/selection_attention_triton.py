@@ -35,7 +35,7 @@ PARTIAL_BYTES = 1 << 29  # partial results held at once
 INFERENCE_PARTIAL_BYTES = 1 << 28  # fewer, so that they fit on a small card beside weights and latents
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS"])
 def _merge_kernel(
     partial, partial_lse, block_indices, out, lse, compression, window, gates, gated_out, ROWS, K, HG,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, KEEP: tl.constexpr,
@@ -77,7 +77,7 @@ def _merge_kernel(
         tl.store(gated_out + here, acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS"])
 def _sum_kernel(
     partial, block_indices, first, second, out, ROWS, K, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BLOCK: tl.constexpr, HAS_OTHERS: tl.constexpr,

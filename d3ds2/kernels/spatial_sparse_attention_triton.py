@@ -42,7 +42,7 @@ def _gated(lse, gate, valid):
     return tl.where((b_lse == float("-inf")) | (b_gate <= 0), float("inf"), b_lse - tl.log2(b_gate))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SIZE", "ROWS"])
 def _delta_kernel(
     dout, compression, selection, window, gates, compression_lse, selection_lse, window_lse,
     stats, SIZE, ROWS, HG,

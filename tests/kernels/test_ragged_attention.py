@@ -130,7 +130,7 @@ def test_key_norms(count):
 def test_segments_are_cut_into_tiles(lengths, size, monkeypatch):
     from d3ds2.kernels import ragged_triton
 
-    monkeypatch.setattr(ragged_triton, "MAX_SEGMENTS", 32)
+    monkeypatch.setattr(ragged_triton, "SEGMENTS", 32)
     monkeypatch.setattr(ragged_triton, "TILES", 32)
     offsets = torch.tensor([0, *lengths], dtype=torch.int32, device=DEVICE).cumsum(0).int()
     capacity = sum(lengths) // size + len(lengths) + 3

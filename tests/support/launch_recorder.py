@@ -68,10 +68,15 @@ class Recorder:
     """The different launches so far: one for each set of types, constants and options.
 
     Of launches that differ in numbers alone, that with most sizes divisible by 16 is kept: its loads are the widest.
+
+    Args:
+        variants: the first launch of each variant that Triton would compile, in the order of the launches. Triton looks
+            at integers too, unless a kernel says `do_not_specialize`: whether one is 1, and whether 16 divides it.
     """
 
     def __init__(self):
         self.context = ""
+        self.variants: dict[tuple, Launch] = {}
         self._best: dict[tuple, tuple[int, Launch]] = {}
 
     @property
@@ -89,6 +94,9 @@ class Recorder:
         widths = tuple((name, x[1] >= 2**31) for name, x in described.items() if x[0] == "int")
         rest = tuple((name, *x) for name, x in described.items() if x[0] not in ("int", "float"))
         key = kernel.fn.__module__, kernel.__name__, rest, widths, tuple(sorted(options.items()))
+        looked_at = tuple((name, x == 1, x % 16 == 0) for name, (_, x) in numbers.items())
+        launch = Launch(kernel.fn.__module__, kernel.__name__, described, options, [self.context])
+        self.variants.setdefault((*key, looked_at), launch)
         score = sum(x % 16 == 0 for _, x in numbers.values()) - 10 * sum(x == 1 for _, x in numbers.values())
         found = self._best.get(key)
         contexts = found[1].contexts if found else []

@@ -90,7 +90,7 @@ def _all(card: Abilities) -> Iterable[tuple[str, Callable[[], None]]]:
             yield f"sdf_vae {name} training {precision}", partial(_train_sdf_vae, config, precision)
 
 
-def _shells(radii: list[float], resolution: int, half: float = 0.9) -> Voxels:
+def shells(radii: list[float], resolution: int, half: float = 0.9) -> Voxels:
     """One sample for each radius: the voxels near that sphere; none for a radius of 0."""
     axis = torch.arange(resolution) + 0.5 - resolution / 2
     distance = sum(x**2 for x in torch.meshgrid(axis, axis, axis, indexing="ij")).sqrt()
@@ -99,7 +99,7 @@ def _shells(radii: list[float], resolution: int, half: float = 0.9) -> Voxels:
     return Voxels.sort(torch.cat(rows).int(), resolution, len(radii))[0]
 
 
-def _image_tokens(samples: int, size: int, dtype: torch.dtype, each: int = 300) -> ImageTokens:
+def image_tokens(samples: int, size: int, dtype: torch.dtype, each: int = 300) -> ImageTokens:
     rows = torch.arange(samples * each)
     coords = torch.stack([rows // each, rows % 37, rows // 37 % 37, rows * 0], 1).int()
     return ImageTokens(
@@ -110,11 +110,11 @@ def _image_tokens(samples: int, size: int, dtype: torch.dtype, each: int = 300) 
 @torch.no_grad()
 def _run_latent_dit(name: str, config: LatentDiTConfig, dtype: torch.dtype) -> None:
     model = LatentDiT(config).to(dtype).eval()
-    shells = {"small": [(32, 4.0)], "tiny": [(32, 10.0), (32, 4.0)]}
-    for resolution, radius in shells.get(name, [(64, 4.0), (64, 13.0)]):
+    sizes = {"small": [(32, 4.0)], "tiny": [(32, 10.0), (32, 4.0)]}
+    for resolution, radius in sizes.get(name, [(64, 4.0), (64, 13.0)]):
         for samples in (1, 2) if dtype == torch.float16 else (1,):
-            voxels = _shells([radius] * samples, resolution)
-            tokens = _image_tokens(samples, config.context_size, dtype)
+            voxels = shells([radius] * samples, resolution)
+            tokens = image_tokens(samples, config.context_size, dtype)
             model(torch.zeros(len(voxels), config.latent_channels), torch.zeros(samples), voxels, tokens)
 
 
@@ -122,17 +122,17 @@ def _run_latent_dit(name: str, config: LatentDiTConfig, dtype: torch.dtype) -> N
 def _run_structure_dit(config: StructureDiTConfig, dtype: torch.dtype) -> None:
     model, R = StructureDiT(config).to(dtype).eval(), config.resolution
     x = torch.zeros(2, config.latent_channels, R, R, R)
-    model(x, torch.zeros(2), _image_tokens(2, config.context_size, dtype))
+    model(x, torch.zeros(2), image_tokens(2, config.context_size, dtype))
 
 
 def _decode(config: SDFVAEConfig, dtype: torch.dtype) -> None:
-    voxels = _shells([3.0], 32)
+    voxels = shells([3.0], 32)
     decode_in_chunks(SDFVAE(config).to(dtype).eval(), torch.zeros(len(voxels), config.latent_channels), voxels, 2 << 30)
 
 
 @torch.no_grad()
 def _encode(config: SDFVAEConfig, dtype: torch.dtype) -> None:
-    voxels = _shells([10.0], 32, 2.5)
+    voxels = shells([10.0], 32, 2.5)
     SDFVAE(config).to(dtype).eval().encode(torch.zeros(len(voxels), 1), voxels)
 
 
@@ -174,7 +174,7 @@ def _convolve(card: Abilities, w: tuple[int, ...], dtype: torch.dtype, training:
         group_norm_triton.group_norm_apply(x, samples, statistics, weight, weight, True, x)
 
 
-def _training(precision: str) -> torch.autocast:
+def training_precision(precision: str) -> torch.autocast:
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -183,23 +183,23 @@ def _train_latent_dit(
 ) -> None:
     model = LatentDiT(config).train()
     for resolution, radii in structures:
-        voxels, samples = _shells(radii, resolution), len(radii)
-        with _training(precision):
-            tokens = _image_tokens(samples, config.context_size, torch.float32)
+        voxels, samples = shells(radii, resolution), len(radii)
+        with training_precision(precision):
+            tokens = image_tokens(samples, config.context_size, torch.float32)
             out = model(torch.randn(len(voxels), config.latent_channels), torch.rand(samples), voxels, tokens)
         out.float().square().mean().backward()
 
 
 def _train_structure_dit(config: StructureDiTConfig, precision: str) -> None:
     model, R = StructureDiT(config).train(), config.resolution
-    with _training(precision):
+    with training_precision(precision):
         x = torch.randn(2, config.latent_channels, R, R, R)
-        out = model(x, torch.rand(2), _image_tokens(2, config.context_size, torch.float32))
+        out = model(x, torch.rand(2), image_tokens(2, config.context_size, torch.float32))
     out.float().square().mean().backward()
 
 
 def _train_sdf_vae(config: SDFVAEConfig, precision: str, radii: Iterable[float] = (10.0, 5.0)) -> None:
-    model, voxels = SDFVAE(config).train(), _shells([*radii], 32, 2.5)
-    with _training(precision):
+    model, voxels = SDFVAE(config).train(), shells([*radii], 32, 2.5)
+    with training_precision(precision):
         out, _, mean, logvar = model(torch.randn(len(voxels), 1), voxels)
     (out.float().square().mean() + mean.square().mean() + logvar.mean()).backward()
