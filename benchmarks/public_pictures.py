@@ -1,4 +1,4 @@
-"""What a model makes of public example pictures: a contact sheet of the meshes alone, from two sides each.
+"""A contact sheet of what a model makes of public example pictures: the meshes alone, from two sides each.
 
     git clone https://github.com/microsoft/TRELLIS pictures/TRELLIS        # and others
     python benchmarks/public_pictures.py pictures --out OUT [--model FOLDER] [--count 24] [--seed 0]
