@@ -42,6 +42,18 @@ class FlowLossConfig:
 
 
 @dataclass(frozen=True)
+class SurfaceLossConfig:
+    """The loss of the SDF that predicted latents decode to; none of it comes from the paper [D]."""
+
+    weight: float = 1.0
+    share: float = 0.1  # of the samples that are decoded: decoding takes much longer than predicting
+
+    def __post_init__(self):
+        if self.weight < 0 or not 0 <= self.share <= 1:
+            raise ValueError(f"expected surface.weight >= 0 and share in [0, 1], got {self.weight} and {self.share}")
+
+
+@dataclass(frozen=True)
 class StructureLossConfig:
     """Weights of the structure VAE's loss; the paper does not state one [D]."""
 

@@ -45,7 +45,14 @@ from training.data.views import Views
 from training.distributed import Ranks, run_script
 from training.loop import run_steps
 from training.lora import LoRAConfig, add_adapters, merged
-from training.losses import FlowLossConfig, draw_noise, keep_context, training_times, velocity_loss
+from training.losses import (
+    FlowLossConfig,
+    SurfaceLossConfig,
+    draw_noise,
+    keep_context,
+    training_times,
+    velocity_loss,
+)
 from training.run import RunConfig, autocast, start
 from training.run_folder import exporting
 from training.sample_pictures import SAMPLE_LABELS, latent_samples, sampling_of
@@ -75,6 +82,7 @@ class TrainDiTConfig:
     run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/dit"))
     model: LatentDiTConfig = field(default_factory=LatentDiTConfig)
     loss: FlowLossConfig = field(default_factory=FlowLossConfig)
+    surface: SurfaceLossConfig | None = None  # also of what the prediction of x_0 decodes to [D]
     lora: LoRAConfig = field(default_factory=LoRAConfig)  # train adapters on the network of run.start_from
     sampling: SamplingConfig | None = None  # steps and guidance for the config.json of the exported model
     fine: bool = False  # the second stage: `fine_latent_dit`, on the latents of `fine_sdf_vae`
@@ -140,6 +148,35 @@ class ChangedStructures(NamedTuple):
         return x_0, other, noise
 
 
+class DecodedSurface(NamedTuple):
+    """The loss of the SDF that the predicted x_0 decodes to, beside that of the true latents.
+
+    A small error of the latents can be a hole in the surface, and a large one none. So part of the samples are decoded.
+    """
+
+    vae: SDFVAE  # frozen
+    config: SurfaceLossConfig
+    surplus_value: float  # of latents that have no surface, see `LatentDiTConfig`; 0: there are none
+
+    def of(self, predicted: Tensor, x_0: Tensor, voxels: Voxels, decoded: Tensor) -> Tensor:
+        """Average |s - s'| over all SDF voxels of all tokens, where it counts as 0 in samples that are not decoded.
+
+        Args:
+            predicted, x_0: (M, C), normalised latents of the voxels.
+            decoded: (B,) bool, which samples are decoded. Surplus tokens are left out, as the pipeline does.
+        """
+        rows = decoded[voxels.batch_index]
+        if self.surplus_value:
+            rows = rows & (x_0.mean(1) < self.surplus_value / 2)
+        if not rows.any():
+            return predicted.sum() * 0.0  # with a gradient
+        part = Voxels(voxels.coords[rows], voxels.resolution, voxels.batch_size, check=False)
+        sdf, _ = self.vae.decode(self.vae.denormalize_latents(predicted[rows].float()), part)
+        with torch.no_grad():
+            target, _ = self.vae.decode(self.vae.denormalize_latents(x_0[rows].float()), part)
+        return self.config.weight * (sdf - target).abs().mean() * (len(part) / len(voxels))
+
+
 def flow_loss(
     model: LatentDiT,
     image_tokens: ImageTokens,
@@ -149,10 +186,12 @@ def flow_loss(
     generator: torch.Generator,
     part: Part = WHOLE,
     structures: ChangedStructures | None = None,
+    surface: DecodedSurface | None = None,
 ) -> Tensor:
     """Compute eq. 10-11 on packed latents x_0 (M, C); at random, some samples get no image.
 
-    With other `structures`, the loss is the mean over as many tokens as the true ones have.
+    With other `structures`, the loss is the mean over as many tokens as the true ones have. With a `surface`, its loss
+    is added.
     """
     B, M = voxels.batch_size, len(voxels)
     keep = part.draw_samples(B, lambda B: keep_context(B, loss, generator)).to(x_0.device)
@@ -162,7 +201,12 @@ def flow_loss(
     else:
         x_0, voxels, noise = structures.change(x_0, voxels, drawer(B, generator, part.draw_samples, x_0.device))
     x_t = interpolate(x_0, noise, t[voxels.batch_index, None])  # eq. 10
-    mean = velocity_loss(model(x_t, t, voxels, image_tokens.where(keep)), x_0, noise)  # eq. 11
+    velocity = model(x_t, t, voxels, image_tokens.where(keep))
+    mean = velocity_loss(velocity, x_0, noise)  # eq. 11
+    if surface is not None:
+        decoded = part.draw_samples(B, lambda B: torch.rand(B, generator=generator, device=generator.device))
+        predicted = x_t - t[voxels.batch_index, None] * velocity
+        mean = mean + surface.of(predicted, x_0, voxels, decoded.to(x_0.device) < surface.config.share)
     return part.weigh("tokens", mean * (len(voxels) / M))
 
 
@@ -220,7 +264,7 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
     state.load()
 
     encoder = load_network(config.model_dir, "image_encoder", device)
-    vae = load_network(config.model_dir, f"{config.prefix}sdf_vae", device)  # for the scale of its latents
+    vae = load_network(config.model_dir, f"{config.prefix}sdf_vae", device).requires_grad_(False)
     check_latents(config.data_dir, config.resolution, vae, config.model_dir)
     tokens_of = dict(zip(*list_shapes(config.data_dir, config.split, config.resolution), strict=True))
     views = Views(
@@ -239,7 +283,9 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
         config.memory_gib,
     )
 
-    first_stage = None
+    first_stage, surface = None, None
+    if config.surface is not None:
+        surface = DecodedSurface(vae, config.surface, config.model.surplus_value)
     if config.predicted_structures:
         first_stage = [load_network(config.model_dir, name, device) for name in ("structure_dit", "structure_vae")]
 
@@ -258,7 +304,7 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
                 structures = ChangedStructures(config.model.surplus_value, config.imperfect_structures, share, predict)
             if config.model.sparse_context:
                 image_tokens = image_tokens.select_foreground()
-            loss = flow_loss(model, image_tokens, x_0, voxels, config.loss, generator, part, structures)
+            loss = flow_loss(model, image_tokens, x_0, voxels, config.loss, generator, part, structures, surface)
         return {"loss": loss, "tokens": part.own(len(voxels))}
 
     batches = load_parts(dataset, state.step, run, ranks, ("tokens",), count_tokens)

@@ -25,10 +25,13 @@ class RangeHandler(http.server.SimpleHTTPRequestHandler):
         if not path.is_file():
             self.send_error(404)
             return
-        content, status = path.read_bytes(), 200
+        first, last, status = 0, path.stat().st_size - 1, 200
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if match and cls.ranges:
-            content, status = content[int(match[1]) : int(match[2]) + 1 if match[2] else None], 206
+            first, last, status = int(match[1]), min(last, int(match[2] or last)), 206
+        with path.open("rb") as file:
+            file.seek(first)
+            content = file.read(max(0, last + 1 - first))
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()

@@ -29,7 +29,7 @@ from training.data.shape_files import list_shapes, read_arrays
 from training.data.views import Views
 from training.distributed import Ranks, run_ranks
 from training.folder_lock import locked
-from training.losses import SDF_TERMS, SDFLossConfig, count_sdf, sdf_loss
+from training.losses import SDF_TERMS, SDFLossConfig, SurfaceLossConfig, count_sdf, sdf_loss
 from training.run import read_metrics
 from training.run_folder import checkpoints, newest_checkpoint
 
@@ -76,6 +76,8 @@ def configs_in(chain: Chain, folder: Path, **run) -> dict:
             here.mkdir(parents=True)
             copy_model(chain, here, *needs)
         config = dataclasses.replace(getattr(chain, name), model_dir=str(here / "model"))
+        if name == "dit":
+            config = dataclasses.replace(config, surface=SurfaceLossConfig(share=0.6))
         configs[name] = set_run(config, out_dir=str(here / "run"), workers=0, learning_rate=1e-3, **run)
     return configs
 

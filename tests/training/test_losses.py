@@ -4,16 +4,20 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, kl
 
+from d3ds2.geometry.voxels import Voxels
+from d3ds2.networks.sdf_vae import SDFVAE, SDFVAEConfig
 from d3ds2.networks.structure_vae import StructureVAE, StructureVAEConfig
 from training.losses import (
     SDFLossConfig,
     StructureLossConfig,
+    SurfaceLossConfig,
     kl_divergence,
     sdf_loss,
     sign_divergence,
     structure_loss,
     velocity_loss,
 )
+from training.train_dit import DecodedSurface
 from training.train_structure_dit import DecodedLoss
 
 
@@ -96,3 +100,31 @@ def test_decoded_loss_is_that_of_the_samples_at_noise_alone():
     torch.testing.assert_close(value, (single[0] + single[2]) / 4)
     assert loss.of(x_0, x_0, counts) < value
     assert loss.of(predicted, x_0, ~counts & counts) == 0
+
+
+def test_decoded_surface_is_that_of_the_chosen_samples_without_surplus():
+    torch.manual_seed(0)
+    vae = SDFVAE(SDFVAEConfig(4, 64, 4, 1, 1, 8, 2, 64, True)).requires_grad_(False)
+    places = torch.rand(3, 4, 4, 4) < 0.3
+    voxels, _ = Voxels.sort(places.nonzero(), 4, 3)
+    x_0 = torch.randn(len(voxels), 4) * 0.3
+    surplus = torch.rand(len(voxels)) < 0.2
+    x_0[surplus] = 2.0
+    predicted = (x_0 + 0.5 * torch.randn_like(x_0)).requires_grad_()
+    loss = DecodedSurface(vae, SurfaceLossConfig(weight=2.0), 2.0)
+    chosen = torch.tensor([True, False, True])
+    value = loss.of(predicted, x_0, voxels, chosen)
+    value.backward()
+    counts = chosen[voxels.batch_index] & ~surplus
+    assert counts.any() and surplus[chosen[voxels.batch_index]].any()
+    assert torch.equal(predicted.grad.abs().sum(1) > 0, counts)
+    single = []
+    for sample in range(3):
+        of_sample = counts & (voxels.batch_index == sample)
+        if of_sample.any():
+            part = Voxels.sort(voxels.coords[of_sample] * torch.tensor([0, 1, 1, 1]), 4, 1)[0]
+            sdf, target = (vae.decode(vae.denormalize_latents(x[of_sample]), part)[0] for x in (predicted, x_0))
+            single.append((sdf - target).abs().sum() / 512)
+    torch.testing.assert_close(value, 2.0 * sum(single) / len(voxels))
+    assert loss.of(x_0, x_0, voxels, chosen) == 0
+    assert loss.of(predicted, x_0, voxels, ~chosen & chosen) == 0

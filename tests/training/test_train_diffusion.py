@@ -28,7 +28,7 @@ from training.data.parts import Part
 from training.data.shape_batches import active_voxels
 from training.data.shape_files import latent_path, list_shapes, load_shape, read_arrays, shape_path
 from training.data.views import Views
-from training.losses import FlowLossConfig, StructureLossConfig
+from training.losses import FlowLossConfig, StructureLossConfig, SurfaceLossConfig
 from training.run import read_metrics
 from training.run_folder import checkpoints
 
@@ -351,7 +351,8 @@ def test_dit_learns_to_tell_surplus_blocks(chain, tmp_path):
     model = dataclasses.replace(chain.dit.model, surplus_value=2.0)
     run = dataclasses.replace(chain.dit.run, steps=4)
     imperfect = {"imperfect_structures": True, "imperfect_pictures": True, "predicted_structures": 0.5}
-    config = dataclasses.replace(chain.dit, run=run, model=model, **imperfect)
+    surface = SurfaceLossConfig(share=0.6)
+    config = dataclasses.replace(chain.dit, run=run, model=model, surface=surface, **imperfect)
     copy_model(chain, tmp_path, "sdf_vae", "image_encoder", "structure_dit", "structure_vae")
     with pytest.raises(ValueError, match=r"expected model\.surplus_value above 0"):
         dataclasses.replace(config, model=chain.dit.model)
