@@ -225,8 +225,8 @@ def wait_table(work: Path) -> list[str]:
         "",
         f"{WORKERS} workers; the step is a sleep, so the workers have both cores. Pictures of 1024² are decoded, "
         "cropped and scaled to 518². Latents have 16 channels, drawn at random; those of 512³ have the paper's number "
-        "of tokens. The web server of the http packs runs on the same cores. `busy` is the processor time of one worker "
-        "for a batch; with enough idle cores, w workers make a batch in busy / w.",
+        "of tokens. The web server of the http packs runs on the same cores. `busy` is the processor time of one "
+        "worker for a batch; with enough idle cores, w workers make a batch in busy / w.",
         "",
         "| batch | tokens | from | busy, s | wait at a step of | share |",
         "|---|---|---|---|---|---|",
