@@ -14,7 +14,7 @@ from d3ds2.storage.model_folder import SamplingConfig
 from training.config import load_config
 from training.encode_latents import EncodeLatentsConfig
 from training.help_text import help_text
-from training.losses import StructureLossConfig
+from training.losses import StructureLossConfig, SurfaceLossConfig
 from training.prepare_shapes import PrepareShapesConfig
 from training.recipe import has_key
 from training.render_views import RenderViewsConfig
@@ -108,7 +108,7 @@ def test_help_needs_no_config_file(script):
     [
         TrainVAEConfig(),
         TrainStructureDiTConfig(occupancy=StructureLossConfig()),
-        TrainDiTConfig(sampling=SamplingConfig()),
+        TrainDiTConfig(sampling=SamplingConfig(), surface=SurfaceLossConfig()),
         PrepareShapesConfig(),
     ],
 )
