@@ -3,10 +3,10 @@
     git clone https://github.com/microsoft/TRELLIS pictures/TRELLIS        # and others
     python benchmarks/public_pictures.py pictures --out OUT [--model FOLDER] [--count 24] [--seed 0]
 
-Draws pictures from all that lie in `pictures` and its folders, makes a mesh of each, and writes OUT/<name>.glb,
-OUT/public-pictures.png, and OUT/public-pictures.md: a table of where each picture lies, with an empty column for a
-person to say what the mesh looks like. The pictures themselves are not in the sheet. A mesh that is already there is
-kept, so a stopped run goes on where it was. A picture that cannot be used is named in its row.
+Draws pictures from all that lie in `pictures` and its folders, makes a mesh of each, and writes
+OUT/<folders>_<picture>.glb, OUT/public-pictures.png, and OUT/public-pictures.md: a table of where each picture lies,
+with an empty column for a person to say what the mesh looks like. The pictures themselves are not in the sheet. A mesh
+that is already there is kept, so a stopped run goes on where it was. A picture that cannot be used is named in its row.
 """
 
 import argparse
@@ -24,11 +24,11 @@ import d3ds2  # noqa: E402
 from d3ds2.generation_error import GenerationError  # noqa: E402
 from d3ds2.images.contact_sheet import contact_sheet  # noqa: E402
 from d3ds2.images.image_file import ImageError  # noqa: E402
-from d3ds2.images.render import Camera, MeshRenderer  # noqa: E402
+from d3ds2.images.mesh_pictures import draw_sides  # noqa: E402
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 EXAMPLES = "example"  # in the name of a folder whose pictures are inputs, not figures or results
-SIZE, ELEVATION, SIDES = 240, 15.0, (30.0, 210.0)  # of a rendered mesh: pixels, degrees
+SIZE, AZIMUTH = 240, 30.0  # of a picture of a mesh: pixels, degrees
 SHAPES_PER_ROW = 3
 
 
@@ -45,8 +45,9 @@ def main() -> None:
     pipeline = d3ds2.load_pipeline(arguments.model)
     made: list[Path | str] = []
     for picture in chosen:
-        made.append(mesh_of(pipeline, picture, arguments.out / f"{picture.stem}.glb"))
-        print(f"{picture.relative_to(arguments.pictures)}: {made[-1]}", flush=True)
+        where = picture.relative_to(arguments.pictures)
+        made.append(mesh_of(pipeline, picture, arguments.out / f"{'_'.join(where.parts)}.glb"))
+        print(f"{where}: {made[-1]}", flush=True)
     sheet(chosen, made).save(arguments.out / "public-pictures.png")
     lines = ["| | picture | mesh |", "|---|---|---|"]
     for number, (picture, mesh) in enumerate(zip(chosen, made, strict=True), 1):
@@ -87,8 +88,8 @@ def sides(mesh: Path | str) -> list[np.ndarray | None]:
     if isinstance(mesh, str):
         return [None, None]
     loaded = trimesh.load_mesh(mesh)
-    renderer = MeshRenderer(loaded.vertices, loaded.faces, smooth=True)
-    return [renderer.render(Camera(ELEVATION, azimuth), SIZE, supersample=2) for azimuth in SIDES]
+    pictures = draw_sides(loaded.vertices, loaded.faces, SIZE, sides=2, azimuth=AZIMUTH)
+    return [(picture.image * 255).round().astype(np.uint8) for picture in pictures]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from .geometry.voxels import Voxels
 from .meshes.mesh import Mesh
 from .meshes.mesh_to_sdf import normalize_mesh
 from .meshes.mesh_to_structure import mesh_to_structure
-from .networks.latent_dit import LatentDiT
+from .networks.latent_dit import LatentDiT, has_surface
 from .networks.refiner import Refiner, SignRefiner
 from .networks.sdf_vae import FACTOR, SDFVAE
 from .storage.model_folder import ModelFolderError, SamplingConfig
@@ -71,7 +71,7 @@ class Stage:
         value = self.latent_dit.config.surplus_value
         if not value:
             return latents, voxels
-        kept = self.sdf_vae.normalize_latents(latents.float()).mean(1) < value / 2
+        kept = has_surface(self.sdf_vae.normalize_latents(latents.float()), value)
         if kept.all():
             return latents, voxels
         left = Voxels(voxels.coords[kept], voxels.resolution, voxels.batch_size, check=False)

@@ -18,7 +18,6 @@ Marks such as [A] say how certain a value is: see docs/paper.md.
 
 import colorsys
 import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -35,6 +34,7 @@ from d3ds2.images.surface_colors import SurfaceColors
 from d3ds2.meshes.mesh_to_sdf import normalize_mesh
 from training.command import run_command
 from training.data.meshes import SPLITS, MeshEntry, check_source, choose_meshes, read_mesh, read_textured_mesh
+from training.data.named_generators import generator_of
 from training.data.packs import open_data
 from training.data.png_files import is_whole
 from training.data.shape_files import view_folder
@@ -106,8 +106,7 @@ class RenderViewsConfig:
 
 def generator_for(seed: int, split: str, name: str, view: int) -> np.random.Generator:
     """Return the random generator of a view, which no other split, mesh or view shares."""
-    digest = hashlib.sha256(f"{seed}/{split}/{name}/{view}".encode()).digest()
-    return np.random.default_rng(np.frombuffer(digest[:16], dtype=np.uint32))
+    return generator_of(f"{seed}/{split}/{name}/{view}")
 
 
 def random_camera(config: RenderViewsConfig, rng: np.random.Generator) -> Camera:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from d3ds2.geometry.voxels import BLOCK, Voxels
 from d3ds2.networks.image_encoder import ImageEncoder, ImageTokens
-from d3ds2.networks.latent_dit import LatentDiT, LatentDiTConfig
+from d3ds2.networks.latent_dit import LatentDiT, LatentDiTConfig, has_surface
 from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE
 from d3ds2.rectified_flow import interpolate
@@ -167,7 +167,7 @@ class DecodedSurface(NamedTuple):
         """
         rows = decoded[voxels.batch_index]
         if self.surplus_value:
-            rows = rows & (x_0.mean(1) < self.surplus_value / 2)
+            rows = rows & has_surface(x_0, self.surplus_value)
         if not rows.any():
             return predicted.sum() * 0.0  # with a gradient
         part = Voxels(voxels.coords[rows], voxels.resolution, voxels.batch_size, check=False)

@@ -85,6 +85,15 @@ class LatentDiTConfig:
         check_branches(self.branches, self.attention == "sequence", self.compression_block, self.pooled_conv)
 
 
+def has_surface(latents: Tensor, surplus_value: float) -> Tensor:
+    """Tell which normalised latents (N, C) say that there is a surface in their block, (N,) bool.
+
+    Args:
+        surplus_value: of the network that sampled them, above 0, see `LatentDiTConfig`.
+    """
+    return latents.mean(1) < surplus_value / 2
+
+
 def self_attention(config: LatentDiTConfig, shift: int) -> nn.Module:
     """Make the attention that the config asks for; `shift` displaces its windows, in voxels."""
     sizes = config.hidden_size, config.num_heads, config.num_kv_heads

@@ -27,9 +27,10 @@ def test_one_mesh_and_one_bad_picture(tmp_path, monkeypatch):
     assert table[2].startswith("| 1 | SomeRepository/examples/broken.png | not an image that can be read")
     assert table[3] == "| 2 | SomeRepository/examples/lamp.png |  |"
     sheet = Image.open(out / "public-pictures.png")
-    written = (out / "lamp.glb").stat().st_mtime_ns
+    mesh = out / "SomeRepository_examples_lamp.png.glb"
+    written = mesh.stat().st_mtime_ns
     public_pictures.main()  # the mesh is kept
-    assert (out / "lamp.glb").stat().st_mtime_ns == written
+    assert mesh.stat().st_mtime_ns == written
     assert Image.open(out / "public-pictures.png").tobytes() == sheet.tobytes()
 
 

@@ -32,8 +32,9 @@ from tests.support.network_cases import (
     SMALL_DITS,
     SMALL_SDF_VAE,
     image_tokens,
+    latent_dit_step,
+    sdf_vae_step,
     shells,
-    training_precision,
 )
 
 RESOLUTION = 32  # of the structures: the kernels see numbers of tokens, not what they stand for
@@ -76,10 +77,7 @@ def _training_of_latent_dit(config: LatentDiTConfig) -> Use:
 
     def run(random: Random) -> None:
         voxels = shells([random.uniform(3, 10) for _ in range(4)], RESOLUTION)
-        with training_precision("bf16"):
-            tokens = image_tokens(4, config.context_size, torch.float32, random.randint(100, 700))
-            out = model(torch.randn(len(voxels), config.latent_channels), torch.rand(4), voxels, tokens)
-        out.float().square().mean().backward()
+        latent_dit_step(model, voxels, "bf16", random.randint(100, 700))
 
     return run
 
@@ -99,10 +97,7 @@ def _training_of_sdf_vae(config: SDFVAEConfig) -> Use:
     model = SDFVAE(config).train()
 
     def run(random: Random) -> None:
-        voxels = shells([random.uniform(3, 8) for _ in range(2)], RESOLUTION, 2.5)
-        with training_precision("bf16"):
-            out, _, mean, logvar = model(torch.randn(len(voxels), 1), voxels)
-        (out.float().square().mean() + mean.square().mean() + logvar.mean()).backward()
+        sdf_vae_step(model, shells([random.uniform(3, 8) for _ in range(2)], RESOLUTION, 2.5), "bf16")
 
     return run
 

@@ -183,11 +183,16 @@ def _train_latent_dit(
 ) -> None:
     model = LatentDiT(config).train()
     for resolution, radii in structures:
-        voxels, samples = shells(radii, resolution), len(radii)
-        with training_precision(precision):
-            tokens = image_tokens(samples, config.context_size, torch.float32)
-            out = model(torch.randn(len(voxels), config.latent_channels), torch.rand(samples), voxels, tokens)
-        out.float().square().mean().backward()
+        latent_dit_step(model, shells(radii, resolution), precision)
+
+
+def latent_dit_step(model: LatentDiT, voxels: Voxels, precision: str, each: int = 300) -> None:
+    """Run a forward and a backward pass with `each` image tokens for a sample."""
+    samples, config = voxels.batch_size, model.config
+    with training_precision(precision):
+        tokens = image_tokens(samples, config.context_size, torch.float32, each)
+        out = model(torch.randn(len(voxels), config.latent_channels), torch.rand(samples), voxels, tokens)
+    out.float().square().mean().backward()
 
 
 def _train_structure_dit(config: StructureDiTConfig, precision: str) -> None:
@@ -199,7 +204,11 @@ def _train_structure_dit(config: StructureDiTConfig, precision: str) -> None:
 
 
 def _train_sdf_vae(config: SDFVAEConfig, precision: str, radii: Iterable[float] = (10.0, 5.0)) -> None:
-    model, voxels = SDFVAE(config).train(), shells([*radii], 32, 2.5)
+    sdf_vae_step(SDFVAE(config).train(), shells([*radii], 32, 2.5), precision)
+
+
+def sdf_vae_step(model: SDFVAE, voxels: Voxels, precision: str) -> None:
+    """Run a forward and a backward pass."""
     with training_precision(precision):
         out, _, mean, logvar = model(torch.randn(len(voxels), 1), voxels)
     (out.float().square().mean() + mean.square().mean() + logvar.mean()).backward()

@@ -6,9 +6,9 @@ is upright, level or symmetric stays so. Colours and textures stay on their face
     series k of a mesh `chair` is the mesh `chair~k`, and depends on this name alone
 """
 
-import hashlib
-
 import numpy as np
+
+from training.data.named_generators import generator_of
 
 STRETCH = 0.18  # deviation of the logarithm of an axis' factor
 TAPER = 0.25  # largest relative change of the width toward the top, and the opposite one toward the bottom
@@ -22,8 +22,7 @@ def name_of_copy(name: str, series: int) -> str:
 
 def deform(vertices: np.ndarray, name: str) -> np.ndarray:
     """Deform a mesh, Y up, in the way that belongs to the name of the copy: vertices (V,3), returned as float32."""
-    digest = hashlib.sha256(name.encode()).digest()
-    rng = np.random.default_rng(np.frombuffer(digest[:16], dtype=np.uint32))
+    rng = generator_of(name)
     factors = np.exp(STRETCH * rng.standard_normal(3).clip(-2, 2))
     taper, bulge = rng.uniform(-TAPER, TAPER), rng.uniform(-BULGE, BULGE)
 
