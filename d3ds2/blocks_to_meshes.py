@@ -10,6 +10,8 @@ from .meshes.sdf_to_mesh_gpu import device_mesh, tensors_to_mesh
 
 def blocks_to_meshes(blocks: SDFBlocks, min_component: float, level: float, keep_largest: bool) -> list[Mesh]:
     """Extract the surface at a level of each sample. Arguments and errors are those of `Pipeline.blocks_to_meshes`."""
+    if not -1 < level < 1:
+        raise GenerationError(f"expected the level of the surface in (-1, 1), got {level}")
     if not blocks.values.isfinite().all():
         message = f"the SDF came out with values that are not finite on {blocks.values.device}; try float32"
         raise GenerationError(message)

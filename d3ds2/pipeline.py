@@ -5,8 +5,8 @@
     mesh = pipeline.generate([load_image("chair.png"), load_image("chair_from_the_left.png")], seed=0)
 
 Each network runs on its own device and in its own dtype; a method moves what it is given there. Noise is drawn on the
-CPU, for each sample from its own seed. A model of two stages voxelises the mesh of the first, samples latents for those
-voxels and decodes them. `sample_latents` and the decoding find the stage by the resolution of the voxels.
+CPU, for each sample from its own seed. A model of two stages voxelises the mesh of the first and samples latents for
+those voxels. `sample_latents` and the decoding find the stage by the resolution of the voxels.
 
 Sizes named in this file:
     B  images      E  latent channels      R  latent voxels per edge      N  occupied latent voxels, all samples packed
@@ -146,22 +146,26 @@ class Pipeline:
             raise ModelFolderError("the model has no refiners for this")
 
         report("image", 0, 1)
-        image_tokens = self.encode_views(images)
+        image_tokens, mirrored = self.encode_views(images), self.encode_mirrored(images)
         report("image", 1, 1)
 
         meshes: list[Mesh] = []  # of the stage before
         for stage, steps in zip(stages, (latent_steps, fine_steps), strict=False):
             structure_name, latents_name, sdf_name, mesh_name = stage.progress
             if not meshes:
-                options = {"on_step": on_step(structure_name, structure_steps), "sampler": sampler}
+                options = {
+                    "on_step": on_step(structure_name, structure_steps),
+                    "sampler": sampler,
+                    "mirrored": mirrored,
+                }
                 voxels = self.sample_structure(image_tokens, seeds, structure_steps, **options)
             else:
                 report(structure_name, 0, 1)
                 voxels = self.structure_of(meshes)
                 report(structure_name, 1, 1)
 
-            options = {"on_step": on_step(latents_name, sampler.steps(steps or stage.steps)), "sampler": sampler}
-            latents = self.sample_latents(voxels, image_tokens, seeds, steps, **options)
+            on_latents = on_step(latents_name, sampler.steps(steps or stage.steps))
+            latents = self.sample_latents(voxels, image_tokens, seeds, steps, on_step=on_latents, sampler=sampler)
             report(sdf_name, 0, 1)
             blocks, level = self.decode_surface(latents, voxels, use_refiners)
             report(sdf_name, 1, 1)
@@ -171,14 +175,15 @@ class Pipeline:
         return meshes
 
     @torch.no_grad()
-    def encode_image(self, images: Sequence[Image.Image]) -> ImageTokens:
-        """Cut out, crop, encode: all tokens of B images. Raises ImageError as `cut_out`."""
+    def encode_image(self, images: Sequence[Image.Image], mirrored: bool = False) -> ImageTokens:
+        """Cut out, crop, mirror if asked, encode: all tokens of B images. Raises ImageError as `cut_out`."""
         size = self.image_encoder.config.image_size
         pixels = torch.stack([preprocess(cut_out(image), size) for image in images])  # (B, 4, S, S)
+        pixels = pixels.flip(-1) if mirrored else pixels
         with on_device(self.image_encoder, self.device) as device:
             return self.image_encoder(pixels.to(device, next(self.image_encoder.parameters()).dtype))
 
-    def encode_views(self, objects: Sequence[Views]) -> list[ImageTokens]:
+    def encode_views(self, objects: Sequence[Views], mirrored: bool = False) -> list[ImageTokens]:
         """Encode the pictures of B objects: the tokens of their first views, of their second views, and so on.
 
         Raises ImageError as `cut_out`, and ValueError for objects with different numbers of views, or with none.
@@ -187,7 +192,11 @@ class Pipeline:
         counts = [len(pictures) for pictures in views]
         if not all(counts) or len({*counts}) != 1:
             raise ValueError(f"expected equally many views of all objects, got {counts}")
-        return [self.encode_image(images) for images in zip(*views, strict=True)]
+        return [self.encode_image(images, mirrored) for images in zip(*views, strict=True)]
+
+    def encode_mirrored(self, objects: Sequence[Views]) -> list[ImageTokens] | None:
+        """Encode the mirrored pictures for `sample_structure`; None if the model does not use them."""
+        return self.encode_views(objects, mirrored=True) if self.sampling.structure_mirrored else None
 
     @torch.no_grad()
     def sample_structure(
@@ -198,6 +207,7 @@ class Pipeline:
         guidance_scale: float | None = None,
         on_step: OnStep | None = None,
         sampler: Sampler = EULER,
+        mirrored: TokensOfViews | None = None,
     ) -> Voxels:
         """Which latent voxels are occupied.
 
@@ -207,34 +217,43 @@ class Pipeline:
             steps, guidance_scale: default: the model's.
             on_step: called after every step, see `euler_sample`; may raise to stop.
             sampler: how the flow is integrated.
+            mirrored: the tokens of the mirrored pictures; read if there is one step, see `SamplingConfig`.
 
         Returns:
-            The occupied voxels of B samples, at an eighth of the SDF's resolution.
-
-        Raises:
-            EmptyResultError: no voxel is occupied in some sample.
+            The occupied voxels of B samples, at an eighth of the SDF's resolution; EmptyResultError if one has none.
         """
         R, E = self.structure_dit.config.resolution, self.structure_dit.config.latent_channels
         guidance_scale = self.sampling.structure_guidance if guidance_scale is None else guidance_scale
-        views = [image_tokens] if isinstance(image_tokens, ImageTokens) else image_tokens
-        noise = noise_for(list(seeds), [(1, E, R, R, R)] * views[0].batch_size)
         times = sampler.schedule(steps or self.sampling.structure_steps, self.sampling.structure_shift)
-        with on_device(self.structure_dit, self.device) as device:
-            options = {"half_times": self.sampling.half_times, "sampler": sampler}
-            velocity = mean_velocity(self.structure_dit, [v.to(device) for v in views], guidance_scale, **options)
-            latents = euler_sample(velocity, noise.to(device), times, on_step, sampler.method)
-        voxels = self.decode_structure(latents, self.sampling.structure_widening)
+        options = {"half_times": self.sampling.half_times, "sampler": sampler}
+
+        def logits(tokens: TokensOfViews, on_step: OnStep | None = None) -> Tensor:
+            views = [tokens] if isinstance(tokens, ImageTokens) else tokens
+            noise = noise_for(list(seeds), [(1, E, R, R, R)] * views[0].batch_size)
+            with on_device(self.structure_dit, self.device) as device:
+                velocity = mean_velocity(self.structure_dit, [v.to(device) for v in views], guidance_scale, **options)
+                latents = euler_sample(velocity, noise.to(device), times, on_step, sampler.method)
+            return self.structure_logits(latents)
+
+        occupancy = logits(image_tokens, on_step)
+        if mirrored is not None and len(times) == 2:
+            occupancy = (occupancy + logits(mirrored).flip(2)) / 2  # x
+        how = self.sampling
+        voxels = self.structure_vae.occupied(occupancy, how.structure_threshold, how.structure_widening)
         if 0 in voxels.counts:
             raise empty_result("structure", voxels.counts.index(0), voxels.batch_size)
         return voxels
 
     @torch.no_grad()
-    def decode_structure(self, latents: Tensor, widen: int = 0) -> Voxels:
-        """Decode latents (B, E, R, R, R) to the occupied voxels, maybe none; `widen`: see `StructureVAE.occupied`."""
+    def structure_logits(self, latents: Tensor) -> Tensor:
+        """Decode latents (B, E, R, R, R) to the logits of being occupied (B, 1, S, S, S), S latent voxels per edge."""
         vae = self.structure_vae
         with on_device(vae, self.device) as device:
-            logits = vae.decode(vae.denormalize_latents(latents.to(device)))
-            return vae.occupied(logits, self.sampling.structure_threshold, widen)
+            return vae.decode(vae.denormalize_latents(latents.to(device)))
+
+    def decode_structure(self, latents: Tensor, widen: int = 0) -> Voxels:
+        """Decode latents (B, E, R, R, R) to the occupied voxels, maybe none; `widen`: see `StructureVAE.occupied`."""
+        return self.structure_vae.occupied(self.structure_logits(latents), self.sampling.structure_threshold, widen)
 
     @torch.no_grad()
     def sample_latents(
@@ -273,11 +292,9 @@ class Pipeline:
             raise ModelFolderError("the model has no second stage")
         return self.stages[-1].voxelize(meshes)
 
-    def decode_sdf(
-        self, latents: Tensor, voxels: Voxels, memory_budget: int | None = None, on_chunk: OnChunk | None = None
-    ) -> tuple[Tensor, Voxels]:
+    def decode_sdf(self, latents: Tensor, voxels: Voxels) -> tuple[Tensor, Voxels]:
         """Latents (N, E) of the structure's voxels -> sdf (512 N, 1) in [-1, 1] on the voxels at 8 × the resolution."""
-        return self.decode_blocks(latents, voxels, memory_budget, on_chunk).to_voxels()
+        return self.decode_blocks(latents, voxels).to_voxels()
 
     @torch.no_grad()
     def decode_blocks(
@@ -290,8 +307,7 @@ class Pipeline:
     ) -> SDFBlocks:
         """Decode what `Stage.without_surplus` keeps; features_out (512 N, channels): see `decode_in_chunks`."""
         stage = self.stage_of(voxels)
-        vae = stage.sdf_vae
-        budget = self.memory_budget if memory_budget is None else memory_budget
+        budget, vae = self.memory_budget if memory_budget is None else memory_budget, stage.sdf_vae
         with on_device(vae, self.device) as device:
             latents, voxels = stage.without_surplus(latents.to(device), voxels.to(device))
             return decode_in_chunks(vae, latents, voxels, budget, on_chunk=on_chunk, features_out=features_out)
@@ -301,8 +317,7 @@ class Pipeline:
     ) -> tuple[SDFBlocks, float]:
         """Decode latents (N, E), refine if asked; return the blocks that make the mesh and the level of their surface.
 
-        Raises:
-            ModelFolderError: the model has no refiner of this stage.
+        Raises ModelFolderError if the model has no refiner of this stage.
         """
         stage, level, features = self.stage_of(voxels), self.sampling.level, None
         if not use_refiners:
@@ -319,17 +334,6 @@ class Pipeline:
         with on_device(stage.refiner, self.device) as device:
             return refine_surface(stage.refiner, decoded, features, level, device, on_patch), level
 
-    def to_mesh(
-        self,
-        sdf: Tensor,
-        voxels: Voxels,
-        min_component: float = DECODED_OPTIONS["min_component"],
-        level: float | None = None,
-        keep_largest: bool = False,
-    ) -> list[Mesh]:
-        """`blocks_to_meshes` of an sdf (512 N, 1) and its voxels, as `decode_sdf` returns them."""
-        return self.blocks_to_meshes(SDFBlocks.of_voxels(sdf, voxels), min_component, level, keep_largest)
-
     def blocks_to_meshes(
         self,
         blocks: SDFBlocks,
@@ -337,20 +341,17 @@ class Pipeline:
         level: float | None = None,
         keep_largest: bool = False,
     ) -> list[Mesh]:
-        """The surface at a level of each sample.
+        """The surface of each sample at a level of the SDF, smoothed as the model asks.
 
         Args:
             min_component, keep_largest: see `sdf_to_mesh`.
             level: default: the model's.
 
-        Raises:
-            EmptyResultError: a sample has no surface.
-            GenerationError: the level is out of range, or values are not finite: a network overflowed half precision.
+        Raises EmptyResultError if a sample has no surface, and GenerationError if the level is out of range or values
+        are not finite: a network overflowed half precision.
         """
         level = self.sampling.level if level is None else level
-        if not -1 < level < 1:
-            raise GenerationError(f"expected the level of the surface in (-1, 1), got {level}")
-        return blocks_to_meshes(blocks, min_component, level, keep_largest)
+        return blocks_to_meshes(blocks.smoothed(self.sampling.surface_smoothing), min_component, level, keep_largest)
 
 
 def build_pipeline(
@@ -361,8 +362,7 @@ def build_pipeline(
 ) -> Pipeline:
     """The pipeline of networks by their names in a model folder; `device` and `memory_budget` as in `Pipeline`.
 
-    Raises:
-        ModelFolderError: the networks do not fit together, or the second stage is there in part.
+    Raises ModelFolderError if the networks do not fit together, or the second stage is there in part.
     """
     shared = {name: networks[name] for name in ("image_encoder", "structure_vae", "structure_dit")}
     return Pipeline(

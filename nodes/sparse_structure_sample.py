@@ -99,8 +99,8 @@ class SparseStructureSample(io.ComfyNode):
 
             with sample(index, len(objects)), cancellable(encoder, dit, vae), progress.compiling_shown():
                 progress.status(f"{title}reading the image")
-                tokens = pipeline.encode_views([views])
+                tokens, mirrored = pipeline.encode_views([views]), pipeline.encode_mirrored([views])
                 seeds = [seed_of(seed, index)]
-                parts.append(pipeline.sample_structure(tokens, seeds, steps, guidance_scale, on_step, how))
+                parts.append(pipeline.sample_structure(tokens, seeds, steps, guidance_scale, on_step, how, mirrored))
         structure = pack_structure(parts)
         return io.NodeOutput(*structure_results(structure), ui=progress.result(token_text(structure)))

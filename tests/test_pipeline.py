@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from d3ds2.geometry.voxels import Voxels
+from d3ds2.images.foreground import cut_out, preprocess
 from d3ds2.images.image_file import ImageError
 from d3ds2.pipeline import STAGES, EmptyResultError, GenerationError, build_pipeline, load_pipeline
 from d3ds2.rectified_flow import Sampler
@@ -72,9 +73,9 @@ def test_samples_of_a_batch_equal_single_ones(pipeline):
         torch.testing.assert_close(latents[i], expected, atol=1e-3, rtol=1e-3)
 
     batch = torch.cat(latents)
-    meshes = pipeline.to_mesh(*pipeline.decode_sdf(batch, voxels))
+    meshes = pipeline.blocks_to_meshes(pipeline.decode_blocks(batch, voxels))
     for i, structure in enumerate(structures):
-        single = pipeline.to_mesh(*pipeline.decode_sdf(latents[i], structure))[0]
+        single = pipeline.blocks_to_meshes(pipeline.decode_blocks(latents[i], structure))[0]
         assert abs(len(meshes[i].faces) - len(single.faces)) <= 0.01 * len(single.faces)
 
 
@@ -257,6 +258,40 @@ def test_structure_can_be_widened(pipeline):
     sampling = dataclasses.replace(pipeline.sampling, structure_widening=1)
     widened = dataclasses.replace(pipeline, sampling=sampling).sample_structure(tokens, [0])
     assert len(widened) > len(pipeline.sample_structure(tokens, [0]))
+
+
+def test_mirrored_pictures_give_mirrored_structures(pipeline):
+    sampling = dataclasses.replace(pipeline.sampling, structure_steps=1, structure_mirrored=True)
+    both, picture = dataclasses.replace(pipeline, sampling=sampling), draw_object()
+    plain, mirrored = both.encode_views([picture]), both.encode_mirrored([picture])
+    seen = both.sample_structure(plain, [0], mirrored=mirrored)
+    expected = both.sample_structure(mirrored, [0], mirrored=plain).coords.clone()
+    expected[:, 1] = seen.resolution - 1 - expected[:, 1]
+    assert torch.equal(seen.coords, Voxels.sort(expected, seen.resolution, 1)[0].coords)
+    assert not torch.equal(seen.coords, both.sample_structure(plain, [0]).coords)
+    pixels = preprocess(cut_out(picture), both.image_encoder.config.image_size)[None]
+    assert torch.equal(both.image_encoder(pixels.flip(-1)).features, mirrored[0].features)
+    several = both.sample_structure(plain, [0], 3, mirrored=mirrored)
+    assert torch.equal(several.coords, both.sample_structure(plain, [0], 3).coords)
+    assert pipeline.encode_mirrored([picture]) is None
+
+    with_both = both.generate(picture, seed=0, latent_steps=1)
+    latents = both.sample_latents(seen, plain, [0], 1)
+    assert (
+        with_both.vertices.tobytes() == both.blocks_to_meshes(both.decode_blocks(latents, seen))[0].vertices.tobytes()
+    )
+
+
+def test_the_surface_is_smoothed_as_the_settings_say(pipeline, mesh):
+    sampling = dataclasses.replace(pipeline.sampling, surface_smoothing=2)
+    smooth = dataclasses.replace(pipeline, sampling=sampling).generate(draw_object(), seed=5)
+    areas = [
+        np.linalg.norm(np.cross(*np.diff(m.vertices[m.faces], axis=1).swapaxes(0, 1)), axis=1).sum()
+        for m in (mesh, smooth)
+    ]
+    assert areas[1] < 0.9 * areas[0]  # the surface of random weights is rough
+    with pytest.raises(ValueError, match="surface_smoothing from 0 to 8, got 9"):
+        dataclasses.replace(SAMPLING, surface_smoothing=9)
 
 
 def test_a_threshold_of_the_settings_replaces_that_of_the_network(pipeline):

@@ -76,7 +76,7 @@ def test_generate_runs_the_stages_in_turn(pipeline):
     fine_latents = pipeline.sample_latents(fine_voxels, tokens, [4], 2)
     sdf, decoded = pipeline.decode_sdf(fine_latents, fine_voxels)
     assert decoded.resolution == 128
-    mesh = pipeline.to_mesh(sdf, decoded, level=pipeline.sampling.level)[0]
+    mesh = pipeline.blocks_to_meshes(SDFBlocks.of_voxels(sdf, decoded))[0]
     whole = pipeline.generate(draw_object(), 4, **STEPS)
     assert mesh.vertices.tobytes() == whole.vertices.tobytes() and mesh.faces.tobytes() == whole.faces.tobytes()
 

@@ -65,7 +65,10 @@ class SamplingConfig:
         structure_threshold: probability from which a voxel is occupied; None: that of the structure VAE.
         structure_widening: layers of voxels that are added around the structure, for a latent DiT that leaves out what
             has no surface.
+        structure_mirrored: a structure of one step is also predicted from the mirrored picture, and mirrored back; the
+            mean of both logits decides. Samples of several steps are not averaged.
         level: value of the SDF at the surface, 0 if the network learned a signed distance.
+        surface_smoothing: times that the decoded SDF is smoothed, see `SDFBlocks.smoothed`.
         half_times: round the times that the transformers receive to float16.
         fine: the second stage, if the model has one.
     """
@@ -76,10 +79,12 @@ class SamplingConfig:
     structure_guidance: float = 7.0
     structure_threshold: float | None = None
     structure_widening: int = 0
+    structure_mirrored: bool = False
     latent_steps: int = 30
     latent_shift: float = 6.0
     latent_guidance: float = 7.0
     level: float = 0.0
+    surface_smoothing: int = 0
     half_times: bool = False
     fine: FineSamplingConfig | None = None
 
@@ -94,6 +99,8 @@ class SamplingConfig:
             raise ValueError(f"expected a structure_threshold in (0, 1), got {self.structure_threshold}")
         if not 0 <= self.structure_widening <= 4:
             raise ValueError(f"expected structure_widening from 0 to 4, got {self.structure_widening}")
+        if not 0 <= self.surface_smoothing <= 8:
+            raise ValueError(f"expected surface_smoothing from 0 to 8, got {self.surface_smoothing}")
         if not -1 < self.level < 1:
             raise ValueError(f"expected a level in (-1, 1), got {self.level}")
         _check_sampling(astuple(self), max(self.structure_steps, self.latent_steps))

@@ -11,11 +11,13 @@ import torch
 import trimesh
 from PIL import Image
 
+from d3ds2.geometry.sdf_blocks import SDFBlocks
 from d3ds2.geometry.voxels import Voxels
 from d3ds2.images.render import Camera
 from d3ds2.meshes.mesh_to_sdf import mesh_to_sdf
 from d3ds2.networks.image_encoder import ImageTokens
 from d3ds2.pipeline import EmptyResultError, load_pipeline
+from d3ds2.storage.model_folder import SamplingConfig
 from tests.support.tiny_model import SAMPLING, write_model
 from training.config import load_config
 from training.data.meshes import MeshEntry, list_meshes
@@ -300,7 +302,10 @@ def test_training_views_find_themselves_turned_as_they_are(root, scoring):
 class Moody:
     """A pipeline that samples no voxels for an odd seed, and `seed` voxels for an even one."""
 
-    def sample_structure(self, tokens, seeds):
+    sampling = SamplingConfig()
+
+    def sample_structure(self, tokens, seeds, mirrored=None):
+        assert mirrored is None or mirrored.batch_size == tokens.batch_size == len(seeds)
         if any(seed % 2 for seed in seeds):
             raise EmptyResultError("empty")
         coords = [[b, 0, 0, z] for b, seed in enumerate(seeds) for z in range(seed)]
@@ -309,9 +314,9 @@ class Moody:
     def sample_latents(self, voxels, tokens, seeds):
         return torch.tensor(seeds)[voxels.batch_index, None]
 
-    def decode_sdf(self, latents, voxels):
+    def decode_blocks(self, latents, voxels):
         fine = voxels.subdivide()[0].subdivide()[0].subdivide()[0]
-        return latents.repeat_interleave(512, 0) / 10, fine
+        return SDFBlocks.of_voxels(latents.repeat_interleave(512, 0) / 10, fine)
 
 
 def test_empty_structures_are_left_out_of_the_batch():
@@ -320,6 +325,7 @@ def test_empty_structures_are_left_out_of_the_batch():
     assert [len(blocks) for blocks, _ in made] == [2, 0, 4]
     assert [values.shape for _, values in made] == [(2, 8, 8, 8), (0, 8, 8, 8), (4, 8, 8, 8)]
     assert (made[0][1] == np.float16(0.2)).all() and (made[2][1] == np.float16(0.4)).all()
+    assert [len(blocks) for blocks, _ in sample(Moody(), tokens, [2, 3, 4], tokens)] == [2, 0, 4]
     together = sample(Moody(), tokens, [2, 6, 4])
     np.testing.assert_array_equal(together[2][0], [[0, 0, z] for z in range(4)])
     assert (together[1][1] == np.float16(0.6)).all()

@@ -63,15 +63,22 @@ def seed_of(seed: int, name: str, file: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}/{file}".encode()).digest()[:4], "big") >> 1
 
 
-def sample(pipeline: Pipeline, image_tokens: ImageTokens, seeds: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Sample one shape for each image: block_coords (M,3) and SDF values (M,8,8,8) fp16; M = 0 if it came out empty."""
+def sample(
+    pipeline: Pipeline, image_tokens: ImageTokens, seeds: list[int], mirrored: ImageTokens | None = None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Sample one shape for each image: block_coords (M,3) and SDF values (M,8,8,8) fp16; M = 0 if it came out empty.
+
+    `mirrored` holds the tokens of the mirrored images, for a model that reads them.
+    """
     try:
-        voxels = pipeline.sample_structure(image_tokens, seeds)
-        return split_blocks(*pipeline.decode_sdf(pipeline.sample_latents(voxels, image_tokens, seeds), voxels))
+        voxels = pipeline.sample_structure(image_tokens, seeds, mirrored=mirrored)
+        blocks = pipeline.decode_blocks(pipeline.sample_latents(voxels, image_tokens, seeds), voxels)
+        return split_blocks(*blocks.smoothed(pipeline.sampling.surface_smoothing).to_voxels())
     except EmptyResultError:
         if len(seeds) == 1:
             return [NOTHING]
-        return [sample(pipeline, image_tokens.sample(i), [seed])[0] for i, seed in enumerate(seeds)]
+        tokens = [(image_tokens.sample(i), mirrored and mirrored.sample(i)) for i in range(len(seeds))]
+        return [sample(pipeline, own, [seed], other)[0] for (own, other), seed in zip(tokens, seeds, strict=True)]
 
 
 def make_baselines(
@@ -142,8 +149,9 @@ def run(
                 camera = dataclasses.replace(camera, azimuth=facing(camera.azimuth)[1])
             items.append(Item(name, sources[name], file.name, camera, view.symmetry, seed_of(seed, name, file.name)))
         similar = baselines.nearest.find(encoder, images) if baselines else {}
-        image_tokens = encoder(images.to(weight.dtype) / 255)
-        made = sample(pipeline, image_tokens, [item.seed for item in items])
+        pixels = images.to(weight.dtype) / 255
+        mirrored = encoder(pixels.flip(-1)) if pipeline.sampling.structure_mirrored else None
+        made = sample(pipeline, encoder(pixels), [item.seed for item in items], mirrored)
         for place, (item, (block_coords, values)) in enumerate(zip(items, made, strict=True)):
             if baselines:
                 for kind, found in similar.items():

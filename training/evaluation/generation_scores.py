@@ -151,12 +151,13 @@ def report(
     summaries = summarize_items(items)
     made = summaries[MODEL]
     shapes = len({item.name for item in items})
+    mirrored = ", of the mirrored picture too" if sampling.structure_mirrored else ""
     about = (
         f"{len(items)} views of {shapes} shapes of split {split}, {seen_in_training(split, train_split)}; one "
-        f"sample per view. Structure: {sampling.structure_steps} steps, guidance {sampling.structure_guidance:g}; "
-        f"latents: {sampling.latent_steps} steps, guidance {sampling.latent_guidance:g}. Means with 95 % bootstrap "
-        f"intervals over shapes; IoU on {config.cells}³ cells; distances in units of the cube [-1,1]³, one voxel is "
-        f"{2 / config.resolution:.5f}."
+        f"sample per view. Structure: {sampling.structure_steps} steps, guidance {sampling.structure_guidance:g}"
+        f"{mirrored}; latents: {sampling.latent_steps} steps, guidance {sampling.latent_guidance:g}; SDF smoothed "
+        f"{sampling.surface_smoothing} times. Means with 95 % bootstrap intervals over shapes; IoU on {config.cells}³ "
+        f"cells; distances in units of the cube [-1,1]³, one voxel is {2 / config.resolution:.5f}."
     )
     topology = (
         f"Model: {100 * made['watertight']['mean']:.0f} % watertight, {made['outer_shells']['mean']:.2f} outer and "
