@@ -3,7 +3,7 @@
     python -m benchmarks.structure_iou data/tiny d3ds2/weights/tiny --split val --every 4 --guidance 1 2
     python -m benchmarks.structure_iou data/tiny --split test --mean-split none --views 1 2 4 --rescale 0 0.7
     python -m benchmarks.structure_iou data/tiny --split test --mean-split none --intervals 0-1 0.5-1 --samplers heun
-    python -m benchmarks.structure_iou data/tiny --guidance 1 --steps 1 12 --thresholds 0.1 0.5
+    python -m benchmarks.structure_iou data/tiny --guidance 1 --steps 1 --thresholds 0.1 0.2 --mirrored
 
 Reads the files of prepare_shapes and render_views. Takes the first views of every n-th shape of the split. The mean
 structure averages the unturned shapes of another split, and is cut at the level that fits that split best.
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--intervals", nargs="+", default=["0-1"], help="times between which guidance acts")
     parser.add_argument("--rescale", type=float, nargs="+", default=[0.0], help="of guidance")
     parser.add_argument("--thresholds", type=float, nargs="+", help="probabilities; default: the model's")
+    parser.add_argument("--mirrored", action="store_true", help="average with the prediction for mirrored pictures")
     parser.add_argument("--samplers", choices=SAMPLERS, nargs="+", default=["euler"])
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
@@ -91,7 +92,8 @@ def main() -> None:
         print(f"mean structure of {arguments.mean_split}: IoU {scores.mean():.3f}, median {np.median(scores):.3f}")
 
     count = range(max(arguments.views))
-    image_tokens = [pipeline.encode_image([load_image(files[k]) for files in views.files]) for k in count]
+    images = [[load_image(files[k]) for files in views.files] for k in count]
+    sides = [[pipeline.encode_image(each, mirrored) for each in images] for mirrored in (False, True)]
     dit, config = pipeline.structure_dit, pipeline.structure_dit.config
     noise = noise_for(list(range(len(truth))), [(1, config.latent_channels, *(config.resolution,) * 3)] * len(truth))
     noise, passes, first = noise.to(arguments.device), [], None
@@ -103,11 +105,12 @@ def main() -> None:
         sampler = Sampler(method, (low, high), rescale)
         passes.clear()
         begin = time.process_time()
-        velocity = mean_velocity(dit, image_tokens[:number], scale, sampler=sampler)
-        times = sampler.schedule(steps, sampling.structure_shift)
-        latents = euler_sample(velocity, noise, times, method=method)
+        times, both = sampler.schedule(steps, sampling.structure_shift), []
+        for tokens in sides[: 1 + arguments.mirrored]:
+            velocity = mean_velocity(dit, tokens[:number], scale, sampler=sampler)
+            both.append(pipeline.structure_logits(euler_sample(velocity, noise, times, method=method))[:, 0])
+        logits = (both[0] + both[1].flip(1)) / 2 if arguments.mirrored else both[0]
         seconds = time.process_time() - begin
-        logits = pipeline.structure_vae.decode(pipeline.structure_vae.denormalize_latents(latents))[:, 0]
         for threshold in arguments.thresholds or [own_threshold]:
             made = (logits.sigmoid() >= threshold).cpu().numpy()
             scores = iou(made, truth)

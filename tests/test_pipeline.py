@@ -290,8 +290,8 @@ def test_the_surface_is_smoothed_as_the_settings_say(pipeline, mesh):
         for m in (mesh, smooth)
     ]
     assert areas[1] < 0.9 * areas[0]  # the surface of random weights is rough
-    with pytest.raises(ValueError, match="surface_smoothing from 0 to 8, got 9"):
-        dataclasses.replace(SAMPLING, surface_smoothing=9)
+    with pytest.raises(ValueError, match="surface_smoothing from 0 to 32, got 33"):
+        dataclasses.replace(SAMPLING, surface_smoothing=33)
 
 
 def test_a_threshold_of_the_settings_replaces_that_of_the_network(pipeline):

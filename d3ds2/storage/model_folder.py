@@ -99,8 +99,8 @@ class SamplingConfig:
             raise ValueError(f"expected a structure_threshold in (0, 1), got {self.structure_threshold}")
         if not 0 <= self.structure_widening <= 4:
             raise ValueError(f"expected structure_widening from 0 to 4, got {self.structure_widening}")
-        if not 0 <= self.surface_smoothing <= 8:
-            raise ValueError(f"expected surface_smoothing from 0 to 8, got {self.surface_smoothing}")
+        if not 0 <= self.surface_smoothing <= 32:
+            raise ValueError(f"expected surface_smoothing from 0 to 32, got {self.surface_smoothing}")
         if not -1 < self.level < 1:
             raise ValueError(f"expected a level in (-1, 1), got {self.level}")
         _check_sampling(astuple(self), max(self.structure_steps, self.latent_steps))

@@ -2,8 +2,9 @@
 
     .venv/bin/python -m tests.comfy.pictures [TEMPLATE ...] [Nodes-2]
 
-workflows/<template>.jpg is what its last 3D viewer shows; web/images/comfyui_<template>.jpg is the whole window. The
-latter has underscores and small letters in its name. comfyui_nodes_2.jpg is the window of Image-to-Mesh in Nodes 2.0.
+workflows/<template>.jpg is what its last 3D viewer shows. web/images/comfyui_<template>.jpg is the whole window, for those
+templates that the README shows. Its name has underscores and small letters. comfyui_nodes_2.jpg is the window of
+Image-to-Mesh in Nodes 2.0.
 """
 
 import sys
@@ -20,6 +21,8 @@ from tests.comfy.workflow_file import WORKFLOWS, read
 
 VERSION = "0.30.0"
 RUN_SECONDS = 1800
+IN_README = ("Image-to-Mesh", "Refine-a-Mesh", "Nodes-2")
+WIDTH = 1600  # pixels of a window's picture in the README
 THUMBNAIL = 400
 EDGE = 10  # pixels cut from each side of the viewer
 WINDOW = {"width": 2200, "height": 1250, "deviceScaleFactor": 1, "mobile": False}  # smaller views hide texts
@@ -47,7 +50,7 @@ def main(names: list[str]) -> None:
 
 
 def take_window(page: Browser, server: ComfyServer, file: Path, name: str) -> None:
-    """Run a template and take the whole window."""
+    """Run a template; take the whole window if the README shows it."""
     workflow = read(file)
     open_template(page, server, file.stem, len(workflow["nodes"]))
     count = sum(node["type"] == "Preview3D" for node in workflow["nodes"])
@@ -56,8 +59,11 @@ def take_window(page: Browser, server: ComfyServer, file: Path, name: str) -> No
     for index, before in enumerate(empty):
         wait_for_mesh(page, index, before)
     page.js("await new Promise(done => setTimeout(done, 3000))")  # until the notices are gone
+    if name not in IN_README:
+        return
     window = Image.fromarray(page.picture())
-    window.save(PACK / "web" / "images" / f"comfyui_{name.lower().replace('-', '_')}.jpg", quality=85)
+    window = window.resize((WIDTH, round(WIDTH * window.height / window.width)), Image.Resampling.LANCZOS)
+    window.save(PACK / "web" / "images" / f"comfyui_{name.lower().replace('-', '_')}.jpg", quality=80)
 
 
 def take_thumbnail(page: Browser, file: Path) -> None:

@@ -236,7 +236,7 @@ def test_a_sheet_seen_edge_on_is_looked_at_from_elsewhere():
 def test_shipped_configs_load():
     folder = Path(__file__).parents[2] / "training" / "configs"
     tiny = load_config(RenderViewsConfig, [str(folder / "tiny_views.toml"), "views=2"])
-    assert (tiny.views, tiny.size) == (2, 320)
+    assert (tiny.views, tiny.size) == (2, 256)
     paper = load_config(RenderViewsConfig, [str(folder / "paper" / "02_render_views.toml")])
     assert (paper.views, paper.size, paper.elevation) == (45, 1024, (10, 40))
 

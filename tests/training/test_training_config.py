@@ -126,9 +126,8 @@ def test_every_key_of_the_help_is_one_of_the_config(config):
         ("tiny_latents", EncodeLatentsConfig),
         ("tiny_structure_dit", TrainStructureDiTConfig),
         ("tiny_dit", TrainDiTConfig),
-        ("small_shapes", PrepareShapesConfig),
-        ("small_views", RenderViewsConfig),
-        ("small_structure_dit", TrainStructureDiTConfig),
+        ("tiny_views", RenderViewsConfig),
+        ("tiny_test_views", RenderViewsConfig),
     ],
 )
 def test_configs_of_the_models_load(name, cls):
