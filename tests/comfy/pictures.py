@@ -2,8 +2,8 @@
 
     .venv/bin/python -m tests.comfy.pictures [TEMPLATE ...] [Nodes-2]
 
-workflows/<template>.jpg is what its last 3D viewer shows. web/images/comfyui_<template>.jpg is the whole window, for those
-templates that the README shows. Its name has underscores and small letters. comfyui_nodes_2.jpg is the window of
+workflows/<template>.jpg is what its last 3D viewer shows. web/images/comfyui_<template>.jpg is the whole window, for
+those templates that the README shows. Its name has underscores and small letters. comfyui_nodes_2.jpg is the window of
 Image-to-Mesh in Nodes 2.0.
 """
 
