@@ -125,6 +125,7 @@ def test_every_key_of_the_help_is_one_of_the_config(config):
         ("tiny_structure_vae", TrainStructureVAEConfig),
         ("tiny_latents", EncodeLatentsConfig),
         ("tiny_structure_dit", TrainStructureDiTConfig),
+        ("shipped_structure_dit", TrainStructureDiTConfig),
         ("tiny_dit", TrainDiTConfig),
         ("tiny_views", RenderViewsConfig),
         ("tiny_test_views", RenderViewsConfig),
