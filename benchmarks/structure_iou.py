@@ -91,9 +91,11 @@ def main() -> None:
         scores = iou(mean_structure(arguments.data_dir, arguments.mean_split, R), truth)
         print(f"mean structure of {arguments.mean_split}: IoU {scores.mean():.3f}, median {np.median(scores):.3f}")
 
-    count = range(max(arguments.views))
-    images = [[load_image(files[k]) for files in views.files] for k in count]
-    sides = [[pipeline.encode_image(each, mirrored) for each in images] for mirrored in (False, True)]
+    count = max(arguments.views)
+    pixels = pipeline.crop_views([[load_image(file) for file in files[:count]] for files in views.files])
+    sides = [[pipeline.encode_pixels(each) for each in pixels]]
+    if arguments.mirrored:
+        sides.append([pipeline.encode_pixels(each.flip(-1)) for each in pixels])
     dit, config = pipeline.structure_dit, pipeline.structure_dit.config
     noise = noise_for(list(range(len(truth))), [(1, config.latent_channels, *(config.resolution,) * 3)] * len(truth))
     noise, passes, first = noise.to(arguments.device), [], None
@@ -105,12 +107,14 @@ def main() -> None:
         sampler = Sampler(method, (low, high), rescale)
         passes.clear()
         begin = time.process_time()
-        times, both = sampler.schedule(steps, sampling.structure_shift), []
-        for tokens in sides[: 1 + arguments.mirrored]:
+        times, latents = sampler.schedule(steps, sampling.structure_shift), []
+        for tokens in sides:
             velocity = mean_velocity(dit, tokens[:number], scale, sampler=sampler)
-            both.append(pipeline.structure_logits(euler_sample(velocity, noise, times, method=method))[:, 0])
-        logits = (both[0] + both[1].flip(1)) / 2 if arguments.mirrored else both[0]
+            latents.append(euler_sample(velocity, noise, times, method=method))
         seconds = time.process_time() - begin
+        logits = pipeline.structure_logits(latents[0])[:, 0]
+        if arguments.mirrored:
+            logits = (logits + pipeline.structure_logits(latents[1])[:, 0].flip(1)) / 2  # x
         for threshold in arguments.thresholds or [own_threshold]:
             made = (logits.sigmoid() >= threshold).cpu().numpy()
             scores = iou(made, truth)

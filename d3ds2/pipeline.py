@@ -64,8 +64,7 @@ class Pipeline:
         device: where each network is brought while it runs. Default: they stay where they are.
         memory_budget: bytes that decoding may take beside weights. Default: see `decode_in_chunks`.
 
-    Raises:
-        ModelFolderError: sizes that do not fit together.
+    Raises ModelFolderError for sizes that do not fit together.
     """
 
     image_encoder: ImageEncoder
@@ -146,7 +145,7 @@ class Pipeline:
             raise ModelFolderError("the model has no refiners for this")
 
         report("image", 0, 1)
-        image_tokens, mirrored = self.encode_views(images), self.encode_mirrored(images)
+        image_tokens, mirrored = self.encode_sides(images, structure_steps)
         report("image", 1, 1)
 
         meshes: list[Mesh] = []  # of the stage before
@@ -174,17 +173,8 @@ class Pipeline:
             report(mesh_name, 1, 1)
         return meshes
 
-    @torch.no_grad()
-    def encode_image(self, images: Sequence[Image.Image], mirrored: bool = False) -> ImageTokens:
-        """Cut out, crop, mirror if asked, encode: all tokens of B images. Raises ImageError as `cut_out`."""
-        size = self.image_encoder.config.image_size
-        pixels = torch.stack([preprocess(cut_out(image), size) for image in images])  # (B, 4, S, S)
-        pixels = pixels.flip(-1) if mirrored else pixels
-        with on_device(self.image_encoder, self.device) as device:
-            return self.image_encoder(pixels.to(device, next(self.image_encoder.parameters()).dtype))
-
-    def encode_views(self, objects: Sequence[Views], mirrored: bool = False) -> list[ImageTokens]:
-        """Encode the pictures of B objects: the tokens of their first views, of their second views, and so on.
+    def crop_views(self, objects: Sequence[Views]) -> list[Tensor]:
+        """Cut out and crop the pictures of B objects: their first views (B, 4, S, S), their second views, and so on.
 
         Raises ImageError as `cut_out`, and ValueError for objects with different numbers of views, or with none.
         """
@@ -192,11 +182,28 @@ class Pipeline:
         counts = [len(pictures) for pictures in views]
         if not all(counts) or len({*counts}) != 1:
             raise ValueError(f"expected equally many views of all objects, got {counts}")
-        return [self.encode_image(images, mirrored) for images in zip(*views, strict=True)]
+        size = self.image_encoder.config.image_size
+        return [torch.stack([preprocess(cut_out(image), size) for image in each]) for each in zip(*views, strict=True)]
 
-    def encode_mirrored(self, objects: Sequence[Views]) -> list[ImageTokens] | None:
-        """Encode the mirrored pictures for `sample_structure`; None if the model does not use them."""
-        return self.encode_views(objects, mirrored=True) if self.sampling.structure_mirrored else None
+    @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor) -> ImageTokens:
+        """Encode pixels (B, 4, S, S) as `crop_views` gives them: all tokens of B images."""
+        with on_device(self.image_encoder, self.device) as device:
+            return self.image_encoder(pixels.to(device, next(self.image_encoder.parameters()).dtype))
+
+    def encode_image(self, images: Sequence[Image.Image]) -> ImageTokens:
+        """Cut out, crop, encode: all tokens of B images. Raises ImageError as `cut_out`."""
+        return self.encode_views(images)[0]
+
+    def encode_views(self, objects: Sequence[Views]) -> list[ImageTokens]:
+        """Encode the pictures of B objects, view by view. Raises as `crop_views`."""
+        return [self.encode_pixels(pixels) for pixels in self.crop_views(objects)]
+
+    def encode_sides(self, objects: Sequence[Views], steps: int) -> tuple[list[ImageTokens], list[ImageTokens] | None]:
+        """Encode as `encode_views`, and the mirrored pictures too if a structure of so many steps reads them."""
+        views, mirrored = self.crop_views(objects), self.sampling.reads_mirrored(steps)
+        tokens = [self.encode_pixels(pixels) for pixels in views]
+        return tokens, [self.encode_pixels(pixels.flip(-1)) for pixels in views] if mirrored else None
 
     @torch.no_grad()
     def sample_structure(
@@ -226,20 +233,18 @@ class Pipeline:
         guidance_scale = self.sampling.structure_guidance if guidance_scale is None else guidance_scale
         times = sampler.schedule(steps or self.sampling.structure_steps, self.sampling.structure_shift)
         options = {"half_times": self.sampling.half_times, "sampler": sampler}
-
-        def logits(tokens: TokensOfViews, on_step: OnStep | None = None) -> Tensor:
-            views = [tokens] if isinstance(tokens, ImageTokens) else tokens
-            noise = noise_for(list(seeds), [(1, E, R, R, R)] * views[0].batch_size)
-            with on_device(self.structure_dit, self.device) as device:
+        sides = [image_tokens] if mirrored is None or len(times) > 2 else [image_tokens, mirrored]
+        sides = [[side] if isinstance(side, ImageTokens) else side for side in sides]
+        noise = noise_for(list(seeds), [(1, E, R, R, R)] * sides[0][0].batch_size)
+        latents = []
+        with on_device(self.structure_dit, self.device) as device:
+            for views, report in zip(sides, (on_step, None), strict=False):
                 velocity = mean_velocity(self.structure_dit, [v.to(device) for v in views], guidance_scale, **options)
-                latents = euler_sample(velocity, noise.to(device), times, on_step, sampler.method)
-            return self.structure_logits(latents)
-
-        occupancy = logits(image_tokens, on_step)
-        if mirrored is not None and len(times) == 2:
-            occupancy = (occupancy + logits(mirrored).flip(2)) / 2  # x
-        how = self.sampling
-        voxels = self.structure_vae.occupied(occupancy, how.structure_threshold, how.structure_widening)
+                latents.append(euler_sample(velocity, noise.to(device), times, report, sampler.method))
+        logits, how = self.structure_logits(latents[0]), self.sampling
+        if len(latents) == 2:
+            logits = (logits + self.structure_logits(latents[1]).flip(2)) / 2  # x
+        voxels = self.structure_vae.occupied(logits, how.structure_threshold, how.structure_widening)
         if 0 in voxels.counts:
             raise empty_result("structure", voxels.counts.index(0), voxels.batch_size)
         return voxels
@@ -266,7 +271,7 @@ class Pipeline:
         on_step: OnStep | None = None,
         sampler: Sampler = EULER,
     ) -> Tensor:
-        """The latents (N, E) of the structure's voxels, as `decode_sdf` takes them. Arguments as `sample_structure`."""
+        """The latents (N, E) of the structure's voxels, for `decode_blocks`. Arguments as `sample_structure`."""
         stage = self.stage_of(voxels)
         dit, E = stage.latent_dit, stage.latent_dit.config.latent_channels
         views = [image_tokens] if isinstance(image_tokens, ImageTokens) else image_tokens
@@ -291,10 +296,6 @@ class Pipeline:
         if len(self.stages) == 1:
             raise ModelFolderError("the model has no second stage")
         return self.stages[-1].voxelize(meshes)
-
-    def decode_sdf(self, latents: Tensor, voxels: Voxels) -> tuple[Tensor, Voxels]:
-        """Latents (N, E) of the structure's voxels -> sdf (512 N, 1) in [-1, 1] on the voxels at 8 × the resolution."""
-        return self.decode_blocks(latents, voxels).to_voxels()
 
     @torch.no_grad()
     def decode_blocks(
@@ -389,8 +390,7 @@ def load_pipeline(
         memory_budget: bytes that decoding may take beside weights.
         sampling: default: as the folder's config.json says.
 
-    Raises:
-        ModelFolderError: the folder is missing, damaged, or its networks do not fit together.
+    Raises ModelFolderError if the folder is missing, damaged, or its networks do not fit together.
     """
     folder, device = folder or TINY, torch.device(device)
     dtype = find_dtype("auto", device) if dtype is None else dtype

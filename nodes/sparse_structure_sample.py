@@ -99,7 +99,7 @@ class SparseStructureSample(io.ComfyNode):
 
             with sample(index, len(objects)), cancellable(encoder, dit, vae), progress.compiling_shown():
                 progress.status(f"{title}reading the image")
-                tokens, mirrored = pipeline.encode_views([views]), pipeline.encode_mirrored([views])
+                tokens, mirrored = pipeline.encode_sides([views], steps)
                 seeds = [seed_of(seed, index)]
                 parts.append(pipeline.sample_structure(tokens, seeds, steps, guidance_scale, on_step, how, mirrored))
         structure = pack_structure(parts)

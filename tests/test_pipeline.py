@@ -263,7 +263,7 @@ def test_structure_can_be_widened(pipeline):
 def test_mirrored_pictures_give_mirrored_structures(pipeline):
     sampling = dataclasses.replace(pipeline.sampling, structure_steps=1, structure_mirrored=True)
     both, picture = dataclasses.replace(pipeline, sampling=sampling), draw_object()
-    plain, mirrored = both.encode_views([picture]), both.encode_mirrored([picture])
+    plain, mirrored = both.encode_sides([picture], 1)
     seen = both.sample_structure(plain, [0], mirrored=mirrored)
     expected = both.sample_structure(mirrored, [0], mirrored=plain).coords.clone()
     expected[:, 1] = seen.resolution - 1 - expected[:, 1]
@@ -273,7 +273,7 @@ def test_mirrored_pictures_give_mirrored_structures(pipeline):
     assert torch.equal(both.image_encoder(pixels.flip(-1)).features, mirrored[0].features)
     several = both.sample_structure(plain, [0], 3, mirrored=mirrored)
     assert torch.equal(several.coords, both.sample_structure(plain, [0], 3).coords)
-    assert pipeline.encode_mirrored([picture]) is None
+    assert pipeline.encode_sides([picture], 1)[1] is None and both.encode_sides([picture], 3)[1] is None
 
     with_both = both.generate(picture, seed=0, latent_steps=1)
     latents = both.sample_latents(seen, plain, [0], 1)

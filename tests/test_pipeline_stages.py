@@ -74,7 +74,7 @@ def test_generate_runs_the_stages_in_turn(pipeline):
     expected = mesh_to_structure(normalize_mesh(coarse[0].vertices, 0.95), coarse[0].faces, 128)
     assert {*map(tuple, fine_voxels.coords[:, 1:].tolist())} == {*map(tuple, expected.tolist())}
     fine_latents = pipeline.sample_latents(fine_voxels, tokens, [4], 2)
-    sdf, decoded = pipeline.decode_sdf(fine_latents, fine_voxels)
+    sdf, decoded = pipeline.decode_blocks(fine_latents, fine_voxels).to_voxels()
     assert decoded.resolution == 128
     mesh = pipeline.blocks_to_meshes(SDFBlocks.of_voxels(sdf, decoded))[0]
     whole = pipeline.generate(draw_object(), 4, **STEPS)

@@ -5,7 +5,7 @@
 Weights on the way from one stretch of training to the next often fit unseen shapes better than those at its ends
 (Wortsman et al. 2022, "Model soups", arXiv:2203.05482). `networks` names those that are averaged, by default all of the
 first model; the others, the name and the sampling settings are those of the first model. The averaged networks must
-have the same sizes in all models.
+have the same sizes in all models. Nothing is written before all is read and averaged.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from d3ds2.networks import network_classes
 from d3ds2.networks.model_files import load_network
 from d3ds2.storage.model_folder import load_settings, network_names, read_config, save_settings, write_network
 from training.command import run_command
+from training.run_folder import exporting
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -29,7 +30,7 @@ class AverageModelsConfig:
     weights: tuple[float, ...] = field(default_factory=tuple)  # one for each, of any sum; (): all the same
     networks: tuple[str, ...] = field(default_factory=tuple)  # to be averaged; (): all of the first model
     out: str = "models/average"  # the model folder to write; it may be one of `models`
-    dtype: str = "float16"  # of the averaged weights
+    dtype: str = "float16"  # of the written weights
 
     def __post_init__(self):
         if len(self.models) < 2:
@@ -82,12 +83,12 @@ def main(config: AverageModelsConfig) -> None:
             if other != sizes:
                 raise ValueError(f"expected {name} of the same sizes in {folders[0]} and {folder}, got others")
         dicts = [load_network(folder, name).state_dict() for folder in sources]
-        tensors = average(dicts, config.shares) if name in chosen else dicts[0]
-        made[name] = sizes, tensors, f"mean of {len(sources)} models" if name in chosen else f"from {folders[0]}"
-    save_settings(config.out, *settings)
-    for name, (sizes, tensors, how) in made.items():
-        write_network(config.out, name, sizes, tensors, DTYPES[config.dtype])
-        print(f"{name}: {how}")
+        made[name] = sizes, average(dicts, config.shares if len(sources) > 1 else [1.0])
+    with exporting(config.out):
+        for name, (sizes, tensors) in made.items():
+            write_network(config.out, name, sizes, tensors, DTYPES[config.dtype])
+            print(f"{name}: {f'mean of {len(folders)} models' if name in chosen else f'from {folders[0]}'}")
+        save_settings(config.out, *settings)
 
 
 if __name__ == "__main__":

@@ -54,23 +54,22 @@ class SDFBlocks:
 
         That has a standard deviation of sqrt(times / 2) voxels. Where a neighbour is missing, the voxel itself counts.
         """
-        values = self.values
-        sides = [(axis, self._rows_beside(axis, -1), self._rows_beside(axis, 1)) for axis in (1, 2, 3) if times]
+        if not times:
+            return self
+        grid, order = Voxels.sort(self.coords, -(-self.resolution // BLOCK), self.batch_size)
+        values = self.values[order]
         for _ in range(times):
-            for axis, before, after in sides:
+            for axis, step in ((1, 9), (2, 3), (3, 1)):  # from row 13 of `neighbors`, the block itself
                 first, last = values.narrow(axis, 0, 1), values.narrow(axis, BLOCK - 1, 1)
-                padded = torch.cat([last[before], values, first[after]], axis)  # (.., 10, ..)
-                for rows, place, border in ((before, 0, first), (after, BLOCK + 1, last)):
-                    missing = (rows < 0).view(-1, 1, 1, 1)
-                    padded.narrow(axis, place, 1).copy_(torch.where(missing, border, padded.narrow(axis, place, 1)))
+                before = _across(last, grid.neighbors[13 - step], first)
+                after = _across(first, grid.neighbors[13 + step], last)
+                padded = torch.cat([before, values, after], axis)
                 values = (padded.narrow(axis, 0, BLOCK) + padded.narrow(axis, 2, BLOCK)) / 4 + values / 2
+        values = torch.empty_like(values).index_copy_(0, order, values)
         return SDFBlocks(self.coords, values, self.resolution, self.batch_size)
 
-    def _rows_beside(self, axis: int, step: int) -> Tensor:
-        """Return the row of the block beside each one along an axis (1, 2 or 3), or -1 where there is none: (M,)."""
-        edge = -(-self.resolution // BLOCK) + 2  # with a border, so that no step leaves the sample
-        sizes = torch.tensor([edge**3, edge**2, edge, 1], device=self.coords.device)
-        keys = ((self.coords.long() + 1) * sizes).sum(1)  # ascending, as the coordinates are lexicographic
-        wanted = keys + step * sizes[axis]
-        found = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
-        return torch.where(keys[found] == wanted, found, -1)
+
+def _across(layers: Tensor, rows: Tensor, own: Tensor) -> Tensor:
+    """Take one layer of the block in each row (M,), or the block's own where there is none: M of them, of any shape."""
+    there = (rows < len(layers)).view(-1, 1, 1, 1)
+    return torch.where(there, layers[rows.clamp(max=len(layers) - 1).long()], own)

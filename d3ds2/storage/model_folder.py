@@ -105,6 +105,10 @@ class SamplingConfig:
             raise ValueError(f"expected a level in (-1, 1), got {self.level}")
         _check_sampling(astuple(self), max(self.structure_steps, self.latent_steps))
 
+    def reads_mirrored(self, structure_steps: int | None = None) -> bool:
+        """Whether a structure of so many steps (default: the model's) is predicted from the mirrored picture too."""
+        return self.structure_mirrored and (structure_steps or self.structure_steps) == 1
+
 
 def _check_sampling(values: Iterable[Any], steps: int) -> None:
     if not_finite := [value for value in values if isinstance(value, float) and not math.isfinite(value)]:

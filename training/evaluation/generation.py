@@ -150,7 +150,7 @@ def run(
             items.append(Item(name, sources[name], file.name, camera, view.symmetry, seed_of(seed, name, file.name)))
         similar = baselines.nearest.find(encoder, images) if baselines else {}
         pixels = images.to(weight.dtype) / 255
-        mirrored = encoder(pixels.flip(-1)) if pipeline.sampling.structure_mirrored else None
+        mirrored = encoder(pixels.flip(-1)) if pipeline.sampling.reads_mirrored() else None
         made = sample(pipeline, encoder(pixels), [item.seed for item in items], mirrored)
         for place, (item, (block_coords, values)) in enumerate(zip(items, made, strict=True)):
             if baselines:

@@ -151,7 +151,7 @@ def report(
     summaries = summarize_items(items)
     made = summaries[MODEL]
     shapes = len({item.name for item in items})
-    mirrored = ", of the mirrored picture too" if sampling.structure_mirrored else ""
+    mirrored = ", of the mirrored picture too" if sampling.reads_mirrored() else ""
     about = (
         f"{len(items)} views of {shapes} shapes of split {split}, {seen_in_training(split, train_split)}; one "
         f"sample per view. Structure: {sampling.structure_steps} steps, guidance {sampling.structure_guidance:g}"
