@@ -1,6 +1,6 @@
 """Average the weights of models that were trained one after the other, network by network.
 
-    python -m training.average_models 'models=["models/a", "models/b"]' 'weights=[0.7, 0.3]' out=models/mean
+    python -m training.average_models training/configs/average_models.toml 'models=["models/a", "models/b", "models/c"]'
 
 Weights on the way from one stretch of training to the next often fit unseen shapes better than those at its ends
 (Wortsman et al. 2022, "Model soups", arXiv:2203.05482). `networks` names those that are averaged, by default all of the

@@ -11,6 +11,7 @@ import pytest
 
 from d3ds2.networks.structure_vae import StructureVAEConfig
 from d3ds2.storage.model_folder import SamplingConfig
+from training.average_models import AverageModelsConfig
 from training.config import load_config
 from training.encode_latents import EncodeLatentsConfig
 from training.help_text import help_text
@@ -126,6 +127,7 @@ def test_every_key_of_the_help_is_one_of_the_config(config):
         ("tiny_latents", EncodeLatentsConfig),
         ("tiny_structure_dit", TrainStructureDiTConfig),
         ("shipped_structure_dit", TrainStructureDiTConfig),
+        ("average_models", AverageModelsConfig),
         ("tiny_dit", TrainDiTConfig),
         ("tiny_views", RenderViewsConfig),
         ("tiny_test_views", RenderViewsConfig),
