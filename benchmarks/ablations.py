@@ -326,7 +326,8 @@ def report(config: AblationsConfig, results: dict[str, dict[int, dict]]) -> str:
     header = ["form", "seeds", *SCORES, "M parameters", "ms per step", "minutes"]
     tables = [markdown_table(header, rows)]
     if base := done.get(config.compared_with):
-        tables.append(markdown_table([f"minus {config.compared_with}", "seeds", *SCORES], differences(done, base)))
+        header = [f"minus {config.compared_with}", "seeds", *SCORES]
+        tables.append(markdown_table(header, list(differences(done, base))))
     left = f"\nNot finished: {', '.join(missing)}; the same command continues.\n" if missing else ""
     return "\n".join([head, *tables]) + left
 

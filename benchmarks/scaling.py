@@ -79,9 +79,9 @@ def run_ranks(ranks: int, folder: Path, **work) -> Ended:
     return Ended(ended.returncode, result, [lines[-1] for lines in texts if lines], seconds)
 
 
-def speed_rows(cases: list[str], gpus: list[int], tiny: bool, folder: Path) -> Iterator[list[str]]:
+def speed_rows(cases: list[str], gpus: list[int], warm_up: int, tiny: bool, folder: Path) -> Iterator[list[str]]:
     """Measure the cases on each number of GPUs, with copied and sharded weights: a row of SPEED each."""
-    options = {"tiny": tiny, "steps": 3, "warm_up": 1} if tiny else {"tiny": False}
+    options = {"tiny": tiny, "steps": 3, "warm_up": 1} if tiny else {"tiny": False, "warm_up": warm_up}
     for case in cases:
         alone = 0.0  # tokens a second
         for ranks in gpus:
@@ -141,8 +141,9 @@ def kill_a_rank(ranks: int, tiny: bool, folder: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of GPUs")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="for the speed")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="for the speed and the losses")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--warm-up", type=int, default=10, help="steps before those that count for the speed")
     parser.add_argument("--steps", type=int, default=200, help="for the losses")
     parser.add_argument("--tiny", action="store_true", help="small networks and shapes on the CPU, with gloo")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
@@ -163,11 +164,11 @@ def main() -> None:
         folder = Path(name)
         if "speed" in arguments.parts:
             add(f"| {' | '.join(SPEED)} |", f"| {' | '.join(['---'] * len(SPEED))} |")
-            for row in speed_rows(arguments.cases, sorted(arguments.gpus), arguments.tiny, folder):
+            for row in speed_rows(arguments.cases, sorted(arguments.gpus), arguments.warm_up, arguments.tiny, folder):
                 add(f"| {' | '.join(row)} |")
             add("")
         if "losses" in arguments.parts:
-            for case, ranks in itertools.product(COMPARED, several):
+            for case, ranks in itertools.product([c for c in COMPARED if c in arguments.cases], several):
                 add(compare_losses(case, ranks, arguments.steps, arguments.tiny, folder), "")
         if "death" in arguments.parts and several:
             add(*kill_a_rank(several[-1], arguments.tiny, folder), "")

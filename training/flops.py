@@ -34,6 +34,10 @@ class ShapeSize(NamedTuple):
     cells: dict[int, float]  # occupied cells of 4³ and of 8³ latent voxels
     neighbours: float  # tokens in the 8³ window of a token, itself included
 
+    def cells_of(self, edge: int) -> float:
+        """Occupied cells of edge³ latent voxels; where none were counted, as many as a surface has."""
+        return self.cells.get(edge) or min(1.0, self.cells[4] * (4 / edge) ** 2)
+
 
 class Flops(NamedTuple):
     """Operations of a forward pass."""
@@ -70,7 +74,7 @@ def latent_dit(config: LatentDiTConfig, size: ShapeSize, image_tokens: float) ->
         raise ValueError("expected a latent DiT with spatial or full attention and without packing")
     N, C, L = size.tokens, config.hidden_size, image_tokens
     kv = C // config.num_heads * config.num_kv_heads  # channels of keys, and of values
-    cells, blocks = N * size.cells[config.compression_block], N * size.cells[8]
+    cells, blocks = N * size.cells_of(config.compression_block), N * size.cells_of(8)
     every, branches = config.top_k >= blocks, config.branches if config.attention == "spatial" else ()
     compression = 2 * 2 * kv**2 * (cells * 2 * TAPS if config.pooled_conv else N)  # of keys and of values
     selected = N if every else min(N, config.top_k * size.neighbours)

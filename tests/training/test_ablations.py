@@ -87,6 +87,7 @@ def test_forms_are_trained_scored_and_compared(comparison, monkeypatch):
     assert summary["ssa"]["loss"]["mean"] != summary["sequence"]["loss"]["mean"]
     text = (Path(comparison.out_dir) / "ablations.md").read_text()
     assert "| minus ssa |" in text and "Not finished" not in text and text.count("\n| ssa | 2 |") == 1
+    assert text.count("\n| sequence | 2 |") == 2  # its scores, and how far they are from those of ssa
     monkeypatch.setattr(ablations, "run", lambda *arguments: pytest.fail("trained again"))
     assert ablations.main(comparison) == json.loads(json.dumps(summary), object_hook=with_int_keys)
 

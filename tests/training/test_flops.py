@@ -152,3 +152,9 @@ def test_a_step_counts_the_backward_pass_and_what_is_recomputed():
     forward = Flops(100.0, 10.0, 1.0)
     assert forward.step(False) == 300 + 35 + 1 and forward.step(True) == 400 + 45 + 2
     assert (forward + forward.times(2)).forward == 333
+
+
+def test_cells_that_were_not_counted_are_as_many_as_a_surface_has():
+    size = ShapeSize(1000.0, (1.0, 1.0, 1.0), {4: 0.08, 8: 0.02}, 40.0)
+    assert size.cells_of(4) == 0.08 and size.cells_of(8) == 0.02
+    assert size.cells_of(16) == pytest.approx(0.005) and size.cells_of(1) == 1.0
