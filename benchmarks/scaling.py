@@ -7,7 +7,7 @@
    many samples as in the paper, so the ideal is N times the tokens a second of one GPU. The device is waited for after
    each phase of a step: loading a batch; the losses and their gradients (with sharded weights, these include all
    traffic); waiting for the rank with the most tokens; summing the gradients and moving the weights.
-2. The losses of a run on N GPUs beside those on one GPU that accumulates N parts.
+2. The losses of a run on N GPUs beside those on one GPU that accumulates N parts, and beside the same run again.
 3. One rank is killed with SIGKILL: how long until all have ended, and with which lines; and a resume on one GPU fewer.
 
 Prints tables and writes them to benchmarks/results/scaling-*.md. `benchmarks/scaling_work.py` runs on the ranks.
@@ -24,7 +24,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -37,6 +36,14 @@ from benchmarks.scaling_work import CASES, Work  # noqa: E402
 PARTS = ("speed", "losses", "death")
 SPEED = ["case", "GPUs", "weights", "ms", "tokens/s", "share of ideal", "GiB"]
 SPEED += ["data ms", "compute ms", "waiting ms", "update ms", "max/mean tokens"]
+FIRST_STEPS = (1, 5, 20, 60)
+LOSSES = [
+    "case",
+    "ranks × parts",
+    *(f"step {n}" if n == 1 else f"steps 1 to {n}" for n in FIRST_STEPS),
+    "all steps",
+    "last losses",
+]
 SMALL = "latent DiT 256"  # for the death
 COMPARED = ("latent DiT 256", "SDF VAE 384")  # whose losses are compared
 
@@ -99,21 +106,27 @@ def speed_rows(cases: list[str], gpus: list[int], warm_up: int, tiny: bool, fold
                 yield row
 
 
-def compare_losses(case: str, ranks: int, steps: int, tiny: bool, folder: Path) -> str:
-    """Train on N ranks and, at the same time, on one rank with N parts; say how far their losses differ."""
-    options = {"case": case, "batch": 4 * ranks, "steps": steps, "warm_up": 0, "tiny": tiny}
-    with ThreadPoolExecutor() as both:
-        several = both.submit(run_ranks, ranks, folder, **options)
-        alone = both.submit(run_ranks, 1, folder, accumulate=ranks, **options)
-    many, one = several.result(), alone.result()
-    if many.code or one.code:
-        return f"{case}, {ranks} GPUs: failed: {'; '.join(many.errors + one.errors)}"
-    pairs = list(zip(many.result["losses"].values(), one.result["losses"].values(), strict=True))
-    worst = max(abs(a - b) / abs(b) for a, b in pairs)
-    return (
-        f"{steps} steps of the {case} on {ranks} × 1 and 1 × {ranks}: the losses differ by at most {worst:.1e} of "
-        f"their value; the last ones are {pairs[-1][0]:.6f} and {pairs[-1][1]:.6f}."
-    )
+def loss_rows(case: str, ranks: int, steps: int, tiny: bool, folder: Path) -> Iterator[list[str]]:
+    """Train on N ranks, and twice on one rank with N parts; a row of LOSSES for each of the two comparisons.
+
+    On one rank, the whole batch takes the place of N ranks, beside two parts. Two equal runs differ by what the device
+    computes in another order each time, and training makes that grow.
+    """
+    parts = max(ranks, 2)
+    forms = [(ranks, 1), (1, parts), (1, parts)]
+    options = {"case": case, "batch": 4 * parts, "steps": steps, "warm_up": 0, "tiny": tiny}
+    ended = [run_ranks(n, folder, accumulate=accumulate, **options) for n, accumulate in forms]
+    for first, second in ((0, 1), (1, 2)):
+        names = [f"{n} × {accumulate}" for n, accumulate in (forms[first], forms[second])]
+        row = [case, f"{names[0]}, {names[1]}" + (" again" if names[0] == names[1] else "")]
+        failed = [run for run in (ended[first], ended[second]) if run.code]
+        if failed:
+            yield [*row, f"failed: {'; '.join(failed[0].errors[-1:])}", *[""] * (len(LOSSES) - 3)]
+            continue
+        pairs = [*zip(ended[first].result["losses"].values(), ended[second].result["losses"].values(), strict=True)]
+        apart = [abs(a - b) / abs(b) for a, b in pairs]
+        first_steps = [f"{max(apart[:number]):.1e}" for number in FIRST_STEPS]
+        yield [*row, *first_steps, f"{max(apart):.1e}", f"{pairs[-1][0]:.6f}, {pairs[-1][1]:.6f}"]
 
 
 def kill_a_rank(ranks: int, tiny: bool, folder: Path) -> list[str]:
@@ -168,8 +181,12 @@ def main() -> None:
                 add(f"| {' | '.join(row)} |")
             add("")
         if "losses" in arguments.parts:
-            for case, ranks in itertools.product([c for c in COMPARED if c in arguments.cases], several):
-                add(compare_losses(case, ranks, arguments.steps, arguments.tiny, folder), "")
+            add(f"Largest differences of the losses of {arguments.steps} steps, as a share of their value:", "")
+            add(f"| {' | '.join(LOSSES)} |", f"| {' | '.join(['---'] * len(LOSSES))} |")
+            for case, ranks in itertools.product([c for c in COMPARED if c in arguments.cases], several or [1]):
+                for row in loss_rows(case, ranks, arguments.steps, arguments.tiny, folder):
+                    add(f"| {' | '.join(row)} |")
+            add("")
         if "death" in arguments.parts and several:
             add(*kill_a_rank(several[-1], arguments.tiny, folder), "")
 
