@@ -34,6 +34,7 @@ from d3ds2.storage.model_folder import SamplingConfig, load_settings
 from training.command import run_command
 from training.data.index_files import read_index
 from training.data.meshes import list_meshes
+from training.data.name_lists import read_names
 from training.data.shape_files import list_shapes
 from training.evaluation import generation, generation_scores, round_trip
 from training.evaluation.generation import GenerationConfig
@@ -51,7 +52,8 @@ class EvaluateConfig:
     meshes: str = ""  # folder that prepare_shapes read: adds scores against the originals, and by mesh defects
     out_dir: str = "runs/evaluation"
     split: str = "test"
-    limit: int = 0  # only the first shapes of the split; 0: all
+    names: str = ""  # file with the names of the shapes to score, one on each line; "": all of the split
+    limit: int = 0  # only the first shapes of these; 0: all
     seed: int = 0
     parts: tuple[Literal["round_trip", "generation"], ...] = ("round_trip", "generation")
     device: str = "auto"
@@ -77,8 +79,7 @@ def main(config: EvaluateConfig) -> dict:
     name, sampling = load_settings(config.model_dir)
     sampling = from_dict(SamplingConfig, dataclasses.asdict(sampling) | config.sampling, "sampling.")
     R = sampling.sdf_resolution
-    names, tokens = list_shapes(config.data_dir, config.split, R)
-    names, tokens = names[: config.limit or None], tokens[: config.limit or None]
+    names, tokens = chosen_shapes(config, R)
     source_of = {record["name"]: record["source"] for record in read_index(config.data_dir)}
     sources = {name: source_of[name] for name in names}
     scoring = ScoreConfig(config.data_dir, R, config.num_points, config.cells, config.seed, sampling.level)
@@ -99,6 +100,25 @@ def main(config: EvaluateConfig) -> dict:
     (out_dir / "evaluation.md").write_text(text)
     print(text)
     return result
+
+
+def chosen_shapes(config: EvaluateConfig, resolution: int) -> tuple[list[str], np.ndarray]:
+    """List the names of the shapes to score, and their tokens (n,).
+
+    Raises:
+        ValueError: no shape of the split has one of the names.
+        OSError: the list of names cannot be read.
+    """
+    names, tokens = list_shapes(config.data_dir, config.split, resolution)
+    if config.names:
+        wanted = read_names(config.names)
+        rows = [row for row, name in enumerate(names) if name in wanted]
+        if not rows:
+            raise ValueError(
+                f"expected shapes of split {config.split} with names of {config.names}, got none in {config.data_dir}"
+            )
+        names, tokens = [names[row] for row in rows], tokens[rows]
+    return names[: config.limit or None], tokens[: config.limit or None]
 
 
 def evaluate_round_trip(

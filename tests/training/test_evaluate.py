@@ -25,7 +25,7 @@ from training.data.shape_batches import pack_shapes
 from training.data.shape_files import load_shape, shape_path
 from training.data.symmetry import transform_vertices
 from training.data.views import Pictures, Views, choose_views
-from training.evaluate import EvaluateConfig, main
+from training.evaluate import EvaluateConfig, chosen_shapes, main
 from training.evaluation import generation, round_trip
 from training.evaluation.generation import GenerationConfig, make_baselines, sample, seed_of
 from training.evaluation.generation_scores import (
@@ -142,6 +142,17 @@ def test_script_on_a_random_model(root, tmp_path):
     sheet = Image.open(tmp_path / "out" / "generation.png")
     assert sheet.width > 10 * 128 and len(sheet.getcolors(70000)) > 20
     assert result["generation"]["summaries"][MODEL]["iou"]["count"] == 2
+
+
+def test_a_list_of_names_chooses_shapes(root, tmp_path):
+    config = EvaluateConfig(data_dir=str(root / "data"), names=str(tmp_path / "names.txt"))
+    every = chosen_shapes(EvaluateConfig(data_dir=str(root / "data")), R)
+    (tmp_path / "names.txt").write_text(f"{every[0][-1]}\nnobody\n")
+    names, tokens = chosen_shapes(config, R)
+    assert names == every[0][-1:] and tokens.tolist() == every[1][-1:].tolist()
+    (tmp_path / "names.txt").write_text("nobody\n")
+    with pytest.raises(ValueError, match=r"^expected shapes of split test with names of .*names\.txt, got none in "):
+        chosen_shapes(config, R)
 
 
 def test_shipped_config_loads():
