@@ -9,7 +9,8 @@ A multiplication and an addition are two operations. Only matrix products count,
     scores      the second product with the compressed keys, for the choice of blocks (eq. 8). It has no gradient.
 
 The backward pass takes twice the dense products, and 2.5 times those of attention, whose kernels compute the scores
-once more. Where blocks are recomputed, the forward pass counts twice.
+once more. Where blocks are recomputed, the forward pass counts twice; where they keep what attention has made, only its
+dense products do.
 
 Sizes: N tokens of a shape, n those of all shapes together, C hidden size, L image tokens of a picture.
 """
@@ -58,10 +59,10 @@ class Flops(NamedTuple):
         """All of them."""
         return sum(self)
 
-    def step(self, recompute: bool) -> float:
-        """Forward and backward pass; `recompute`: the forward pass once more."""
-        again = int(recompute)
-        return (3 + again) * self.dense + (3.5 + again) * self.attention + (1 + again) * self.scores
+    def step(self, recompute: bool, keep_attention: bool = False) -> float:
+        """Forward and backward pass; `recompute`: the forward pass once more, without attention if that is kept."""
+        again, attention_again = int(recompute), int(recompute and not keep_attention)
+        return (3 + again) * self.dense + (3.5 + attention_again) * self.attention + (1 + attention_again) * self.scores
 
 
 def latent_dit(config: LatentDiTConfig, size: ShapeSize, image_tokens: float) -> Flops:

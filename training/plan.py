@@ -42,9 +42,9 @@ SIZES = {
     512: ((281, 39.1, 5.97), {4: 0.0423, 8: 0.0088}, 140),
     1024: ((281, 39.1, 5.97), {4: 0.0423, 8: 0.0088}, 140),
 }
-# shares of the peak in bf16 that one H200 reached: 24 blocks of 1024 at 84,820 tokens; decoding to 43 M voxels
-UTILISATION = {"transformer": 0.27, "sparse": 0.03, "convolution": 0.15}  # that of dense convolutions is a guess [D]
-DIT_SECONDS = 0.3  # the fastest step of 24 blocks, which the host decides below some 16,000 tokens
+# shares of the peak in bf16 that one H200 reached: 24 blocks of 1024 at 84,820 tokens; steps of the two VAEs
+UTILISATION = {"transformer": 0.32, "sparse": 0.1, "convolution": 0.2}
+DIT_SECONDS = 0.4  # the fastest step of 24 blocks, which the host decides below some 20,000 tokens
 PICTURE_BYTES = 300_000  # PNG of 1024²
 SHAPE_BYTES = 8**3 * 2 + 8**2 + 6  # of a token: SDF, sharp bits and coordinates, not compressed
 LOADED = 2  # checkpoints kept, each with weights, moving average and two moments
@@ -174,11 +174,14 @@ def structure_dit(config: Any, machine: Machine, known: dict) -> Cost:
     return Cost(trained, pictures, tokens, activations, dense=config.batch_size * work)
 
 
-def dit_bytes(model: LatentDiTConfig, recompute: bool) -> float:
-    """The bytes of a token in a step of the latent DiT; measured only with recomputed blocks."""
-    inputs, block, kept = 4, 67, 54  # of a channel: a block's input, a block at work, and what it keeps otherwise
-    per_channel = inputs * model.depth + block if recompute else kept * model.depth + block - kept
-    return per_channel * model.hidden_size
+def dit_bytes(model: LatentDiTConfig, recompute: bool, recompute_all: bool = False) -> float:
+    """The bytes of a token in a step of the latent DiT.
+
+    Of each channel, a block keeps its input alone (`recompute_all`), also what attention and feed-forward have made
+    (`recompute`), or everything; the block at work takes `block`.
+    """
+    block, kept = 67, 3 if recompute_all else 15 if recompute else 54
+    return (kept * model.depth + block - (0 if recompute else kept)) * model.hidden_size
 
 
 def latent_dit(config: Any, machine: Machine, known: dict) -> Cost:
@@ -187,9 +190,10 @@ def latent_dit(config: Any, machine: Machine, known: dict) -> Cost:
     encoder = known.get("image_encoder", ImageEncoderConfig())
     batch = min(config.batch_size, config.max_tokens / size.tokens)
     context = tokens_of_picture(encoder, model.sparse_context)
-    work = flops.latent_dit(model, size, context).step(config.gradient_checkpointing)
+    recompute, recompute_all = config.gradient_checkpointing, config.recompute_all
+    work = flops.latent_dit(model, size, context).step(recompute, keep_attention=not recompute_all)
     work += flops.image_encoder(encoder).forward
-    activations = batch * size.tokens * dit_bytes(model, config.gradient_checkpointing) / parts_of(config, machine)
+    activations = batch * size.tokens * dit_bytes(model, recompute, recompute_all) / parts_of(config, machine)
     least = DIT_SECONDS * model.depth / 24 * config.run.accumulate
     frozen = build(ImageEncoder, encoder) + (build(SDFVAE, known["sdf_vae"]) if "sdf_vae" in known else 0)
     trained = build(LatentDiT, model)

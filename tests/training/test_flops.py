@@ -151,6 +151,8 @@ def test_sdf_vae(voxels, place):
 def test_a_step_counts_the_backward_pass_and_what_is_recomputed():
     forward = Flops(100.0, 10.0, 1.0)
     assert forward.step(False) == 300 + 35 + 1 and forward.step(True) == 400 + 45 + 2
+    assert forward.step(True, keep_attention=True) == 400 + 35 + 1
+    assert forward.step(False, keep_attention=True) == forward.step(False)
     assert (forward + forward.times(2)).forward == 333
 
 
