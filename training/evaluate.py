@@ -151,7 +151,13 @@ def evaluate_generation(
     if sheet is not None:
         sheet.quantize(256).save(Path(config.out_dir) / "generation.png", optimize=True)
     summaries, tables = generation_scores.report(
-        items, sampling, config.generation.train_split, baselines, scoring, config.split
+        items,
+        sampling,
+        config.generation.train_split,
+        baselines,
+        scoring,
+        config.split,
+        config.generation.true_structure,
     )
     about, table = learned_table(learned, [item.learned for item in items])
     scores = [item.record for item in items]

@@ -342,6 +342,31 @@ def test_empty_structures_are_left_out_of_the_batch():
     assert (together[1][1] == np.float16(0.6)).all()
 
 
+def test_true_structures_take_the_place_of_sampled_ones():
+    tokens = ImageTokens(torch.zeros(2, 1), torch.tensor([[b, 0, 0, 1] for b in range(2)]), torch.ones(2) > 0, 2)
+    structures = [np.array([[1, 0, 2], [0, 3, 1]]), np.array([[4, 4, 4]])]
+    made = sample(Moody(), tokens, [3, 4], structures=structures)  # no structure is sampled of seed 3
+    np.testing.assert_array_equal(made[0][0], [[0, 3, 1], [1, 0, 2]])
+    np.testing.assert_array_equal(made[1][0], [[4, 4, 4]])
+    assert (made[0][1] == np.float16(0.3)).all() and (made[1][1] == np.float16(0.4)).all()
+
+
+def test_a_model_is_scored_on_true_structures(root, scoring):
+    pipeline, config = (
+        quick_pipeline(root),
+        GenerationConfig(batch_size=2, baselines=False, sheet=0, true_structure=True),
+    )
+    items, _ = generation.run(
+        pipeline, {"other": "made", "box_again": "bought"}, config, 0, scoring, Inline(), NO_WEIGHTS
+    )
+    for item in items:
+        blocks = load_shape(shape_path(scoring.data_dir, R, item.name)).block_coords
+        assert item.scores[MODEL]["tokens"] == len(blocks)
+    assert (
+        "Structure: the true one; latents" in report(items, pipeline.sampling, "train", None, scoring, "test", True)[1]
+    )
+
+
 def make_item(name, ours, theirs, scoring):
     item = Item(name, "made", "000.png", Camera(), 0, 1, {"tokens": ("box", 0), "pixels": ("box", 0)})
     for method in METHODS:

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from d3ds2.geometry.voxels import BLOCK, Voxels
 from d3ds2.images.render import Camera
 from d3ds2.networks.image_encoder import ImageEncoder, ImageTokens
 from d3ds2.pipeline import EmptyResultError, Pipeline
 from training.data.loading import load_batches
-from training.data.shape_files import list_shapes
+from training.data.shape_batches import join_coords
+from training.data.shape_files import list_shapes, load_shape, shape_path
 from training.data.symmetry import facing
 from training.data.views import Pictures, Views, choose_views
 from training.evaluation.generation_scores import Item, score_item
@@ -36,6 +38,7 @@ class GenerationConfig:
     batch_size: int = 16  # images sampled at once
     views_per_shape: int = 1
     turn_to_camera: bool = True  # as in training, see symmetry.py
+    true_structure: bool = False  # sample latents for the true blocks: shows how much the structure stage loses
     baselines: bool = True  # false: score the model alone, e.g. to tune its guidance
     baseline_views: int = 8  # pictures compared of each training shape
     mean_shape: bool = True  # among the baselines; for thousands of shapes it takes minutes to make
@@ -64,21 +67,42 @@ def seed_of(seed: int, name: str, file: str) -> int:
 
 
 def sample(
-    pipeline: Pipeline, image_tokens: ImageTokens, seeds: list[int], mirrored: ImageTokens | None = None
+    pipeline: Pipeline,
+    image_tokens: ImageTokens,
+    seeds: list[int],
+    mirrored: ImageTokens | None = None,
+    structures: list[np.ndarray] | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Sample one shape for each image: block_coords (M,3) and SDF values (M,8,8,8) fp16; M = 0 if it came out empty.
 
-    `mirrored` holds the tokens of the mirrored images, for a model that reads them.
+    `mirrored` holds the tokens of the mirrored images, for a model that reads them. `structures`, the block coordinates
+    (M,3) of each sample, take the place of sampled ones.
     """
     try:
-        voxels = pipeline.sample_structure(image_tokens, seeds, mirrored=mirrored)
+        if structures is None:
+            voxels = pipeline.sample_structure(image_tokens, seeds, mirrored=mirrored)
+        else:
+            voxels = Voxels.sort(join_coords(structures), pipeline.sampling.sdf_resolution // BLOCK, len(seeds))[0]
         blocks = pipeline.decode_blocks(pipeline.sample_latents(voxels, image_tokens, seeds), voxels)
         return split_blocks(*blocks.smoothed(pipeline.sampling.surface_smoothing).to_voxels())
     except EmptyResultError:
         if len(seeds) == 1:
             return [NOTHING]
-        tokens = [(image_tokens.sample(i), mirrored and mirrored.sample(i)) for i in range(len(seeds))]
-        return [sample(pipeline, own, [seed], other)[0] for (own, other), seed in zip(tokens, seeds, strict=True)]
+        return [
+            sample(
+                pipeline,
+                image_tokens.sample(i),
+                [seed],
+                mirrored and mirrored.sample(i),
+                structures and structures[i : i + 1],
+            )[0]
+            for i, seed in enumerate(seeds)
+        ]
+
+
+def true_blocks(item: Item, scoring: ScoreConfig) -> np.ndarray:
+    """Read the block coordinates (M,3) of an item's shape, turned to the camera."""
+    return load_shape(shape_path(scoring.data_dir, scoring.resolution, item.name), item.symmetry).block_coords
 
 
 def make_baselines(
@@ -151,7 +175,8 @@ def run(
         similar = baselines.nearest.find(encoder, images) if baselines else {}
         pixels = images.to(weight.dtype) / 255
         mirrored = encoder(pixels.flip(-1)) if pipeline.sampling.reads_mirrored() else None
-        made = sample(pipeline, encoder(pixels), [item.seed for item in items], mirrored)
+        structures = [true_blocks(item, scoring) for item in items] if config.true_structure else None
+        made = sample(pipeline, encoder(pixels), [item.seed for item in items], mirrored, structures)
         for place, (item, (block_coords, values)) in enumerate(zip(items, made, strict=True)):
             if baselines:
                 for kind, found in similar.items():

@@ -146,16 +146,21 @@ def report(
     baselines: dict | None,
     config: ScoreConfig,
     split: str = "test",
+    true_structure: bool = False,
 ) -> tuple[dict, str]:
-    """Return the summaries for evaluation.json, and the tables in markdown. `split` is that of the items."""
+    """Return the summaries for evaluation.json, and the tables in markdown.
+
+    `split` is that of the items; `true_structure`: the model was given theirs.
+    """
     summaries = summarize_items(items)
     made = summaries[MODEL]
     shapes = len({item.name for item in items})
     mirrored = ", of the mirrored picture too" if sampling.reads_mirrored() else ""
+    structure = f"{sampling.structure_steps} steps, guidance {sampling.structure_guidance:g}{mirrored}"
     about = (
         f"{len(items)} views of {shapes} shapes of split {split}, {seen_in_training(split, train_split)}; one "
-        f"sample per view. Structure: {sampling.structure_steps} steps, guidance {sampling.structure_guidance:g}"
-        f"{mirrored}; latents: {sampling.latent_steps} steps, guidance {sampling.latent_guidance:g}; SDF smoothed "
+        f"sample per view. Structure: {'the true one' if true_structure else structure}; "
+        f"latents: {sampling.latent_steps} steps, guidance {sampling.latent_guidance:g}; SDF smoothed "
         f"{sampling.surface_smoothing} times. Means with 95 % bootstrap intervals over shapes; IoU on {config.cells}³ "
         f"cells; distances in units of the cube [-1,1]³, one voxel is {2 / config.resolution:.5f}."
     )
