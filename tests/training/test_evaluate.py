@@ -11,13 +11,10 @@ import torch
 import trimesh
 from PIL import Image
 
-from d3ds2.geometry.sdf_blocks import SDFBlocks
 from d3ds2.geometry.voxels import Voxels
 from d3ds2.images.render import Camera
 from d3ds2.meshes.mesh_to_sdf import mesh_to_sdf
-from d3ds2.networks.image_encoder import ImageTokens
-from d3ds2.pipeline import EmptyResultError, load_pipeline
-from d3ds2.storage.model_folder import SamplingConfig
+from d3ds2.pipeline import load_pipeline
 from tests.support.tiny_model import SAMPLING, write_model
 from training.config import load_config
 from training.data.meshes import MeshEntry, list_meshes
@@ -27,7 +24,7 @@ from training.data.symmetry import transform_vertices
 from training.data.views import Pictures, Views, choose_views
 from training.evaluate import EvaluateConfig, chosen_shapes, main
 from training.evaluation import generation, round_trip
-from training.evaluation.generation import GenerationConfig, make_baselines, sample, seed_of
+from training.evaluation.generation import GenerationConfig, make_baselines, seed_of
 from training.evaluation.generation_scores import (
     MEAN,
     METHODS,
@@ -308,47 +305,6 @@ def test_training_views_find_themselves_turned_as_they_are(root, scoring):
         assert [(f.shape, f.view, f.symmetry) for f in found] == [tuple(c) for c in chosen]
     mirrored = baselines.nearest.find(pipeline.image_encoder, images.flip(-1))["pixels"]
     assert [(f.shape, f.view, f.symmetry) for f in mirrored] == [(c.shape, c.view, c.symmetry + 4) for c in chosen]
-
-
-class Moody:
-    """A pipeline that samples no voxels for an odd seed, and `seed` voxels for an even one."""
-
-    sampling = SamplingConfig()
-
-    def sample_structure(self, tokens, seeds, mirrored=None):
-        assert mirrored is None or mirrored.batch_size == tokens.batch_size == len(seeds)
-        if any(seed % 2 for seed in seeds):
-            raise EmptyResultError("empty")
-        coords = [[b, 0, 0, z] for b, seed in enumerate(seeds) for z in range(seed)]
-        return Voxels(torch.tensor(coords, dtype=torch.int32), R // 8, len(seeds))
-
-    def sample_latents(self, voxels, tokens, seeds):
-        return torch.tensor(seeds)[voxels.batch_index, None]
-
-    def decode_blocks(self, latents, voxels):
-        fine = voxels.subdivide()[0].subdivide()[0].subdivide()[0]
-        return SDFBlocks.of_voxels(latents.repeat_interleave(512, 0) / 10, fine)
-
-
-def test_empty_structures_are_left_out_of_the_batch():
-    tokens = ImageTokens(torch.zeros(3, 1), torch.tensor([[b, 0, 0, 1] for b in range(3)]), torch.ones(3) > 0, 3)
-    made = sample(Moody(), tokens, [2, 3, 4])
-    assert [len(blocks) for blocks, _ in made] == [2, 0, 4]
-    assert [values.shape for _, values in made] == [(2, 8, 8, 8), (0, 8, 8, 8), (4, 8, 8, 8)]
-    assert (made[0][1] == np.float16(0.2)).all() and (made[2][1] == np.float16(0.4)).all()
-    assert [len(blocks) for blocks, _ in sample(Moody(), tokens, [2, 3, 4], tokens)] == [2, 0, 4]
-    together = sample(Moody(), tokens, [2, 6, 4])
-    np.testing.assert_array_equal(together[2][0], [[0, 0, z] for z in range(4)])
-    assert (together[1][1] == np.float16(0.6)).all()
-
-
-def test_true_structures_take_the_place_of_sampled_ones():
-    tokens = ImageTokens(torch.zeros(2, 1), torch.tensor([[b, 0, 0, 1] for b in range(2)]), torch.ones(2) > 0, 2)
-    structures = [np.array([[1, 0, 2], [0, 3, 1]]), np.array([[4, 4, 4]])]
-    made = sample(Moody(), tokens, [3, 4], structures=structures)  # no structure is sampled of seed 3
-    np.testing.assert_array_equal(made[0][0], [[0, 3, 1], [1, 0, 2]])
-    np.testing.assert_array_equal(made[1][0], [[4, 4, 4]])
-    assert (made[0][1] == np.float16(0.3)).all() and (made[1][1] == np.float16(0.4)).all()
 
 
 def test_a_model_is_scored_on_true_structures(root, scoring):
