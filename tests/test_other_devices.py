@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from d3ds2.geometry.attention_plan import attention_plan, cells_of
@@ -365,5 +366,8 @@ def test_the_shipped_model_makes_the_same_mesh(kind, on_cpu):
     for actual, wanted in zip(tensors, expected, strict=True):
         assert isinstance(actual, OtherTensor)
         torch.testing.assert_close(actual.cpu(), wanted, rtol=1e-3, atol=1e-3)
-    assert np.array_equal(mesh.faces, mesh_on_cpu.faces)
-    np.testing.assert_allclose(mesh.vertices, mesh_on_cpu.vertices, atol=1e-4)
+    # a value next to 0 may have the other sign, which adds or removes a few faces
+    assert len(mesh.faces) == pytest.approx(len(mesh_on_cpu.faces), rel=1e-3)
+    for one, other in ((mesh, mesh_on_cpu), (mesh_on_cpu, mesh)):
+        distances = cKDTree(other.vertices).query(one.vertices)[0]
+        assert np.quantile(distances, 0.999) < 1e-4 and distances.max() < 2 / 256  # a voxel

@@ -1,6 +1,7 @@
 """The benchmark of several GPUs, small and on the CPU."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -48,12 +49,18 @@ def test_tokens_of_the_ranks_are_those_of_the_batch():
 
 @pytest.mark.long
 def test_whole_benchmark_on_two_ranks(tmp_path, monkeypatch, capfd):
-    arguments = ["--tiny", "--gpus", "1", "2", "--cases", "structure DiT", "--steps", "20", "--out", str(tmp_path)]
+    cases = ["structure DiT", "latent DiT 256"]
+    arguments = ["--tiny", "--gpus", "1", "2", "--cases", *cases, "--steps", "20", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["scaling.py", *arguments])
     scaling.main()
     text = (tmp_path / "scaling-cpu.md").read_text()
     assert "failed" not in text and text.count("| structure DiT |") == 3
-    differences = [float(part.split()[0]) for part in text.split("differ by at most ")[1:]]
-    assert max(differences) < 1e-4
+    losses = [
+        line.split("|")[2:-2] for line in text.splitlines() if line.startswith("| latent DiT 256 |") and "×" in line
+    ]
+    assert [cells[0].strip() for cells in losses] == ["2 × 1, 1 × 2", "1 × 2, 1 × 2 again"]
+    assert all(float(cell) < 1e-5 for cells in losses for cell in cells[1:])
+    after_the_death = re.search(r"a run without a death by at most (\S+) of their value", " ".join(text.split()))
+    assert after_the_death and float(after_the_death[1]) < 1e-4
     assert "error: rank 0 ends, because another has; the same command continues from the newest checkpoint" in text
     assert "the run went on from step 5." in text or "the run went on from step 10." in text
