@@ -14,21 +14,18 @@ or a failure, the same command continues: it skips finished stages and resumes t
 `python -m training.plan FOLDER gpus=8xA100` says beforehand what a recipe takes.
 """
 
-import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 
 import torch
 
-from training.command import split_debug
+from training.command import PARENT, split_debug
 from training.distributed import Ranks, ranks_on, run_ranks
 from training.recipe import Job, check_recipe, read_recipe
 
-PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 BY_SHARE = ("prepare_shapes", "render_views")  # scripts whose ranks each take a share of the meshes
 
 
@@ -51,7 +48,6 @@ def train(jobs: list[Job], ranks: Ranks, options: list[str]) -> int:
         The exit code, equal on all ranks: 0, that of a stage that failed, or 128 + the signal that stopped it.
     """
     process, stopped_by, changed = None, 0, {}
-    end_with = end_with_parent() if sys.platform == "linux" else None
 
     def say(line: str) -> None:
         if ranks.is_first:
@@ -75,7 +71,7 @@ def train(jobs: list[Job], ranks: Ranks, options: list[str]) -> int:
             continue
         say(head if left is None else f"{head}: {left} steps left, logs in {job.run.out_dir}")
         command = [sys.executable, "-m", f"training.{job.stage.script}", *arguments_on(job, ranks), *options]
-        process = subprocess.Popen(command, env=environment_of_stage(ranks), preexec_fn=end_with)
+        process = subprocess.Popen(command, env=environment_of_stage(ranks))
         codes, signals = zip(*ranks.all((process.wait(), stopped_by)), strict=True)
         code, stopped = next((code for code in codes if code), 0), max(signals)
         is_cut_short = left and not job.run.max_minutes and ranks.from_first(job.steps_left)
@@ -93,12 +89,6 @@ def train(jobs: list[Job], ranks: Ranks, options: list[str]) -> int:
     return 0
 
 
-def end_with_parent() -> Callable[[], None]:
-    """Return what a stage calls before it starts: Linux then stops it, as SIGTERM does, when this process is killed."""
-    library = ctypes.CDLL(None)  # loaded before the fork
-    return lambda: library.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def arguments_on(job: Job, ranks: Ranks) -> list[str]:
     """The arguments of a stage on this rank: where meshes are prepared, its share of them and of the cores."""
     if ranks.size == 1 or job.stage.script not in BY_SHARE or job.config.shard != "0/1":
@@ -108,14 +98,16 @@ def arguments_on(job: Job, ranks: Ranks) -> list[str]:
 
 
 def environment_of_stage(ranks: Ranks) -> dict[str, str]:
-    """The environment of a stage's process: its ranks connect with each other, apart from those of other stages.
+    """The environment of a stage's process, which ends with this one: its ranks connect with each other, apart from
+    those of other stages.
 
     torchrun's own store would still hold the addresses of the stage before, so the first rank opens another one.
     """
+    environment = os.environ | {PARENT: str(os.getpid())}
     if ranks.size == 1:
-        return dict(os.environ)
+        return environment
     port = ranks.from_first(free_port() if ranks.is_first else 0)
-    return os.environ | {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    return environment | {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 
 def free_port() -> int:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from d3ds2.kernels.devices import find_device, sums_between
 from d3ds2.storage.one_line import one_line
-from training.command import KNOWN_ERRORS, split_debug
+from training.command import KNOWN_ERRORS, end_with_parent, split_debug
 from training.config import load_config
 from training.folder_lock import FolderInUseError
 
@@ -222,6 +222,7 @@ RANK_ERRORS = (*KNOWN_ERRORS, ArithmeticError, FolderInUseError, LostRankError, 
 
 def run_script(work: Callable[[Any], Any], config_class: type, arguments: list[str]) -> None:
     """Run a script: read its config, do its work on every rank, and exit. `--debug` shows the traceback of an error."""
+    end_with_parent()
     wanted, debug = split_debug(arguments)
     run_ranks(lambda: work(load_config(config_class, wanted)), debug)
 
