@@ -366,8 +366,7 @@ def test_the_shipped_model_makes_the_same_mesh(kind, on_cpu):
     for actual, wanted in zip(tensors, expected, strict=True):
         assert isinstance(actual, OtherTensor)
         torch.testing.assert_close(actual.cpu(), wanted, rtol=1e-3, atol=1e-3)
-    # a value next to 0 may have the other sign, which adds or removes a few faces
-    assert len(mesh.faces) == pytest.approx(len(mesh_on_cpu.faces), rel=1e-3)
+    # rounding may choose the other diagonal of a quad, and so another order
+    assert mesh.faces.shape == mesh_on_cpu.faces.shape and mesh.vertices.shape == mesh_on_cpu.vertices.shape
     for one, other in ((mesh, mesh_on_cpu), (mesh_on_cpu, mesh)):
-        distances = cKDTree(other.vertices).query(one.vertices)[0]
-        assert np.quantile(distances, 0.999) < 1e-4 and distances.max() < 2 / 256  # a voxel
+        assert cKDTree(other.vertices).query(one.vertices)[0].max() < 1e-4

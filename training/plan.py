@@ -177,11 +177,13 @@ def structure_dit(config: Any, machine: Machine, known: dict) -> Cost:
 def dit_bytes(model: LatentDiTConfig, recompute: bool, recompute_all: bool = False) -> float:
     """The bytes of a token in a step of the latent DiT.
 
-    Of each channel, a block keeps its input alone (`recompute_all`), also what attention and feed-forward have made
-    (`recompute`), or everything; the block at work takes `block`.
+    Of each channel, a block keeps everything, or with `recompute` its input and what attention and feed-forward have
+    made; with `recompute_all` too, its input alone. One block is at work.
     """
-    block, kept = 67, 3 if recompute_all else 15 if recompute else 54
-    return (kept * model.depth + block - (0 if recompute else kept)) * model.hidden_size
+    at_work, everything = 67, 54
+    if not recompute:
+        return (everything * (model.depth - 1) + at_work) * model.hidden_size
+    return ((3 if recompute_all else 15) * model.depth + at_work) * model.hidden_size
 
 
 def latent_dit(config: Any, machine: Machine, known: dict) -> Cost:
