@@ -5,6 +5,7 @@
 Reads the same folder of meshes as prepare_shapes and writes, for each mesh,
 
     data_dir/views/<name>/000.png ...     RGBA, straight alpha
+    data_dir/views/<name>/000_points.png ...   with `points`: where in space each pixel sees the mesh, see point_maps.py
     data_dir/views/<name>/cameras.json    the settings, and camera and light of each view
     data_dir/view_failures.jsonl          meshes that could not be read or rendered, and why
 
@@ -37,6 +38,7 @@ from training.data.meshes import SPLITS, MeshEntry, check_source, choose_meshes,
 from training.data.named_generators import generator_of
 from training.data.packs import open_data
 from training.data.png_files import is_whole
+from training.data.point_maps import encode_points, point_map_of
 from training.data.shape_files import view_folder
 from training.data.shards import Shard
 from training.mesh_jobs import AllFailedError, check_engine, finished, run_engine
@@ -69,6 +71,7 @@ class RenderViewsConfig:
     textures: bool = False  # draw textures and colours of vertices; else each face has one colour
     color_jitter: float = 0.1  # largest relative change of a colour channel [D]
     supersample: int = 2  # rays per pixel edge, at contours
+    points: int = 0  # pixels per edge of a point map beside each picture; 0: none [D]
     scale: float = 0.95  # as in prepare_shapes
     seed: int = 0
     source: str = ""  # corpus, folder, objaverse, objaverse-xl or shapenet; "": seen from the files in `meshes`
@@ -86,6 +89,8 @@ class RenderViewsConfig:
         check_source(self.source)
         if self.views < 1 or self.size < 8:
             raise ValueError(f"expected views >= 1 and size >= 8, got {self.views} and {self.size}")
+        if self.points < 0:
+            raise ValueError(f"expected points >= 0, got {self.points}")
         if not set(self.splits) <= set(SPLITS):
             raise ValueError(f"expected splits out of {SPLITS}, got {self.splits}")
         for field in dataclasses.fields(self):
@@ -190,11 +195,11 @@ def render_mesh(entry: MeshEntry, config: RenderViewsConfig) -> int:
         for number in range(config.views):
             rng = generator_for(config.seed, entry.split, entry.name, number)
             picture, camera, light = render_view(renderer, colors, config, rng)
-            png = io.BytesIO()
-            Image.fromarray(picture).save(png, "PNG", compress_level=1)
-            file, content = f"{number:03d}.png", png.getvalue()
-            _write(partial / file, content)
-            about = {"file": file, "bytes": len(content)}
+            file = f"{number:03d}.png"
+            about = {"file": file, "bytes": _write_png(partial / file, picture)}
+            if config.points:
+                points = encode_points(renderer.points(camera, config.points))
+                about["point_map_bytes"] = _write_png(point_map_of(partial / file), points)
             views.append(about | {"camera": dataclasses.asdict(camera), "light": dataclasses.asdict(light)})
         cameras = {"settings": config.settings, "mesh_bytes": size, "views": views}
         _write(partial / "cameras.json", json.dumps(cameras).encode())
@@ -203,6 +208,14 @@ def render_mesh(entry: MeshEntry, config: RenderViewsConfig) -> int:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return config.views
+
+
+def _write_png(path: Path, picture: np.ndarray) -> int:
+    """Write a picture (H, W, 4) uint8; return the bytes of the file."""
+    png = io.BytesIO()
+    Image.fromarray(picture).save(png, "PNG", compress_level=1)
+    _write(path, png.getvalue())
+    return len(png.getvalue())
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -226,13 +239,21 @@ def is_complete(folder: Path, config: RenderViewsConfig, mesh_bytes: int | None 
             return False
         for view in cameras["views"]:
             file = folder / view["file"]
-            if ("bytes" in view and file.stat().st_size != view["bytes"]) or not file.is_file():
-                return False
-            if config.verify and not is_whole(file.read_bytes()):
+            files = {file: view.get("bytes")}
+            if config.points:
+                files[point_map_of(file)] = view["point_map_bytes"]
+            if not all(_is_whole(*each, config.verify) for each in files.items()):
                 return False
         return True
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def _is_whole(file: Path, size: int | None, verify: bool) -> bool:
+    """Whether a picture is there, has this size if it is known, and matches its own checksums if they are compared."""
+    if not file.is_file() or (size is not None and file.stat().st_size != size):
+        return False
+    return not verify or is_whole(file.read_bytes())
 
 
 def clear_unfinished(views: Path, names: set[str]) -> None:

@@ -32,7 +32,7 @@ from d3ds2.networks.structure_vae import StructureVAE
 from d3ds2.rectified_flow import interpolate
 from training.data.damaged_files import READ_ERRORS
 from training.data.datasets import Structures, StructureViews, ViewBatch
-from training.data.device_pictures import Choice, DevicePictures, PictureChoices
+from training.data.device_pictures import Choice, DevicePictures, PictureChoices, Pictures
 from training.data.held import GIB
 from training.data.imperfect_pictures import make_imperfect
 from training.data.parts import WHOLE, Part, load_parts
@@ -50,6 +50,7 @@ from training.losses import (
     training_times,
     velocity_loss,
 )
+from training.point_loss import PointHead, PointLossConfig, point_loss
 from training.run import RunConfig, autocast, compile_blocks, start
 from training.run_folder import exporting
 from training.sample_pictures import STRUCTURE_SAMPLE_LABELS, sampling_of, structure_samples
@@ -86,7 +87,12 @@ class TrainStructureDiTConfig:
     model: StructureDiTConfig = field(default_factory=StructureDiTConfig)
     loss: FlowLossConfig = field(default_factory=FlowLossConfig)
     occupancy: StructureLossConfig | None = None  # also of what the prediction at t = 1 decodes to [D]
+    points: PointLossConfig | None = None  # also of the points that the tokens tell, see point_loss.py [D]
     lora: LoRAConfig = field(default_factory=LoRAConfig)  # train adapters on the structure DiT of run.start_from
+
+    def __post_init__(self):
+        if self.points is not None and not (self.views_on_device and self.train_image_encoder):
+            raise ValueError("points needs views_on_device and train_image_encoder, got one of them false")
 
 
 class StructureLatents:
@@ -223,20 +229,24 @@ def make_image_encoder(config: TrainStructureDiTConfig) -> ImageEncoder:
 def load_pictures(
     config: TrainStructureDiTConfig, views: Views, structures: Structures, with_grids: bool, device: torch.device
 ):
-    """Return `images_of(part, generator)` -> (B, 4, S, S) in [0, 1] on the device, and the dataset of the batches."""
+    """Return `pictures_of(part, generator)` -> `Pictures` on the device, and the dataset of the batches."""
     by_source = config.source_weights
     weights = shape_weights(config.data_dir, views.names, by_source) if by_source else None
     arguments = config.batch_size, config.views_per_shape, config.run.seed, structures, with_grids, weights
-    pictures = DevicePictures(views, device, config.run.workers) if config.views_on_device else None
+    held = None
+    if config.views_on_device:
+        held = DevicePictures(views, device, config.run.workers, with_points=config.points is not None)
 
-    def draw(part: Part, generator: torch.Generator) -> Tensor:
-        if pictures is None:
-            images = part.batch.images.float() / 255
+    def draw(part: Part, generator: torch.Generator) -> Pictures:
+        if held is None:
+            images, points = part.batch.images.float() / 255, None
         else:
-            images = pictures.draw(part.batch, generator, draw_samples=part.draw_samples)
-        return make_imperfect(images, generator, part.draw_samples) if config.imperfect_pictures else images
+            images, points = held.draw(part.batch, generator, draw_samples=part.draw_samples)
+        if config.imperfect_pictures:
+            images = make_imperfect(images, generator, part.draw_samples)
+        return Pictures(images, points)
 
-    return draw, (StructureViews if pictures is None else PictureChoices)(views, *arguments)
+    return draw, (StructureViews if held is None else PictureChoices)(views, *arguments)
 
 
 def freeze_image_encoder(model: nn.ModuleDict, ema: nn.ModuleDict) -> None:
@@ -289,8 +299,11 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
     """Run the training on each of the ranks."""
     run, device = config.run, ranks.device
     encoder = make_image_encoder(config).requires_grad_(config.train_image_encoder)
-    model = nn.ModuleDict({"image_encoder": encoder, "structure_dit": StructureDiT(config.model)}).to(device).train()
+    model = nn.ModuleDict({"image_encoder": encoder, "structure_dit": StructureDiT(config.model)})
     load_start(run, **model)
+    if config.points is not None:
+        model["point_head"] = PointHead(encoder.config.hidden_size)
+    model = model.to(device).train()
     add_adapters(model["structure_dit"], config.lora)
     compile_blocks(run, encoder.encoder.layer, model["structure_dit"].blocks)
     if encoder.patches is not None:
@@ -303,9 +316,9 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
     structures = Structures(config.data_dir, views.names, config.resolution, 1, run.seed)
     vae = load_network(config.model_dir, "structure_vae", device)
     latents = StructureLatents(vae, structures, views.turns.symmetries(), device, config.device_gib)
-    images_of, dataset = load_pictures(config, views, structures, not latents.are_held, device)
+    pictures_of, dataset = load_pictures(config, views, structures, not latents.are_held, device)
 
-    tokens = config.model.resolution**3
+    tokens, patches = config.model.resolution**3, encoder.config.image_size // encoder.config.patch_size
     decoded = DecodedLoss(vae, config.occupancy) if config.occupancy is not None else None
 
     def losses(part: Part, generator: torch.Generator) -> dict[str, Any]:
@@ -313,14 +326,19 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
             freeze_image_encoder(model, state.ema)
         x_0 = latents.draw(part.batch, config.loss.sample_posterior, generator, part)
         with autocast(run, device):
-            image_tokens = model["image_encoder"](images_of(part, generator))
+            images, points = pictures_of(part, generator)
+            image_tokens = model["image_encoder"](images)
             loss = flow_loss(model["structure_dit"], image_tokens, x_0, config.loss, generator, part, decoded)
-        return {"loss": loss, "tokens": part.own(len(x_0) * tokens)}
+            terms = {}
+            if config.points is not None:
+                terms["points"] = part.weigh("samples", point_loss(model["point_head"](image_tokens, patches), points))
+                loss = loss + config.points.weight * terms["points"]
+        return {"loss": loss, "tokens": part.own(len(x_0) * tokens), **terms}
 
     def export(averaged: nn.ModuleDict) -> None:
         with exporting(config.model_dir):
-            for name, network in averaged.items():
-                save_network(config.model_dir, name, merged(network), torch.float16)
+            for name in ("image_encoder", "structure_dit"):
+                save_network(config.model_dir, name, merged(averaged[name]), torch.float16)
 
     batches = load_parts(dataset, state.step, run, ranks, ("samples",), count_samples)
     validate = make_validation(config, ranks, state.averaged, vae, encoder.config.image_size)

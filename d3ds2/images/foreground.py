@@ -177,9 +177,7 @@ def preprocess(image: Image.Image, size: int = SIZE, margin: float = MARGIN) -> 
     """
     if image.mode != "RGBA":
         raise ValueError(f"expected an RGBA image, got {image.mode}")
-    alpha = image.getchannel("A")
-    if (1 - alpha.histogram()[0] / (image.width * image.height)) >= MIN_FOREGROUND:
-        image = image.crop(alpha.getbbox())
+    image = image.crop(object_box(image))
     if max(image.size) > LARGEST:
         image = image.convert("RGBa").reduce(-(-max(image.size) // LARGEST)).convert("RGBA")
     samples = np.asarray(image)
@@ -193,6 +191,14 @@ def preprocess(image: Image.Image, size: int = SIZE, margin: float = MARGIN) -> 
     rgb = _square(rgb, size, margin, "white", Image.Resampling.BILINEAR)
     mask = _square(mask, size, margin, "black", Image.Resampling.NEAREST)
     return torch.from_numpy(np.dstack([np.asarray(rgb), np.asarray(mask)])).permute(2, 0, 1).contiguous().float() / 255
+
+
+def object_box(image: Image.Image) -> tuple[int, int, int, int]:
+    """Return the part of an RGBA image that `preprocess` keeps: left, top, right and bottom in pixels."""
+    alpha = image.getchannel("A")
+    seen = 1 - alpha.histogram()[0] / (image.width * image.height)
+    box = alpha.getbbox() if seen >= MIN_FOREGROUND else None
+    return box or (0, 0, image.width, image.height)
 
 
 def centre_object(image: Image.Image, size: int, ratio: float) -> Image.Image:

@@ -195,6 +195,28 @@ class MeshRenderer:
         normals[hit] = normal @ view.axes.T
         return depth.reshape(size, size), normals.reshape(size, size, 3)
 
+    def points(self, camera: Camera, size: int) -> np.ndarray:
+        """Return where the mesh is seen through the centre of each pixel, row 0 at the top.
+
+        Args:
+            size: pixels per edge.
+
+        Returns:
+            Coordinates (size, size, 3) float32 in those of the mesh, NaN beside it.
+
+        Raises:
+            ValueError: the size is below 1.
+        """
+        if size < 1:
+            raise ValueError(f"expected size >= 1, got {size}")
+        view = self._view(camera, size, Light())
+        points = np.full((size, size, 3), np.nan, np.float32)
+        top, bottom, left, right = self._window(view)
+        rows, columns = np.mgrid[top:bottom, left:right].reshape(2, -1)
+        hits, hit, rays, _ = self._trace(view, rows + 0.5, columns + 0.5)
+        points[rows[hit], columns[hit]] = view.origin + rays * hits["tfar"][hit, None]
+        return points
+
     def _window(self, view: "_View") -> tuple[int, int, int, int]:
         """Return the pixels that the mesh's bounding box can touch: top, bottom, left, right."""
         corners = np.stack(np.meshgrid(*self.box.T, indexing="ij"), axis=-1).reshape(8, 3)

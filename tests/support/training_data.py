@@ -48,7 +48,9 @@ def prepared(tmp_path_factory) -> str:
         write_meshes(root / "meshes")
         meshes, data_dir = str(root / "meshes"), str(root / "data")
         prepare_shapes(PrepareShapesConfig(meshes=meshes, data_dir=data_dir, resolutions=(R, COARSE), workers=1))
-        render_views(RenderViewsConfig(meshes=meshes, data_dir=data_dir, views=2, size=64, supersample=1, workers=1))
+        render_views(
+            RenderViewsConfig(meshes=meshes, data_dir=data_dir, views=2, size=64, supersample=1, points=64, workers=1)
+        )
     return str(root / "data")
 
 

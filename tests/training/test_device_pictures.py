@@ -8,7 +8,7 @@ import torch
 
 from tests.support.training_data import R, prepared
 from training.data.datasets import StructureViews
-from training.data.device_pictures import DevicePictures, PictureChoices, move_objects
+from training.data.device_pictures import DevicePictures, PictureChoices, draw_motions, move
 from training.data.shape_files import list_shapes
 from training.data.views import Views
 from training.losses import FlowLossConfig, training_times
@@ -30,11 +30,18 @@ def test_choices_are_the_pictures_and_symmetries_of_the_reading_dataset(views):
     for step in (0, 5, 17):
         choice, batch = choices[step], reading[step]
         assert torch.equal(choice.shapes, batch.shapes) and torch.equal(choice.symmetries, batch.symmetries)
-        drawn = pictures.draw(choice, generator, augment=False)
+        drawn, points = pictures.draw(choice, generator, augment=False)
+        assert points is None
         # whether the flip comes before or after the cut, the margin may round to the other side
         assert (drawn - batch.images.float() / 255).abs().mean() < 0.02
         assert torch.equal(drawn[~choice.mirrored], batch.images[~choice.mirrored].float() / 255)
         assert choice.mirrored.any() and not choice.mirrored.all()
+
+
+def move_objects(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Move the objects of pictures (B, 4, S, S) on white, as `DevicePictures.draw` does."""
+    white = torch.tensor([1.0, 1.0, 1.0, 0.0])[:, None, None]
+    return move(images - white, draw_motions(len(images), CPU, generator)) + white
 
 
 def disk(size: int) -> torch.Tensor:

@@ -199,13 +199,13 @@ def test_a_step_on_device_pictures_waits_for_nothing(chain, monkeypatch):
     views = Views(chain.data_dir, list_shapes(chain.data_dir, "train", R)[0], ENCODER.image_size)
     config = dataclasses.replace(chain.structure_dit, views_on_device=True, imperfect_pictures=True)
     structures = Structures(chain.data_dir, views.names, R, 1, 0)
-    images_of, dataset = train_structure_dit.load_pictures(config, views, structures, False, torch.device("cpu"))
+    pictures_of, dataset = train_structure_dit.load_pictures(config, views, structures, False, torch.device("cpu"))
     encoder, model = train_structure_dit.make_image_encoder(config), StructureDiT(config.model)
     part, generator = Part(dataset[0]), torch.Generator().manual_seed(0)
     x_0 = torch.randn(config.batch_size, 2, 2, 2, 2)
 
     def step():
-        tokens = encoder(images_of(part, generator))
+        tokens = encoder(pictures_of(part, generator).images)
         return train_structure_dit.flow_loss(model, tokens, x_0, config.loss, generator, part).backward()
 
     step()  # tables are copied once

@@ -16,6 +16,7 @@ from training.config import load_config
 from training.encode_latents import EncodeLatentsConfig
 from training.help_text import help_text
 from training.losses import StructureLossConfig, SurfaceLossConfig
+from training.point_loss import PointLossConfig
 from training.prepare_shapes import PrepareShapesConfig
 from training.recipe import has_key
 from training.render_views import RenderViewsConfig
@@ -108,7 +109,7 @@ def test_help_needs_no_config_file(script):
     "config",
     [
         TrainVAEConfig(),
-        TrainStructureDiTConfig(occupancy=StructureLossConfig()),
+        TrainStructureDiTConfig(occupancy=StructureLossConfig(), points=PointLossConfig(), views_on_device=True),
         TrainDiTConfig(sampling=SamplingConfig(), surface=SurfaceLossConfig()),
         PrepareShapesConfig(),
     ],

@@ -3,7 +3,9 @@
 The pictures are decoded, cropped to the object and put on white once. The random part of a draw happens on the device:
 mirroring, rotation, and the size and place of the object in its square (as in `training.data.views`).
 
-Sizes: n pictures, B pictures of a batch, S pixels per edge.
+Point maps (`training.data.point_maps`) can stand beside them, and move along.
+
+Sizes: n pictures, B pictures of a batch, S pixels per edge, E = S/4 cells per edge of a point map.
 """
 
 from typing import NamedTuple
@@ -20,6 +22,8 @@ from training.data.damaged_files import READ_ERRORS, first_readable
 from training.data.datasets import StructureSteps
 from training.data.loading import load_batches
 from training.data.png_files import read_png
+from training.data.point_maps import point_map_of, read_point_map
+from training.data.symmetry import NUM_SYMMETRIES, transform_vertices
 from training.data.views import (
     CROP_PROBABILITY,
     MAX_MARGIN,
@@ -32,6 +36,11 @@ from training.data.views import (
 from training.losses import DrawRows, draw_all
 
 READ_AT_ONCE = 64  # pictures
+CELL = 4  # pixels per edge of a cell of a point map
+# of the symmetries, by which a point is multiplied, row by row
+MATRICES = tuple(
+    tuple(transform_vertices(np.eye(3), symmetry).T.ravel().tolist()) for symmetry in range(NUM_SYMMETRIES)
+)
 
 
 class Choice(NamedTuple):
@@ -44,28 +53,44 @@ class Choice(NamedTuple):
     grids: Tensor | None = None  # (B, 1, G, G, G) uint8 occupancy, where the latents are not on the device
 
 
-class EveryPicture(Dataset):
-    """All pictures as at inference, READ_AT_ONCE in a batch: (B, 4, S, S) uint8. Damaged ones are noted, and black."""
+class Pictures(NamedTuple):
+    """Pictures, and their point maps if there are any."""
 
-    def __init__(self, views: Views):
-        self.views = views
+    images: Tensor  # (B, 4, S, S): RGB and mask
+    points: Tensor | None = None  # (B, 4, E, E): x, y, z and where the mesh is seen
+
+
+class EveryPicture(Dataset):
+    """All pictures as at inference, READ_AT_ONCE in a batch: `Pictures` of uint8. Damaged ones are noted, and black."""
+
+    def __init__(self, views: Views, with_points: bool = False):
+        self.views, self.with_points = views, with_points
 
     def __len__(self) -> int:
         return -(-int(self.views.first[-1]) // READ_AT_ONCE)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Pictures:
         first = index * READ_AT_ONCE
-        return torch.stack([self._picture(n) for n in range(first, min(first + READ_AT_ONCE, self.views.first[-1]))])
+        each = [self._picture(n) for n in range(first, min(first + READ_AT_ONCE, self.views.first[-1]))]
+        images, points = zip(*each, strict=True)
+        return Pictures(torch.stack(images), torch.stack(points) if self.with_points else None)
 
-    def _picture(self, number: int) -> Tensor:
-        views = self.views
+    def _picture(self, number: int) -> tuple[Tensor, Tensor | None]:
+        views, S = self.views, self.views.image_size
         shape = int(np.searchsorted(views.first, number, side="right")) - 1
         path = views.files[shape][number - int(views.first[shape])]
+
+        def read() -> tuple[Tensor, Tensor | None]:
+            image, points = read_png(path), None
+            if self.with_points:
+                points = torch.from_numpy(read_point_map(image, path, S, S // CELL)).permute(2, 0, 1)
+            return (preprocess(image, S) * 255).round().byte(), points
+
         try:
-            image = views.damaged.read(number, lambda: read_png(path))
+            return views.damaged.read(number, read)
         except READ_ERRORS:
-            return torch.zeros((4, views.image_size, views.image_size), dtype=torch.uint8)
-        return (preprocess(image, views.image_size) * 255).round().byte()
+            black = torch.zeros((4, S, S), dtype=torch.uint8)
+            return black, black[:, ::CELL, ::CELL] if self.with_points else None
 
 
 class DevicePictures:
@@ -73,13 +98,26 @@ class DevicePictures:
 
     Attributes:
         images: (n, 4, S, S) uint8: RGB and mask.
+        points: (n, 4, E, E) uint8, the point maps; None without `with_points`.
+
+    Raises:
+        FileNotFoundError: the views have no point maps.
     """
 
-    def __init__(self, views: Views, device: torch.device, workers: int):
-        S, pictures = views.image_size, EveryPicture(views)
-        self.images = torch.empty((int(views.first[-1]), 4, S, S), dtype=torch.uint8, device=device)
+    def __init__(self, views: Views, device: torch.device, workers: int, with_points: bool = False):
+        n, S = int(views.first[-1]), views.image_size
+        if with_points and not point_map_of(views.files[0][0]).is_file():
+            raise FileNotFoundError(
+                f"expected the point map {point_map_of(views.files[0][0])}; render the views with points=128"
+            )
+        pictures = EveryPicture(views, with_points)
+        self.images = torch.empty((n, 4, S, S), dtype=torch.uint8, device=device)
+        self.points = self.images.new_empty((n, 4, S // CELL, S // CELL)) if with_points else None
         for index, batch in enumerate(load_batches(pictures, 0, len(pictures), workers, device)):
-            self.images[index * READ_AT_ONCE : index * READ_AT_ONCE + len(batch)] = batch
+            rows = slice(index * READ_AT_ONCE, index * READ_AT_ONCE + len(batch.images))
+            self.images[rows] = batch.images
+            if self.points is not None:
+                self.points[rows] = batch.points
 
     def draw(
         self,
@@ -87,25 +125,47 @@ class DevicePictures:
         generator: torch.Generator,
         augment: bool = True,
         draw_samples: DrawRows = draw_all,
-    ) -> Tensor:
-        """Return the chosen pictures, mirrored and augmented: (B, 4, S, S) float32 in [0, 1].
+    ) -> Pictures:
+        """Return the chosen pictures, mirrored and augmented: float32, RGB and mask in [0, 1].
+
+        The points are those of the shape as it is turned and mirrored, x, y, z in [-1, 1], multiplied by the share of
+        a cell that sees the mesh, which comes last.
 
         `draw_samples` is that of a part of a batch, see `training.data.parts`.
         """
+        mirrored = choice.mirrored[:, None, None, None]
         images = self.images[choice.pictures].float() / 255
-        images = torch.where(choice.mirrored[:, None, None, None], images.flip(-1), images)
-        return move_objects(images, generator, draw_samples) if augment else images
+        images, points = torch.where(mirrored, images.flip(-1), images), None
+        if self.points is not None:
+            points = turn_points(self.points[choice.pictures].float() / 255, choice.symmetries)
+            points = torch.where(mirrored, points.flip(-1), points)
+        if not augment:
+            return Pictures(images, points)
+        motions = draw_motions(len(images), images.device, generator, draw_samples)
+        white = device_constant((1.0, 1.0, 1.0, 0.0), images.device, images.dtype)[:, None, None]
+        moved = move(images - white, motions) + white  # zeros outside are white
+        return Pictures(moved, None if points is None else move(points, motions))
 
 
-def move_objects(images: Tensor, generator: torch.Generator, draw_samples: DrawRows = draw_all) -> Tensor:
-    """Rotate, crop and resize the object in each picture (B, 4, S, S) float; the surroundings are white.
+def turn_points(pixels: Tensor, symmetries: Tensor) -> Tensor:
+    """Turn and mirror the points of maps (B, 4, E, E) in [0, 1] as symmetries (B,) move the shapes; see `draw`."""
+    matrix = device_constant(MATRICES, pixels.device, pixels.dtype).unflatten(1, (3, 3))[symmetries]
+    is_seen = pixels[:, 3:]
+    points = torch.einsum("bij,bjyx->biyx", matrix, 2 * pixels[:, :3] - 1)
+    return torch.cat([points * is_seen, is_seen], dim=1)
 
-    Each picture is rotated by up to 10° with probability 0.1, cropped to 0.9-1 of its edges with probability 0.1, and
+
+def draw_motions(
+    number: int, device: torch.device, generator: torch.Generator, draw_samples: DrawRows = draw_all
+) -> Tensor:
+    """Draw how pictures with the margin of inference are augmented: (number, 2, 3), from the result to the picture.
+
+    Each is rotated by up to 10° with probability 0.1, cropped to 0.9-1 of its edges with probability 0.1, and
     given a margin of 0-32 pixels of 518.
     """
     # drawn as (8, B)
-    u = draw_samples(len(images), lambda B: torch.rand((8, B), generator=generator, device=generator.device).t())
-    u = u.t().to(images.device)
+    u = draw_samples(number, lambda B: torch.rand((8, B), generator=generator, device=generator.device).t())
+    u = u.t().to(device)
     angle = torch.deg2rad(MAX_ROTATION * (2 * u[1] - 1)) * (u[0] < ROTATE_PROBABILITY)
     margin = MAX_MARGIN * u[2]
     scale = (SIZE - 2 * MARGIN) / (SIZE - 2 * margin)  # from coordinates of the result to those of the picture
@@ -114,10 +174,13 @@ def move_objects(images: Tensor, generator: torch.Generator, draw_samples: DrawR
     scale = scale * kept
     shift = (2 * u[6:8] - 1) * (1 - kept)  # the centre of the crop, (2, B)
     cos, sin = scale * angle.cos(), scale * angle.sin()
-    matrix = torch.stack([torch.stack([cos, -sin, shift[0]], 1), torch.stack([sin, cos, shift[1]], 1)], 1)  # (B, 2, 3)
-    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
-    white = device_constant((1.0, 1.0, 1.0, 0.0), images.device, images.dtype)[:, None, None]
-    return F.grid_sample(images - white, grid, mode="bilinear", align_corners=False) + white  # zeros outside are white
+    return torch.stack([torch.stack([cos, -sin, shift[0]], 1), torch.stack([sin, cos, shift[1]], 1)], 1)
+
+
+def move(images: Tensor, motions: Tensor) -> Tensor:
+    """Move images (B, C, H, W); what comes in from outside is zero."""
+    grid = F.affine_grid(motions, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", align_corners=False)
 
 
 class PictureChoices(StructureSteps):
