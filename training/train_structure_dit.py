@@ -32,7 +32,7 @@ from d3ds2.networks.structure_vae import StructureVAE
 from d3ds2.rectified_flow import interpolate
 from training.data.damaged_files import READ_ERRORS
 from training.data.datasets import Structures, StructureViews, ViewBatch
-from training.data.device_pictures import Choice, DevicePictures, PictureChoices, Pictures
+from training.data.device_pictures import Choice, DevicePictures, PictureChoices, PictureBatch
 from training.data.held import GIB
 from training.data.imperfect_pictures import make_imperfect
 from training.data.parts import WHOLE, Part, load_parts
@@ -229,7 +229,7 @@ def make_image_encoder(config: TrainStructureDiTConfig) -> ImageEncoder:
 def load_pictures(
     config: TrainStructureDiTConfig, views: Views, structures: Structures, with_grids: bool, device: torch.device
 ):
-    """Return `pictures_of(part, generator)` -> `Pictures` on the device, and the dataset of the batches."""
+    """Return `pictures_of(part, generator)` -> `PictureBatch` on the device, and the dataset of the batches."""
     by_source = config.source_weights
     weights = shape_weights(config.data_dir, views.names, by_source) if by_source else None
     arguments = config.batch_size, config.views_per_shape, config.run.seed, structures, with_grids, weights
@@ -237,14 +237,14 @@ def load_pictures(
     if config.views_on_device:
         held = DevicePictures(views, device, config.run.workers, with_points=config.points is not None)
 
-    def draw(part: Part, generator: torch.Generator) -> Pictures:
+    def draw(part: Part, generator: torch.Generator) -> PictureBatch:
         if held is None:
             images, points = part.batch.images.float() / 255, None
         else:
             images, points = held.draw(part.batch, generator, draw_samples=part.draw_samples)
         if config.imperfect_pictures:
             images = make_imperfect(images, generator, part.draw_samples)
-        return Pictures(images, points)
+        return PictureBatch(images, points)
 
     return draw, (StructureViews if held is None else PictureChoices)(views, *arguments)
 

@@ -53,15 +53,15 @@ class Choice(NamedTuple):
     grids: Tensor | None = None  # (B, 1, G, G, G) uint8 occupancy, where the latents are not on the device
 
 
-class Pictures(NamedTuple):
-    """Pictures, and their point maps if there are any."""
+class PictureBatch(NamedTuple):
+    """PictureBatch, and their point maps if there are any."""
 
     images: Tensor  # (B, 4, S, S): RGB and mask
     points: Tensor | None = None  # (B, 4, E, E): x, y, z and where the mesh is seen
 
 
 class EveryPicture(Dataset):
-    """All pictures as at inference, READ_AT_ONCE in a batch: `Pictures` of uint8. Damaged ones are noted, and black."""
+    """All pictures as at inference, READ_AT_ONCE in a batch: `PictureBatch` of uint8. Damaged ones are noted, and black."""
 
     def __init__(self, views: Views, with_points: bool = False):
         self.views, self.with_points = views, with_points
@@ -69,11 +69,11 @@ class EveryPicture(Dataset):
     def __len__(self) -> int:
         return -(-int(self.views.first[-1]) // READ_AT_ONCE)
 
-    def __getitem__(self, index: int) -> Pictures:
+    def __getitem__(self, index: int) -> PictureBatch:
         first = index * READ_AT_ONCE
         each = [self._picture(n) for n in range(first, min(first + READ_AT_ONCE, self.views.first[-1]))]
         images, points = zip(*each, strict=True)
-        return Pictures(torch.stack(images), torch.stack(points) if self.with_points else None)
+        return PictureBatch(torch.stack(images), torch.stack(points) if self.with_points else None)
 
     def _picture(self, number: int) -> tuple[Tensor, Tensor | None]:
         views, S = self.views, self.views.image_size
@@ -125,7 +125,7 @@ class DevicePictures:
         generator: torch.Generator,
         augment: bool = True,
         draw_samples: DrawRows = draw_all,
-    ) -> Pictures:
+    ) -> PictureBatch:
         """Return the chosen pictures, mirrored and augmented: float32, RGB and mask in [0, 1].
 
         The points are those of the shape as it is turned and mirrored, x, y, z in [-1, 1], multiplied by the share of
@@ -140,11 +140,11 @@ class DevicePictures:
             points = turn_points(self.points[choice.pictures].float() / 255, choice.symmetries)
             points = torch.where(mirrored, points.flip(-1), points)
         if not augment:
-            return Pictures(images, points)
+            return PictureBatch(images, points)
         motions = draw_motions(len(images), images.device, generator, draw_samples)
         white = device_constant((1.0, 1.0, 1.0, 0.0), images.device, images.dtype)[:, None, None]
         moved = move(images - white, motions) + white  # zeros outside are white
-        return Pictures(moved, None if points is None else move(points, motions))
+        return PictureBatch(moved, None if points is None else move(points, motions))
 
 
 def turn_points(pixels: Tensor, symmetries: Tensor) -> Tensor:
