@@ -32,7 +32,7 @@ from d3ds2.networks.structure_vae import StructureVAE
 from d3ds2.rectified_flow import interpolate
 from training.data.damaged_files import READ_ERRORS
 from training.data.datasets import Structures, StructureViews, ViewBatch
-from training.data.device_pictures import Choice, DevicePictures, PictureChoices, PictureBatch
+from training.data.device_pictures import Choice, DevicePictures, PictureBatch, PictureChoices
 from training.data.held import GIB
 from training.data.imperfect_pictures import make_imperfect
 from training.data.parts import WHOLE, Part, load_parts

@@ -54,14 +54,14 @@ class Choice(NamedTuple):
 
 
 class PictureBatch(NamedTuple):
-    """PictureBatch, and their point maps if there are any."""
+    """Pictures, and their point maps if there are any."""
 
     images: Tensor  # (B, 4, S, S): RGB and mask
     points: Tensor | None = None  # (B, 4, E, E): x, y, z and where the mesh is seen
 
 
 class EveryPicture(Dataset):
-    """All pictures as at inference, READ_AT_ONCE in a batch: `PictureBatch` of uint8. Damaged ones are noted, and black."""
+    """All pictures as at inference, READ_AT_ONCE in a batch, as uint8. Damaged ones are noted, and black."""
 
     def __init__(self, views: Views, with_points: bool = False):
         self.views, self.with_points = views, with_points
