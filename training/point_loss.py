@@ -38,6 +38,7 @@ class PointHead(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.linear = nn.Linear(channels, 3 * CELLS**2)
+        nn.init.zeros_(self.linear.weight)  # all points begin at the centre
 
     def forward(self, tokens: ImageTokens, patches: int) -> Tensor:
         """Predict from the tokens of pictures with `patches` per edge: (B, 3, 2 P, 2 P) in [-1, 1], if they are right.

@@ -116,6 +116,7 @@ def test_views_without_point_maps_and_options_that_exclude_them_are_refused(view
 def test_the_loss_is_the_mean_distance_over_cells_that_see_the_object():
     torch.manual_seed(0)
     head, encoder = PointHead(16), ImageEncoder(ENCODER)
+    torch.nn.init.normal_(head.linear.weight)
     tokens = encoder(torch.rand(2, 4, 28, 28))
     predicted = head(tokens, 2)
     assert predicted.shape == (2, 3, 2 * CELLS, 2 * CELLS)
