@@ -342,7 +342,7 @@ class Pipeline:
         level: float | None = None,
         keep_largest: bool = False,
     ) -> list[Mesh]:
-        """The surface of each sample at a level of the SDF, smoothed as the model asks.
+        """The surface of each sample at a level of the SDF, after `finish`.
 
         Args:
             min_component, keep_largest: see `sdf_to_mesh`.
@@ -352,7 +352,12 @@ class Pipeline:
         are not finite: a network overflowed half precision.
         """
         level = self.sampling.level if level is None else level
-        return blocks_to_meshes(blocks.smoothed(self.sampling.surface_smoothing), min_component, level, keep_largest)
+        return blocks_to_meshes(self.finish(blocks), min_component, level, keep_largest)
+
+    def finish(self, blocks: SDFBlocks) -> SDFBlocks:
+        """Smooth and fill decoded blocks as the model asks."""
+        how = self.sampling
+        return blocks.smoothed(how.surface_smoothing).filled(how.least_inside, how.level)
 
 
 def build_pipeline(

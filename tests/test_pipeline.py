@@ -290,6 +290,13 @@ def test_the_surface_is_smoothed_as_the_settings_say(pipeline, mesh):
         for m in (mesh, smooth)
     ]
     assert areas[1] < 0.9 * areas[0]  # the surface of random weights is rough
+    filled = dataclasses.replace(pipeline, sampling=dataclasses.replace(pipeline.sampling, least_inside=0.6))
+    more = filled.generate(draw_object(), seed=5)
+    assert more.vertices.tobytes() != mesh.vertices.tobytes()
+    again = dataclasses.replace(filled, sampling=dataclasses.replace(filled.sampling, least_inside=0.01))
+    assert again.generate(draw_object(), seed=5).vertices.tobytes() == mesh.vertices.tobytes()
+    with pytest.raises(ValueError, match=r"least_inside in \[0, 1\), got 1"):
+        dataclasses.replace(SAMPLING, least_inside=1)
     with pytest.raises(ValueError, match="surface_smoothing from 0 to 32, got 33"):
         dataclasses.replace(SAMPLING, surface_smoothing=33)
 

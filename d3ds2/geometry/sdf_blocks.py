@@ -6,6 +6,7 @@ Sizes named in this file:
     M  blocks, all samples packed      R  SDF voxels per edge
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from .voxels import BLOCK, Voxels
+
+NOTHING = 0.9  # of the band: larger values tell of no surface
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +70,27 @@ class SDFBlocks:
                 values = (padded.narrow(axis, 0, BLOCK) + padded.narrow(axis, 2, BLOCK)) / 4 + values / 2
         values = torch.empty_like(values).index_copy_(0, order, values)
         return SDFBlocks(self.coords, values, self.resolution, self.batch_size)
+
+    def filled(self, share: float, level: float) -> "SDFBlocks":
+        """Shift the values of each sample, if needed, so that at least a share of its voxels lies below a level.
+
+        Where the place of a thin part is uncertain, a predicted mean SDF is nowhere below the level. Its smallest
+        values still tell where that part most likely is.
+
+        Args:
+            share: in [0, 1). Samples that have it stay as they are, and so do those that would need values of NOTHING
+                or more, where the SDF tells of no surface.
+        """
+        if not share:
+            return self
+        parts = []
+        for _, values in self.samples():
+            number = math.ceil(share * values.numel())
+            if number and (values < level).sum() < number:
+                last = values.flatten().float().sort().values[number - 1]  # kthvalue is not there on all devices
+                values = torch.where(last < NOTHING, values - (last - level).to(values.dtype), values)
+            parts.append(values)
+        return SDFBlocks(self.coords, torch.cat(parts), self.resolution, self.batch_size)
 
 
 def _across(layers: Tensor, rows: Tensor, own: Tensor) -> Tensor:

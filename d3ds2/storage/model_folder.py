@@ -69,6 +69,7 @@ class SamplingConfig:
             mean of both logits decides. Samples of several steps are not averaged.
         level: value of the SDF at the surface, 0 if the network learned a signed distance.
         surface_smoothing: times that the decoded SDF is smoothed, see `SDFBlocks.smoothed`.
+        least_inside: share of a sample's decoded voxels that lie inside at least, see `SDFBlocks.filled`.
         half_times: round the times that the transformers receive to float16.
         fine: the second stage, if the model has one.
     """
@@ -85,6 +86,7 @@ class SamplingConfig:
     latent_guidance: float = 7.0
     level: float = 0.0
     surface_smoothing: int = 0
+    least_inside: float = 0.0
     half_times: bool = False
     fine: FineSamplingConfig | None = None
 
@@ -99,6 +101,8 @@ class SamplingConfig:
             raise ValueError(f"expected a structure_threshold in (0, 1), got {self.structure_threshold}")
         if not 0 <= self.structure_widening <= 4:
             raise ValueError(f"expected structure_widening from 0 to 4, got {self.structure_widening}")
+        if not 0 <= self.least_inside < 1:
+            raise ValueError(f"expected least_inside in [0, 1), got {self.least_inside}")
         if not 0 <= self.surface_smoothing <= 32:
             raise ValueError(f"expected surface_smoothing from 0 to 32, got {self.surface_smoothing}")
         if not -1 < self.level < 1:

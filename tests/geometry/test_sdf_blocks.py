@@ -1,6 +1,7 @@
 """Smoothing of SDF blocks, against the definition on dense grids in which a missing voxel is NaN."""
 
 import numpy as np
+import pytest
 import torch
 
 from d3ds2.geometry.sdf_blocks import SDFBlocks
@@ -55,3 +56,29 @@ def test_a_flat_sdf_stays_and_nothing_is_changed_without_smoothing():
     assert torch.equal(blocks.smoothed(0).values, blocks.values)
     nothing = SDFBlocks(blocks.coords[:0], blocks.values[:0], blocks.resolution, 2)
     assert len(nothing.smoothed(1).values) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_share_of_each_sample_is_brought_below_the_level(dtype):
+    blocks = random_blocks(0.6)
+    thin = blocks.coords[:, 0] == 1
+    values = torch.where(thin[:, None, None, None], 0.1 + 0.3 * blocks.values.abs().clamp(max=1), blocks.values - 0.5)
+    values = values.clamp(-1, 1).to(dtype)
+    blocks = SDFBlocks(blocks.coords, values, blocks.resolution, 2)
+    assert not (values[thin] < 0.06).any() and (values[~thin] < 0.06).float().mean() > 0.3
+    made = blocks.filled(0.3, 0.06)
+    assert torch.equal(made.values[~thin], values[~thin])  # it has more
+    inside = made.values[thin] < 0.06
+    assert inside.float().mean() == pytest.approx(0.3, abs=0.01)
+    assert values[thin][inside].max() <= values[thin][~inside].min()  # the smallest ones
+    shifts = values[thin] - made.values[thin]
+    torch.testing.assert_close(shifts, shifts.mean().expand_as(shifts), atol=2e-3, rtol=0)
+    assert torch.equal(made.coords, blocks.coords)
+    assert blocks.filled(0.0, 0.06) is blocks
+
+
+def test_where_nothing_is_a_surface_none_is_made():
+    blocks = random_blocks(0.5)
+    empty = SDFBlocks(blocks.coords, torch.full_like(blocks.values, 0.95), blocks.resolution, 2)
+    assert torch.equal(empty.filled(0.3, 0.06).values, empty.values)
+    assert len(SDFBlocks(blocks.coords[:0], blocks.values[:0], blocks.resolution, 2).filled(0.3, 0.0).values) == 0

@@ -84,7 +84,7 @@ def sample(
         else:
             voxels = Voxels.sort(join_coords(structures), pipeline.sampling.sdf_resolution // BLOCK, len(seeds))[0]
         blocks = pipeline.decode_blocks(pipeline.sample_latents(voxels, image_tokens, seeds), voxels)
-        return split_blocks(*blocks.smoothed(pipeline.sampling.surface_smoothing).to_voxels())
+        return split_blocks(*pipeline.finish(blocks).to_voxels())
     except EmptyResultError:
         if len(seeds) == 1:
             return [NOTHING]
