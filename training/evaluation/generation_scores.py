@@ -156,13 +156,14 @@ def report(
     made = summaries[MODEL]
     shapes = len({item.name for item in items})
     mirrored = ", of the mirrored picture too" if sampling.reads_mirrored() else ""
+    filled = f", at least {sampling.least_inside:.0%} of it inside" if sampling.least_inside else ""
     structure = f"{sampling.structure_steps} steps, guidance {sampling.structure_guidance:g}{mirrored}"
     about = (
         f"{len(items)} views of {shapes} shapes of split {split}, {seen_in_training(split, train_split)}; one "
         f"sample per view. Structure: {'the true one' if true_structure else structure}; "
         f"latents: {sampling.latent_steps} steps, guidance {sampling.latent_guidance:g}; SDF smoothed "
-        f"{sampling.surface_smoothing} times. Means with 95 % bootstrap intervals over shapes; IoU on {config.cells}³ "
-        f"cells; distances in units of the cube [-1,1]³, one voxel is {2 / config.resolution:.5f}."
+        f"{sampling.surface_smoothing} times{filled}. Means with 95 % bootstrap intervals over shapes; IoU on "
+        f"{config.cells}³ cells; distances in units of the cube [-1,1]³, one voxel is {2 / config.resolution:.5f}."
     )
     topology = (
         f"Model: {100 * made['watertight']['mean']:.0f} % watertight, {made['outer_shells']['mean']:.2f} outer and "
