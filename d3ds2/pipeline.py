@@ -152,12 +152,8 @@ class Pipeline:
         for stage, steps in zip(stages, (latent_steps, fine_steps), strict=False):
             structure_name, latents_name, sdf_name, mesh_name = stage.progress
             if not meshes:
-                options = {
-                    "on_step": on_step(structure_name, structure_steps),
-                    "sampler": sampler,
-                    "mirrored": mirrored,
-                }
-                voxels = self.sample_structure(image_tokens, seeds, structure_steps, **options)
+                how = {"on_step": on_step(structure_name, structure_steps), "sampler": sampler, "mirrored": mirrored}
+                voxels = self.sample_structure(image_tokens, seeds, structure_steps, **how)
             else:
                 report(structure_name, 0, 1)
                 voxels = self.structure_of(meshes)
@@ -356,8 +352,7 @@ class Pipeline:
 
     def finish(self, blocks: SDFBlocks) -> SDFBlocks:
         """Smooth and fill decoded blocks as the model asks."""
-        how = self.sampling
-        return blocks.smoothed(how.surface_smoothing).filled(how.least_inside, how.level)
+        return blocks.smoothed(self.sampling.surface_smoothing).filled(self.sampling.least_inside, self.sampling.level)
 
 
 def build_pipeline(
