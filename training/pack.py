@@ -35,6 +35,7 @@ from training.data.damaged_files import READ_ERRORS, DamagedFiles
 from training.data.index_files import read_index
 from training.data.packs import COLUMNS, ENTRIES, FORMAT, MANIFEST, key_of
 from training.data.png_files import is_whole
+from training.data.point_maps import point_map_of
 from training.data.shape_files import latent_path, shape_path, view_folder
 from training.data.shards import Shard
 from training.data.symmetry import NUM_SYMMETRIES
@@ -99,8 +100,9 @@ def list_sources(data_dir: Path, names: list[str], cameras: Table) -> dict[str, 
     def paths(folder: str, name: str) -> list[Path]:
         kind, _, resolution = folder.partition("/")
         if kind == "views":
-            files = ["cameras.json", *pictures[name]] if name in pictures else []
-            return [view_folder(data_dir, name) / file for file in files]
+            files = [view_folder(data_dir, name) / file for file in pictures.get(name, [])]
+            maps = map(point_map_of, files if files and point_map_of(files[0]).is_file() else [])
+            return [view_folder(data_dir, name) / "cameras.json", *files, *maps] if files else []
         if kind == "shapes":
             return [shape_path(data_dir, int(resolution), name)]
         return [latent_path(data_dir, int(resolution), name, symmetry) for symmetry in range(NUM_SYMMETRIES)]

@@ -16,6 +16,7 @@ from training import pack
 from training.data.array_files import DamagedFileError
 from training.data.damaged_files import TooManyDamagedError
 from training.data.datasets import LatentViews, Shapes, Structures, StructureViews
+from training.data.device_pictures import DevicePictures
 from training.data.latent_moments import moments_path
 from training.data.loading import load_batches
 from training.data.packs import open_data
@@ -223,3 +224,13 @@ def test_a_tar_that_is_cut_off_or_changed_is_named(own):
     (Path(own.out) / "pack.json").write_text("{")
     with pytest.raises(ValueError, match=r"damaged file .*/pack\.json"):
         open_data(own.out)
+
+
+def test_packed_point_maps_are_those_of_the_folder(folder, packed):
+    names = list_shapes(str(folder), "train", R)[0]
+    made, expected = (
+        DevicePictures(Views(str(data), names, 56, augment=False), CPU, 0, with_points=True)
+        for data in (packed, folder)
+    )
+    assert expected.points[:, 3].any()
+    assert torch.equal(made.points, expected.points) and torch.equal(made.images, expected.images)

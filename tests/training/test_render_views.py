@@ -250,3 +250,28 @@ def test_impossible_settings_are_refused():
         RenderViewsConfig(light_key=(2.0, 1.0))
     with pytest.raises(ValueError, match="light_tint"):
         RenderViewsConfig(light_tint=1.0)
+
+
+def test_point_maps_are_made_again_where_one_is_missing_or_damaged(config):
+    (entry, _) = list_meshes(config.meshes)
+    folder = view_folder(config.data_dir, "box")
+    config = dataclasses.replace(config, points=16)
+    assert render_mesh(entry, config) == 3 and render_mesh(entry, config) == 0
+    assert [Image.open(file).size for file in sorted(folder.glob("*_points.png"))] == [(16, 16)] * 3
+    good = (folder / "001_points.png").read_bytes()
+    (folder / "001_points.png").unlink()
+    assert render_mesh(entry, config) == 3
+    (folder / "001_points.png").write_bytes(good[:-30] + bytes([good[-30] ^ 1]) + good[-29:])
+    assert render_mesh(entry, config) == 0
+    assert render_mesh(entry, dataclasses.replace(config, verify=True)) == 3
+    assert (folder / "001_points.png").read_bytes() == good
+    pictures = [file.read_bytes() for file in sorted(folder.glob("00?.png"))]
+    assert render_mesh(entry, dataclasses.replace(config, points=0)) == 3
+    assert [file.read_bytes() for file in sorted(folder.glob("*.png"))] == pictures
+    with pytest.raises(ValueError, match="expected points >= 0, got -1"):
+        dataclasses.replace(config, points=-1)
+
+
+def test_rendering_does_without_torch():
+    command = "import sys, training.render_views; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=True)

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from d3ds2.images.foreground import MARGIN, SIZE, object_box
 from training.data.png_files import read_png
 
 LEVELS = 255  # steps from -1 to 1
@@ -21,7 +20,7 @@ LEVELS = 255  # steps from -1 to 1
 
 def point_map_of(picture: Path) -> Path:
     """Return the file of a picture's point map."""
-    return picture.with_name(f"{picture.stem}_points.png")
+    return picture.with_name(f"{picture.name.removesuffix('.png')}_points.png")  # packed paths have no stem
 
 
 def encode_points(points: np.ndarray) -> np.ndarray:
@@ -49,6 +48,8 @@ def read_point_map(picture: Image.Image, path: Path, size: int, cells: int) -> n
         FileNotFoundError: the view has no point map.
         DamagedFileError: the point map is damaged.
     """
+    from d3ds2.images.foreground import MARGIN, SIZE, object_box  # imports torch, which render_views does without
+
     pixels = np.asarray(read_png(point_map_of(path)))
     left, top, right, bottom = object_box(picture)
     edge, margin = max(right - left, bottom - top), round(MARGIN * size / SIZE)
