@@ -6,7 +6,7 @@ import torch
 from d3ds2.geometry.sdf_blocks import SDFBlocks
 from d3ds2.geometry.voxels import Voxels
 from d3ds2.networks.image_encoder import ImageTokens
-from d3ds2.pipeline import EmptyResultError
+from d3ds2.pipeline import EmptyResultError, Pipeline
 from d3ds2.storage.model_folder import SamplingConfig
 from training.evaluation.generation import sample
 
@@ -17,6 +17,7 @@ class Moody:
     """A pipeline that samples no voxels for an odd seed, and `seed` voxels for an even one."""
 
     sampling = SamplingConfig()
+    finish = Pipeline.finish
 
     def sample_structure(self, tokens, seeds, mirrored=None):
         assert mirrored is None or mirrored.batch_size == tokens.batch_size == len(seeds)
