@@ -21,7 +21,7 @@ from d3ds2.networks.image_encoder import ImageEncoder
 from d3ds2.networks.model_files import load_network
 from training.data.device_pictures import Choice, DevicePictures, PictureBatch
 from training.data.views import Views
-from training.point_loss import MIN_SEEN
+from training.point_loss import patch_features, points_of_cells
 
 CPU = torch.device("cpu")
 RIDGE = 10.0
@@ -44,13 +44,10 @@ def pictures_of(data_dir: str, size: int, workers: int) -> PictureBatch:
 def tokens_and_points(encoder: ImageEncoder, pictures: PictureBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Return, of all patches that see the object, tokens with a one (n, C + 1), points (n, 3), and pictures (n,)."""
     patches = encoder.config.image_size // encoder.config.patch_size
-    parts = [encoder(images) for images in pictures.images.split(AT_ONCE)]
-    features = torch.cat([part.features.unflatten(0, (part.batch_size, -1))[:, -(patches**2) :] for part in parts])
-    points = F.adaptive_avg_pool2d(pictures.points, patches).flatten(2).transpose(1, 2)  # (B, P², 4)
-    share = points[..., 3]
-    seen = share >= MIN_SEEN
-    tokens = F.pad(features[seen], (0, 1), value=1.0).double()
-    return tokens, (points[seen][:, :3] / share[seen][:, None]).double(), seen.nonzero()[:, 0]
+    features = torch.cat([patch_features(encoder(images), patches) for images in pictures.images.split(AT_ONCE)])
+    points, seen = points_of_cells(pictures.points, patches)
+    points, seen = points.flatten(2).transpose(1, 2), seen.flatten(1)  # (B, P², 3), (B, P²)
+    return F.pad(features[seen], (0, 1), value=1.0).double(), points[seen].double(), seen.nonzero()[:, 0]
 
 
 def mean_distance(predicted: Tensor, points: Tensor, picture: Tensor) -> float:
@@ -73,9 +70,8 @@ def main() -> None:
     sizes = {encoder.config.image_size for encoder in encoders.values()}
     if len(sizes) > 1:
         parser.error(f"expected encoders that read pictures of the same size, got {sorted(sizes)}")
-    pictures = [
-        pictures_of(folder, sizes.copy().pop(), arguments.workers) for folder in (arguments.seen, arguments.new)
-    ]
+    (size,) = sizes
+    pictures = [pictures_of(folder, size, arguments.workers) for folder in (arguments.seen, arguments.new)]
     print(f"{len(pictures[0].images)} and {len(pictures[1].images)} pictures")
     for place, (model, encoder) in enumerate(encoders.items()):
         (X, Y, of), (x, y, of_new) = (tokens_and_points(encoder, each) for each in pictures)

@@ -38,21 +38,40 @@ class PointHead(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.linear = nn.Linear(channels, 3 * CELLS**2)
-        nn.init.zeros_(self.linear.weight)  # all points begin at the centre
+        nn.init.zeros_(self.linear.weight)  # all points begin near the centre
 
     def forward(self, tokens: ImageTokens, patches: int) -> Tensor:
         """Predict from the tokens of pictures with `patches` per edge: (B, 3, 2 P, 2 P) in [-1, 1], if they are right.
 
-        Raises:
-            ValueError: the tokens are not all those of each picture.
+        Raises as `patch_features`.
         """
-        if tokens.per_image is None:
-            raise ValueError("expected all tokens of each picture, got a selection")
-        features = tokens.features.unflatten(0, (tokens.batch_size, -1))[
-            :, -(patches**2) :
-        ]  # after class and registers
-        made = self.linear(features).unflatten(1, (patches, patches)).permute(0, 3, 1, 2)  # (B, 12, P, P)
+        made = (
+            self.linear(patch_features(tokens, patches)).unflatten(1, (patches, patches)).permute(0, 3, 1, 2)
+        )  # (B, 12, P, P)
         return F.pixel_shuffle(made, CELLS)
+
+
+def patch_features(tokens: ImageTokens, patches: int) -> Tensor:
+    """Return the features of the patches alone, row by row: (B, P², C).
+
+    Raises:
+        ValueError: the tokens are not all those of each picture.
+    """
+    if tokens.per_image is None:
+        raise ValueError("expected all tokens of each picture, got a selection")
+    return tokens.features.unflatten(0, (tokens.batch_size, -1))[:, -(patches**2) :]  # after class and registers
+
+
+def points_of_cells(points: Tensor, cells: int) -> tuple[Tensor, Tensor]:
+    """Return the mean point that each cell sees, (B, 3, n, n), and whether the cell counts, (B, n, n) bool.
+
+    Args:
+        points: (B, 4, E, E), as for `point_loss`.
+        cells: per edge of a picture, n.
+    """
+    points = F.adaptive_avg_pool2d(points.float(), cells)
+    share = points[:, 3]
+    return points[:, :3] / share.clamp(min=MIN_SEEN)[:, None], share >= MIN_SEEN
 
 
 def point_loss(predicted: Tensor, points: Tensor) -> Tensor:
@@ -66,9 +85,6 @@ def point_loss(predicted: Tensor, points: Tensor) -> Tensor:
     Returns:
         The mean distance, a scalar float32, in units of the cube [-1, 1]³. A picture without any such cell counts as 0.
     """
-    points = F.adaptive_avg_pool2d(points.float(), predicted.shape[-2:])
-    share = points[:, 3]
-    counts = share >= MIN_SEEN
-    target = points[:, :3] / share.clamp(min=MIN_SEEN)[:, None]
+    target, counts = points_of_cells(points, predicted.shape[-1])
     distance = torch.linalg.vector_norm(predicted.float() - target, dim=1) * counts  # (B, 2 P, 2 P)
     return (distance.flatten(1).sum(1) / counts.flatten(1).sum(1).clamp(min=1)).mean()
