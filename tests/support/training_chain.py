@@ -129,3 +129,19 @@ def copy_model(chain: Chain, folder: Path, *names: str) -> None:
     for name in names:
         file = f"{name}.safetensors"
         (folder / "model" / file).write_bytes(Path(chain.model_dir, file).read_bytes())
+
+
+def resumed(train, config, folder: Path) -> tuple:
+    """Return the averaged models of an uninterrupted run, and of one that was stopped half way and continued."""
+    steps = 6
+    results = []
+    for name, stops in (("whole", [steps]), ("parts", [steps // 2, steps])):
+        for stop in stops:
+            run = dataclasses.replace(config.run, out_dir=str(folder / name), steps=stop)
+            results.append(train(dataclasses.replace(config, model_dir=str(folder / "model"), run=run)))
+    return results[0], results[-1]
+
+
+def assert_equal_parameters(a, b) -> None:
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q)

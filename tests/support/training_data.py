@@ -1,4 +1,4 @@
-"""Prepare and render five generated meshes, once for all tests of the training scripts."""
+"""Prepare, render and sample five generated meshes, once for all tests of the training scripts."""
 
 import dataclasses
 import json
@@ -16,6 +16,8 @@ from training.prepare_shapes import PrepareShapesConfig
 from training.prepare_shapes import main as prepare_shapes
 from training.render_views import RenderViewsConfig
 from training.render_views import main as render_views
+from training.sample_surfels import SampleSurfelsConfig
+from training.sample_surfels import main as sample_surfels
 
 R = 32  # voxels per edge; latents at 4³
 COARSE = 24  # a second resolution
@@ -42,7 +44,7 @@ def write_meshes(folder: Path) -> None:
 
 
 def prepared(tmp_path_factory) -> str:
-    """Return a `data_dir` of shapes at R and COARSE with two views each; the first call makes it."""
+    """Return a `data_dir` of shapes at R and COARSE with two views and surfels; the first call makes it."""
     root = tmp_path_factory.getbasetemp() / "training_data"
     if not root.exists():
         write_meshes(root / "meshes")
@@ -51,6 +53,7 @@ def prepared(tmp_path_factory) -> str:
         render_views(
             RenderViewsConfig(meshes=meshes, data_dir=data_dir, views=2, size=64, supersample=1, points=64, workers=1)
         )
+        sample_surfels(SampleSurfelsConfig(meshes=meshes, data_dir=data_dir, number=4000, workers=1))
     return str(root / "data")
 
 

@@ -20,6 +20,7 @@ from training.data.device_pictures import DevicePictures
 from training.data.latent_moments import moments_path
 from training.data.loading import load_batches
 from training.data.packs import open_data
+from training.data.rendered_pictures import RenderedPictures, RenderedPicturesConfig, SidesOfShapes
 from training.data.shape_files import list_shapes, load_shape, read_structure, shape_path
 from training.data.views import Views
 from training.pack import PackConfig
@@ -234,3 +235,13 @@ def test_packed_point_maps_are_those_of_the_folder(folder, packed):
     )
     assert expected.points[:, 3].any()
     assert torch.equal(made.points, expected.points) and torch.equal(made.images, expected.images)
+
+
+def test_packed_surfels_are_those_of_the_folder(folder, packed):
+    names, _ = list_shapes(str(folder), "train", R)
+    made = [
+        RenderedPictures(SidesOfShapes(str(place), names, 28), RenderedPicturesConfig(), CPU)
+        for place in (folder, packed)
+    ]
+    for kind in ("points", "normals", "colors", "is_colored"):
+        assert torch.equal(*(getattr(pictures, kind) for pictures in made))

@@ -107,7 +107,7 @@ def test_views_without_point_maps_and_options_that_exclude_them_are_refused(view
     plain = Views(str(folder), views.names, SIZE)
     with pytest.raises(FileNotFoundError, match=r"expected the point map .*000_points.png; render .* points=128"):
         DevicePictures(plain, CPU, 0, with_points=True)
-    with pytest.raises(ValueError, match="points needs views_on_device and train_image_encoder"):
+    with pytest.raises(ValueError, match="points needs train_image_encoder, and views_on_device or rendered"):
         train_structure_dit.TrainStructureDiTConfig(points=PointLossConfig())
     with pytest.raises(ValueError, match=r"expected points.weight > 0, got 0"):
         PointLossConfig(weight=0)

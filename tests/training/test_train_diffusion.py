@@ -7,7 +7,6 @@ earlier stages exported.
 import dataclasses
 import functools
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from d3ds2.networks.efficientnet_lite import EfficientNetLite
 from d3ds2.networks.model_files import load_network
 from d3ds2.networks.structure_dit import StructureDiT
 from d3ds2.storage.model_folder import SamplingConfig
-from tests.support.training_chain import ENCODER, Chain, copy_model
+from tests.support.training_chain import ENCODER, Chain, assert_equal_parameters, copy_model, resumed
 from tests.support.training_data import R, prepared
 from training import encode_latents, train_dit, train_structure_dit, train_structure_vae, train_vae
 from training.data.datasets import LatentViews, Shapes, Structures
@@ -48,22 +47,6 @@ def losses(config) -> list[float]:
     records = read_metrics(config.run.out_dir)
     assert [record["step"] for record in records] == list(range(1, config.run.steps + 1))
     return [record["loss"] for record in records]
-
-
-def resumed(train, config, folder: Path) -> tuple:
-    """Return the averaged models of an uninterrupted run, and of one that was stopped half way and continued."""
-    steps = 6
-    results = []
-    for name, stops in (("whole", [steps]), ("parts", [steps // 2, steps])):
-        for stop in stops:
-            run = dataclasses.replace(config.run, out_dir=str(folder / name), steps=stop)
-            results.append(train(dataclasses.replace(config, model_dir=str(folder / "model"), run=run)))
-    return results[0], results[-1]
-
-
-def assert_equal_parameters(a, b) -> None:
-    for p, q in zip(a.parameters(), b.parameters(), strict=True):
-        assert torch.equal(p, q)
 
 
 def test_structure_vae_learns(chain):

@@ -13,6 +13,7 @@ from d3ds2.networks.structure_vae import StructureVAEConfig
 from d3ds2.storage.model_folder import SamplingConfig
 from training.average_models import AverageModelsConfig
 from training.config import load_config
+from training.data.rendered_pictures import RenderedPicturesConfig
 from training.encode_latents import EncodeLatentsConfig
 from training.help_text import help_text
 from training.losses import StructureLossConfig, SurfaceLossConfig
@@ -109,7 +110,9 @@ def test_help_needs_no_config_file(script):
     "config",
     [
         TrainVAEConfig(),
-        TrainStructureDiTConfig(occupancy=StructureLossConfig(), points=PointLossConfig(), views_on_device=True),
+        TrainStructureDiTConfig(
+            occupancy=StructureLossConfig(), points=PointLossConfig(), rendered=RenderedPicturesConfig()
+        ),
         TrainDiTConfig(sampling=SamplingConfig(), surface=SurfaceLossConfig()),
         PrepareShapesConfig(),
     ],

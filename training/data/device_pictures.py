@@ -139,12 +139,17 @@ class DevicePictures:
         if self.points is not None:
             points = turn_points(self.points[choice.pictures].float() / 255, choice.symmetries)
             points = torch.where(mirrored, points.flip(-1), points)
-        if not augment:
-            return PictureBatch(images, points)
-        motions = draw_motions(len(images), images.device, generator, draw_samples)
-        white = device_constant((1.0, 1.0, 1.0, 0.0), images.device, images.dtype)[:, None, None]
-        moved = move(images - white, motions) + white  # zeros outside are white
-        return PictureBatch(moved, None if points is None else move(points, motions))
+        pictures = PictureBatch(images, points)
+        return augmented(pictures, generator, draw_samples) if augment else pictures
+
+
+def augmented(pictures: PictureBatch, generator: torch.Generator, draw_samples: DrawRows = draw_all) -> PictureBatch:
+    """Move pictures with the margin of inference at random, see `draw_motions`, and their points with them."""
+    images, points = pictures
+    motions = draw_motions(len(images), images.device, generator, draw_samples)
+    white = device_constant((1.0, 1.0, 1.0, 0.0), images.device, images.dtype)[:, None, None]
+    moved = move(images - white, motions) + white  # zeros outside are white
+    return PictureBatch(moved, None if points is None else move(points, motions))
 
 
 def turn_points(pixels: Tensor, symmetries: Tensor) -> Tensor:

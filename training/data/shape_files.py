@@ -4,6 +4,7 @@
     shapes/<R>/<name>.safetensors               prepare_shapes:  block_coords (M,3), sdf (M,8,8,8), sharp (M,64) bits
     views/<name>/000.png ... cameras.json       render_views:    RGBA
     views/<name>/000_points.png ...             render_views:    point maps, if they were asked for, see `point_maps`
+    surfels/<name>.safetensors                  sample_surfels:  points, normals and colours, see `surfels`
     latents/<R>/<name>@<symmetry>.safetensors   encode_latents:  coords (M,3), mean (M,C), logvar (M,C)
 
 The metadata of a file has a checksum of each array, and the settings that the file was made with (`array_files`).
