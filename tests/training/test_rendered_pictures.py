@@ -16,7 +16,7 @@ from tests.support.training_data import prepared
 from training import train_structure_dit, train_structure_vae
 from training.data.damaged_files import TooManyDamagedError
 from training.data.device_pictures import Choice, PictureChoices
-from training.data.rendered_pictures import RenderedPictures, RenderedPicturesConfig, SidesOfShapes
+from training.data.rendered_pictures import RenderedPictures, RenderedPicturesConfig, SidesOfShapes, check_memory
 from training.data.surfel_rendering import BEHIND, NOWHERE, Shots, fill_gaps, look, shade
 from training.data.surfels import sample_surfels, surfels_path, write_surfels
 from training.point_loss import PointLossConfig
@@ -197,6 +197,17 @@ def test_files_of_other_sizes_and_damaged_ones_are_named(data_dir, tmp_path, cap
 def _ball():
     ball = trimesh.creation.icosphere(radius=0.5)
     return np.asarray(ball.vertices), np.asarray(ball.faces)
+
+
+def test_surfels_that_a_gpu_cannot_hold_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 << 30, 4 << 30))
+    cuda = torch.device("cuda")
+    check_memory(1000, 131072, cuda)
+    with pytest.raises(
+        ValueError, match=r"expected 14\.6 GiB free on cuda for 10000 shapes of 131072 surfels, got 3\.0"
+    ):
+        check_memory(10000, 131072, cuda)
+    check_memory(10000, 131072, CPU)
 
 
 def test_impossible_ranges_are_refused():

@@ -23,6 +23,7 @@ from d3ds2.kernels.device_constant import device_constant
 from training.data.cameras import Turns
 from training.data.damaged_files import READ_ERRORS, DamagedFiles
 from training.data.device_pictures import CELL, MATRICES, Choice, PictureBatch, augmented
+from training.data.held import GIB
 from training.data.surfel_rendering import Shots, look, shade
 from training.data.surfels import NORMAL_STEPS, POINT_STEPS, Surfels, read_surfels, surfels_path
 from training.data.views import Views
@@ -30,6 +31,7 @@ from training.losses import DrawRows, draw_all
 
 RANGE = tuple[float, float]
 GAMMA = 2.2  # of sRGB, nearly: the linear gain of a relative change
+BYTES = 12  # of a surfel on the device
 SIDES = 4  # of a shape, from which the camera stands within 45°
 FINER = 8 / 7  # pixels rendered along an edge, by those wanted
 READ_AT_ONCE = 256  # files
@@ -87,11 +89,21 @@ class SidesOfShapes(Views):
         self.damaged = DamagedFiles(n, "sample_surfels", SIDES)
 
 
+def check_memory(shapes: int, points: int, device: torch.device) -> None:
+    """Check that the surfels of so many shapes fit on a GPU. Raises ValueError if they do not."""
+    needed = shapes * points * BYTES
+    if device.type == "cuda" and needed > (free := torch.cuda.mem_get_info(device)[0]):
+        raise ValueError(
+            f"expected {needed / GIB:.1f} GiB free on {device} for {shapes} shapes of {points} surfels, got "
+            f"{free / GIB:.1f}: sample fewer with a smaller number, or train on fewer shapes"
+        )
+
+
 class RenderedPictures:
-    """Pictures of shapes, rendered when they are drawn. The surfels of all shapes are on the device, 12 bytes each.
+    """Pictures of shapes, rendered when they are drawn. The surfels of all shapes are on the device, BYTES each.
 
     Raises:
-        ValueError: the files differ in their number of points.
+        ValueError: the files differ in their number of points, or do not fit on the device.
         TooManyDamagedError: too many files are damaged.
     """
 
@@ -105,6 +117,7 @@ class RenderedPictures:
         for shape, surfels in self._read(views):
             number = len(surfels.points)
             if not len(self.points):
+                check_memory(n, number, device)
                 self.points = torch.zeros((n, number, 3), dtype=torch.int16, device=device)
                 self.normals = torch.zeros((n, number, 3), dtype=torch.int8, device=device)
                 self.colors = torch.zeros((n, number, 3), dtype=torch.uint8, device=device)
