@@ -41,6 +41,7 @@ from training.data.png_files import is_whole
 from training.data.point_maps import encode_points, point_map_of
 from training.data.shape_files import view_folder
 from training.data.shards import Shard
+from training.data.surfels import is_colored
 from training.mesh_jobs import AllFailedError, check_engine, finished, run_engine
 
 MIN_COVERAGE = 2e-3  # share of the pixels; a sheet seen edge-on has less, and gets another camera
@@ -142,7 +143,7 @@ def random_colors(colors: np.ndarray | None, jitter: float, rng: np.random.Gener
 
     The same grey on all faces counts as no colour.
     """
-    if colors is not None and (np.ptp(colors, axis=0).any() or np.ptp(colors[0]) > 8):
+    if is_colored(colors):
         return np.clip(colors * rng.uniform(1 - jitter, 1 + jitter, size=3), 0, 255).astype(np.uint8)
     saturation = rng.beta(1, 2.5)  # mostly muted, like paint, wood and stone
     color = colorsys.hsv_to_rgb(rng.uniform(), saturation, rng.uniform(0.35, 0.95))

@@ -145,6 +145,11 @@ def shares_memory(device: torch.device) -> bool:
     return device.type in ("cpu", "mps")
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that are free on a GPU of NVIDIA or AMD; None elsewhere."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
 def copies_in_background(device: torch.device) -> bool:
     """Whether copies to a device may go on while the host does; elsewhere they may read memory that has changed."""
     return device.type == "cuda"

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from d3ds2.images.srgb import to_linear
 from d3ds2.kernels.device_constant import device_constant
+from d3ds2.kernels.devices import free_memory, without_autocast
 from training.data.cameras import Turns
 from training.data.damaged_files import READ_ERRORS, DamagedFiles
 from training.data.device_pictures import CELL, MATRICES, Choice, PictureBatch, augmented
@@ -91,8 +92,8 @@ class SidesOfShapes(Views):
 
 def check_memory(shapes: int, points: int, device: torch.device) -> None:
     """Check that the surfels of so many shapes fit on a GPU. Raises ValueError if they do not."""
-    needed = shapes * points * BYTES
-    if device.type == "cuda" and needed > (free := torch.cuda.mem_get_info(device)[0]):
+    needed, free = shapes * points * BYTES, free_memory(device)
+    if free is not None and needed > free:
         raise ValueError(
             f"expected {needed / GIB:.1f} GiB free on {device} for {shapes} shapes of {points} surfels, got "
             f"{free / GIB:.1f}: sample fewer with a smaller number, or train on fewer shapes"
@@ -167,7 +168,7 @@ class RenderedPictures:
 
         u = draw_samples(len(choice.shapes), uniform).to(device)
         parts = zip(*(column.split(RENDERED_AT_ONCE) for column in (choice.shapes, choice.symmetries, u)), strict=True)
-        with torch.autocast(device.type, enabled=False):  # half precision moves points by pixels
+        with without_autocast(device):  # half precision moves points by pixels
             images, points = map(torch.cat, zip(*(self._render(*part) for part in parts), strict=True))
         pictures = PictureBatch(images, points)
         return augmented(pictures, generator, draw_samples) if augment else pictures

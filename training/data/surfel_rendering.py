@@ -63,7 +63,7 @@ def axes(elevation: Tensor, azimuth: Tensor) -> Tensor:
 
 
 class Seen(NamedTuple):
-    """What the pixels of pictures show."""
+    """The points that the pixels of pictures show."""
 
     point: Tensor  # (B, E²) int64, the place of the nearest point; 0 beside the object
     mask: Tensor  # (B, E²) bool

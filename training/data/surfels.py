@@ -103,7 +103,7 @@ def sample_surfels(
 
 
 def is_colored(colors: SurfaceColors | np.ndarray | None) -> bool:
-    """Whether a mesh has colours: of faces, the same grey on all of them counts as none."""
+    """Whether a mesh has colours. The same grey of all faces (F,3) counts as none."""
     if colors is None or isinstance(colors, SurfaceColors):
         return colors is not None
     return bool(np.ptp(colors, axis=0).any() or np.ptp(colors[0]) > 8)
