@@ -143,7 +143,7 @@ def random_colors(colors: np.ndarray | None, jitter: float, rng: np.random.Gener
 
     The same grey on all faces counts as no colour.
     """
-    if is_colored(colors):
+    if colors is not None and is_colored(colors):
         return np.clip(colors * rng.uniform(1 - jitter, 1 + jitter, size=3), 0, 255).astype(np.uint8)
     saturation = rng.beta(1, 2.5)  # mostly muted, like paint, wood and stone
     color = colorsys.hsv_to_rgb(rng.uniform(), saturation, rng.uniform(0.35, 0.95))
