@@ -93,18 +93,23 @@ def shade(seen: Seen, normals: Tensor, colors: Tensor, points: Tensor, shots: Sh
     return pixels.unflatten(2, (math.isqrt(pixels.shape[2]), -1))
 
 
+def cameras(points: Tensor, shots: Shots) -> Tensor:
+    """Return where the cameras stand that look at points (B, P, 3), as `Camera` says: (B, 3)."""
+    target = (points.amin(1) + points.amax(1)) / 2
+    radius = torch.linalg.vector_norm(points - target[:, None], dim=2).amax(1)
+    half_width = SENSOR_MM / 2 / shots.focal_mm
+    distance = torch.sqrt(1 + half_width**2) / half_width * radius
+    return target + direction(shots.elevation, shots.azimuth) * distance[:, None]
+
+
 def project(points: Tensor, shots: Shots, edge: int) -> tuple[Tensor, Tensor]:
     """Return where cameras see points (B, P, 3): columns and rows (B, P, 2) in pixels, and their depths (B, P).
 
-    The camera stands as `Camera` says, and the picture is then cut to the object.
+    The picture is cut to the object.
     """
-    target = (points.amin(1) + points.amax(1)) / 2  # (B, 3)
-    offset = points - target[:, None]
-    radius = torch.linalg.vector_norm(offset, dim=2).amax(1)
-    half_width = SENSOR_MM / 2 / shots.focal_mm
-    distance = torch.sqrt(1 + half_width**2) / half_width * radius
-    x, y, z = (offset @ axes(shots.elevation, shots.azimuth).transpose(1, 2)).unbind(2)  # (B, P) each
-    depth = distance[:, None] - z
+    frame = axes(shots.elevation, shots.azimuth).transpose(1, 2)
+    x, y, z = ((points - cameras(points, shots)[:, None]) @ frame).unbind(2)  # (B, P) each
+    depth = -z
     plane = torch.stack([x / depth, -y / depth], dim=2)
     low, high = plane.amin(1), plane.amax(1)  # (B, 2)
     half = ((high - low).amax(1) / 2 * FITTED).clamp(min=1e-6)
@@ -157,11 +162,8 @@ def light(seen: Tensor, normal: Tensor, points: Tensor, shots: Shots) -> Tensor:
     """Return the light (B, n, 3) that reaches seen places (B, n, 3) of surfaces with points (B, P, 3), white = 1."""
     backward = direction(shots.elevation, shots.azimuth)
     toward = direction(shots.light_elevation, shots.light_azimuth)
-    target = (points.amin(1) + points.amax(1)) / 2
-    radius = torch.linalg.vector_norm(points - target[:, None], dim=2).amax(1)
-    half_width = SENSOR_MM / 2 / shots.focal_mm
-    camera = target + backward * (torch.sqrt(1 + half_width**2) / half_width * radius)[:, None]
-    normal = normal * torch.where(((camera[:, None] - seen) * normal).sum(2, keepdim=True) < 0, -1.0, 1.0)
+    facing = ((cameras(points, shots)[:, None] - seen) * normal).sum(2, keepdim=True)
+    normal = normal * torch.where(facing < 0, -1.0, 1.0)
     key = (normal @ toward[:, :, None]).clamp(min=0) * shots.key[:, None, None]  # (B, n, 1)
     key = key * torch.where(shots.shadows[:, None, None], lit(seen, normal, points, shots), 1.0)
     fill = (normal @ backward[:, :, None]).clamp(min=0) * shots.fill[:, None, None]
