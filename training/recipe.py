@@ -14,7 +14,7 @@ import importlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from training.config import load_config
 from training.data.shape_files import list_shapes
@@ -166,10 +166,12 @@ def _value_of(config: Any, key: str) -> Any:
 
 def has_key(config: object, key: str) -> bool:
     """Whether a dataclass has a field of this dotted name. A section that is not given counts with all its keys."""
+    kind: Any = type(config)
     for name in key.split("."):
-        if not dataclasses.is_dataclass(config) or name not in {field.name for field in dataclasses.fields(config)}:
+        kind = next((k for k in (kind, *get_args(kind)) if dataclasses.is_dataclass(k)), None)  # of `Section | None`
+        if kind is None or name not in {field.name for field in dataclasses.fields(kind)}:
             return False
-        config = getattr(config, name)
+        kind = get_type_hints(kind)[name]
     return True
 
 
