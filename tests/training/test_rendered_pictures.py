@@ -17,7 +17,7 @@ from training import train_structure_dit, train_structure_vae
 from training.data.damaged_files import TooManyDamagedError
 from training.data.device_pictures import Choice, PictureChoices
 from training.data.rendered_pictures import RenderedPictures, RenderedPicturesConfig, SidesOfShapes, check_memory
-from training.data.surfel_rendering import BEHIND, NOWHERE, Shots, fill_gaps, look, shade
+from training.data.surfel_rendering import BEHIND, NOWHERE, fill_gaps, look, shade, shots_of
 from training.data.surfels import sample_surfels, surfels_path, write_surfels
 from training.point_loss import PointLossConfig
 from training.run import read_metrics
@@ -54,17 +54,6 @@ def data_dir(tmp_path_factory):
     return str(folder)
 
 
-def shots_of(camera: Camera, light: Light) -> Shots:
-    def row(*values) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32)
-
-    return Shots(
-        row(camera.elevation), row(camera.azimuth), row(camera.focal_mm), row(light.elevation), row(light.azimuth),
-        row(light.key), row(light.fill), row(light.sky), row(light.ground), torch.tensor([light.shadows]),
-        row(*light.key_color)[None], row(*light.ambient_color)[None],
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("name", "camera", "light"),
     [
@@ -80,11 +69,12 @@ def test_pictures_are_those_of_the_ray_tracer(name, camera, light):
     wanted = preprocess(traced, S)
     surfels = sample_surfels(vertices, mesh.faces, colors, 60000, np.random.default_rng(0))
     points = torch.from_numpy(surfels.points)[None] / 32767
-    seen = look(points, shots_of(camera, light), S)
+    shots = shots_of([camera], [light], CPU)
+    seen = look(points, shots, S)
     color = (torch.from_numpy(surfels.colors)[seen.point] / 255).double()
     linear = torch.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4).float()
     normals = torch.from_numpy(surfels.normals)[seen.point] / 127
-    made = shade(seen, normals, linear, points, shots_of(camera, light))[0]
+    made = shade(seen, normals, linear, points, shots)[0]
 
     both = (made[3] > 0.5) & (wanted[3] > 0.5)
     assert both.sum() / ((made[3] > 0.5) | (wanted[3] > 0.5)).sum() > 0.93
@@ -93,7 +83,7 @@ def test_pictures_are_those_of_the_ray_tracer(name, camera, light):
     assert difference[inner].mean() < 0.04
     assert (difference[inner] > 0.15).float().mean() < 0.1  # edges of faces and shadows
     assert torch.equal(made[:3, made[3] < 0.5], torch.ones_like(made[:3, made[3] < 0.5]))
-    dark = shade(seen, normals, linear, points, shots_of(camera, dataclasses.replace(light, key=0.0)))[0]
+    dark = shade(seen, normals, linear, points, shots._replace(key=torch.zeros(1)))[0]
     assert (made[:3] - dark[:3]).mean() > 0.005  # the key light is seen
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d3ds2.images.foreground import MARGIN, SIZE
-from d3ds2.images.render import SENSOR_MM
+from d3ds2.images.render import SENSOR_MM, Camera, Light
 from d3ds2.kernels.device_constant import device_constant
 
 REACH = 0.8  # pixels from a point up to which it is seen: with 1.4, contours are too far out
@@ -47,6 +47,18 @@ class Shots(NamedTuple):
     shadows: Tensor  # (B,) bool
     key_color: Tensor  # (B, 3) linear
     ambient_color: Tensor  # (B, 3) linear
+
+
+def shots_of(cameras: list[Camera], lights: list[Light], device: torch.device) -> Shots:
+    """Return given cameras and lights as `Shots`; their targets and radii are those of the points."""
+
+    def column(values: list) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+    of_cameras = (column([getattr(c, name) for c in cameras]) for name in ("elevation", "azimuth", "focal_mm"))
+    names = ("elevation", "azimuth", "key", "fill", "sky", "ground", "shadows", "key_color", "ambient_color")
+    of_lights = {name: column([getattr(light, name) for light in lights]) for name in names}
+    return Shots(*of_cameras, *(of_lights | {"shadows": of_lights["shadows"] > 0}).values())
 
 
 def direction(elevation: Tensor, azimuth: Tensor) -> Tensor:
