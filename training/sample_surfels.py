@@ -27,6 +27,7 @@ from training.data.shape_files import read_summary
 from training.data.shards import Shard
 from training.data.surfels import DIRECTIONS, sample_surfels, surfels_path, write_surfels
 from training.mesh_jobs import AllFailedError, check_engine, finished, run_engine
+from training.prepare_shapes import remove_leftovers
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,9 @@ def main(config: SampleSurfelsConfig) -> list[dict]:
     """
     data_dir, shard = Path(open_data(config.data_dir)), Shard.parse(config.shard)
     _, entries = choose_meshes(config, config.splits, deformed=config.deformed)
-    surfels_path(data_dir, "").parent.mkdir(parents=True, exist_ok=True)
+    folder = surfels_path(data_dir, "").parent
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder, {entry.name for entry in entries})
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the workers: each core has its own mesh
     log = shard.file(data_dir / "surfel_failures.jsonl")
     failed = []

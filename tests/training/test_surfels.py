@@ -73,9 +73,14 @@ def config(tmp_path):
 
 
 def test_script_writes_files_once_and_reports_bad_meshes(config, monkeypatch):
+    leftover, other = (surfels_path(config.data_dir, name) for name in (".box.0123", ".chair.0123"))
+    leftover.parent.mkdir(parents=True)
+    leftover.touch()  # of a run that was killed
+    other.touch()  # of another task
     assert [failure["name"] for failure in main(config)] == ["broken"]
     path = surfels_path(config.data_dir, "box")
     assert len(read_surfels(path).points) == 500
+    assert not leftover.exists() and other.exists()
     written = path.read_bytes()
 
     monkeypatch.setattr(script, "write_surfels", lambda *_: pytest.fail("written again"))
