@@ -8,6 +8,8 @@ import tokenize
 import typing
 from collections.abc import Iterator
 
+from d3ds2.storage.dataclass_values import section_of
+
 
 def help_text(cls) -> str:
     """Return the docstring of the script whose config class is `cls`, and its keys with their defaults and comments."""
@@ -25,13 +27,11 @@ def _keys(cls, prefix: str = "", owner: object = dataclasses.MISSING) -> Iterato
     comments, hints = comments_of(cls), typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         key, default = prefix + field.name, _default(field, owner)
-        inner = [
-            hint for hint in (hints[field.name], *typing.get_args(hints[field.name])) if dataclasses.is_dataclass(hint)
-        ]
-        if inner:
+        section = section_of(hints[field.name])
+        if section is not None:
             if about := comments.get(field.name):
                 yield f"[{key}]", "", f"# {about}"
-            yield from _keys(inner[0], f"{key}.", default)
+            yield from _keys(section, f"{key}.", default)
         else:
             about = comments.get(field.name, "")
             yield key, f"= {_toml(default)}", about and f" # {about}"

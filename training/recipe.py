@@ -14,8 +14,9 @@ import importlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
+from d3ds2.storage.dataclass_values import section_of
 from training.config import load_config
 from training.data.shape_files import list_shapes
 from training.data.views import Views
@@ -166,12 +167,12 @@ def _value_of(config: Any, key: str) -> Any:
 
 def has_key(config: object, key: str) -> bool:
     """Whether a dataclass has a field of this dotted name. A section that is not given counts with all its keys."""
-    kind: Any = type(config)
+    hint: Any = type(config)
     for name in key.split("."):
-        kind = next((k for k in (kind, *get_args(kind)) if dataclasses.is_dataclass(k)), None)  # of `Section | None`
-        if kind is None or name not in {field.name for field in dataclasses.fields(kind)}:
+        section = section_of(hint)
+        if section is None or name not in {field.name for field in dataclasses.fields(section)}:
             return False
-        kind = get_type_hints(kind)[name]
+        hint = get_type_hints(section)[name]
     return True
 
 

@@ -26,6 +26,11 @@ def from_dict(cls, values: dict, prefix: str = ""):
     return cls(**{name: _convert(hints[name], value, prefix + name) for name, value in values.items()})
 
 
+def section_of(hint: Any) -> type | None:
+    """Return the dataclass that an annotation names, as `Section` or `Section | None`; None for any other."""
+    return next((kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)), None)
+
+
 def _convert(hint: Any, value: Any, key: str) -> Any:
     """Convert a value to the annotation `hint`: an int to a float, a list to a tuple, a table to a dataclass."""
     if dataclasses.is_dataclass(hint):
@@ -34,7 +39,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return from_dict(hint, value, f"{key}.")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        section = next((argument for argument in arguments if dataclasses.is_dataclass(argument)), None)
+        section = section_of(hint)
         if section is not None and isinstance(value, dict):
             return _convert(section, value, key)  # its own errors say more
         for argument in arguments:
