@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from d3ds2.images.foreground import preprocess  # noqa: E402
 from d3ds2.images.render import Camera, Light, MeshRenderer  # noqa: E402
+from d3ds2.images.srgb import to_linear  # noqa: E402
 from d3ds2.kernels.devices import abilities, find_device  # noqa: E402
 from d3ds2.meshes.mesh_to_sdf import normalize_mesh  # noqa: E402
 from training.config import load_config  # noqa: E402
@@ -32,7 +33,7 @@ from training.data.device_pictures import Choice  # noqa: E402
 from training.data.meshes import list_meshes, read_textured_mesh  # noqa: E402
 from training.data.rendered_pictures import RenderedPictures, RenderedPicturesConfig, SidesOfShapes  # noqa: E402
 from training.data.surfel_rendering import look, shade, shots_of  # noqa: E402
-from training.data.surfels import POINT_STEPS, sample_surfels, surfels_path, write_surfels  # noqa: E402
+from training.data.surfels import NORMAL_STEPS, POINT_STEPS, sample_surfels, surfels_path, write_surfels  # noqa: E402
 from training.render_views import Colors, RenderViewsConfig, paint, random_camera, random_light  # noqa: E402
 
 VIEWS = load_config(RenderViewsConfig, [str(ROOT / "training/configs/tiny_views.toml")])
@@ -63,9 +64,8 @@ class Traced:
         shots = shots_of([self.camera], [self.light], device)
         points = torch.from_numpy(self.surfels.points).to(device)[None] / POINT_STEPS
         seen = look(points, shots, SIZE)
-        normals = torch.from_numpy(self.surfels.normals).to(device)[seen.point] / 127
-        srgb = torch.from_numpy(self.surfels.colors).to(device).float() / 255
-        linear = torch.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+        normals = torch.from_numpy(self.surfels.normals).to(device)[seen.point] / NORMAL_STEPS
+        linear = torch.from_numpy(to_linear(self.surfels.colors)).to(device)
         colors = linear[seen.point] if len(linear) else torch.ones(1, 1, 3, device=device)
         made = shade(seen, normals, colors, points, shots)[0].cpu()
         one, two = made[3] > 0.5, wanted[3] > 0.5

@@ -42,13 +42,12 @@ from training.data.point_maps import encode_points, point_map_of
 from training.data.shape_files import view_folder
 from training.data.shards import Shard
 from training.data.surfels import is_colored
+from training.data.view_ranges import GAMMA, RANGE, check_view_ranges
 from training.mesh_jobs import AllFailedError, check_engine, finished, run_engine
 
 MIN_COVERAGE = 2e-3  # share of the pixels; a sheet seen edge-on has less, and gets another camera
 TRIES = 20  # cameras for a view
-GAMMA = 2.2  # of sRGB, nearly: the linear gain of a relative change
 Colors = SurfaceColors | np.ndarray | None  # of all points, of the faces, or none
-RANGE = tuple[float, float]  # the least and the largest value of a random draw
 
 
 @dataclass(frozen=True)
@@ -94,13 +93,7 @@ class RenderViewsConfig:
             raise ValueError(f"expected points >= 0, got {self.points}")
         if not set(self.splits) <= set(SPLITS):
             raise ValueError(f"expected splits out of {SPLITS}, got {self.splits}")
-        for field in dataclasses.fields(self):
-            if field.type == RANGE:
-                low, high = getattr(self, field.name)
-                if not low <= high:
-                    raise ValueError(f"expected {field.name} as [low, high], got {[low, high]}")
-        if not 0 <= self.light_tint < 1:
-            raise ValueError(f"expected light_tint in [0, 1), got {self.light_tint}")
+        check_view_ranges(self)
 
     @property
     def settings(self) -> dict:

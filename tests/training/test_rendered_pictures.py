@@ -10,6 +10,7 @@ from PIL import Image
 
 from d3ds2.images.foreground import preprocess
 from d3ds2.images.render import Camera, Light, MeshRenderer
+from d3ds2.images.srgb import to_linear
 from d3ds2.meshes.mesh_to_sdf import normalize_mesh
 from tests.support.training_chain import Chain, assert_equal_parameters, copy_model, resumed
 from tests.support.training_data import prepared
@@ -71,8 +72,7 @@ def test_pictures_are_those_of_the_ray_tracer(name, camera, light):
     points = torch.from_numpy(surfels.points)[None] / 32767
     shots = shots_of([camera], [light], CPU)
     seen = look(points, shots, S)
-    color = (torch.from_numpy(surfels.colors)[seen.point] / 255).double()
-    linear = torch.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4).float()
+    linear = torch.from_numpy(to_linear(surfels.colors))[seen.point]
     normals = torch.from_numpy(surfels.normals)[seen.point] / 127
     made = shade(seen, normals, linear, points, shots)[0]
 
@@ -203,6 +203,8 @@ def test_surfels_that_a_gpu_cannot_hold_are_refused(monkeypatch):
 def test_impossible_ranges_are_refused():
     with pytest.raises(ValueError, match=r"expected rendered\.elevation as \[low, high\], got \[3, 2\]"):
         RenderedPicturesConfig(elevation=(3, 2))
+    with pytest.raises(ValueError, match=r"expected rendered\.light_tint in \[0, 1\), got 1"):
+        RenderedPicturesConfig(light_tint=1)
     with pytest.raises(ValueError, match="rendered needs turn_to_camera, got false"):
         train_structure_dit.TrainStructureDiTConfig(rendered=RenderedPicturesConfig(), turn_to_camera=False)
 

@@ -11,7 +11,7 @@ Sizes: n shapes, P points of each, B pictures of a batch, S pixels per edge, E =
 import colorsys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,11 +27,10 @@ from training.data.device_pictures import CELL, MATRICES, Choice, PictureBatch, 
 from training.data.held import GIB
 from training.data.surfel_rendering import Shots, look, shade
 from training.data.surfels import NORMAL_STEPS, POINT_STEPS, Surfels, read_surfels, surfels_path
+from training.data.view_ranges import GAMMA, RANGE, check_view_ranges
 from training.data.views import Views
 from training.losses import DrawRows, draw_all
 
-RANGE = tuple[float, float]
-GAMMA = 2.2  # of sRGB, nearly: the linear gain of a relative change
 BYTES = 12  # of a surfel on the device
 SIDES = 4  # of a shape, from which the camera stands within 45°
 FINER = 8 / 7  # pixels rendered along an edge, by those wanted
@@ -58,11 +57,7 @@ class RenderedPicturesConfig:
     color_jitter: float = 0.15  # largest relative change of a colour channel
 
     def __post_init__(self):
-        for field in fields(self):
-            if field.type == RANGE:
-                low, high = getattr(self, field.name)
-                if not low <= high:
-                    raise ValueError(f"expected rendered.{field.name} as [low, high], got {[low, high]}")
+        check_view_ranges(self, "rendered.")
 
 
 class SidesOfShapes(Views):

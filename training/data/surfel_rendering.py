@@ -80,15 +80,17 @@ class Seen(NamedTuple):
     point: Tensor  # (B, E²) int64, the place of the nearest point; 0 beside the object
     mask: Tensor  # (B, E²) bool
     xyz: Tensor  # (B, E², 3) float32, that of the point; zero beside the object
+    camera: Tensor  # (B, 3), where the picture was taken
 
 
 def look(points: Tensor, shots: Shots, edge: int) -> Seen:
     """Find the point (B, P, 3) that each pixel of each picture shows, E = `edge`."""
-    nearest = nearest_points(*project(points, shots, edge), edge)
+    camera = cameras(points, shots)
+    nearest = nearest_points(*project(points, camera, shots, edge), edge)
     mask = nearest != LOW
     nearest = nearest * mask
     xyz = points.gather(1, nearest[..., None].expand(-1, -1, 3)) * mask[..., None]
-    return Seen(nearest, mask, xyz)
+    return Seen(nearest, mask, xyz, camera)
 
 
 def shade(seen: Seen, normals: Tensor, colors: Tensor, points: Tensor, shots: Shots) -> Tensor:
@@ -99,7 +101,7 @@ def shade(seen: Seen, normals: Tensor, colors: Tensor, points: Tensor, shots: Sh
         colors: (B, E², 3) or (B, 1, 3) float32, linear.
         points: (B, P, 3) of the surface, which cast shadows.
     """
-    rgb = linear_to_srgb((colors * light(seen.xyz, normals, points, shots)).clamp(0, 1))
+    rgb = linear_to_srgb((colors * light(seen, normals, points, shots)).clamp(0, 1))
     mask = seen.mask[..., None]
     pixels = torch.cat([torch.where(mask, rgb, 1.0), mask], dim=2).transpose(1, 2)
     return pixels.unflatten(2, (math.isqrt(pixels.shape[2]), -1))
@@ -114,13 +116,13 @@ def cameras(points: Tensor, shots: Shots) -> Tensor:
     return target + direction(shots.elevation, shots.azimuth) * distance[:, None]
 
 
-def project(points: Tensor, shots: Shots, edge: int) -> tuple[Tensor, Tensor]:
-    """Return where cameras see points (B, P, 3): columns and rows (B, P, 2) in pixels, and their depths (B, P).
+def project(points: Tensor, camera: Tensor, shots: Shots, edge: int) -> tuple[Tensor, Tensor]:
+    """Return where cameras (B, 3) see points (B, P, 3): columns and rows (B, P, 2) in pixels, and depths (B, P).
 
     The picture is cut to the object.
     """
     frame = axes(shots.elevation, shots.azimuth).transpose(1, 2)
-    x, y, z = ((points - cameras(points, shots)[:, None]) @ frame).unbind(2)  # (B, P) each
+    x, y, z = ((points - camera[:, None]) @ frame).unbind(2)  # (B, P) each
     depth = -z
     plane = torch.stack([x / depth, -y / depth], dim=2)
     low, high = plane.amin(1), plane.amax(1)  # (B, 2)
@@ -156,28 +158,28 @@ def nearest_points(places: Tensor, depth: Tensor, edge: int) -> Tensor:
 
 def fill_gaps(keys: Tensor) -> Tensor:
     """Give pixels of keys (B, E, E) that lie behind most of their neighbours the nearest neighbour's key."""
-    E, depth = keys.shape[-1], torch.where(keys == NOWHERE, BEHIND, (keys >> 32).int().view(torch.float32))
-    around, limit = F.pad(depth, (1, 1, 1, 1), value=BEHIND), depth - IN_FRONT
-    nearer = torch.zeros_like(keys, dtype=torch.int8)
+    E = keys.shape[-1]
+    padded = keys.new_full((len(keys), E + 2, E + 2), NOWHERE)  # F.pad would round it
+    padded[:, 1:-1, 1:-1] = keys
+    depth = torch.where(padded == NOWHERE, BEHIND, (padded >> 32).int().view(torch.float32))
+    limit, nearer = depth[:, 1:-1, 1:-1] - IN_FRONT, torch.zeros_like(keys, dtype=torch.int8)
     for i, j in itertools.product(range(3), repeat=2):
-        nearer += around[:, i : i + E, j : j + E] < limit
-    nearest = keys
+        nearer += depth[:, i : i + E, j : j + E] < limit
+    nearest = padded
     for dim in (1, 2):
-        first, last = nearest.narrow(dim, 0, E - 1), nearest.narrow(dim, 1, E - 1)
-        smaller, nearest = torch.minimum(first, last), nearest.clone()
-        nearest.narrow(dim, 1, E - 1).copy_(torch.minimum(last, smaller))
-        nearest.narrow(dim, 0, E - 1).copy_(torch.minimum(nearest.narrow(dim, 0, E - 1), smaller))
+        before, here, after = (nearest.narrow(dim, i, E) for i in range(3))
+        nearest = torch.minimum(torch.minimum(before, here), after)
     return torch.where(nearer >= NEIGHBOURS, nearest, keys)
 
 
-def light(seen: Tensor, normal: Tensor, points: Tensor, shots: Shots) -> Tensor:
-    """Return the light (B, n, 3) that reaches seen places (B, n, 3) of surfaces with points (B, P, 3), white = 1."""
+def light(seen: Seen, normal: Tensor, points: Tensor, shots: Shots) -> Tensor:
+    """Return the light (B, E², 3) that reaches what is seen of points (B, P, 3), with normals (B, E², 3); white = 1."""
     backward = direction(shots.elevation, shots.azimuth)
     toward = direction(shots.light_elevation, shots.light_azimuth)
-    facing = ((cameras(points, shots)[:, None] - seen) * normal).sum(2, keepdim=True)
+    facing = ((seen.camera[:, None] - seen.xyz) * normal).sum(2, keepdim=True)
     normal = normal * torch.where(facing < 0, -1.0, 1.0)
-    key = (normal @ toward[:, :, None]).clamp(min=0) * shots.key[:, None, None]  # (B, n, 1)
-    key = key * torch.where(shots.shadows[:, None, None], lit(seen, normal, points, shots), 1.0)
+    key = (normal @ toward[:, :, None]).clamp(min=0) * shots.key[:, None, None]  # (B, E², 1)
+    key = key * torch.where(shots.shadows[:, None, None], lit(seen.xyz, normal, points, shots), 1.0)
     fill = (normal @ backward[:, :, None]).clamp(min=0) * shots.fill[:, None, None]
     sky, ground = shots.sky[:, None, None], shots.ground[:, None, None]
     ambient = (sky + ground) / 2 + normal[..., 1:2] * ((sky - ground) / 2)
