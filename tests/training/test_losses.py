@@ -17,8 +17,8 @@ from training.losses import (
     structure_loss,
     velocity_loss,
 )
+from training.structure_targets import DecodedLoss
 from training.train_dit import DecodedSurface
-from training.train_structure_dit import DecodedLoss
 
 
 def test_sdf_loss_is_equation_3():
@@ -85,21 +85,43 @@ def test_velocity_loss_counts_tokens_equally():
     assert velocity_loss(predicted, x_0, noise).item() == pytest.approx(9 / 6)
 
 
-def test_decoded_loss_is_that_of_the_samples_at_noise_alone():
+def decoded_case(decoder_learns: bool):
     torch.manual_seed(0)
-    config = StructureVAEConfig(2, (8, 8), (8, 8), *[1] * 4)
-    vae, generator = StructureVAE(config).requires_grad_(False), torch.Generator().manual_seed(0)
-    x_0 = torch.randn(4, 2, 4, 4, 4, generator=generator)
-    predicted = torch.randn(x_0.shape, generator=generator).requires_grad_()
-    loss = DecodedLoss(vae, StructureLossConfig(dice=0.5))
-    counts = torch.tensor([True, False, True, False])
-    value = loss.of(predicted, x_0, counts)
+    vae = StructureVAE(StructureVAEConfig(2, (8, 8), (8, 8), *[1] * 4))
+    vae.decoder.requires_grad_(decoder_learns)
+    x_0, predicted = torch.randn(2, 4, 2, 4, 4, 4).unbind(0)
+    occupancy = (vae.decode(x_0) > 0).detach()
+
+    def of(rows: list[int], counts: list[bool]) -> torch.Tensor:
+        loss = DecodedLoss(vae, StructureLossConfig(dice=0.5), x_0[rows], occupancy[rows], decoder_learns)
+        return loss.of(predicted[rows], torch.tensor(counts))
+
+    return vae, x_0, predicted.requires_grad_(), of
+
+
+def test_decoded_loss_is_that_of_the_samples_at_noise_alone():
+    _, x_0, predicted, of = decoded_case(False)
+    value = of([0, 1, 2, 3], [True, False, True, False])
     value.backward()
-    assert (predicted.grad.flatten(1).abs().sum(1) > 0).tolist() == counts.tolist()
-    single = [loss.of(predicted[i : i + 1], x_0[i : i + 1], torch.tensor([True])) for i in range(4)]
-    torch.testing.assert_close(value, (single[0] + single[2]) / 4)
-    assert loss.of(x_0, x_0, counts) < value
-    assert loss.of(predicted, x_0, ~counts & counts) == 0
+    assert (predicted.grad.flatten(1).abs().sum(1) > 0).tolist() == [True, False, True, False]
+    torch.testing.assert_close(value, (of([0], [True]) + of([2], [True])) / 4)
+    assert of([0, 1], [False, False]) == 0
+    with torch.no_grad():
+        predicted.copy_(x_0)
+    assert of([0, 1, 2, 3], [True, False, True, False]) < value
+
+
+def test_a_decoder_that_learns_also_decodes_the_true_latents_of_the_other_samples():
+    vae, x_0, predicted, of = decoded_case(True)
+    value = of([0, 1], [True, False])
+    value.backward()
+    assert (predicted.grad.flatten(1).abs().sum(1) > 0).tolist() == [True, False, False, False]
+    assert (vae.decoder.input_conv.weight.grad != 0).all()
+    torch.testing.assert_close(value, (of([0], [True]) + of([1], [False])) / 2)
+    other = of([1], [False]).item()
+    with torch.no_grad():
+        predicted.copy_(x_0)
+    assert of([1], [True]).item() == pytest.approx(other)
 
 
 def test_decoded_surface_is_that_of_the_chosen_samples_without_surplus():

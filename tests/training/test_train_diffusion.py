@@ -353,3 +353,24 @@ def test_structure_dit_learns_what_its_prediction_decodes_to(chain, tmp_path):
     assert_equal_parameters(*trained[:2])
     first = [next(model["structure_dit"].parameters()) for model in trained]
     assert not torch.equal(first[0], first[2])
+
+
+def test_structure_decoder_learns_with_the_dit(chain, tmp_path):
+    loss = dataclasses.replace(chain.structure_dit.loss, noise_alone=0.6)
+    config = dataclasses.replace(chain.structure_dit, loss=loss, occupancy=StructureLossConfig(dice=1.0))
+    with pytest.raises(ValueError, match=r"needs a table \[occupancy\]"):
+        dataclasses.replace(config, train_structure_decoder=True, occupancy=None)
+    config = dataclasses.replace(config, train_structure_decoder=True)
+    before, trained = load_network(chain.structure_dit.model_dir, "structure_vae"), []
+    for name, stops, gib in (("whole", [6], 4.0), ("parts", [3, 6], 4.0), ("not_held", [6], 0.0)):
+        (tmp_path / name).mkdir()
+        copy_model(chain, tmp_path / name, "structure_vae")
+        folder = str(tmp_path / name / "model")
+        for stop in stops:
+            run = dataclasses.replace(config.run, out_dir=str(tmp_path / name / "run"), steps=stop)
+            train_structure_dit.train(dataclasses.replace(config, model_dir=folder, device_gib=gib, run=run))
+        trained.append(load_network(folder, "structure_vae"))
+    for after in trained:
+        assert_equal_parameters(before.encoder, after.encoder)
+        assert not torch.equal(before.decoder.out_conv.weight, after.decoder.out_conv.weight)
+        assert_equal_parameters(trained[0], after)
