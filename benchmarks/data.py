@@ -27,7 +27,8 @@ import torch  # noqa: E402
 from benchmarks.data_corpus import COUNT, make_half_a_million, make_latents, prepare  # noqa: E402
 from tests.support.range_server import serve  # noqa: E402
 from training.data.array_files import read_arrays, write_arrays  # noqa: E402
-from training.data.datasets import LatentViews, Shapes, Structures, StructureViews  # noqa: E402
+from training.data.datasets import Shapes, Structures, StructureViews  # noqa: E402
+from training.data.latent_views import LatentViews  # noqa: E402
 from training.data.loading import load_batches  # noqa: E402
 from training.data.shape_files import list_shapes, load_shape, shape_path  # noqa: E402
 from training.data.views import Views  # noqa: E402

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from d3ds2.networks.image_encoder import ImageEncoder
 from d3ds2.networks.model_files import load_network
-from training.data.device_pictures import Choice, DevicePictures, PictureBatch
+from training.data.datasets import Choice
+from training.data.device_pictures import DevicePictures, PictureBatch
 from training.data.views import Views
 from training.point_loss import patch_features, points_of_cells
 

@@ -29,7 +29,7 @@ from d3ds2.images.srgb import to_linear  # noqa: E402
 from d3ds2.kernels.devices import abilities, find_device  # noqa: E402
 from d3ds2.meshes.mesh_to_sdf import normalize_mesh  # noqa: E402
 from training.config import load_config  # noqa: E402
-from training.data.device_pictures import Choice  # noqa: E402
+from training.data.datasets import Choice  # noqa: E402
 from training.data.meshes import list_meshes, read_textured_mesh  # noqa: E402
 from training.data.rendered_pictures import RenderedPictures, RenderedPicturesConfig, SidesOfShapes  # noqa: E402
 from training.data.surfel_rendering import look, shade, shots_of  # noqa: E402

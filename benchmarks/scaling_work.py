@@ -31,7 +31,7 @@ from d3ds2.networks.structure_dit import StructureDiT, StructureDiTConfig
 from d3ds2.storage.dataclass_values import from_dict
 from training import train_dit, train_structure_dit
 from training.data.batch_plans import draw
-from training.data.datasets import LatentBatch
+from training.data.latent_views import LatentBatch
 from training.data.parts import Part, load_parts, split
 from training.data.shape_batches import ShapeBatch, join_coords, pack_shapes
 from training.data.shape_files import StoredShape

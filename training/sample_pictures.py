@@ -27,7 +27,7 @@ from d3ds2.networks.structure_dit import StructureDiT
 from d3ds2.networks.structure_vae import StructureVAE
 from d3ds2.rectified_flow import euler_sample, guided_velocity, noise_for, time_schedule
 from d3ds2.storage.model_folder import ModelFolderError, SamplingConfig, load_settings
-from training.data.datasets import LatentBatch
+from training.data.latent_views import LatentBatch
 from training.data.shape_batches import ShapeBatch, active_voxels
 
 SIZE = 192  # pixels per edge

@@ -15,8 +15,7 @@ from torch import Tensor
 from d3ds2.kernels.device_constant import device_constant
 from d3ds2.networks.structure_vae import StructureVAE
 from training.data.damaged_files import READ_ERRORS
-from training.data.datasets import Structures, ViewBatch
-from training.data.device_pictures import Choice
+from training.data.datasets import Choice, Structures, ViewBatch
 from training.data.held import GIB
 from training.data.parts import WHOLE, Part
 from training.data.symmetry import transform_grid

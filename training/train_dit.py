@@ -3,8 +3,9 @@
     python -m training.train_dit training/configs/tiny_dit.toml data_dir=data/mine
 
 Needs the pictures of render_views, the latents of encode_latents, and the image encoder in `model_dir`; for
-`predicted_structures`, also the structure DiT and VAE there. None of these change. A stopped run resumes from the
-newest checkpoint in `run.out_dir`. With every checkpoint, the EMA weights are exported to `model_dir`.
+`predicted_structures`, also the structure DiT and VAE there. None of these change. With a table `[rendered]`, new
+pictures are rendered of the surfels of sample_surfels, as in train_structure_dit. A stopped run resumes from the newest
+checkpoint in `run.out_dir`. With every checkpoint, the EMA weights are exported to `model_dir`.
 
 Marks such as [A] say how certain a value is: see docs/paper.md.
 """
@@ -28,7 +29,8 @@ from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE
 from d3ds2.rectified_flow import interpolate
 from d3ds2.storage.model_folder import SamplingConfig, load_settings, save_settings
-from training.data.datasets import MEMORY_GIB, LatentBatch, LatentViews
+from training.data.datasets import MEMORY_GIB
+from training.data.device_pictures import LatentChoices
 from training.data.imperfect_pictures import make_imperfect as make_imperfect_pictures
 from training.data.imperfect_structures import (
     Draw,
@@ -39,7 +41,9 @@ from training.data.imperfect_structures import (
     rows_of,
 )
 from training.data.latent_moments import check_latents
+from training.data.latent_views import ChosenLatents, LatentBatch, LatentViews
 from training.data.parts import WHOLE, Part, load_parts
+from training.data.rendered_pictures import RenderedPictures, RenderedPicturesConfig, SidesOfShapes
 from training.data.shape_files import list_shapes
 from training.data.views import Views
 from training.distributed import Ranks, run_script
@@ -83,6 +87,7 @@ class TrainDiTConfig:
     model: LatentDiTConfig = field(default_factory=LatentDiTConfig)
     loss: FlowLossConfig = field(default_factory=FlowLossConfig)
     surface: SurfaceLossConfig | None = None  # also of what the prediction of x_0 decodes to [D]
+    rendered: RenderedPicturesConfig | None = None  # render new pictures of surfels in every step [D]
     lora: LoRAConfig = field(default_factory=LoRAConfig)  # train adapters on the network of run.start_from
     sampling: SamplingConfig | None = None  # steps and guidance for the config.json of the exported model
     fine: bool = False  # the second stage: `fine_latent_dit`, on the latents of `fine_sdf_vae`
@@ -94,6 +99,8 @@ class TrainDiTConfig:
             raise ValueError("expected model.surplus_value above 0 for structures with surplus blocks, got 0")
         if not 0 <= self.predicted_structures <= 1:
             raise ValueError(f"expected predicted_structures in [0, 1], got {self.predicted_structures}")
+        if self.rendered is not None and not self.turn_to_camera:
+            raise ValueError("rendered needs turn_to_camera, got false")
         if self.sampling is None:
             return
         own = self.sampling.fine if self.fine else self.sampling
@@ -110,7 +117,11 @@ class TrainDiTConfig:
 
 
 def draw_latents(
-    vae: SDFVAE, batch: LatentBatch, sample_posterior: bool, generator: torch.Generator, part: Part = WHOLE
+    vae: SDFVAE,
+    batch: LatentBatch | ChosenLatents,
+    sample_posterior: bool,
+    generator: torch.Generator,
+    part: Part = WHOLE,
 ) -> Tensor:
     """Draw the normalised x_0 of a batch from the posteriors, or take their means: (M, C) float32."""
     latents = batch.mean.float()
@@ -210,7 +221,7 @@ def flow_loss(
     return part.weigh("tokens", mean * (len(voxels) / M))
 
 
-def count_tokens(batch: LatentBatch) -> Tensor:
+def count_tokens(batch: LatentBatch | ChosenLatents) -> Tensor:
     """Count the tokens of a batch, (1,): the loss is a mean over them."""
     return torch.tensor([len(batch.coords)])
 
@@ -267,10 +278,13 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
     vae = load_network(config.model_dir, f"{config.prefix}sdf_vae", device).requires_grad_(False)
     check_latents(config.data_dir, config.resolution, vae, config.model_dir)
     tokens_of = dict(zip(*list_shapes(config.data_dir, config.split, config.resolution), strict=True))
-    views = Views(
-        config.data_dir, list(tokens_of), encoder.config.image_size, config.turn_to_camera, cache=config.cache_views
-    )
-    dataset = LatentViews(
+    names, image_size, rendered = list(tokens_of), encoder.config.image_size, None
+    if config.rendered is None:
+        views = Views(config.data_dir, names, image_size, config.turn_to_camera, cache=config.cache_views)
+    else:
+        views = SidesOfShapes(config.data_dir, names, image_size)
+        rendered = RenderedPictures(views, config.rendered, device)
+    dataset = (LatentViews if rendered is None else LatentChoices)(
         config.data_dir,
         config.resolution,
         views,
@@ -290,11 +304,14 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
         first_stage = [load_network(config.model_dir, name, device) for name in ("structure_dit", "structure_vae")]
 
     def losses(part: Part, generator: torch.Generator) -> dict[str, Any]:
-        batch: LatentBatch = part.batch
-        voxels = Voxels(batch.coords, config.resolution // BLOCK, len(batch.images))
+        batch = part.batch
+        voxels = Voxels(batch.coords, config.resolution // BLOCK, batch.batch_size)
         x_0 = draw_latents(vae, batch, config.loss.sample_posterior, generator, part)
         with autocast(run, device):
-            images = batch.images.float() / 255
+            if rendered is None:
+                images = batch.images.float() / 255
+            else:
+                images = rendered.draw(batch.choice, generator, draw_samples=part.draw_samples).images
             if config.imperfect_pictures:
                 images = make_imperfect_pictures(images, generator, part.draw_samples)
             image_tokens, structures = encode_images(encoder, images, False), None

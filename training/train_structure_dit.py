@@ -28,8 +28,8 @@ from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.structure_dit import StructureDiT, StructureDiTConfig
 from d3ds2.networks.structure_vae import StructureVAE
 from d3ds2.rectified_flow import interpolate
-from training.data.datasets import Structures, StructureViews, ViewBatch
-from training.data.device_pictures import Choice, DevicePictures, PictureBatch, PictureChoices
+from training.data.datasets import Choice, Structures, StructureViews, ViewBatch
+from training.data.device_pictures import DevicePictures, PictureBatch, PictureChoices
 from training.data.imperfect_pictures import make_imperfect
 from training.data.parts import WHOLE, Part, load_parts
 from training.data.rendered_pictures import RenderedPictures, RenderedPicturesConfig, SidesOfShapes

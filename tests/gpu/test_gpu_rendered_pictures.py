@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.data.device_pictures import Choice
+from training.data.datasets import Choice
 from training.data.rendered_pictures import RenderedPictures, RenderedPicturesConfig, SidesOfShapes
 from training.data.surfels import sample_surfels, surfels_path, write_surfels
 

@@ -10,8 +10,9 @@ import torch
 from tests.support.training_data import R, prepared, write_latents
 from training.data import damaged_files
 from training.data.damaged_files import TooManyDamagedError
-from training.data.datasets import LatentViews, Shapes, Structures, StructureViews
+from training.data.datasets import Shapes, Structures, StructureViews
 from training.data.device_pictures import DevicePictures, PictureChoices
+from training.data.latent_views import LatentViews
 from training.data.loading import load_batches
 from training.data.parts import Part, Parts
 from training.data.shape_files import latent_path, list_shapes, shape_path

@@ -21,15 +21,16 @@ from tests.support.training_chain import Chain, copy_model
 from tests.support.training_data import R, prepared, write_toml
 from training import distributed, encode_latents, loop, train_dit, train_structure_dit, train_structure_vae, train_vae
 from training.checkpoints import fault_of, open_checkpoint, read_into
-from training.data.datasets import LatentViews, Shapes, Structures, StructureViews
+from training.data.datasets import Shapes, Structures, StructureViews
 from training.data.latent_moments import moments_path
+from training.data.latent_views import LatentViews
 from training.data.loading import load_batches
 from training.data.parts import Parts, split
 from training.data.shape_files import list_shapes, read_arrays
 from training.data.views import Views
 from training.distributed import Ranks, run_ranks
 from training.folder_lock import locked
-from training.losses import SDF_TERMS, SDFLossConfig, SurfaceLossConfig, count_sdf, sdf_loss
+from training.losses import SDF_TERMS, SDFLossConfig, StructureLossConfig, SurfaceLossConfig, count_sdf, sdf_loss
 from training.run import read_metrics
 from training.run_folder import checkpoints, newest_checkpoint
 
@@ -78,6 +79,9 @@ def configs_in(chain: Chain, folder: Path, **run) -> dict:
         config = dataclasses.replace(getattr(chain, name), model_dir=str(here / "model"))
         if name == "dit":
             config = dataclasses.replace(config, surface=SurfaceLossConfig(share=0.6))
+        if name == "structure_dit":
+            loss, occupancy = dataclasses.replace(config.loss, noise_alone=0.6), StructureLossConfig(dice=0.5)
+            config = dataclasses.replace(config, loss=loss, occupancy=occupancy, train_structure_decoder=True)
         configs[name] = set_run(config, out_dir=str(here / "run"), workers=0, learning_rate=1e-3, **run)
     return configs
 

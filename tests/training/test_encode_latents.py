@@ -16,8 +16,8 @@ from d3ds2.networks.sdf_vae import SDFVAE, SDFVAEConfig
 from tests.support.training_data import R, prepared
 from training import encode_latents, train_dit
 from training.data.damaged_files import TooManyDamagedError
-from training.data.datasets import LatentViews
 from training.data.latent_moments import moments_path, read_moments
+from training.data.latent_views import LatentViews
 from training.data.shape_files import latent_path, list_shapes, shape_path
 from training.data.views import Views
 from training.encode_latents import EncodeLatentsConfig, encode

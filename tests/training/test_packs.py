@@ -15,9 +15,10 @@ from tests.support.training_data import R, prepared, write_latents, write_meshes
 from training import pack
 from training.data.array_files import DamagedFileError
 from training.data.damaged_files import TooManyDamagedError
-from training.data.datasets import LatentViews, Shapes, Structures, StructureViews
+from training.data.datasets import Shapes, Structures, StructureViews
 from training.data.device_pictures import DevicePictures
 from training.data.latent_moments import moments_path
+from training.data.latent_views import LatentViews
 from training.data.loading import load_batches
 from training.data.packs import open_data
 from training.data.rendered_pictures import RenderedPictures, RenderedPicturesConfig, SidesOfShapes

@@ -12,11 +12,12 @@ from d3ds2.images.foreground import preprocess
 from d3ds2.images.render import Camera, Light, MeshRenderer
 from d3ds2.images.srgb import to_linear
 from d3ds2.meshes.mesh_to_sdf import normalize_mesh
-from tests.support.training_chain import Chain, assert_equal_parameters, copy_model, resumed
+from tests.support.training_chain import Chain, assert_equal_parameters, copy_model, resumed, save_untrained
 from tests.support.training_data import prepared
-from training import train_structure_dit, train_structure_vae
+from training import train_dit, train_structure_dit, train_structure_vae
 from training.data.damaged_files import TooManyDamagedError
-from training.data.device_pictures import Choice, PictureChoices
+from training.data.datasets import Choice
+from training.data.device_pictures import PictureChoices
 from training.data.rendered_pictures import RenderedPictures, RenderedPicturesConfig, SidesOfShapes, check_memory
 from training.data.surfel_rendering import BEHIND, NOWHERE, fill_gaps, look, shade, shots_of
 from training.data.surfels import sample_surfels, surfels_path, write_surfels
@@ -205,8 +206,9 @@ def test_impossible_ranges_are_refused():
         RenderedPicturesConfig(elevation=(3, 2))
     with pytest.raises(ValueError, match=r"expected rendered\.light_tint in \[0, 1\), got 1"):
         RenderedPicturesConfig(light_tint=1)
-    with pytest.raises(ValueError, match="rendered needs turn_to_camera, got false"):
-        train_structure_dit.TrainStructureDiTConfig(rendered=RenderedPicturesConfig(), turn_to_camera=False)
+    for config in (train_structure_dit.TrainStructureDiTConfig, train_dit.TrainDiTConfig):
+        with pytest.raises(ValueError, match="rendered needs turn_to_camera, got false"):
+            config(rendered=RenderedPicturesConfig(), turn_to_camera=False)
 
 
 def test_networks_learn_from_rendered_pictures_and_resume_exactly(tmp_path_factory, tmp_path):
@@ -219,3 +221,17 @@ def test_networks_learn_from_rendered_pictures_and_resume_exactly(tmp_path_facto
     assert_equal_parameters(*resumed(train_structure_dit.train, config, tmp_path))
     points = [record["points"] for record in read_metrics(str(tmp_path / "whole"))]
     assert np.mean(points[-3:]) < 0.9 * np.mean(points[:3])
+
+
+def test_latent_dit_learns_from_rendered_pictures_whole_and_in_parts(tmp_path_factory, tmp_path):
+    chain = Chain(prepared(tmp_path_factory), tmp_path / "chain")
+    save_untrained(chain)
+    config = dataclasses.replace(chain.dit, rendered=RenderedPicturesConfig())
+    assert_equal_parameters(*resumed(train_dit.train, config, tmp_path / "chain"))
+    run = dataclasses.replace(config.run, steps=6, accumulate=3, out_dir=str(tmp_path / "parts"))
+    train_dit.train(dataclasses.replace(config, run=run))
+    losses = [[record["loss"] for record in read_metrics(tmp_path / part)] for part in ("chain/whole", "parts")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    from_files = dataclasses.replace(config, rendered=None, run=dataclasses.replace(run, out_dir=str(tmp_path / "f")))
+    train_dit.train(from_files)
+    assert [record["loss"] for record in read_metrics(tmp_path / "f")] != pytest.approx(losses[1], rel=1e-4)

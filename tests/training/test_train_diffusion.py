@@ -22,7 +22,8 @@ from d3ds2.storage.model_folder import SamplingConfig
 from tests.support.training_chain import ENCODER, Chain, assert_equal_parameters, copy_model, resumed
 from tests.support.training_data import R, prepared
 from training import encode_latents, train_dit, train_structure_dit, train_structure_vae, train_vae
-from training.data.datasets import LatentViews, Shapes, Structures
+from training.data.datasets import Shapes, Structures
+from training.data.latent_views import LatentViews
 from training.data.parts import Part
 from training.data.shape_batches import active_voxels
 from training.data.shape_files import latent_path, list_shapes, load_shape, read_arrays, shape_path

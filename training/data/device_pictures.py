@@ -19,7 +19,8 @@ from torch.utils.data import Dataset
 from d3ds2.images.foreground import MARGIN, SIZE, preprocess
 from d3ds2.kernels.device_constant import device_constant
 from training.data.damaged_files import READ_ERRORS, first_readable
-from training.data.datasets import StructureSteps
+from training.data.datasets import Choice, StructureSteps
+from training.data.latent_views import ChosenLatents, LatentSteps, joined
 from training.data.loading import load_batches
 from training.data.png_files import read_png
 from training.data.point_maps import point_map_of, read_point_map
@@ -41,16 +42,6 @@ CELL = 4  # pixels per edge of a cell of a point map
 MATRICES = tuple(
     tuple(transform_vertices(np.eye(3), symmetry).T.ravel().tolist()) for symmetry in range(NUM_SYMMETRIES)
 )
-
-
-class Choice(NamedTuple):
-    """The pictures of a step, and the shapes they show."""
-
-    shapes: Tensor  # (B,) int64
-    symmetries: Tensor  # (B,) int64
-    pictures: Tensor  # (B,) int64, rows of `DevicePictures.images`
-    mirrored: Tensor  # (B,) bool
-    grids: Tensor | None = None  # (B, 1, G, G, G) uint8 occupancy, where the latents are not on the device
 
 
 class PictureBatch(NamedTuple):
@@ -203,11 +194,32 @@ class PictureChoices(StructureSteps):
         return Choice(shapes, symmetries, pictures, mirrored, self.stack(grids))
 
     def _read(self, drawn: Drawn) -> tuple[int, int, int, bool, np.ndarray | None]:
-        shape, views = drawn.shape, self.views
+        shape, symmetry, picture, mirrored = choose(self.views, drawn)
+        return shape, symmetry, picture, mirrored, self.grid(shape, symmetry)
 
-        def read(view: int) -> int:
-            return views.damaged.read(views.number(shape, view), lambda: view)
 
-        view = first_readable(views.following(shape, drawn.view), read)
-        symmetry = views.symmetry(shape, view, drawn.flip)
-        return shape, symmetry, views.number(shape, view), bool(drawn.flip), self.grid(shape, symmetry)
+class LatentChoices(LatentSteps):
+    """Latents for the latent DiT, and the choice of their pictures: `choices[step]` is a `ChosenLatents`."""
+
+    augment = False  # the device does it
+
+    def load(self, step: int, chosen: np.ndarray | slice) -> ChosenLatents:
+        """The batch of the chosen samples (b,) of a step."""
+        latents, choices = zip(*self.each(step, chosen, self._choose), strict=True)
+        columns = map(torch.tensor, zip(*choices, strict=True))
+        return ChosenLatents(*joined(latents), Choice(*columns))
+
+    def _choose(self, drawn: Drawn) -> tuple[list[np.ndarray], tuple[int, int, int, bool]]:
+        choice = shape, symmetry, *_ = choose(self.views, drawn)
+        return self.latents(shape, symmetry), choice
+
+
+def choose(views: Views, drawn: Drawn) -> tuple[int, int, int, bool]:
+    """Return the shape, symmetry, row and flip of the drawn picture, or of the shape's next one that is not damaged."""
+
+    def read(view: int) -> int:
+        return views.damaged.read(views.number(drawn.shape, view), lambda: view)
+
+    view = first_readable(views.following(drawn.shape, drawn.view), read)
+    symmetry = views.symmetry(drawn.shape, view, drawn.flip)
+    return drawn.shape, symmetry, views.number(drawn.shape, view), bool(drawn.flip)

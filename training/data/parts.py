@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from training.data.datasets import LatentBatch
+from training.data.latent_views import ChosenLatents, LatentBatch
 from training.data.loading import load_batches
 from training.data.shape_batches import ShapeBatch
 from training.distributed import Ranks
@@ -149,8 +149,8 @@ def _sizes_of(batch: Any) -> list[int] | None:
     """The tokens of each sample in a packed batch, (b,); None for a dense one."""
     if isinstance(batch, ShapeBatch):
         return batch.latent_voxels.counts
-    if isinstance(batch, LatentBatch):
-        return torch.bincount(batch.coords[:, 0], minlength=len(batch.images)).tolist()
+    if isinstance(batch, (LatentBatch, ChosenLatents)):
+        return torch.bincount(batch.coords[:, 0], minlength=batch.batch_size).tolist()
     return None
 
 

@@ -23,7 +23,8 @@ from d3ds2.kernels.device_constant import device_constant
 from d3ds2.kernels.devices import free_memory, without_autocast
 from training.data.cameras import Turns
 from training.data.damaged_files import READ_ERRORS, DamagedFiles
-from training.data.device_pictures import CELL, MATRICES, Choice, PictureBatch, augmented
+from training.data.datasets import Choice
+from training.data.device_pictures import CELL, MATRICES, PictureBatch, augmented
 from training.data.held import GIB
 from training.data.surfel_rendering import Shots, look, shade
 from training.data.surfels import NORMAL_STEPS, POINT_STEPS, Surfels, read_surfels, surfels_path
