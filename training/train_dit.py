@@ -81,6 +81,7 @@ class TrainDiTConfig:
     imperfect_pictures: bool = False  # change pictures as those of train_structure_dit [D]
     imperfect_structures: bool = False  # add and remove blocks, see imperfect_structures.py [D]
     predicted_structures: float = 0.0  # share of samples on the structure that `model_dir` predicts of the picture [D]
+    predicted_thresholds: tuple[float, float] = (0.03, 0.4)  # of the probability from which their voxels are occupied
     gradient_checkpointing: bool = False  # compute blocks again in the backward pass, to hold less memory
     recompute_all: bool = False  # then attention and feed-forward too: 13 kB less a token and block, but slower
     run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/dit"))
@@ -99,6 +100,9 @@ class TrainDiTConfig:
             raise ValueError("expected model.surplus_value above 0 for structures with surplus blocks, got 0")
         if not 0 <= self.predicted_structures <= 1:
             raise ValueError(f"expected predicted_structures in [0, 1], got {self.predicted_structures}")
+        low, high = self.predicted_thresholds
+        if not 0 < low <= high < 1:
+            raise ValueError(f"expected predicted_thresholds as [low, high] between 0 and 1, got {[low, high]}")
         if self.rendered is not None and not self.turn_to_camera:
             raise ValueError("rendered needs turn_to_camera, got false")
         if self.sampling is None:
@@ -316,7 +320,9 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
                 images = make_imperfect_pictures(images, generator, part.draw_samples)
             image_tokens, structures = encode_images(encoder, images, False), None
             if config.imperfect_structures or first_stage:
-                predict = partial(predicted_structures, *first_stage, image_tokens) if first_stage else None
+                predict = None
+                if first_stage:
+                    predict = partial(predicted_structures, *first_stage, image_tokens, config.predicted_thresholds)
                 share = config.predicted_structures
                 structures = ChangedStructures(config.model.surplus_value, config.imperfect_structures, share, predict)
             if config.model.sparse_context:

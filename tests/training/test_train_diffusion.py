@@ -338,6 +338,10 @@ def test_dit_learns_to_tell_surplus_blocks(chain, tmp_path):
     surface = SurfaceLossConfig(share=0.6)
     config = dataclasses.replace(chain.dit, run=run, model=model, surface=surface, **imperfect)
     copy_model(chain, tmp_path, "sdf_vae", "image_encoder", "structure_dit", "structure_vae")
+    with pytest.raises(
+        ValueError, match=r"expected predicted_thresholds as \[low, high\] between 0 and 1, got \[0\.4, 0\.1\]"
+    ):
+        dataclasses.replace(config, predicted_thresholds=(0.4, 0.1))
     with pytest.raises(ValueError, match=r"expected model\.surplus_value above 0"):
         dataclasses.replace(config, model=chain.dit.model)
     assert_equal_parameters(*resumed(train_dit.train, config, tmp_path))

@@ -15,6 +15,7 @@ generator alone, a row for each sample. None of it comes from the paper. [D: see
 Sizes: B samples, N tokens of the true structures, M tokens of the others, G latent voxels per edge, C latent channels.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -35,7 +36,6 @@ MOST_MISSING = 0.2  # of a structure's blocks; the share is the square of a unif
 SMOOTHNESS = 4  # latent voxels between two random values of a field
 GRAIN = 0.4  # standard deviation of the noise that makes a field rough
 SECOND_RING = 1.0  # taken off the field two blocks away from the structure
-THRESHOLDS = (0.03, 0.4)  # of the probability from which a predicted voxel is occupied; its logarithm is uniform
 WIDENED = 0.5  # share of the predicted structures that get a layer of voxels more
 
 Draw = Callable[..., Tensor]  # make, row shape -> (B, *shape)
@@ -84,21 +84,24 @@ def random_structures(occupied: Tensor, draw: Draw) -> Tensor:
 
 
 @torch.no_grad()
-def predicted_structures(dit: StructureDiT, vae: StructureVAE, image_tokens: ImageTokens, draw: Draw) -> Tensor:
+def predicted_structures(
+    dit: StructureDiT, vae: StructureVAE, image_tokens: ImageTokens, thresholds: tuple[float, float], draw: Draw
+) -> Tensor:
     """Predict the structures of B pictures in one step from noise alone: (B, G, G, G) bool.
 
     Args:
         image_tokens: all tokens of the pictures.
+        thresholds: lowest and highest probability from which a voxel is occupied; its logarithm is uniform.
     """
     config = dit.config
     noise = draw(torch.randn, config.latent_channels, *[config.resolution] * 3)
     velocity = dit(noise, torch.ones(len(noise), device=noise.device), image_tokens)
     logits = vae.decode(vae.denormalize_latents(noise - velocity.float()))[:, :1].float()
     numbers = draw(torch.rand, 2)
-    low, high = (torch.tensor(threshold, device=noise.device).log() for threshold in THRESHOLDS)
-    thresholds = (low + (high - low) * numbers[:, 0]).exp()[:, None, None, None]
+    low, high = map(math.log, thresholds)
+    lowest = (low + (high - low) * numbers[:, 0]).exp()[:, None, None, None]
     is_wide = numbers[:, 1, None, None, None, None] < WIDENED
-    return torch.where(is_wide, widened(logits), logits).sigmoid()[:, 0] >= thresholds
+    return torch.where(is_wide, widened(logits), logits).sigmoid()[:, 0] >= lowest
 
 
 def on_structures(voxels: Voxels, occupied: Tensor) -> OtherStructures:
