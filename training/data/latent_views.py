@@ -145,7 +145,7 @@ class LatentViews(LatentSteps):
 
 
 def joined(latents: Sequence[list[np.ndarray]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Join the latents of B shapes, each as `read_latents` returns them: the first three of a `LatentBatch`."""
+    """Join the latents of B shapes, as `read_latents` returns each: coords (M, 4), mean and logvar (M, C)."""
     coords, mean, logvar = zip(*latents, strict=True)
     return join_coords(coords), join(mean), join(logvar)
 
