@@ -6,7 +6,7 @@ of a step, (B,), and the batch of some of its samples. The files are those of `t
 
 Shapes are also turned and mirrored (see `symmetry`); the picture of a mirrored shape is flipped.
 
-Sizes: M blocks = tokens of a batch, B samples, G = R/8 blocks per edge, C latent channels, S pixels per edge.
+Sizes: M blocks = tokens of a batch, B samples, G = R/8 blocks per edge, S pixels per edge.
 """
 
 import itertools
@@ -46,7 +46,6 @@ from training.data.views import Drawn, Views
 
 MEMORY_GIB = 4.0  # that a dataset may hold by default; a process holds it once, and shares it with its workers
 BYTES_OF_BLOCK = 6  # three int16
-CHECKED_FILES = 4096  # of a large corpus, whether they are there
 
 
 class ViewBatch(NamedTuple):

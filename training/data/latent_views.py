@@ -16,7 +16,7 @@ from torch import Tensor
 
 from training.data.batch_plans import BatchPlan, say_left_out, shapes_per_batch
 from training.data.damaged_files import READ_ERRORS, DamagedFiles
-from training.data.datasets import CHECKED_FILES, MEMORY_GIB, Choice
+from training.data.datasets import MEMORY_GIB, Choice
 from training.data.held import hold
 from training.data.packs import open_data
 from training.data.shape_batches import join, join_coords
@@ -24,6 +24,8 @@ from training.data.shape_files import latent_path, read_latents
 from training.data.steps import ViewSteps
 from training.data.symmetry import NUM_SYMMETRIES
 from training.data.views import Drawn, Views
+
+CHECKED_FILES = 4096  # of a large corpus, whether they are there
 
 
 class LatentBatch(NamedTuple):
