@@ -194,6 +194,7 @@ def test_shards_are_validated_and_frozen_as_whole_weights(chain, tmp_path):
         train_structure_dit.train(dataclasses.replace(config, image_encoder_steps=2))
 
     train_both(tmp_path / "whole")
+    configs_in(chain, tmp_path / "sharded")  # its folders, which two ranks would make at once
     on_ranks(2, lambda: train_both(tmp_path / "sharded", sharded=True))
     for name in ("structure_dit", "vae"):
         one, two = (tmp_path / folder / name / "run" for folder in ("whole", "sharded"))
