@@ -43,7 +43,13 @@ from training.data.imperfect_structures import (
 from training.data.latent_moments import check_latents
 from training.data.latent_views import ChosenLatents, LatentBatch, LatentViews
 from training.data.parts import WHOLE, Part, load_parts
-from training.data.rendered_pictures import RenderedPictures, RenderedPicturesConfig, SidesOfShapes
+from training.data.rendered_pictures import (
+    RenderedPictures,
+    RenderedPicturesConfig,
+    SidesOfShapes,
+    check_rendered,
+    load_views,
+)
 from training.data.shape_files import list_shapes
 from training.data.views import Views
 from training.distributed import Ranks, run_script
@@ -103,8 +109,7 @@ class TrainDiTConfig:
         low, high = self.predicted_thresholds
         if not 0 < low <= high < 1:
             raise ValueError(f"expected predicted_thresholds as [low, high] between 0 and 1, got {[low, high]}")
-        if self.rendered is not None and not self.turn_to_camera:
-            raise ValueError("rendered needs turn_to_camera, got false")
+        check_rendered(self.rendered, self.turn_to_camera)
         if self.sampling is None:
             return
         own = self.sampling.fine if self.fine else self.sampling
@@ -282,11 +287,10 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
     vae = load_network(config.model_dir, f"{config.prefix}sdf_vae", device).requires_grad_(False)
     check_latents(config.data_dir, config.resolution, vae, config.model_dir)
     tokens_of = dict(zip(*list_shapes(config.data_dir, config.split, config.resolution), strict=True))
-    names, image_size, rendered = list(tokens_of), encoder.config.image_size, None
-    if config.rendered is None:
-        views = Views(config.data_dir, names, image_size, config.turn_to_camera, cache=config.cache_views)
-    else:
-        views = SidesOfShapes(config.data_dir, names, image_size)
+    how, rendered = (config.turn_to_camera, config.cache_views, config.rendered), None
+    views = load_views(config.data_dir, list(tokens_of), encoder.config.image_size, *how)
+    if isinstance(views, SidesOfShapes):
+        assert config.rendered is not None
         rendered = RenderedPictures(views, config.rendered, device)
     dataset = (LatentViews if rendered is None else LatentChoices)(
         config.data_dir,

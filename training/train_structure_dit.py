@@ -32,7 +32,13 @@ from training.data.datasets import Choice, Structures, StructureViews, ViewBatch
 from training.data.device_pictures import DevicePictures, PictureBatch, PictureChoices
 from training.data.imperfect_pictures import make_imperfect
 from training.data.parts import WHOLE, Part, load_parts
-from training.data.rendered_pictures import RenderedPictures, RenderedPicturesConfig, SidesOfShapes
+from training.data.rendered_pictures import (
+    RenderedPictures,
+    RenderedPicturesConfig,
+    SidesOfShapes,
+    check_rendered,
+    load_views,
+)
 from training.data.shape_files import list_shapes, shape_weights
 from training.data.views import Views
 from training.distributed import Ranks, run_script
@@ -88,8 +94,7 @@ class TrainStructureDiTConfig:
     lora: LoRAConfig = field(default_factory=LoRAConfig)  # train adapters on the structure DiT of run.start_from
 
     def __post_init__(self):
-        if self.rendered is not None and not self.turn_to_camera:
-            raise ValueError("rendered needs turn_to_camera, got false")
+        check_rendered(self.rendered, self.turn_to_camera)
         if self.train_structure_decoder and self.occupancy is None:
             raise ValueError("train_structure_decoder needs a table [occupancy], got none")
         on_device = self.views_on_device or self.rendered is not None
@@ -148,13 +153,6 @@ def make_image_encoder(config: TrainStructureDiTConfig) -> ImageEncoder:
     return encoder
 
 
-def load_views(config: TrainStructureDiTConfig, names: list[str], image_size: int) -> Views:
-    """Return the pictures of the named shapes, or their sides, where pictures are rendered. Raises as their classes."""
-    if config.rendered is not None:
-        return SidesOfShapes(config.data_dir, names, image_size)
-    return Views(config.data_dir, names, image_size, config.turn_to_camera, cache=config.cache_views)
-
-
 def load_pictures(
     config: TrainStructureDiTConfig, views: Views, structures: Structures, with_grids: bool, device: torch.device
 ):
@@ -188,21 +186,21 @@ def freeze_image_encoder(model: nn.ModuleDict, ema: nn.ModuleDict) -> None:
         model["image_encoder"].requires_grad_(False)
 
 
-def averaged_vae(config: TrainStructureDiTConfig, averaged: nn.ModuleDict) -> StructureVAE:
-    """Return the structure VAE of `model_dir`; its decoder is the averaged one, if that is trained."""
-    device = next(averaged.parameters()).device
-    vae = load_network(config.model_dir, "structure_vae", device)
-    if config.train_structure_decoder:
+def set_decoder(vae: StructureVAE, averaged: nn.ModuleDict) -> None:
+    """Give the structure VAE the averaged decoder, if that is trained."""
+    if "structure_decoder" in averaged:
         vae.decoder.load_state_dict(averaged["structure_decoder"].state_dict())
-    return vae
 
 
 def make_validation(
-    config: TrainStructureDiTConfig, ranks: Ranks, averaged: Callable[[], nn.Module], image_size: int
+    config: TrainStructureDiTConfig,
+    ranks: Ranks,
+    averaged: Callable[[], nn.Module],
+    vae: StructureVAE,
+    image_size: int,
 ) -> Validation:
     """Validate on eq. 11 with every image and the means of the latents, and show samples."""
     run = config.run
-    vae = load_network(config.model_dir, "structure_vae", ranks.device)
     flow = dataclasses.replace(config.loss, context_dropout=0.0, noise_alone=0.0, sample_posterior=False)
 
     def load() -> tuple[StructureViews, int]:
@@ -222,7 +220,7 @@ def make_validation(
         images, occupancy = batch.images[:number].float() / 255, batch.grids[:number]
         image_tokens = networks["image_encoder"](images)
         sampling = sampling_of(config.model_dir)
-        vae = averaged_vae(config, networks)
+        set_decoder(vae, networks)
         return structure_samples(networks["structure_dit"], vae, image_tokens, images, occupancy, sampling)
 
     return Validation(run, ranks, averaged, load, loss, draw, STRUCTURE_SAMPLE_LABELS)
@@ -240,9 +238,10 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
     encoder = make_image_encoder(config).requires_grad_(config.train_image_encoder)
     model = nn.ModuleDict({"image_encoder": encoder, "structure_dit": StructureDiT(config.model)})
     load_start(run, **model)
-    vae = load_network(config.model_dir, "structure_vae", device)
+    vae = exported = load_network(config.model_dir, "structure_vae", device)
     if config.train_structure_decoder:
         model["structure_decoder"] = vae.decoder.requires_grad_(True)
+        exported = load_network(config.model_dir, "structure_vae", device)
     if config.points is not None:
         model["point_head"] = PointHead(encoder.config.hidden_size)
     model = model.to(device).train()
@@ -256,7 +255,8 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
     state.load()
 
     names, _ = list_shapes(config.data_dir, config.split, config.resolution)
-    views = load_views(config, names, encoder.config.image_size)
+    how = config.turn_to_camera, config.cache_views, config.rendered
+    views = load_views(config.data_dir, names, encoder.config.image_size, *how)
     structures = Structures(config.data_dir, views.names, config.resolution, 1, run.seed)
     wanted, decodes = views.turns.symmetries(), config.occupancy is not None
     latents = StructureLatents(vae, structures, wanted, device, config.device_gib, with_grids=decodes)
@@ -287,10 +287,11 @@ def train_on(ranks: Ranks, config: TrainStructureDiTConfig) -> nn.ModuleDict:
             for name in ("image_encoder", "structure_dit"):
                 save_network(config.model_dir, name, merged(averaged[name]), torch.float16)
             if config.train_structure_decoder:
-                save_network(config.model_dir, "structure_vae", averaged_vae(config, averaged), torch.float16)
+                set_decoder(exported, averaged)
+                save_network(config.model_dir, "structure_vae", exported, torch.float16)
 
     batches = load_parts(dataset, state.step, run, ranks, ("samples",), count_samples)
-    validate = make_validation(config, ranks, state.averaged, encoder.config.image_size)
+    validate = make_validation(config, ranks, state.averaged, exported, encoder.config.image_size)
     return run_steps(state, batches, losses, validate, export, token_weights(model["structure_dit"]))
 
 

@@ -61,6 +61,12 @@ class RenderedPicturesConfig:
         check_view_ranges(self, "rendered.")
 
 
+def check_rendered(rendered: RenderedPicturesConfig | None, turn_to_camera: bool) -> None:
+    """Check that shapes are turned to the camera if pictures are rendered. Raises ValueError if they are not."""
+    if rendered is not None and not turn_to_camera:
+        raise ValueError("rendered needs turn_to_camera, got false")
+
+
 class SidesOfShapes(Views):
     """The four sides of shapes with surfels, in place of pictures in files: `view` is the side.
 
@@ -84,6 +90,23 @@ class SidesOfShapes(Views):
         self.first = SIDES * np.arange(n + 1)
         self.turns = Turns(np.tile(np.arange(SIDES, dtype=np.uint8), n), self.first)
         self.damaged = DamagedFiles(n, "sample_surfels", SIDES)
+
+
+def load_views(
+    data_dir: str,
+    names: list[str],
+    image_size: int,
+    turn_to_camera: bool,
+    cache: bool,
+    rendered: RenderedPicturesConfig | None,
+) -> Views:
+    """Return the pictures of the named shapes, or their sides, where pictures are rendered.
+
+    Raises as `Views` or `SidesOfShapes`, whose arguments these are.
+    """
+    if rendered is not None:
+        return SidesOfShapes(data_dir, names, image_size)
+    return Views(data_dir, names, image_size, turn_to_camera, cache=cache)
 
 
 def check_memory(shapes: int, points: int, device: torch.device) -> None:
