@@ -45,12 +45,16 @@ class FlowLossConfig:
 class SurfaceLossConfig:
     """The loss of the SDF that predicted latents decode to; none of it comes from the paper [D]."""
 
-    weight: float = 1.0
+    weight: float = 1.0  # of |s - s'|, and of what is added to it
     share: float = 0.1  # of the samples that are decoded: decoding takes much longer than predicting
+    sign: float = 0.0  # adds so many times the divergence of inside and outside, see `sign_divergence`
+    surplus: bool = False  # decode surplus blocks too, which should be empty: for networks without surplus_value
 
     def __post_init__(self):
         if self.weight < 0 or not 0 <= self.share <= 1:
             raise ValueError(f"expected surface.weight >= 0 and share in [0, 1], got {self.weight} and {self.share}")
+        if self.sign < 0:
+            raise ValueError(f"expected surface.sign >= 0, got {self.sign}")
 
 
 @dataclass(frozen=True)

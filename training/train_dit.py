@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from d3ds2.geometry.voxels import BLOCK, Voxels
 from d3ds2.networks.image_encoder import ImageEncoder, ImageTokens
-from d3ds2.networks.latent_dit import LatentDiT, LatentDiTConfig, has_surface
+from d3ds2.networks.latent_dit import LatentDiT, LatentDiTConfig
 from d3ds2.networks.model_files import load_network, save_network
 from d3ds2.networks.sdf_vae import SDFVAE
 from d3ds2.rectified_flow import interpolate
@@ -52,6 +52,7 @@ from training.data.rendered_pictures import (
 )
 from training.data.shape_files import list_shapes
 from training.data.views import Views
+from training.decoded_surface import DecodedSurface
 from training.distributed import Ranks, run_script
 from training.loop import run_steps
 from training.lora import LoRAConfig, add_adapters, merged
@@ -102,8 +103,7 @@ class TrainDiTConfig:
     export_dir: str = ""  # where the network is written; "": to model_dir
 
     def __post_init__(self):
-        if (self.imperfect_structures or self.predicted_structures) and not self.model.surplus_value:
-            raise ValueError("expected model.surplus_value above 0 for structures with surplus blocks, got 0")
+        self._check_surplus()
         if not 0 <= self.predicted_structures <= 1:
             raise ValueError(f"expected predicted_structures in [0, 1], got {self.predicted_structures}")
         low, high = self.predicted_thresholds
@@ -117,6 +117,22 @@ class TrainDiTConfig:
         if own is None or own.sdf_resolution != self.resolution:
             raise ValueError(
                 f"expected {key} {self.resolution} as trained, got {own.sdf_resolution if own else 'no sampling.fine'}"
+            )
+
+    def _check_surplus(self) -> None:
+        """Check that the network can learn what to say of surplus blocks. Raises ValueError if not."""
+        value, decoded = self.model.surplus_value, self.surface is not None and self.surface.surplus
+        if not self.imperfect_structures and not self.predicted_structures:
+            return
+        if bool(value) == decoded:
+            raise ValueError(
+                "expected model.surplus_value above 0 or surface.surplus for structures with surplus blocks, and not "
+                f"both, got {value:g} and {decoded}"
+            )
+        if decoded and self.loss.noise_alone < 1:
+            raise ValueError(
+                "expected loss.noise_alone 1 with surface.surplus, since surplus blocks have no latents, "
+                f"got {self.loss.noise_alone:g}"
             )
 
     @property
@@ -155,46 +171,23 @@ class ChangedStructures(NamedTuple):
     share: float  # of the samples that get a predicted one
     predict: Callable[[Draw], Tensor] | None  # returns (B, G, G, G) bool
 
-    def change(self, x_0: Tensor, voxels: Voxels, draw: Draw) -> tuple[Tensor, Voxels, Tensor]:
-        """Return latents and noise, (M, C) each, for the tokens of other structures, and these."""
-        occupied = rows_of(voxels) >= 0
+    def change(
+        self, x_0: Tensor, voxels: Voxels, occupied: Tensor, draw: Draw
+    ) -> tuple[Tensor, Voxels, Tensor, Tensor]:
+        """Make other structures of true ones, (B, G, G, G) bool.
+
+        Returns:
+            Their tokens' latents (M, C), the structures, the noise (M, C), and which tokens have a surface, (M,) bool.
+        """
         chosen = random_structures(occupied, draw) if self.imperfect else occupied
         if self.predict is not None:
             is_predicted = draw(torch.rand)[:, None, None, None] < self.share
             chosen = torch.where(is_predicted, self.predict(draw), chosen)
         other, rows = on_structures(voxels, chosen)
-        x_0 = torch.where((rows < 0)[:, None], self.surplus_value, x_0[rows.clamp(min=0)])
+        has_surface = rows >= 0
+        x_0 = torch.where(has_surface[:, None], x_0[rows.clamp(min=0)], self.surplus_value)
         noise = draw(torch.randn, *[voxels.resolution] * 3, x_0.shape[1])[tuple(other.coords.long().t())]
-        return x_0, other, noise
-
-
-class DecodedSurface(NamedTuple):
-    """The loss of the SDF that the predicted x_0 decodes to, beside that of the true latents.
-
-    A small error of the latents can be a hole in the surface, and a large one none. So part of the samples are decoded.
-    """
-
-    vae: SDFVAE  # frozen
-    config: SurfaceLossConfig
-    surplus_value: float  # of latents that have no surface, see `LatentDiTConfig`; 0: there are none
-
-    def of(self, predicted: Tensor, x_0: Tensor, voxels: Voxels, decoded: Tensor) -> Tensor:
-        """Average |s - s'| over all SDF voxels of all tokens, where it counts as 0 in samples that are not decoded.
-
-        Args:
-            predicted, x_0: (M, C), normalised latents of the voxels.
-            decoded: (B,) bool, which samples are decoded. Surplus tokens are left out, as the pipeline does.
-        """
-        rows = decoded[voxels.batch_index]
-        if self.surplus_value:
-            rows = rows & has_surface(x_0, self.surplus_value)
-        if not rows.any():
-            return predicted.sum() * 0.0  # with a gradient
-        part = Voxels(voxels.coords[rows], voxels.resolution, voxels.batch_size, check=False)
-        sdf, _ = self.vae.decode(self.vae.denormalize_latents(predicted[rows].float()), part)
-        with torch.no_grad():
-            target, _ = self.vae.decode(self.vae.denormalize_latents(x_0[rows].float()), part)
-        return self.config.weight * (sdf - target).abs().mean() * (len(part) / len(voxels))
+        return x_0, other, noise, has_surface
 
 
 def flow_loss(
@@ -210,23 +203,29 @@ def flow_loss(
 ) -> Tensor:
     """Compute eq. 10-11 on packed latents x_0 (M, C); at random, some samples get no image.
 
-    With other `structures`, the loss is the mean over as many tokens as the true ones have. With a `surface`, its loss
-    is added.
+    With other `structures`, the loss is the mean over as many tokens as the true ones have. Surplus tokens count if
+    there is a `surplus_value` for them. With a `surface`, its loss is added.
     """
     B, M = voxels.batch_size, len(voxels)
     keep = part.draw_samples(B, lambda B: keep_context(B, loss, generator)).to(x_0.device)
     t = part.draw_samples(B, lambda B: training_times(B, loss, generator)).to(x_0.device)
+    occupied, has_surface = rows_of(voxels) >= 0, torch.ones(M, dtype=torch.bool, device=x_0.device)
     if structures is None:
         noise = draw_noise(x_0, generator, part.draw_tokens)
     else:
-        x_0, voxels, noise = structures.change(x_0, voxels, drawer(B, generator, part.draw_samples, x_0.device))
+        draw = drawer(B, generator, part.draw_samples, x_0.device)
+        x_0, voxels, noise, has_surface = structures.change(x_0, voxels, occupied, draw)
     x_t = interpolate(x_0, noise, t[voxels.batch_index, None])  # eq. 10
     velocity = model(x_t, t, voxels, image_tokens.where(keep))
-    mean = velocity_loss(velocity, x_0, noise)  # eq. 11
+    if structures is None or structures.surplus_value:
+        mean = velocity_loss(velocity, x_0, noise)  # eq. 11
+    else:
+        mean = velocity_loss(velocity[has_surface], x_0[has_surface], noise[has_surface]) * has_surface.float().mean()
     if surface is not None:
         decoded = part.draw_samples(B, lambda B: torch.rand(B, generator=generator, device=generator.device))
         predicted = x_t - t[voxels.batch_index, None] * velocity
-        mean = mean + surface.of(predicted, x_0, voxels, decoded.to(x_0.device) < surface.config.share)
+        decoded = decoded.to(x_0.device) < surface.config.share
+        mean = mean + surface.of(predicted, x_0, voxels, has_surface, decoded, occupied)
     return part.weigh("tokens", mean * (len(voxels) / M))
 
 
@@ -307,7 +306,7 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
 
     first_stage, surface = None, None
     if config.surface is not None:
-        surface = DecodedSurface(vae, config.surface, config.model.surplus_value)
+        surface = DecodedSurface(vae, config.surface)
     if config.predicted_structures:
         first_stage = [load_network(config.model_dir, name, device) for name in ("structure_dit", "structure_vae")]
 

@@ -7,6 +7,7 @@ from torch.distributions import Bernoulli, kl
 from d3ds2.geometry.voxels import Voxels
 from d3ds2.networks.sdf_vae import SDFVAE, SDFVAEConfig
 from d3ds2.networks.structure_vae import StructureVAE, StructureVAEConfig
+from training.decoded_surface import DecodedSurface
 from training.losses import (
     SDFLossConfig,
     StructureLossConfig,
@@ -18,7 +19,6 @@ from training.losses import (
     velocity_loss,
 )
 from training.structure_targets import DecodedLoss
-from training.train_dit import DecodedSurface
 
 
 def test_sdf_loss_is_equation_3():
@@ -133,9 +133,9 @@ def test_decoded_surface_is_that_of_the_chosen_samples_without_surplus():
     surplus = torch.rand(len(voxels)) < 0.2
     x_0[surplus] = 2.0
     predicted = (x_0 + 0.5 * torch.randn_like(x_0)).requires_grad_()
-    loss = DecodedSurface(vae, SurfaceLossConfig(weight=2.0), 2.0)
+    loss = DecodedSurface(vae, SurfaceLossConfig(weight=2.0))
     chosen = torch.tensor([True, False, True])
-    value = loss.of(predicted, x_0, voxels, chosen)
+    value = loss.of(predicted, x_0, voxels, ~surplus, chosen, places)
     value.backward()
     counts = chosen[voxels.batch_index] & ~surplus
     assert counts.any() and surplus[chosen[voxels.batch_index]].any()
@@ -148,5 +148,5 @@ def test_decoded_surface_is_that_of_the_chosen_samples_without_surplus():
             sdf, target = (vae.decode(vae.denormalize_latents(x[of_sample]), part)[0] for x in (predicted, x_0))
             single.append((sdf - target).abs().sum() / 512)
     torch.testing.assert_close(value, 2.0 * sum(single) / len(voxels))
-    assert loss.of(x_0, x_0, voxels, chosen) == 0
-    assert loss.of(predicted, x_0, voxels, ~chosen & chosen) == 0
+    assert loss.of(x_0, x_0, voxels, ~surplus, chosen, places) == 0
+    assert loss.of(predicted, x_0, voxels, ~surplus, ~chosen & chosen, places) == 0

@@ -1,0 +1,102 @@
+"""The loss of the SDF that predicted latents decode to, for the latent DiT.
+
+A small error of the latents can be a hole in the surface, and a large one none. So part of the samples are decoded.
+None of it comes from the paper. [D: see docs/paper.md]
+
+Sizes: B samples, M tokens of a batch, C latent channels, G latent voxels per edge.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d3ds2.geometry.voxels import Voxels
+from d3ds2.networks.sdf_vae import FACTOR, SDFVAE
+from training.losses import SurfaceLossConfig, sign_divergence
+
+
+def side_of_free(occupied: Tensor) -> Tensor:
+    """Tell on which side of their shapes the free blocks of structures lie.
+
+    Outside is what can be reached from the border of the grid without crossing an occupied block. Steps across corners
+    are allowed: where the band of the SDF is wider than a voxel, free blocks that touch are on the same side.
+
+    Args:
+        occupied: (B, G, G, G) bool, the blocks of closed surfaces.
+
+    Returns:
+        (B, G, G, G) float32: 1 outside, -1 inside, and 0 where a block is occupied.
+    """
+    free = F.pad(~occupied, (1,) * 6, value=True).float()[:, None]
+    outside = torch.zeros_like(free)
+    outside[:, :, 0] = 1
+    before = torch.zeros_like(free)
+    while not torch.equal(before, outside):
+        before = outside
+        for _ in range(occupied.shape[-1]):
+            outside = F.max_pool3d(outside, 3, 1, 1) * free
+    return (2 * outside - free)[:, 0, 1:-1, 1:-1, 1:-1]
+
+
+class DecodedSurface(NamedTuple):
+    """The loss of what the predicted x_0 decodes to, beside that of the true latents."""
+
+    vae: SDFVAE  # frozen
+    config: SurfaceLossConfig
+
+    def of(
+        self, predicted: Tensor, x_0: Tensor, voxels: Voxels, has_surface: Tensor, decoded: Tensor, occupied: Tensor
+    ) -> Tensor:
+        """Average the loss over all SDF voxels of all tokens; it counts as 0 in tokens that are not decoded.
+
+        Args:
+            predicted, x_0: (M, C), normalised latents of the voxels.
+            has_surface: (M,) bool; the others are surplus. Without `surplus`, these are not decoded, as the pipeline
+                leaves them out. With it, all their voxels should be as far outside or inside as an SDF can tell.
+            decoded: (B,) bool, which samples are decoded.
+            occupied: (B, G, G, G) bool, the true structures.
+        """
+        rows = decoded[voxels.batch_index]
+        if not self.config.surplus:
+            rows = rows & has_surface
+        if not rows.any():
+            return predicted.sum() * 0.0  # with a gradient
+        sdf, target = self._decode(predicted[rows], _some(voxels, rows)), None
+        with torch.no_grad():
+            true = rows & has_surface
+            target = self._decode(x_0[true], _some(voxels, true))
+            if self.config.surplus:
+                target = self._with_surplus(target, _some(voxels, rows), occupied)
+        error = (sdf - target).abs()
+        if self.config.sign:
+            error = error + self.config.sign * sign_divergence(sdf, target)
+        return self.config.weight * error.mean() * (len(sdf) / len(voxels))
+
+    def _decode(self, latents: Tensor, voxels: Voxels) -> Tensor:
+        """Decode normalised latents (m, C) to (m, 512), in the order of `_sorted`."""
+        if not len(voxels):
+            return latents.new_zeros(0, FACTOR**3, dtype=torch.float32)
+        return self.vae.decode(self.vae.denormalize_latents(latents.float()), voxels)[0].view(-1, FACTOR**3)
+
+    @staticmethod
+    def _with_surplus(target: Tensor, voxels: Voxels, occupied: Tensor) -> Tensor:
+        """Put the SDF of the true blocks, (n, 512), among those of all blocks: (m, 512)."""
+        places = _sorted(voxels)
+        whole = side_of_free(occupied)[places][:, None].repeat(1, FACTOR**3)
+        whole[occupied[places]] = target
+        return whole
+
+
+def _some(voxels: Voxels, rows: Tensor) -> Voxels:
+    return Voxels(voxels.coords[rows], voxels.resolution, voxels.batch_size, check=False)
+
+
+def _sorted(voxels: Voxels) -> tuple[Tensor, ...]:
+    """Return batch, x, y and z, (m,) int64 each, in the order in which their blocks are decoded: lexicographic."""
+    coords = voxels.coords.long()
+    keys = coords[:, 0]
+    for axis in (1, 2, 3):
+        keys = keys * voxels.resolution + coords[:, axis]
+    return coords[keys.argsort()].unbind(1)
