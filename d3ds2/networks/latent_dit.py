@@ -48,7 +48,8 @@ class LatentDiTConfig:
     before the transformer and unpack them after it, as TRELLIS does with 128.
 
     With `surplus_value` above 0, the network was trained on structures with surplus blocks. Their latents, in the form
-    in which the network samples them, have this value in every channel, and are left out before decoding.
+    in which the network samples them, have this value in every channel, and are left out before decoding. With 0, all
+    blocks are decoded: the structures have no surplus blocks, or their latents decode to an SDF without a surface.
     """
 
     latent_channels: int = 16

@@ -342,8 +342,23 @@ def test_dit_learns_to_tell_surplus_blocks(chain, tmp_path):
         ValueError, match=r"expected predicted_thresholds as \[low, high\] between 0 and 1, got \[0\.4, 0\.1\]"
     ):
         dataclasses.replace(config, predicted_thresholds=(0.4, 0.1))
-    with pytest.raises(ValueError, match=r"expected model\.surplus_value above 0"):
+    with pytest.raises(
+        ValueError, match=r"expected model\.surplus_value above 0 or surface\.surplus .*, got 0 and False"
+    ):
         dataclasses.replace(config, model=chain.dit.model)
+    assert_equal_parameters(*resumed(train_dit.train, config, tmp_path))
+
+
+def test_dit_learns_that_surplus_blocks_decode_to_nothing(chain, tmp_path):
+    run, loss = dataclasses.replace(chain.dit.run, steps=4), dataclasses.replace(chain.dit.loss, noise_alone=1.0)
+    imperfect = {"imperfect_structures": True, "predicted_structures": 0.5}
+    surface = SurfaceLossConfig(share=0.6, sign=0.2, surplus=True)
+    config = dataclasses.replace(chain.dit, run=run, loss=loss, surface=surface, **imperfect)
+    copy_model(chain, tmp_path, "sdf_vae", "image_encoder", "structure_dit", "structure_vae")
+    with pytest.raises(ValueError, match=r"expected loss\.noise_alone 1 with surface\.surplus, .*, got 0\.5"):
+        dataclasses.replace(config, loss=dataclasses.replace(loss, noise_alone=0.5))
+    with pytest.raises(ValueError, match=r"and not both, got 2 and True"):
+        dataclasses.replace(config, model=dataclasses.replace(chain.dit.model, surplus_value=2.0))
     assert_equal_parameters(*resumed(train_dit.train, config, tmp_path))
 
 

@@ -5,7 +5,8 @@ others. A network that has only seen true structures makes crumbs and pits of th
 structures of the same shapes:
 
     surplus    blocks in which there is no surface. Their latents have `LatentDiTConfig.surplus_value` in every channel,
-               far from any that the SDF VAE makes. So the sampled latents say which blocks to leave out.
+               far from any that the SDF VAE makes. So the sampled latents say which blocks to leave out. Or the latents
+               are free, and should decode to an SDF without a surface (`SurfaceLossConfig.surplus`).
     missing    blocks of the true structure that are not there. The latents of the others stay as they are.
 
 `random_structures` adds and removes blocks where smooth random fields are high. `predicted_structures` takes what the
