@@ -78,17 +78,18 @@ class SDFBlocks:
         values still tell where that part most likely is.
 
         Args:
-            share: in [0, 1). Samples that have it stay as they are, and so do those that would need values of NOTHING
-                or more, where the SDF tells of no surface.
+            share: in [0, 1), of the voxels in blocks with a value below NOTHING; other blocks tell of no surface.
+                Values of NOTHING or more stay above the level. Samples that have the share stay as they are.
         """
         if not share:
             return self
         parts = []
         for _, values in self.samples():
-            number = math.ceil(share * values.numel())
-            if number and (values < level).sum() < number:
-                last = values.flatten().float().sort().values[number - 1]  # kthvalue is not there on all devices
-                values = torch.where(last < NOTHING, values - (last - level).to(values.dtype), values)
+            number = math.ceil(share * values[values.flatten(1).amin(1) < NOTHING].numel())
+            if (values < level).sum() < number:
+                in_order = values.flatten().float().sort().values  # kthvalue is not there on all devices
+                last = in_order[: min(number, int((in_order < NOTHING).sum()))][-1]
+                values = values - (last - level).clamp(min=0).to(values.dtype)
             parts.append(values)
         return SDFBlocks(self.coords, torch.cat(parts), self.resolution, self.batch_size)
 

@@ -77,6 +77,24 @@ def test_a_share_of_each_sample_is_brought_below_the_level(dtype):
     assert blocks.filled(0.0, 0.06) is blocks
 
 
+def test_the_share_is_one_of_the_blocks_that_tell_of_a_surface():
+    """Networks may say "nothing" of most blocks of a structure, and be uncertain in all the others."""
+    blocks = random_blocks(0.6)
+    first = blocks.coords[:, 0] == 0
+    uncertain = first & (torch.arange(len(blocks.coords)) % 5 == 0)
+    values = torch.full_like(blocks.values, 0.97)
+    values[uncertain] = 0.3 + 0.4 * torch.rand_like(values[uncertain])
+    blocks = SDFBlocks(blocks.coords, values, blocks.resolution, 2)
+    made = blocks.filled(0.3, 0.06).values
+    assert (made[uncertain] < 0.06).float().mean() == pytest.approx(0.3, abs=0.01)
+    assert not (made[~uncertain] < 0.06).any()
+    assert torch.equal(made[~first], values[~first])  # it has no such block
+
+    values[uncertain, 2:] = 0.95  # a quarter of these blocks remains
+    few = SDFBlocks(blocks.coords, values, blocks.resolution, 2).filled(0.3, 0.06).values
+    assert (few[uncertain, :2] < 0.061).all() and not (few[uncertain, 2:] < 0.061).any()
+
+
 def test_where_nothing_is_a_surface_none_is_made():
     blocks = random_blocks(0.5)
     empty = SDFBlocks(blocks.coords, torch.full_like(blocks.values, 0.95), blocks.resolution, 2)
