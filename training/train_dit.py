@@ -237,9 +237,13 @@ def count_tokens(batch: LatentBatch | ChosenLatents) -> Tensor:
 def make_validation(
     config: TrainDiTConfig, ranks: Ranks, averaged: Callable[[], nn.Module], encoder: ImageEncoder, vae: SDFVAE
 ) -> Validation:
-    """Validate on eq. 11 with every image and the means of the latents, and show samples on the true structures."""
+    """Validate on eq. 11 with every image and the means of the latents, and show samples on the true structures.
+
+    A network that learns from noise alone is also validated there.
+    """
     run, R = config.run, config.resolution
-    flow = dataclasses.replace(config.loss, context_dropout=0.0, noise_alone=0.0, sample_posterior=False)
+    alone = float(config.loss.noise_alone == 1)
+    flow = dataclasses.replace(config.loss, context_dropout=0.0, noise_alone=alone, sample_posterior=False)
 
     def load() -> tuple[LatentViews, int]:
         tokens_of = dict(zip(*list_shapes(config.data_dir, run.validate_split, R), strict=True))
