@@ -40,6 +40,12 @@ def side_of_free(occupied: Tensor) -> Tensor:
     return (2 * outside - free)[:, 0, 1:-1, 1:-1, 1:-1]
 
 
+def slope_error(error: Tensor) -> Tensor:
+    """Average the squared differences of neighbours within blocks, summed over the axes: errors (m, 512) -> scalar."""
+    cubes = error.view(-1, FACTOR, FACTOR, FACTOR)
+    return sum((cubes.diff(dim=axis).square().mean() for axis in (1, 2, 3)), start=error.new_zeros(()))
+
+
 class DecodedSurface(NamedTuple):
     """The loss of what the predicted x_0 decodes to, beside that of the true latents."""
 
@@ -69,10 +75,12 @@ class DecodedSurface(NamedTuple):
             target = self._decode(x_0[true], _some(voxels, true))
             if self.config.surplus:
                 target = self._with_surplus(target, _some(voxels, rows), occupied)
-        error = (sdf - target).abs()
+        loss = (sdf - target).abs().mean()
         if self.config.sign:
-            error = error + self.config.sign * sign_divergence(sdf, target)
-        return self.config.weight * error.mean() * (len(sdf) / len(voxels))
+            loss = loss + self.config.sign * sign_divergence(sdf, target).mean()
+        if self.config.slope:
+            loss = loss + self.config.slope * slope_error(sdf - target)
+        return self.config.weight * loss * (len(sdf) / len(voxels))
 
     def _decode(self, latents: Tensor, voxels: Voxels) -> Tensor:
         """Decode normalised latents (m, C) to (m, 512), in the order of `_sorted`."""

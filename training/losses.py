@@ -48,13 +48,14 @@ class SurfaceLossConfig:
     weight: float = 1.0  # of |s - s'|, and of what is added to it
     share: float = 0.1  # of the samples that are decoded: decoding takes much longer than predicting
     sign: float = 0.0  # adds so many times the divergence of inside and outside, see `sign_divergence`
+    slope: float = 0.0  # adds so many times the squared error of the slope, in bands a voxel: against ripples
     surplus: bool = False  # decode surplus blocks too, which should be empty: for networks without surplus_value
 
     def __post_init__(self):
         if self.weight < 0 or not 0 <= self.share <= 1:
             raise ValueError(f"expected surface.weight >= 0 and share in [0, 1], got {self.weight} and {self.share}")
-        if self.sign < 0:
-            raise ValueError(f"expected surface.sign >= 0, got {self.sign}")
+        if self.sign < 0 or self.slope < 0:
+            raise ValueError(f"expected surface.sign and slope >= 0, got {self.sign} and {self.slope}")
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ class TrainDiTConfig:
     imperfect_structures: bool = False  # add and remove blocks, see imperfect_structures.py [D]
     predicted_structures: float = 0.0  # share of samples on the structure that `model_dir` predicts of the picture [D]
     predicted_thresholds: tuple[float, float] = (0.03, 0.4)  # of the probability from which their voxels are occupied
+    predicted_wide: float = 0.5  # share of these that get a layer of voxels more
     gradient_checkpointing: bool = False  # compute blocks again in the backward pass, to hold less memory
     recompute_all: bool = False  # then attention and feed-forward too: 13 kB less a token and block, but slower
     run: RunConfig = field(default_factory=lambda: RunConfig(out_dir="runs/dit"))
@@ -104,8 +105,9 @@ class TrainDiTConfig:
 
     def __post_init__(self):
         self._check_surplus()
-        if not 0 <= self.predicted_structures <= 1:
-            raise ValueError(f"expected predicted_structures in [0, 1], got {self.predicted_structures}")
+        for key in ("predicted_structures", "predicted_wide"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"expected {key} in [0, 1], got {getattr(self, key)}")
         low, high = self.predicted_thresholds
         if not 0 < low <= high < 1:
             raise ValueError(f"expected predicted_thresholds as [low, high] between 0 and 1, got {[low, high]}")
@@ -329,7 +331,8 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
             if config.imperfect_structures or first_stage:
                 predict = None
                 if first_stage:
-                    predict = partial(predicted_structures, *first_stage, image_tokens, config.predicted_thresholds)
+                    how = config.predicted_thresholds, config.predicted_wide
+                    predict = partial(predicted_structures, *first_stage, image_tokens, *how)
                 share = config.predicted_structures
                 structures = ChangedStructures(config.model.surplus_value, config.imperfect_structures, share, predict)
             if config.model.sparse_context:

@@ -5,7 +5,7 @@ import torch
 
 from d3ds2.geometry.voxels import Voxels
 from d3ds2.networks.sdf_vae import SDFVAE, SDFVAEConfig
-from training.decoded_surface import DecodedSurface, side_of_free
+from training.decoded_surface import DecodedSurface, side_of_free, slope_error
 from training.losses import SurfaceLossConfig, sign_divergence
 
 G = 12
@@ -104,6 +104,22 @@ def test_structures_without_a_true_block_can_be_decoded(vae):
     assert predicted.grad.abs().sum() > 0
 
 
+def test_slope_errors_are_those_of_ripples_and_not_of_offsets(vae):
+    ramp = torch.arange(8.0)[:, None, None].expand(2, 8, 8, 8).reshape(2, 512)
+    assert slope_error(ramp) == 1 and slope_error(ramp + 3) == 1
+    assert slope_error(torch.full((2, 512), 3.0)) == 0
+    voxels, has_surface, x_0, predicted, occupied = case()
+    both = torch.tensor([True, True])
+    values = [
+        DecodedSurface(vae, SurfaceLossConfig(weight=2.0, slope=slope)).of(
+            predicted, x_0, voxels, has_surface, both, occupied
+        )
+        for slope in (0.0, 1.0, 3.0)
+    ]
+    assert values[1] > values[0]
+    torch.testing.assert_close(values[2] - values[0], 3 * (values[1] - values[0]))
+
+
 def test_negative_weights_are_refused():
-    with pytest.raises(ValueError, match=r"expected surface\.sign >= 0, got -1"):
+    with pytest.raises(ValueError, match=r"expected surface\.sign and slope >= 0, got -1 and 0"):
         SurfaceLossConfig(sign=-1)

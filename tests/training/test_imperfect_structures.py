@@ -103,14 +103,14 @@ def test_predicted_structures_are_those_of_the_latents():
     vae = StructureVAE(StructureVAEConfig(2, (8, 8, 8), (8, 8, 8), *[1] * 4))
     x_0 = torch.randn(40, 2, 4, 4, 4)
     tokens = ImageTokens(torch.zeros(40, 1), torch.zeros(40, 4), torch.ones(40) > 0, 40)
-    made = predicted_structures(Knows(x_0), vae, tokens, (0.03, 0.4), draw_of(40, 0))
+    made = predicted_structures(Knows(x_0), vae, tokens, (0.03, 0.4), 0.5, draw_of(40, 0))
     with torch.no_grad():
         probability = vae.decode(vae.denormalize_latents(x_0))[:, 0].sigmoid()
     assert made.shape == probability.shape
     assert made[probability >= 0.4].all()
     lowest = torch.where(made, probability, 1).flatten(1).amin(1)
     assert lowest.min() < 0.2 and (made.flatten(1).sum(1).float().std() > 0)
-    halves = predicted_structures(Knows(x_0), vae, tokens, (0.5, 0.5), draw_of(40, 0))
+    halves = predicted_structures(Knows(x_0), vae, tokens, (0.5, 0.5), 0.5, draw_of(40, 0))
     is_exact = (halves == (probability >= 0.5)).flatten(1).all(1)
     assert 0.2 < is_exact.float().mean() < 0.8  # the others are wider
     assert halves[probability >= 0.5].all()

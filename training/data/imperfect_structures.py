@@ -37,7 +37,6 @@ MOST_MISSING = 0.2  # of a structure's blocks; the share is the square of a unif
 SMOOTHNESS = 4  # latent voxels between two random values of a field
 GRAIN = 0.4  # standard deviation of the noise that makes a field rough
 SECOND_RING = 1.0  # taken off the field two blocks away from the structure
-WIDENED = 0.5  # share of the predicted structures that get a layer of voxels more
 
 Draw = Callable[..., Tensor]  # make, row shape -> (B, *shape)
 
@@ -86,13 +85,19 @@ def random_structures(occupied: Tensor, draw: Draw) -> Tensor:
 
 @torch.no_grad()
 def predicted_structures(
-    dit: StructureDiT, vae: StructureVAE, image_tokens: ImageTokens, thresholds: tuple[float, float], draw: Draw
+    dit: StructureDiT,
+    vae: StructureVAE,
+    image_tokens: ImageTokens,
+    thresholds: tuple[float, float],
+    wide: float,
+    draw: Draw,
 ) -> Tensor:
     """Predict the structures of B pictures in one step from noise alone: (B, G, G, G) bool.
 
     Args:
         image_tokens: all tokens of the pictures.
         thresholds: lowest and highest probability from which a voxel is occupied; its logarithm is uniform.
+        wide: share of the structures that get a layer of voxels more.
     """
     config = dit.config
     noise = draw(torch.randn, config.latent_channels, *[config.resolution] * 3)
@@ -101,7 +106,7 @@ def predicted_structures(
     numbers = draw(torch.rand, 2)
     low, high = map(math.log, thresholds)
     lowest = (low + (high - low) * numbers[:, 0]).exp()[:, None, None, None]
-    is_wide = numbers[:, 1, None, None, None, None] < WIDENED
+    is_wide = numbers[:, 1, None, None, None, None] < wide
     return torch.where(is_wide, widened(logits), logits).sigmoid()[:, 0] >= lowest
 
 
