@@ -1,8 +1,8 @@
 """The loss of the SDF that predicted latents decode to, for the latent DiT.
 
 A small error of the latents can be a hole in the surface, and a large one none. So part of the samples are decoded.
-On structures with surplus blocks, these can be decoded as well: then the network learns in which blocks the surface is, and
-where in them, by one loss. None of it comes from the paper. [D: see docs/paper.md]
+On structures with surplus blocks, these can be decoded as well: then the network learns in which blocks the surface is,
+and where in them, by one loss. None of it comes from the paper. [D: see docs/paper.md]
 
 Sizes: B samples, M tokens of a batch, C latent channels, G latent voxels per edge.
 """
