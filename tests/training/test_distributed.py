@@ -78,7 +78,9 @@ def configs_in(chain: Chain, folder: Path, **run) -> dict:
             copy_model(chain, here, *needs)
         config = dataclasses.replace(getattr(chain, name), model_dir=str(here / "model"))
         if name == "dit":
-            config = dataclasses.replace(config, surface=SurfaceLossConfig(share=0.6))
+            surface = SurfaceLossConfig(share=0.6, sign=0.2, slope=1.0, surplus=True)
+            loss = dataclasses.replace(config.loss, noise_alone=1.0)
+            config = dataclasses.replace(config, surface=surface, loss=loss, imperfect_structures=True)
         if name == "structure_dit":
             loss, occupancy = dataclasses.replace(config.loss, noise_alone=0.6), StructureLossConfig(dice=0.5)
             config = dataclasses.replace(config, loss=loss, occupancy=occupancy, train_structure_decoder=True)
