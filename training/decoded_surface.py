@@ -54,7 +54,13 @@ class DecodedSurface(NamedTuple):
     config: SurfaceLossConfig
 
     def of(
-        self, predicted: Tensor, x_0: Tensor, voxels: Voxels, has_surface: Tensor, decoded: Tensor, occupied: Tensor
+        self,
+        predicted: Tensor,
+        x_0: Tensor,
+        voxels: Voxels,
+        has_surface: Tensor,
+        decoded: Tensor,
+        occupied: Tensor | None = None,
     ) -> Tensor:
         """Average the loss over all SDF voxels of all tokens; it counts as 0 in tokens that are not decoded.
 
@@ -63,7 +69,7 @@ class DecodedSurface(NamedTuple):
             has_surface: (M,) bool; the others are surplus. Without `surplus`, these are not decoded, as the pipeline
                 leaves them out. With it, all their voxels should be as far outside or inside as an SDF can tell.
             decoded: (B,) bool, which samples are decoded.
-            occupied: (B, G, G, G) bool, the true structures.
+            occupied: (B, G, G, G) bool, the true structures; None if the voxels are these.
         """
         rows = decoded[voxels.batch_index]
         if not self.config.surplus:
@@ -74,7 +80,7 @@ class DecodedSurface(NamedTuple):
         with torch.no_grad():
             true = rows & has_surface
             target = self._decode(x_0[true], _some(voxels, true))
-            if self.config.surplus:
+            if self.config.surplus and occupied is not None:
                 target = self._with_surplus(target, _some(voxels, rows), occupied)
         loss = (sdf - target).abs().mean()
         if self.config.sign:
@@ -84,7 +90,7 @@ class DecodedSurface(NamedTuple):
         return self.config.weight * loss * (len(sdf) / len(voxels))
 
     def _decode(self, latents: Tensor, voxels: Voxels) -> Tensor:
-        """Decode normalised latents (m, C) to (m, 512), in the order of `_sorted`."""
+        """Decode normalised latents (m, C) to (m, 512), the blocks in lexicographic order."""
         if not len(voxels):
             return latents.new_zeros(0, FACTOR**3, dtype=torch.float32)
         return self.vae.decode(self.vae.denormalize_latents(latents.float()), voxels)[0].view(-1, FACTOR**3)
@@ -92,20 +98,12 @@ class DecodedSurface(NamedTuple):
     @staticmethod
     def _with_surplus(target: Tensor, voxels: Voxels, occupied: Tensor) -> Tensor:
         """Put the SDF of the true blocks, (n, 512), among those of all blocks: (m, 512)."""
-        places = _sorted(voxels)
-        whole = side_of_free(occupied)[places][:, None].repeat(1, FACTOR**3)
-        whole[occupied[places]] = target
+        decoded = torch.zeros_like(occupied)
+        decoded[tuple(voxels.coords.long().t())] = True
+        whole = side_of_free(occupied)[decoded][:, None].repeat(1, FACTOR**3)
+        whole[occupied[decoded]] = target
         return whole
 
 
 def _some(voxels: Voxels, rows: Tensor) -> Voxels:
     return Voxels(voxels.coords[rows], voxels.resolution, voxels.batch_size, check=False)
-
-
-def _sorted(voxels: Voxels) -> tuple[Tensor, ...]:
-    """Return batch, x, y and z, (m,) int64 each, in the order in which their blocks are decoded: lexicographic."""
-    coords = voxels.coords.long()
-    keys = coords[:, 0]
-    for axis in (1, 2, 3):
-        keys = keys * voxels.resolution + coords[:, axis]
-    return coords[keys.argsort()].unbind(1)

@@ -211,10 +211,11 @@ def flow_loss(
     B, M = voxels.batch_size, len(voxels)
     keep = part.draw_samples(B, lambda B: keep_context(B, loss, generator)).to(x_0.device)
     t = part.draw_samples(B, lambda B: training_times(B, loss, generator)).to(x_0.device)
-    occupied, has_surface = rows_of(voxels) >= 0, torch.ones(M, dtype=torch.bool, device=x_0.device)
     if structures is None:
         noise = draw_noise(x_0, generator, part.draw_tokens)
+        occupied, has_surface = None, torch.ones(M, dtype=torch.bool, device=x_0.device)
     else:
+        occupied = rows_of(voxels) >= 0
         draw = drawer(B, generator, part.draw_samples, x_0.device)
         x_0, voxels, noise, has_surface = structures.change(x_0, voxels, occupied, draw)
     x_t = interpolate(x_0, noise, t[voxels.batch_index, None])  # eq. 10
@@ -331,8 +332,8 @@ def train_on(ranks: Ranks, config: TrainDiTConfig) -> nn.Module:
             if config.imperfect_structures or first_stage:
                 predict = None
                 if first_stage:
-                    how = config.predicted_thresholds, config.predicted_wide
-                    predict = partial(predicted_structures, *first_stage, image_tokens, *how)
+                    cut = config.predicted_thresholds, config.predicted_wide
+                    predict = partial(predicted_structures, *first_stage, image_tokens, *cut)
                 share = config.predicted_structures
                 structures = ChangedStructures(config.model.surplus_value, config.imperfect_structures, share, predict)
             if config.model.sparse_context:

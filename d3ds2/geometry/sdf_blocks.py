@@ -85,7 +85,8 @@ class SDFBlocks:
             return self
         parts = []
         for _, values in self.samples():
-            number = math.ceil(share * values[values.flatten(1).amin(1) < NOTHING].numel())
+            voxels = int((values.flatten(1).amin(1) < NOTHING).sum()) * BLOCK**3
+            number = math.ceil(share * voxels)
             if (values < level).sum() < number:
                 in_order = values.flatten().float().sort().values  # kthvalue is not there on all devices
                 last = in_order[: min(number, int((in_order < NOTHING).sum()))][-1]
